@@ -1,0 +1,16 @@
+//! Live migration of an unmodified QEMU over RDMA, by a helper process that speaks QMP.
+//!
+//! The rooms, from the user inwards: [`relay`] is the long-lived process that management talks to;
+//! [`qmp`] and [`qemu`] are how it speaks to and what it knows of the attached QEMU; [`migration`]
+//! is the worker of one migration, which reads QEMU's [`stream`], speaks the [`wire`] protocol, and
+//! moves guest [`memory`] over a [`fabric`].
+#![deny(unsafe_code)]
+
+pub mod fabric;
+pub mod memory;
+pub mod migration;
+pub mod qemu;
+pub mod qmp;
+pub mod relay;
+pub mod stream;
+pub mod wire;

@@ -1,0 +1,149 @@
+//! What the relay and a worker tell each other: one JSON object a line over a socketpair, with the
+//! file descriptors that belong to it attached to its first byte.
+
+use serde::{Deserialize, Serialize};
+
+/// Longest line that either side accepts, in bytes.
+///
+/// The longest is [`Order::Outgoing`] with its block list: 16383 blocks (what one
+/// RAM_BLOCKS_RESULT can name) of some 350 bytes.
+pub const LINE_MAX: usize = 8 << 20;
+
+/// Where the other helper listens, or where this one does.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Address {
+    /// Host name or address, without brackets.
+    pub host: String,
+    /// Port.
+    pub port: u16,
+}
+
+impl std::fmt::Display for Address {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if self.host.contains(':') {
+            write!(f, "[{}]:{}", self.host, self.port)
+        } else {
+            write!(f, "{}:{}", self.host, self.port)
+        }
+    }
+}
+
+/// One RAM block of the attached QEMU.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Block {
+    /// QEMU's idstr, at most 255 bytes.
+    pub name: String,
+    /// Used length in bytes.
+    pub length: u64,
+    /// Page size of the backing in bytes (2 MiB for hugetlb).
+    pub page_size: u64,
+    /// Offset in the backing file at which the block begins; `None` if the block can't be mapped
+    /// and so travels in the stream. The files' descriptors are attached to the order, in the
+    /// order of the blocks that have one.
+    pub file_offset: Option<u64>,
+}
+
+/// What the client set that matters to the worker.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Options {
+    /// Capability `rdma-pin-all`.
+    pub pin_all: bool,
+    /// Seconds without any progress of a transfer that is due, after which the peer counts as lost.
+    pub stall_timeout: u64,
+}
+
+/// Relay to worker.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "order", rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Order {
+    /// Be the source's worker. Descriptors: the worker's end of QEMU's migration socket, then
+    /// the blocks' files.
+    Outgoing {
+        /// The destination's helper.
+        address: Address,
+        /// QEMU's RAM blocks.
+        blocks: Vec<Block>,
+        /// Options.
+        options: Options,
+    },
+    /// Be the destination's worker. Descriptors as for [`Order::Outgoing`].
+    Incoming {
+        /// Where to listen.
+        address: Address,
+        /// QEMU's RAM blocks.
+        blocks: Vec<Block>,
+        /// Options.
+        options: Options,
+    },
+    /// Destination: its QEMU said `completed` over QMP.
+    QemuCompleted,
+    /// Destination: its QEMU failed to load the stream, or is gone.
+    QemuFailed {
+        /// What is known, one sentence.
+        reason: String,
+        /// True only if the guest certainly never ran there.
+        guest_never_ran: bool,
+    },
+    /// End the migration as failed: release everything, tell the peer, exit.
+    Abort {
+        /// One sentence, told to the peer.
+        reason: String,
+    },
+}
+
+/// Figures of a migration so far. Bytes, unless the name says otherwise.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Progress {
+    /// RAM written to the destination and acknowledged by it.
+    pub ram_bytes: u64,
+    /// RAM that was announced as zero and not sent.
+    pub zero_bytes: u64,
+    /// Bytes of the stream without RAM.
+    pub stream_bytes: u64,
+    /// RAM posted and not yet acknowledged.
+    pub in_flight: u64,
+    /// Milliseconds from the order to the agreed block lists.
+    pub setup_ms: u64,
+    /// Milliseconds since the order.
+    pub elapsed_ms: u64,
+    /// The fabric in use: `tcp` or `verbs`.
+    pub fabric: String,
+    /// Connections (queue pairs) that carry RAM.
+    pub connections: u32,
+}
+
+/// Worker to relay.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "report", rename_all = "kebab-case")]
+pub enum Report {
+    /// Incoming: listening; a source may connect now.
+    Listening {
+        /// The bound address.
+        address: Address,
+    },
+    /// Outgoing: connected, block lists agree. Incoming: a source connected and they agree.
+    /// The source's relay starts QEMU's migration on this.
+    Agreed,
+    /// Sent about once a second, and whenever the state changes: also the sign of life.
+    Progress(Progress),
+    /// Incoming: every byte of the stream was handed to QEMU, all RAM has landed and remote access
+    /// is revoked. The relay watches QEMU for `completed` and answers with
+    /// [`Order::QemuCompleted`] or [`Order::QemuFailed`].
+    StreamEnded,
+    /// The migration succeeded: the destination's QEMU completed and the source knows it.
+    Done(Progress),
+    /// The migration failed; the worker exits after this.
+    Failed {
+        /// One sentence: what, where, cure.
+        reason: String,
+        /// True only if the guest certainly never ran at the destination, so that the source
+        /// guest may run again even after its QEMU completed.
+        guest_never_ran: bool,
+        /// Figures at the end.
+        progress: Progress,
+    },
+}

@@ -1,0 +1,81 @@
+//! Bytes with file descriptors over a Unix stream socket.
+//!
+//! Descriptors belong to the first byte of the `sendmsg` that carried them.
+
+use std::{
+    io::{self, IoSlice, IoSliceMut},
+    mem::MaybeUninit,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+};
+
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+};
+use tokio::{io::Interest, net::UnixStream};
+
+/// Most descriptors that one `sendmsg` may carry (Linux: SCM_MAX_FD).
+pub const FDS_MAX: usize = 253;
+
+/// Receive bytes and the descriptors that came with them; 0 bytes mean the end.
+///
+/// # Errors
+/// The system's; `InvalidData` if descriptors were lost because more came than [`FDS_MAX`].
+pub fn recv(fd: impl AsFd, buf: &mut [u8], fds: &mut Vec<OwnedFd>) -> io::Result<usize> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let received =
+        recvmsg(fd, &mut [IoSliceMut::new(buf)], &mut ancillary, RecvFlags::CMSG_CLOEXEC)?;
+    for message in ancillary.drain() {
+        if let RecvAncillaryMessage::ScmRights(rights) = message {
+            fds.extend(rights);
+        }
+    }
+    if received.flags.contains(ReturnFlags::CTRUNC) {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "file descriptors were lost"));
+    }
+    Ok(received.bytes)
+}
+
+/// Send some of `bytes`, with `fds` attached to the first; returns how many were taken.
+///
+/// # Errors
+/// The system's; `EPIPE` rather than a signal when the peer is gone.
+pub fn send(fd: impl AsFd, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<usize> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    if !fds.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(fds)) {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "too many file descriptors"));
+    }
+    Ok(sendmsg(fd, &[IoSlice::new(bytes)], &mut ancillary, SendFlags::NOSIGNAL)?)
+}
+
+/// [`recv`] on a tokio socket.
+///
+/// # Errors
+/// As [`recv`].
+pub async fn recv_async(
+    socket: &UnixStream,
+    buf: &mut [u8],
+    fds: &mut Vec<OwnedFd>,
+) -> io::Result<usize> {
+    socket.async_io(Interest::READABLE, || recv(socket, buf, fds)).await
+}
+
+/// Send all of `bytes` on a tokio socket, with `fds` attached to the first.
+///
+/// # Errors
+/// As [`send`].
+pub async fn send_all_async(
+    socket: &UnixStream,
+    mut bytes: &[u8],
+    fds: &[BorrowedFd<'_>],
+) -> io::Result<()> {
+    let mut fds = fds;
+    while !bytes.is_empty() {
+        let sent = socket.async_io(Interest::WRITABLE, || send(socket, bytes, fds)).await?;
+        bytes = &bytes[sent..];
+        fds = &[];
+    }
+    Ok(())
+}
