@@ -1,0 +1,101 @@
+//! A shared mapping of part of a file.
+#![allow(unsafe_code)]
+
+use std::{
+    io,
+    os::fd::{AsFd, AsRawFd, BorrowedFd},
+    ptr::{self, NonNull},
+};
+
+use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+
+/// A shared, writable mapping of guest RAM.
+///
+/// QEMU and the guest write the same memory, so it is only ever touched through raw pointers, and
+/// a torn or stale read is part of the deal: QEMU reports a page again if it was written again.
+#[derive(Debug)]
+pub(super) struct Mapping {
+    start: NonNull<u8>,
+    length: usize,
+}
+
+// SAFETY: the mapping is plain memory that stays valid until drop; no method hands out a
+// reference into it, and all of them only pass its addresses to the kernel or copy bytes.
+unsafe impl Send for Mapping {}
+// SAFETY: as for `Send`; concurrent writers exist anyway (the guest), see the type's comment.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    /// Map `length` bytes of `file` from `offset`; both are multiples of the file's page size.
+    pub(super) fn new(file: BorrowedFd<'_>, offset: u64, length: usize) -> io::Result<Self> {
+        let protection = ProtFlags::READ | ProtFlags::WRITE;
+        // SAFETY: a new mapping at an address of the kernel's choice overlaps nothing of ours.
+        let start =
+            unsafe { mmap(ptr::null_mut(), length, protection, MapFlags::SHARED, file, offset)? };
+        let start = NonNull::new(start.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
+        Ok(Self { start, length })
+    }
+
+    /// The address of `offset`, after checking that `length` bytes from it are mapped.
+    fn at(&self, offset: u64, length: usize) -> io::Result<*mut u8> {
+        let fits = usize::try_from(offset)
+            .ok()
+            .filter(|at| at.checked_add(length).is_some_and(|end| end <= self.length));
+        let Some(at) = fits else {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "beyond the mapping"));
+        };
+        // SAFETY: `at + length` is within the mapping, as checked above.
+        Ok(unsafe { self.start.as_ptr().add(at) })
+    }
+
+    /// Send up to `length` bytes from `offset` on a stream socket.
+    pub(super) fn send_to(
+        &self,
+        socket: BorrowedFd<'_>,
+        offset: u64,
+        length: usize,
+    ) -> io::Result<usize> {
+        let from = self.at(offset, length)?;
+        // SAFETY: the range is mapped (`at`); the kernel only reads it.
+        let sent =
+            unsafe { libc::send(socket.as_raw_fd(), from.cast(), length, libc::MSG_NOSIGNAL) };
+        usize::try_from(sent).map_err(|_| io::Error::last_os_error())
+    }
+
+    /// Receive up to `length` bytes from a stream socket to `offset`.
+    pub(super) fn receive_from(
+        &self,
+        socket: BorrowedFd<'_>,
+        offset: u64,
+        length: usize,
+    ) -> io::Result<usize> {
+        let to = self.at(offset, length)?;
+        // SAFETY: the range is mapped (`at`) writable; the kernel writes `length` bytes at most.
+        let received = unsafe { libc::recv(socket.as_fd().as_raw_fd(), to.cast(), length, 0) };
+        usize::try_from(received).map_err(|_| io::Error::last_os_error())
+    }
+
+    /// Copy `bytes` to `offset`.
+    pub(super) fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        let to = self.at(offset, bytes.len())?;
+        // SAFETY: the range is mapped (`at`); `bytes` is ours, so the two can't overlap.
+        unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) };
+        Ok(())
+    }
+
+    /// Write `length` zero bytes at `offset`.
+    pub(super) fn zero(&self, offset: u64, length: usize) -> io::Result<()> {
+        let to = self.at(offset, length)?;
+        // SAFETY: the range is mapped (`at`) writable.
+        unsafe { ptr::write_bytes(to, 0, length) };
+        Ok(())
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: the range is exactly what `mmap` returned, and no pointer into it outlives self.
+        // An error can only mean that it is no mapping, which `new` excludes.
+        let _ = unsafe { munmap(self.start.as_ptr().cast(), self.length) };
+    }
+}

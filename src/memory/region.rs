@@ -1,0 +1,298 @@
+//! One RAM block's memory: a range of a file that QEMU maps shared.
+
+use std::{
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+};
+
+use rustix::{
+    fs::{FallocateFlags, SeekFrom, fallocate, fstat, fstatfs, seek, sendfile},
+    io::{Errno, pread, pwrite},
+};
+
+use super::{Pipe, mapping::Mapping};
+
+/// `f_type` of hugetlbfs (linux/magic.h), memfds with MFD_HUGETLB included.
+const HUGETLBFS_MAGIC: u64 = 0x958458f6;
+
+/// Zeroes are looked for in pieces of this size.
+const PIECE: usize = 64 << 10;
+
+/// Why a file can't serve as a RAM block's memory.
+#[derive(Debug, thiserror::Error)]
+pub enum RegionError {
+    /// The range is not in the file.
+    #[error(
+        "RAM block '{name}': its file has {size} bytes, less than the {end} that the block needs; \
+         was it truncated?"
+    )]
+    TooShort {
+        /// The block.
+        name: String,
+        /// The file's size.
+        size: u64,
+        /// The block's end in the file.
+        end: u64,
+    },
+    /// A system call failed.
+    #[error("RAM block '{name}': {call} failed: {source}")]
+    Host {
+        /// The block.
+        name: String,
+        /// What failed.
+        call: &'static str,
+        /// errno.
+        source: io::Error,
+    },
+}
+
+/// How bytes get in and out.
+#[derive(Debug)]
+enum Access {
+    /// Through the file: writing a whole page needs neither a fault nor the zeroing of a new
+    /// page, and `sendfile` copies nothing.
+    File,
+    /// Through a mapping: hugetlbfs has neither write(2) nor splice.
+    Mapping(Mapping),
+}
+
+/// The memory of one RAM block.
+#[derive(Debug)]
+pub struct Region {
+    name: String,
+    file: OwnedFd,
+    offset: u64,
+    length: u64,
+    access: Access,
+}
+
+impl Region {
+    /// Take `length` bytes of `file` from `offset` as RAM block `name`.
+    ///
+    /// # Errors
+    /// When the file is shorter, or can't be mapped where that is necessary.
+    pub fn new(name: &str, file: OwnedFd, offset: u64, length: u64) -> Result<Self, RegionError> {
+        let host = |call| {
+            let name = name.to_owned();
+            move |source: Errno| RegionError::Host { name, call, source: source.into() }
+        };
+        let size = fstat(&file).map_err(host("fstat"))?.st_size.cast_unsigned();
+        let end = offset.saturating_add(length);
+        if end > size {
+            return Err(RegionError::TooShort { name: name.to_owned(), size, end });
+        }
+        let f_type = fstatfs(&file).map_err(host("fstatfs"))?.f_type;
+        let access = if f_type.cast_unsigned() == HUGETLBFS_MAGIC {
+            let length = usize::try_from(length).map_err(|_| host("mmap")(Errno::OVERFLOW))?;
+            let mapping = Mapping::new(file.as_fd(), offset, length).map_err(|source| {
+                RegionError::Host { name: name.to_owned(), call: "mmap", source }
+            })?;
+            Access::Mapping(mapping)
+        } else {
+            Access::File
+        };
+        Ok(Self { name: name.to_owned(), file, offset, length, access })
+    }
+
+    /// The RAM block's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Length in bytes.
+    pub fn length(&self) -> u64 {
+        self.length
+    }
+
+    /// Offset in the file of `length` bytes at `offset` of the block, if they lie in it.
+    fn at(&self, offset: u64, length: usize) -> io::Result<u64> {
+        match offset.checked_add(length as u64) {
+            Some(end) if end <= self.length => Ok(self.offset + offset),
+            _ => Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!("{length} bytes at {offset:#x} are beyond RAM block '{}'", self.name),
+            )),
+        }
+    }
+
+    /// Send some of `length` bytes at `offset` on a stream socket; returns how many.
+    ///
+    /// The pages themselves are queued, not copies, so what arrives may be newer than this call.
+    ///
+    /// # Errors
+    /// The system's; `UnexpectedEof` if the file was truncated.
+    pub fn send_to(&self, socket: BorrowedFd<'_>, offset: u64, length: usize) -> io::Result<usize> {
+        let mut at = self.at(offset, length)?;
+        let sent = match &self.access {
+            Access::File => sendfile(socket, &self.file, Some(&mut at), length)?,
+            Access::Mapping(mapping) => mapping.send_to(socket, offset, length)?,
+        };
+        if sent == 0 && length > 0 {
+            return Err(io::Error::new(
+                io::ErrorKind::UnexpectedEof,
+                format!("the file of RAM block '{}' was truncated", self.name),
+            ));
+        }
+        Ok(sent)
+    }
+
+    /// Receive some of `length` bytes from a stream socket to `offset`; returns how many, 0 at
+    /// the socket's end.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn receive_from(
+        &self,
+        socket: BorrowedFd<'_>,
+        pipe: &mut Pipe,
+        offset: u64,
+        length: usize,
+    ) -> io::Result<usize> {
+        let at = self.at(offset, length)?;
+        match &self.access {
+            Access::File => pipe.splice(socket, self.file.as_fd(), at, length),
+            Access::Mapping(mapping) => mapping.receive_from(socket, offset, length),
+        }
+    }
+
+    /// Write `bytes` at `offset`.
+    ///
+    /// # Errors
+    /// The system's, `ENOSPC` above all: the host has no memory left.
+    pub fn write_at(&self, mut bytes: &[u8], offset: u64) -> io::Result<()> {
+        let mut at = self.at(offset, bytes.len())?;
+        match &self.access {
+            Access::File => {
+                while !bytes.is_empty() {
+                    let written = pwrite(&self.file, bytes, at)?;
+                    bytes = &bytes[written..];
+                    at += written as u64;
+                }
+                Ok(())
+            }
+            Access::Mapping(mapping) => mapping.write_at(bytes, offset),
+        }
+    }
+
+    /// Make `length` bytes at `offset` zero. What is a hole stays one.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn zero(&self, offset: u64, length: u64) -> io::Result<()> {
+        let fits = offset.checked_add(length).is_some_and(|end| end <= self.length);
+        if !fits {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!("{length} bytes at {offset:#x} are beyond RAM block '{}'", self.name),
+            ));
+        }
+        match &self.access {
+            Access::File => self.punch(self.offset + offset, length),
+            Access::Mapping(mapping) => self.zero_mapped(mapping, offset, length),
+        }
+    }
+
+    /// Release `length` bytes at `at` in the file if any of them are allocated.
+    ///
+    /// Most zero ranges were never touched: SEEK_DATA says so without making them exist.
+    fn punch(&self, at: u64, length: u64) -> io::Result<()> {
+        match seek(&self.file, SeekFrom::Data(at)) {
+            Ok(data) if data >= at + length => Ok(()),
+            Err(Errno::NXIO) => Ok(()),
+            Ok(data) => {
+                let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+                Ok(fallocate(&self.file, flags, data, at + length - data)?)
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Zero what is not zero; read(2) of a hole allocates nothing, a look through the mapping
+    /// would take a huge page.
+    fn zero_mapped(&self, mapping: &Mapping, offset: u64, length: u64) -> io::Result<()> {
+        let mut piece = [0; PIECE];
+        let mut done = 0;
+        while done < length {
+            let want = usize::try_from(length - done).map_or(PIECE, |left| left.min(PIECE));
+            let got = pread(&self.file, &mut piece[..want], self.offset + offset + done)?;
+            if got == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            if piece[..got].iter().any(|byte| *byte != 0) {
+                mapping.zero(offset + done, got)?;
+            }
+            done += got as u64;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs::File, io::Write as _, os::unix::net::UnixStream};
+
+    use rustix::fs::{MemfdFlags, memfd_create};
+
+    use super::*;
+
+    fn memfd(length: u64) -> OwnedFd {
+        let fd = memfd_create("region", MemfdFlags::CLOEXEC).unwrap();
+        rustix::fs::ftruncate(&fd, length).unwrap();
+        fd
+    }
+
+    fn allocated(region: &Region) -> i64 {
+        fstat(&region.file).unwrap().st_blocks * 512
+    }
+
+    #[test]
+    fn moves_bytes_from_region_to_region() {
+        let from = Region::new("from", memfd(1 << 20), 4096, 64 << 10).unwrap();
+        let to = Region::new("to", memfd(1 << 20), 8192, 64 << 10).unwrap();
+        from.write_at(&[7; 8192], 4096).unwrap();
+        let (here, there) = UnixStream::pair().unwrap();
+        let mut sent = 0;
+        while sent < 8192 {
+            sent += from.send_to(here.as_fd(), 4096 + sent as u64, 8192 - sent).unwrap();
+        }
+        let mut pipe = Pipe::new().unwrap();
+        let mut landed = 0;
+        while landed < 8192 {
+            let at = landed as u64;
+            landed += to.receive_from(there.as_fd(), &mut pipe, at, 8192 - landed).unwrap();
+        }
+        let mut bytes = vec![0; 3 * 4096];
+        pread(&to.file, &mut bytes, 8192).unwrap();
+        assert_eq!(bytes, [vec![7; 8192], vec![0; 4096]].concat());
+    }
+
+    #[test]
+    fn zero_keeps_holes_and_releases_pages() {
+        let region = Region::new("ram", memfd(1 << 20), 0, 1 << 20).unwrap();
+        region.zero(0, 1 << 20).unwrap();
+        assert_eq!(allocated(&region), 0);
+        region.write_at(&[1; 16384], 65536).unwrap();
+        region.zero(65536 + 4096, 8192).unwrap();
+        assert_eq!(allocated(&region), 8192);
+        let mut bytes = vec![9; 16384];
+        pread(&region.file, &mut bytes, 65536).unwrap();
+        assert_eq!(bytes, [vec![1; 4096], vec![0; 8192], vec![1; 4096]].concat());
+    }
+
+    #[test]
+    fn refuses_what_is_beyond_the_block() {
+        let region = Region::new("ram", memfd(1 << 20), 0, 8192).unwrap();
+        assert!(region.write_at(&[0; 2], 8191).is_err());
+        assert!(region.zero(0, 8193).is_err());
+        assert!(region.zero(u64::MAX, 2).is_err());
+        let mut end = File::from(memfd(1));
+        assert!(region.send_to(end.as_fd(), 8192, 1).is_err());
+        end.write_all(b"x").unwrap();
+    }
+
+    #[test]
+    fn refuses_a_file_that_is_too_short() {
+        let error = Region::new("ram", memfd(4096), 4096, 4096).unwrap_err();
+        assert!(error.to_string().contains("'ram'"), "{error}");
+    }
+}
