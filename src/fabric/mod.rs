@@ -1,1 +1,230 @@
-//! (fabric)
+//! The seam between migration logic and transport.
+//!
+//! A fabric has the operations of a reliable connected queue pair: messages are sent and received,
+//! memory is registered, and writes go from a local range to a remote address under a key, with
+//! completions. What the messages mean is not its business.
+//!
+//! A connection is used by two threads: one owns its [`Poster`], the other its [`Receiver`]; a
+//! [`Handle`] ends it from anywhere.
+
+pub mod tcp;
+
+use std::{io, sync::Arc, time::Duration};
+
+use crate::{memory::Region, migration::messages::Address};
+
+/// Longest control message, header included, in bytes (specification: control buffers of 512 KiB).
+pub const MESSAGE_MAX: usize = 512 << 10;
+
+/// Longest private data of a connection request in bytes (RDMA_PS_TCP, rdma_connect(3)).
+pub const PRIVATE_DATA_MAX: usize = 56;
+
+/// A failure of the transport.
+#[derive(Debug, thiserror::Error)]
+pub enum FabricError {
+    /// A host name has no address.
+    #[error("Cannot resolve '{host}': {source}; check the name or give an address")]
+    Resolve {
+        /// The name.
+        host: String,
+        /// What the resolver said.
+        source: io::Error,
+    },
+    /// No connection.
+    #[error(
+        "Cannot connect to {address}: {source}; is 'migrate-incoming' of the destination's helper \
+         done, and the port open between the hosts?"
+    )]
+    Connect {
+        /// Where to.
+        address: Address,
+        /// errno.
+        source: io::Error,
+    },
+    /// Can't listen.
+    #[error("Cannot listen on {address}: {source}; choose an address and a port of this host")]
+    Listen {
+        /// Where.
+        address: Address,
+        /// errno.
+        source: io::Error,
+    },
+    /// A system call failed.
+    #[error("{call} failed: {source}")]
+    Host {
+        /// What was done.
+        call: &'static str,
+        /// errno.
+        source: io::Error,
+    },
+    /// The peer closed the connection.
+    #[error("The peer closed the connection")]
+    Closed,
+    /// The peer takes or sends nothing although something is due.
+    #[error("The peer made no progress for {} s; is its host alive and the link up?", .0.as_secs())]
+    Stalled(Duration),
+    /// Bytes that are no frame.
+    #[error("Malformed frame from the peer: {0}")]
+    Malformed(String),
+    /// A one-sided operation outside what was registered.
+    #[error("The peer wrote where it may not: {0}")]
+    RemoteAccess(String),
+    /// Guest memory could not be read or written.
+    #[error("RAM block '{block}': {source}")]
+    Memory {
+        /// The block.
+        block: String,
+        /// errno.
+        source: io::Error,
+    },
+}
+
+/// Result of a fabric operation.
+pub type Result<T> = std::result::Result<T, FabricError>;
+
+/// What a peer must know to write into a region: the address of its first byte, and the key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RemoteKey {
+    /// Address of the region's first byte in the owner's terms.
+    pub address: u64,
+    /// Never 0, which means "not registered" on the wire (specification, REGISTER_RESULT).
+    pub rkey: u32,
+}
+
+/// A way to reach a peer.
+pub trait Fabric: Send + Sync {
+    /// Its name in messages to people and programs.
+    fn name(&self) -> &'static str;
+
+    /// Listen on `address`; port 0 takes a free one.
+    ///
+    /// # Errors
+    /// When the address can't be resolved or bound.
+    fn listen(&self, address: &Address) -> Result<Box<dyn Listener>>;
+
+    /// Connect and exchange private data within `timeout`; returns the peer's.
+    ///
+    /// # Errors
+    /// When the peer can't be reached or does not answer as one.
+    fn connect(
+        &self,
+        address: &Address,
+        private_data: &[u8],
+        timeout: Duration,
+    ) -> Result<(Vec<u8>, Box<dyn Connection>)>;
+}
+
+/// Waits for peers.
+pub trait Listener: Send {
+    /// The bound address.
+    fn address(&self) -> &Address;
+
+    /// The next peer that presented itself properly. Others are turned away, with a log line.
+    ///
+    /// # Errors
+    /// When the listening socket fails, or was closed by [`Handle::close`].
+    fn accept(&mut self) -> Result<Box<dyn Request>>;
+
+    /// Ends a blocked [`Listener::accept`].
+    fn handle(&self) -> Handle;
+}
+
+/// A peer that asks to connect. Dropping it turns the peer away.
+pub trait Request: Send {
+    /// Its private data.
+    fn private_data(&self) -> &[u8];
+
+    /// Who it is, for messages.
+    fn peer(&self) -> String;
+
+    /// Let it in.
+    ///
+    /// # Errors
+    /// When it went away.
+    fn accept(self: Box<Self>, private_data: &[u8]) -> Result<Box<dyn Connection>>;
+}
+
+/// An established connection.
+pub trait Connection: Send {
+    /// Allow the peer to write into `region`.
+    ///
+    /// # Errors
+    /// When the device can't register it.
+    fn register(&mut self, region: Arc<Region>) -> Result<RemoteKey>;
+
+    /// Take the two halves.
+    fn split(self: Box<Self>) -> (Box<dyn Poster>, Box<dyn Receiver>);
+
+    /// Ends the connection from any thread.
+    fn handle(&self) -> Handle;
+}
+
+/// The half that sends.
+pub trait Poster: Send {
+    /// Send one control message, header and payload, at most [`MESSAGE_MAX`] bytes together.
+    /// It arrives after every write that was posted before.
+    ///
+    /// # Errors
+    /// When the connection is lost.
+    fn send(&mut self, header: &[u8], payload: &[u8]) -> Result<()>;
+
+    /// Write `length` bytes from `offset` of `region` to `offset` of the region that `remote`
+    /// names. Blocks while too much is in flight.
+    ///
+    /// # Errors
+    /// When the connection is lost.
+    fn write(&mut self, region: &Region, offset: u64, length: u64, remote: RemoteKey)
+    -> Result<()>;
+
+    /// Wait until every posted write has landed.
+    ///
+    /// # Errors
+    /// When the connection is lost.
+    fn drain(&mut self) -> Result<()>;
+
+    /// Bytes of writes that were posted, and that are known to have landed.
+    fn figures(&self) -> Arc<dyn Figures>;
+}
+
+/// Counters that other threads may read.
+pub trait Figures: Send + Sync {
+    /// Bytes of writes posted.
+    fn posted(&self) -> u64;
+    /// Bytes of writes landed.
+    fn landed(&self) -> u64;
+}
+
+/// The half that receives. The peer's writes land while [`Receiver::receive`] waits.
+pub trait Receiver: Send {
+    /// The next control message, header and payload, at most [`MESSAGE_MAX`] bytes.
+    ///
+    /// # Errors
+    /// [`FabricError::Closed`] at the peer's orderly end; any error ends the connection.
+    fn receive(&mut self, message: &mut Vec<u8>) -> Result<()>;
+
+    /// Withdraw the peer's access to every registered region (ordering rule 5). When it returns,
+    /// no write can land any more.
+    fn revoke(&mut self);
+}
+
+/// Ends a connection or a listener from any thread: whoever waits on it gets an error.
+#[derive(Clone)]
+pub struct Handle(Arc<dyn Fn() + Send + Sync>);
+
+impl Handle {
+    /// A handle that calls `close`.
+    pub fn new(close: impl Fn() + Send + Sync + 'static) -> Self {
+        Self(Arc::new(close))
+    }
+
+    /// End it. Harmless when it has ended.
+    pub fn close(&self) {
+        (self.0)();
+    }
+}
+
+impl std::fmt::Debug for Handle {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Handle")
+    }
+}

@@ -1,0 +1,80 @@
+//! Frames: header layout and the greeting.
+
+use std::{
+    io::{self, Read, Write},
+    net::TcpStream,
+};
+
+use zerocopy::{
+    FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned,
+    byteorder::big_endian::{U32, U64},
+};
+
+use crate::fabric::PRIVATE_DATA_MAX;
+
+/// "QRHTCP-1": what a hello carries as its address, so that a stray client is told from a peer.
+pub const MAGIC: u64 = u64::from_be_bytes(*b"QRHTCP-1");
+
+/// Bytes of a [`Header`].
+pub const HEADER_SIZE: usize = size_of::<Header>();
+
+/// The first frame in each direction; payload: private data.
+pub const HELLO: u32 = 1;
+/// A control message; payload: the message.
+pub const SEND: u32 = 2;
+/// A one-sided write; payload: the bytes.
+pub const WRITE: u32 = 3;
+/// Asks for a [`LANDED`] at once.
+pub const FLUSH: u32 = 4;
+/// Everything up to `address` bytes of writes, counted from the connection's start, has landed.
+pub const LANDED: u32 = 5;
+
+/// What precedes every payload.
+#[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[repr(C)]
+pub struct Header {
+    /// One of the kinds above.
+    pub kind: U32,
+    /// Key of the region that a write goes to.
+    pub rkey: U32,
+    /// Address that a write goes to; see the kinds for the others.
+    pub address: U64,
+    /// Bytes of payload.
+    pub length: U64,
+}
+
+impl Header {
+    /// A header.
+    pub fn new(kind: u32, rkey: u32, address: u64, length: u64) -> Self {
+        Self {
+            kind: kind.into(),
+            rkey: rkey.into(),
+            address: address.into(),
+            length: length.into(),
+        }
+    }
+}
+
+/// Send the greeting.
+pub fn write_hello(mut stream: &TcpStream, private_data: &[u8]) -> io::Result<()> {
+    let header = Header::new(HELLO, 0, MAGIC, private_data.len() as u64);
+    stream.write_all(&[header.as_bytes(), private_data].concat())
+}
+
+/// Receive the greeting; not a byte more is read.
+pub fn read_hello(mut stream: &TcpStream) -> io::Result<Vec<u8>> {
+    let invalid = |what| io::Error::new(io::ErrorKind::InvalidData, what);
+    let mut header = Header::new(0, 0, 0, 0);
+    stream.read_exact(header.as_mut_bytes())?;
+    if header.kind.get() != HELLO || header.address.get() != MAGIC {
+        return Err(invalid("the peer is no helper with the tcp fabric"));
+    }
+    let length = header.length.get();
+    if length > PRIVATE_DATA_MAX as u64 {
+        return Err(invalid("the peer's private data is too long"));
+    }
+    let mut private_data = [0; PRIVATE_DATA_MAX];
+    let private_data = &mut private_data[..length as usize];
+    stream.read_exact(private_data)?;
+    Ok(private_data.to_vec())
+}

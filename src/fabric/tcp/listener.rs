@@ -1,0 +1,154 @@
+//! Listening: peers greet on threads of their own, so that a silent client delays nobody.
+
+use std::{
+    net::{TcpListener, TcpStream},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+        mpsc::{self, SyncSender},
+    },
+    thread,
+    time::Duration,
+};
+
+use tracing::{debug, info};
+
+use super::{connection::TcpConnection, frame, resolve};
+use crate::{
+    fabric::{Connection, FabricError, Handle, Listener, Request, Result},
+    migration::messages::Address,
+};
+
+/// Clients that may be greeting at a time; more are turned away.
+const GREETING_MAX: usize = 16;
+
+/// How long a client may take to greet.
+const GREETING_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Listens on every address that the given one resolves to.
+pub(super) struct TcpFabricListener {
+    address: Address,
+    sockets: Vec<Arc<TcpListener>>,
+    requests: mpsc::Receiver<TcpRequest>,
+}
+
+impl TcpFabricListener {
+    pub(super) fn bind(address: &Address, stall_timeout: Duration) -> Result<Self> {
+        let mut bound = address.clone();
+        let (sender, requests) = mpsc::sync_channel(GREETING_MAX);
+        let mut sockets = Vec::new();
+        let mut failed = None;
+        for mut candidate in resolve(address)? {
+            candidate.set_port(bound.port);
+            match TcpListener::bind(candidate) {
+                Ok(socket) => {
+                    bound.port = socket.local_addr().map_or(bound.port, |local| local.port());
+                    sockets.push(Arc::new(socket));
+                }
+                Err(source) => failed = Some(source),
+            }
+        }
+        if let (true, Some(source)) = (sockets.is_empty(), failed) {
+            return Err(FabricError::Listen { address: address.clone(), source });
+        }
+        for socket in &sockets {
+            let (socket, sender) = (socket.clone(), sender.clone());
+            thread::spawn(move || accept_clients(&socket, &sender, stall_timeout));
+        }
+        Ok(Self { address: bound, sockets, requests })
+    }
+}
+
+impl Listener for TcpFabricListener {
+    fn address(&self) -> &Address {
+        &self.address
+    }
+
+    fn accept(&mut self) -> Result<Box<dyn Request>> {
+        match self.requests.recv() {
+            Ok(request) => Ok(Box::new(request)),
+            Err(mpsc::RecvError) => Err(FabricError::Closed),
+        }
+    }
+
+    fn handle(&self) -> Handle {
+        let sockets = self.sockets.clone();
+        Handle::new(move || close(&sockets))
+    }
+}
+
+impl Drop for TcpFabricListener {
+    fn drop(&mut self) {
+        close(&self.sockets);
+    }
+}
+
+/// Wake the accepting threads; they end on the error.
+fn close(sockets: &[Arc<TcpListener>]) {
+    for socket in sockets {
+        // It fails only when the socket is shut down already.
+        let _ = rustix::net::shutdown(socket, rustix::net::Shutdown::Both);
+    }
+}
+
+/// Accept until the socket is shut down.
+fn accept_clients(socket: &TcpListener, sender: &SyncSender<TcpRequest>, stall_timeout: Duration) {
+    let greeting = Arc::new(AtomicUsize::new(0));
+    loop {
+        let (stream, peer) = match socket.accept() {
+            Ok(client) => client,
+            Err(error) if error.kind() == std::io::ErrorKind::ConnectionAborted => continue,
+            Err(error) => {
+                debug!(%error, "no longer listening");
+                return;
+            }
+        };
+        if greeting.fetch_add(1, Ordering::Relaxed) >= GREETING_MAX {
+            greeting.fetch_sub(1, Ordering::Relaxed);
+            info!(%peer, "turned away: too many clients that do not greet");
+            continue;
+        }
+        let (sender, greeting) = (sender.clone(), greeting.clone());
+        thread::spawn(move || {
+            match greet(stream, stall_timeout) {
+                // The receiver is gone when another peer was let in meanwhile.
+                Ok(request) => drop(sender.send(request)),
+                Err(error) => info!(%peer, %error, "turned away: no helper's greeting"),
+            }
+            greeting.fetch_sub(1, Ordering::Relaxed);
+        });
+    }
+}
+
+/// Read the client's greeting.
+fn greet(stream: TcpStream, stall_timeout: Duration) -> std::io::Result<TcpRequest> {
+    let peer = stream.peer_addr()?.to_string();
+    stream.set_read_timeout(Some(GREETING_TIMEOUT))?;
+    let private_data = frame::read_hello(&stream)?;
+    stream.set_read_timeout(None)?;
+    Ok(TcpRequest { stream, peer, private_data, stall_timeout })
+}
+
+/// A client that greeted.
+struct TcpRequest {
+    stream: TcpStream,
+    peer: String,
+    private_data: Vec<u8>,
+    stall_timeout: Duration,
+}
+
+impl Request for TcpRequest {
+    fn private_data(&self) -> &[u8] {
+        &self.private_data
+    }
+
+    fn peer(&self) -> String {
+        self.peer.clone()
+    }
+
+    fn accept(self: Box<Self>, private_data: &[u8]) -> Result<Box<dyn Connection>> {
+        frame::write_hello(&self.stream, private_data)
+            .map_err(|source| FabricError::Host { call: "Accepting the peer", source })?;
+        Ok(Box::new(TcpConnection::new(self.stream, self.stall_timeout)?))
+    }
+}

@@ -1,0 +1,102 @@
+//! The operations of a queue pair, framed over one TCP connection: for hosts without an RDMA
+//! device.
+//!
+//! RAM leaves by `sendfile` and is received straight into the destination's RAM. Frames are
+//! `docs/protocol.md`'s: a 24-byte header, then the payload. The peer is not authenticated and
+//! nothing is encrypted, as with RDMA itself.
+
+mod connection;
+mod frame;
+mod listener;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, ToSocketAddrs},
+    time::{Duration, Instant},
+};
+
+use rustix::net::sockopt;
+
+use super::{Connection, Fabric, FabricError, Listener, Result};
+use crate::migration::messages::Address;
+
+/// The `tcp` fabric.
+#[derive(Debug, Clone)]
+pub struct Tcp {
+    /// How long a transfer that is due may make no progress.
+    pub stall_timeout: Duration,
+}
+
+impl Fabric for Tcp {
+    fn name(&self) -> &'static str {
+        "tcp"
+    }
+
+    fn listen(&self, address: &Address) -> Result<Box<dyn Listener>> {
+        Ok(Box::new(listener::TcpFabricListener::bind(address, self.stall_timeout)?))
+    }
+
+    fn connect(
+        &self,
+        address: &Address,
+        private_data: &[u8],
+        timeout: Duration,
+    ) -> Result<(Vec<u8>, Box<dyn Connection>)> {
+        let deadline = Instant::now() + timeout;
+        let stream = connect_any(address, deadline)?;
+        let connect = |source| FabricError::Connect { address: address.clone(), source };
+        let left = deadline.saturating_duration_since(Instant::now());
+        stream.set_read_timeout(Some(left.max(Duration::from_millis(1)))).map_err(connect)?;
+        frame::write_hello(&stream, private_data).map_err(connect)?;
+        let reply = frame::read_hello(&stream).map_err(connect)?;
+        stream.set_read_timeout(None).map_err(connect)?;
+        Ok((reply, Box::new(connection::TcpConnection::new(stream, self.stall_timeout)?)))
+    }
+}
+
+/// The addresses of a host and port.
+fn resolve(address: &Address) -> Result<Vec<SocketAddr>> {
+    let failed = |source| FabricError::Resolve { host: address.host.clone(), source };
+    let found: Vec<_> = if address.host.is_empty() {
+        // QEMU's "any address"; a host without IPv6 has only the second.
+        let any = [IpAddr::from(Ipv6Addr::UNSPECIFIED), IpAddr::from(Ipv4Addr::UNSPECIFIED)];
+        any.map(|ip| SocketAddr::new(ip, address.port)).to_vec()
+    } else {
+        (address.host.as_str(), address.port).to_socket_addrs().map_err(failed)?.collect()
+    };
+    if found.is_empty() {
+        return Err(failed(io::Error::new(io::ErrorKind::NotFound, "no address")));
+    }
+    Ok(found)
+}
+
+/// Connect to the first address of `address` that answers.
+fn connect_any(address: &Address, deadline: Instant) -> Result<TcpStream> {
+    let mut last = io::Error::from(io::ErrorKind::TimedOut);
+    for candidate in resolve(address)? {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            break;
+        }
+        match TcpStream::connect_timeout(&candidate, left) {
+            Ok(stream) => return Ok(stream),
+            Err(error) => last = error,
+        }
+    }
+    Err(FabricError::Connect { address: address.clone(), source: last })
+}
+
+/// Make a dead peer noticed: keepalive while idle, a bound on unacknowledged data.
+fn set_options(stream: &TcpStream, stall_timeout: Duration) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    stream.set_write_timeout(Some(stall_timeout))?;
+    sockopt::set_socket_keepalive(stream, true)?;
+    sockopt::set_tcp_keepidle(stream, Duration::from_secs(5))?;
+    sockopt::set_tcp_keepintvl(stream, Duration::from_secs(5))?;
+    // Behind the other bounds, which say better what happened.
+    let milliseconds = u32::try_from(2 * stall_timeout.as_millis()).unwrap_or(u32::MAX);
+    sockopt::set_tcp_user_timeout(stream, milliseconds)?;
+    Ok(())
+}

@@ -1,0 +1,198 @@
+//! Two ends over loopback.
+
+use std::{
+    io::Write as _,
+    net::{TcpListener, TcpStream},
+    sync::Arc,
+    thread,
+    time::Duration,
+};
+
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use zerocopy::IntoBytes as _;
+
+use super::{
+    Tcp,
+    frame::{self, Header},
+};
+use crate::{
+    fabric::{Connection, Fabric as _, FabricError, Listener, RemoteKey},
+    memory::Region,
+    migration::messages::Address,
+};
+
+const SIZE: u64 = 8 << 20;
+const TIMEOUT: Duration = Duration::from_secs(10);
+
+fn tcp() -> Tcp {
+    Tcp { stall_timeout: TIMEOUT }
+}
+
+fn listener() -> Box<dyn Listener> {
+    tcp().listen(&Address { host: "127.0.0.1".into(), port: 0 }).unwrap()
+}
+
+/// A region of [`SIZE`] bytes and its file.
+fn region(name: &str) -> (Arc<Region>, std::fs::File) {
+    let fd = memfd_create(name, MemfdFlags::CLOEXEC).unwrap();
+    ftruncate(&fd, SIZE).unwrap();
+    let file = std::fs::File::from(fd.try_clone().unwrap());
+    (Arc::new(Region::new(name, fd, 0, SIZE).unwrap()), file)
+}
+
+/// Connected ends: (connecting, accepting).
+fn pair() -> (Box<dyn Connection>, Box<dyn Connection>) {
+    let mut listener = listener();
+    let address = listener.address().clone();
+    let connecting = thread::spawn(move || tcp().connect(&address, b"12345678", TIMEOUT).unwrap());
+    let request = listener.accept().unwrap();
+    assert_eq!(request.private_data(), b"12345678");
+    let accepted = request.accept(b"abcdefgh").unwrap();
+    let (reply, connected) = connecting.join().unwrap();
+    assert_eq!(reply, b"abcdefgh");
+    (connected, accepted)
+}
+
+#[test]
+fn writes_land_before_the_message_that_follows() {
+    use std::os::unix::fs::FileExt as _;
+    let (source, mut destination) = pair();
+    let (from, from_file) = region("from");
+    let (to, to_file) = region("to");
+    let key = destination.register(to).unwrap();
+    let (source, (mut poster, mut source_receiver)) = (source.handle(), source.split());
+    let (_answers, mut receiver) = destination.split();
+    for page in [0_u64, 3, 4, 700, 2047] {
+        from_file.write_all_at(&[page as u8 | 1; 4096], page * 4096).unwrap();
+    }
+    from.write_at(&vec![0x55; 3 << 20], 4 << 20).unwrap();
+
+    let landing = thread::spawn(move || {
+        let mut message = Vec::new();
+        receiver.receive(&mut message).unwrap();
+        let mut bytes = vec![0; SIZE as usize];
+        to_file.read_exact_at(&mut bytes, 0).unwrap();
+        // Serves the drain until the source is gone.
+        assert!(matches!(receiver.receive(&mut Vec::new()), Err(FabricError::Closed)));
+        (message, bytes)
+    });
+    let acknowledged = thread::spawn(move || source_receiver.receive(&mut Vec::new()));
+    for (offset, length) in [(0, 4096), (3 * 4096, 8192), (700 * 4096, 4096), (4 << 20, 4 << 20)] {
+        poster.write(&from, offset, length, key).unwrap();
+    }
+    poster.send(b"head", b"payload").unwrap();
+    poster.drain().unwrap();
+    assert_eq!(poster.figures().landed(), (4 << 20) + 4 * 4096);
+    source.close();
+    assert!(acknowledged.join().unwrap().is_err());
+    let (message, bytes) = landing.join().unwrap();
+    assert_eq!(message, b"headpayload");
+    let mut expected = vec![0; SIZE as usize];
+    from_file.read_exact_at(&mut expected, 0).unwrap();
+    assert!(bytes == expected, "what landed differs from what was written");
+}
+
+#[test]
+fn refuses_writes_outside_what_is_registered() {
+    let cases: [(&str, RemoteKey, u64, u64); 4] = [
+        ("key 7", RemoteKey { address: 0, rkey: 7 }, 0, 4096),
+        ("key 0", RemoteKey { address: 0, rkey: 0 }, 0, 4096),
+        ("beyond", RemoteKey { address: SIZE - 4096, rkey: 1 }, 0, 8192),
+        ("beyond", RemoteKey { address: u64::MAX - 4095, rkey: 1 }, 0, 8192),
+    ];
+    for (expected, key, offset, length) in cases {
+        let (source, mut destination) = pair();
+        let (from, _) = region("from");
+        let (to, _) = region("to");
+        destination.register(to).unwrap();
+        let (mut poster, _receiver) = source.split();
+        poster.write(&from, offset, length, key).unwrap();
+        let (_poster, mut receiver) = destination.split();
+        let error = receiver.receive(&mut Vec::new()).unwrap_err();
+        assert!(matches!(error, FabricError::RemoteAccess(_)), "{error}");
+        assert!(error.to_string().contains(expected), "{error}");
+    }
+}
+
+#[test]
+fn refuses_writes_after_revocation() {
+    let (source, mut destination) = pair();
+    let (from, _) = region("from");
+    let (to, to_file) = region("to");
+    from.write_at(&[1; 4096], 0).unwrap();
+    let key = destination.register(to).unwrap();
+    let (_poster, mut receiver) = destination.split();
+    receiver.revoke();
+    source.split().0.write(&from, 0, 4096, key).unwrap();
+    let error = receiver.receive(&mut Vec::new()).unwrap_err();
+    assert!(matches!(error, FabricError::RemoteAccess(_)), "{error}");
+    assert_eq!(rustix::fs::fstat(&to_file).unwrap().st_blocks, 0);
+}
+
+#[test]
+fn refuses_frames_that_are_none() {
+    let frames = [
+        ("a message of", Header::new(frame::SEND, 0, 0, u64::MAX)),
+        ("frame kind 99", Header::new(99, 0, 0, 0)),
+        ("landed of 0", Header::new(frame::LANDED, 0, 1, 0)),
+    ];
+    for (expected, header) in frames {
+        let mut listener = listener();
+        let address = listener.address().to_string();
+        let mut client = TcpStream::connect(address).unwrap();
+        frame::write_hello(&client, &[]).unwrap();
+        client.write_all(header.as_bytes()).unwrap();
+        let connection = listener.accept().unwrap().accept(&[]).unwrap();
+        let error = connection.split().1.receive(&mut Vec::new()).unwrap_err();
+        assert!(error.to_string().contains(expected), "{error}");
+    }
+}
+
+#[test]
+fn a_stray_client_does_not_end_the_listening() {
+    let mut listener = listener();
+    let address = listener.address().clone();
+    let mut stray = TcpStream::connect(address.to_string()).unwrap();
+    stray.write_all(&[0xa5; 1000]).unwrap();
+    let silent = TcpStream::connect(address.to_string()).unwrap();
+    let connecting = thread::spawn(move || tcp().connect(&address, &[9; 8], TIMEOUT).map(|_| ()));
+    let request = listener.accept().unwrap();
+    assert_eq!(request.private_data(), [9; 8]);
+    drop(request.accept(&[]).unwrap());
+    connecting.join().unwrap().unwrap();
+    drop(silent);
+}
+
+#[test]
+fn a_closed_listener_says_so() {
+    let mut listener = listener();
+    listener.handle().close();
+    assert!(matches!(listener.accept(), Err(FabricError::Closed)));
+}
+
+#[test]
+fn says_what_it_could_not_reach() {
+    let unused = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let address = Address { host: "127.0.0.1".into(), port: unused };
+    let error = tcp().connect(&address, &[], TIMEOUT).err().unwrap().to_string();
+    assert!(error.contains(&address.to_string()) && error.contains("refused"), "{error}");
+    let nowhere = Address { host: "no-such-host.invalid".into(), port: 1 };
+    let error = tcp().connect(&nowhere, &[], TIMEOUT).err().unwrap().to_string();
+    assert!(error.contains("no-such-host.invalid"), "{error}");
+}
+
+#[test]
+fn a_peer_that_takes_nothing_is_lost_after_the_stall_timeout() {
+    let fabric = Tcp { stall_timeout: Duration::from_millis(200) };
+    let address = Address { host: "127.0.0.1".into(), port: 0 };
+    let mut listener = fabric.listen(&address).unwrap();
+    let address = listener.address().clone();
+    let connecting = thread::spawn(move || fabric.connect(&address, &[], TIMEOUT).unwrap().1);
+    let _silent = listener.accept().unwrap().accept(&[]).unwrap();
+    let (from, _) = region("from");
+    from.write_at(&vec![1; SIZE as usize], 0).unwrap();
+    let (mut poster, _receiver) = connecting.join().unwrap().split();
+    let key = RemoteKey { address: 0, rkey: 1 };
+    let error = (0..64).find_map(|_| poster.write(&from, 0, SIZE, key).err()).unwrap();
+    assert!(matches!(error, FabricError::Stalled(_)), "{error}");
+}
