@@ -4,8 +4,8 @@
 //! memory is registered, and writes go from a local range to a remote address under a key, with
 //! completions. What the messages mean is not its business.
 //!
-//! A connection is used by two threads: one owns its [`Poster`], the other its [`Receiver`]; a
-//! [`Handle`] ends it from anywhere.
+//! A connection is used by several threads: any may send through its [`Poster`], one owns its
+//! [`Receiver`], and a [`Handle`] ends it from anywhere.
 
 pub mod tcp;
 
@@ -153,44 +153,38 @@ pub trait Connection: Send {
     fn register(&mut self, region: Arc<Region>) -> Result<RemoteKey>;
 
     /// Take the two halves.
-    fn split(self: Box<Self>) -> (Box<dyn Poster>, Box<dyn Receiver>);
+    fn split(self: Box<Self>) -> (Arc<dyn Poster>, Box<dyn Receiver>);
 
     /// Ends the connection from any thread.
     fn handle(&self) -> Handle;
 }
 
-/// The half that sends.
-pub trait Poster: Send {
+/// The half that sends. Order holds among what one thread posts.
+pub trait Poster: Send + Sync {
     /// Send one control message, header and payload, at most [`MESSAGE_MAX`] bytes together.
     /// It arrives after every write that was posted before.
     ///
     /// # Errors
     /// When the connection is lost.
-    fn send(&mut self, header: &[u8], payload: &[u8]) -> Result<()>;
+    fn send(&self, header: &[u8], payload: &[u8]) -> Result<()>;
 
     /// Write `length` bytes from `offset` of `region` to `offset` of the region that `remote`
     /// names. Blocks while too much is in flight.
     ///
     /// # Errors
     /// When the connection is lost.
-    fn write(&mut self, region: &Region, offset: u64, length: u64, remote: RemoteKey)
-    -> Result<()>;
+    fn write(&self, region: &Region, offset: u64, length: u64, remote: RemoteKey) -> Result<()>;
 
     /// Wait until every posted write has landed.
     ///
     /// # Errors
     /// When the connection is lost.
-    fn drain(&mut self) -> Result<()>;
+    fn drain(&self) -> Result<()>;
 
-    /// Bytes of writes that were posted, and that are known to have landed.
-    fn figures(&self) -> Arc<dyn Figures>;
-}
-
-/// Counters that other threads may read.
-pub trait Figures: Send + Sync {
-    /// Bytes of writes posted.
+    /// Bytes of writes posted so far.
     fn posted(&self) -> u64;
-    /// Bytes of writes landed.
+
+    /// Bytes of writes that are known to have landed.
     fn landed(&self) -> u64;
 }
 
@@ -201,6 +195,12 @@ pub trait Receiver: Send {
     /// # Errors
     /// [`FabricError::Closed`] at the peer's orderly end; any error ends the connection.
     fn receive(&mut self, message: &mut Vec<u8>) -> Result<()>;
+
+    /// Bound the wait of [`Receiver::receive`]; `None` waits for ever, as at first.
+    ///
+    /// # Errors
+    /// The system's.
+    fn set_timeout(&mut self, timeout: Option<Duration>) -> Result<()>;
 
     /// Withdraw the peer's access to every registered region (ordering rule 5). When it returns,
     /// no write can land any more.

@@ -19,9 +19,7 @@ use super::{
     set_options,
 };
 use crate::{
-    fabric::{
-        Connection, FabricError, Figures, Handle, MESSAGE_MAX, Poster, Receiver, RemoteKey, Result,
-    },
+    fabric::{Connection, FabricError, Handle, MESSAGE_MAX, Poster, Receiver, RemoteKey, Result},
     memory::{Pipe, Region},
 };
 
@@ -53,7 +51,7 @@ struct Shared {
     stall_timeout: Duration,
 }
 
-impl Figures for Shared {
+impl Shared {
     fn posted(&self) -> u64 {
         self.posted.load(Ordering::Relaxed)
     }
@@ -61,9 +59,7 @@ impl Figures for Shared {
     fn landed(&self) -> u64 {
         self.landed.load(Ordering::Relaxed)
     }
-}
 
-impl Shared {
     fn lock(mutex: &Mutex<()>) -> MutexGuard<'_, ()> {
         mutex.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -180,7 +176,7 @@ impl Connection for TcpConnection {
         Ok(RemoteKey { address: 0, rkey })
     }
 
-    fn split(self: Box<Self>) -> (Box<dyn Poster>, Box<dyn Receiver>) {
+    fn split(self: Box<Self>) -> (Arc<dyn Poster>, Box<dyn Receiver>) {
         let poster = TcpPoster { shared: self.shared.clone() };
         let receiver = TcpReceiver {
             shared: self.shared,
@@ -192,7 +188,7 @@ impl Connection for TcpConnection {
             received: 0,
             reported: 0,
         };
-        (Box::new(poster), Box::new(receiver))
+        (Arc::new(poster), Box::new(receiver))
     }
 
     fn handle(&self) -> Handle {
@@ -210,13 +206,13 @@ struct TcpPoster {
 }
 
 impl Poster for TcpPoster {
-    fn send(&mut self, header: &[u8], payload: &[u8]) -> Result<()> {
+    fn send(&self, header: &[u8], payload: &[u8]) -> Result<()> {
         let length = (header.len() + payload.len()) as u64;
         self.shared.send_frame(Header::new(frame::SEND, 0, 0, length), [header, payload])
     }
 
     fn write(
-        &mut self,
+        &self,
         region: &Region,
         mut offset: u64,
         length: u64,
@@ -242,15 +238,19 @@ impl Poster for TcpPoster {
         Ok(())
     }
 
-    fn drain(&mut self) -> Result<()> {
+    fn drain(&self) -> Result<()> {
         if self.shared.posted() > self.shared.landed() {
             self.shared.send_frame(Header::new(frame::FLUSH, 0, 0, 0), [&[], &[]])?;
         }
         self.shared.wait_in_flight(0)
     }
 
-    fn figures(&self) -> Arc<dyn Figures> {
-        self.shared.clone()
+    fn posted(&self) -> u64 {
+        self.shared.posted()
+    }
+
+    fn landed(&self) -> u64 {
+        self.shared.landed()
     }
 }
 
@@ -275,6 +275,13 @@ impl Receiver for TcpReceiver {
             self.shared.fail();
         }
         result
+    }
+
+    fn set_timeout(&mut self, timeout: Option<Duration>) -> Result<()> {
+        self.shared
+            .stream
+            .set_read_timeout(timeout)
+            .map_err(|source| FabricError::Host { call: "Setting a timeout", source })
     }
 
     fn revoke(&mut self) {

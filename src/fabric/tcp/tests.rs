@@ -60,7 +60,7 @@ fn writes_land_before_the_message_that_follows() {
     let (from, from_file) = region("from");
     let (to, to_file) = region("to");
     let key = destination.register(to).unwrap();
-    let (source, (mut poster, mut source_receiver)) = (source.handle(), source.split());
+    let (source, (poster, mut source_receiver)) = (source.handle(), source.split());
     let (_answers, mut receiver) = destination.split();
     for page in [0_u64, 3, 4, 700, 2047] {
         from_file.write_all_at(&[page as u8 | 1; 4096], page * 4096).unwrap();
@@ -82,7 +82,7 @@ fn writes_land_before_the_message_that_follows() {
     }
     poster.send(b"head", b"payload").unwrap();
     poster.drain().unwrap();
-    assert_eq!(poster.figures().landed(), (4 << 20) + 4 * 4096);
+    assert_eq!(poster.landed(), (4 << 20) + 4 * 4096);
     source.close();
     assert!(acknowledged.join().unwrap().is_err());
     let (message, bytes) = landing.join().unwrap();
@@ -105,7 +105,7 @@ fn refuses_writes_outside_what_is_registered() {
         let (from, _) = region("from");
         let (to, _) = region("to");
         destination.register(to).unwrap();
-        let (mut poster, _receiver) = source.split();
+        let (poster, _receiver) = source.split();
         poster.write(&from, offset, length, key).unwrap();
         let (_poster, mut receiver) = destination.split();
         let error = receiver.receive(&mut Vec::new()).unwrap_err();
@@ -191,7 +191,7 @@ fn a_peer_that_takes_nothing_is_lost_after_the_stall_timeout() {
     let _silent = listener.accept().unwrap().accept(&[]).unwrap();
     let (from, _) = region("from");
     from.write_at(&vec![1; SIZE as usize], 0).unwrap();
-    let (mut poster, _receiver) = connecting.join().unwrap().split();
+    let (poster, _receiver) = connecting.join().unwrap().split();
     let key = RemoteKey { address: 0, rkey: 1 };
     let error = (0..64).find_map(|_| poster.write(&from, 0, SIZE, key).err()).unwrap();
     assert!(matches!(error, FabricError::Stalled(_)), "{error}");
