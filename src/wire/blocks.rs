@@ -1,0 +1,265 @@
+//! The RAM-block exchange and the arithmetic of chunks and ranges.
+
+use std::{collections::HashMap, ops::Range};
+
+use super::{BLOCKS_MAX, Compress, ListedBlock, Register, WireError};
+
+/// Bytes of a chunk, counted from its block's start (RDMA_REG_CHUNK_SHIFT 20).
+pub const CHUNK: u64 = 1 << 20;
+
+/// Find each block of `source` among `own`, the destination's.
+///
+/// Returns indices into `own`, in the source's order. `fixed_length` tells of an own block that
+/// its length must be the source's; QEMU itself resizes the others (ROMs) when it loads.
+///
+/// # Errors
+/// The first difference in count, name or length, with both values.
+pub fn compare(
+    source: &[ListedBlock],
+    own: &[ListedBlock],
+    fixed_length: impl Fn(usize) -> bool,
+) -> Result<Vec<usize>, WireError> {
+    const CURE: &str = "start both QEMUs with the same machine type, memory and devices";
+    if source.len() != own.len() {
+        return Err(WireError::Incompatible(format!(
+            "The source has {} RAM blocks and the destination {}{}; {CURE}",
+            source.len(),
+            own.len(),
+            first_missing(source, own)
+        )));
+    }
+    let by_name: HashMap<_, _> =
+        own.iter().enumerate().map(|(index, block)| (block.name.as_str(), index)).collect();
+    let mut taken = vec![false; own.len()];
+    let mut indices = Vec::with_capacity(source.len());
+    for block in source {
+        let Some(&index) = by_name.get(block.name.as_str()) else {
+            return Err(WireError::Incompatible(format!(
+                "The destination has no RAM block '{}', which the source has; {CURE}",
+                block.name
+            )));
+        };
+        if std::mem::replace(&mut taken[index], true) {
+            return Err(WireError::Misbehaved(format!(
+                "RAM block '{}' is listed twice",
+                block.name
+            )));
+        }
+        if fixed_length(index) && own[index].length != block.length {
+            return Err(WireError::Incompatible(format!(
+                "RAM block '{}' has {} bytes at the source and {} at the destination; {CURE}",
+                block.name, block.length, own[index].length
+            )));
+        }
+        indices.push(index);
+    }
+    Ok(indices)
+}
+
+/// The first block that one side has and the other lacks, for the message.
+fn first_missing(source: &[ListedBlock], own: &[ListedBlock]) -> String {
+    let lacks = |list: &[ListedBlock], name: &str| !list.iter().any(|block| block.name == name);
+    if let Some(block) = source.iter().find(|block| lacks(own, &block.name)) {
+        return format!(" ('{}' is only at the source)", block.name);
+    }
+    match own.iter().find(|block| lacks(source, &block.name)) {
+        Some(block) => format!(" ('{}' is only at the destination)", block.name),
+        None => String::new(),
+    }
+}
+
+/// The destination's blocks in the source's order, against which the source's ranges are checked.
+#[derive(Debug, Clone)]
+pub struct BlockTable {
+    /// `(offset in the destination's numbering, length)`.
+    blocks: Vec<(u64, u64)>,
+}
+
+impl BlockTable {
+    /// Number blocks of these lengths one behind the other, as chunks.
+    ///
+    /// # Errors
+    /// Too many blocks, or more bytes than an address can count.
+    pub fn new(lengths: impl IntoIterator<Item = u64>) -> Result<Self, WireError> {
+        let mut blocks = Vec::new();
+        let mut next = 0_u64;
+        for length in lengths {
+            let end = chunks(length).checked_mul(CHUNK).and_then(|size| next.checked_add(size));
+            let Some(end) = end.filter(|_| blocks.len() < BLOCKS_MAX) else {
+                return Err(WireError::Incompatible(format!(
+                    "The guest has more RAM blocks than {BLOCKS_MAX}, or more RAM than 16 EiB"
+                )));
+            };
+            blocks.push((next, length));
+            next = end;
+        }
+        Ok(Self { blocks })
+    }
+
+    /// What the source adds to offsets in block `index`.
+    pub fn offset(&self, index: usize) -> Option<u64> {
+        self.blocks.get(index).map(|(offset, _)| *offset)
+    }
+
+    /// The block and the range in it that a COMPRESS means.
+    ///
+    /// # Errors
+    /// A value other than zero; a block or a range that does not exist.
+    pub fn compress(&self, compress: &Compress) -> Result<(usize, Range<u64>), WireError> {
+        if compress.value.get() != 0 {
+            return Err(WireError::Misbehaved(format!(
+                "COMPRESS with value {}; only 0 is possible",
+                compress.value
+            )));
+        }
+        self.range("COMPRESS", compress.block_idx.get(), compress.offset.get(), |offset, _| {
+            offset.checked_add(compress.length.get())
+        })
+    }
+
+    /// The block and the range in it that a REGISTER_REQUEST means: whole chunks, the last one
+    /// clamped to the block's end.
+    ///
+    /// # Errors
+    /// A block or a range that does not exist.
+    pub fn register(&self, request: &Register) -> Result<(usize, Range<u64>), WireError> {
+        let (index, range) = self.range(
+            "REGISTER_REQUEST",
+            request.index.get(),
+            request.key.get(),
+            |offset, length| {
+                let last = (offset / CHUNK).checked_add(request.chunks.get())?;
+                if last >= chunks(length) {
+                    return None;
+                }
+                Some(last.checked_add(1)?.checked_mul(CHUNK)?.min(length))
+            },
+        )?;
+        Ok((index, range.start / CHUNK * CHUNK..range.end))
+    }
+
+    /// The range from `address` in block `index` to what `end` makes of the offset in the block
+    /// and the block's length.
+    fn range(
+        &self,
+        what: &str,
+        index: u32,
+        address: u64,
+        end: impl Fn(u64, u64) -> Option<u64>,
+    ) -> Result<(usize, Range<u64>), WireError> {
+        let Some(&(base, length)) = self.blocks.get(index as usize) else {
+            return Err(WireError::Misbehaved(format!(
+                "{what} for RAM block {index} of {}",
+                self.blocks.len()
+            )));
+        };
+        let start = address.checked_sub(base).filter(|start| *start < length);
+        let range = start.and_then(|start| Some(start..end(start, length)?));
+        match range {
+            Some(range) if range.start < range.end && range.end <= length => {
+                Ok((index as usize, range))
+            }
+            _ => Err(WireError::Misbehaved(format!(
+                "{what} beyond RAM block {index} of {length} bytes (address {address:#x}, the \
+                 block begins at {base:#x})"
+            ))),
+        }
+    }
+}
+
+/// Chunks of a block, as QEMU counts them: one spare where the length is a multiple.
+pub fn chunks(length: u64) -> u64 {
+    (length / CHUNK).saturating_add(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const TIB: u64 = 1 << 40;
+
+    fn listed(blocks: &[(&str, u64)]) -> Vec<ListedBlock> {
+        let listed =
+            |(name, length): &(&str, u64)| ListedBlock { name: (*name).into(), length: *length };
+        blocks.iter().map(listed).collect()
+    }
+
+    fn difference(source: &[(&str, u64)], own: &[(&str, u64)]) -> String {
+        compare(&listed(source), &listed(own), |_| true).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn finds_blocks_in_another_order() {
+        let source = listed(&[("pc.ram", 4096), ("vga.vram", 8192)]);
+        let own = listed(&[("vga.vram", 8192), ("pc.ram", 4096)]);
+        assert_eq!(compare(&source, &own, |_| true).unwrap(), [1, 0]);
+    }
+
+    #[test]
+    fn says_what_differs() {
+        let error = difference(&[("a", 1), ("b", 1)], &[("a", 1)]);
+        assert!(
+            error.contains("2 RAM blocks") && error.contains("'b' is only at the source"),
+            "{error}"
+        );
+        let error = difference(&[("a", 1)], &[("b", 1)]);
+        assert!(error.contains("no RAM block 'a'"), "{error}");
+        let error = difference(&[("a", 4096)], &[("a", 8192)]);
+        assert!(error.contains("4096 bytes at the source and 8192"), "{error}");
+        assert!(difference(&[("a", 1), ("a", 1)], &[("a", 1), ("b", 1)]).contains("twice"));
+    }
+
+    #[test]
+    fn lets_qemu_resize_what_it_may() {
+        assert!(compare(&listed(&[("rom", 1)]), &listed(&[("rom", 2)]), |_| false).is_ok());
+    }
+
+    #[test]
+    fn refuses_more_blocks_than_a_result_can_name() {
+        assert!(BlockTable::new(vec![16 * TIB; BLOCKS_MAX]).is_ok());
+        assert!(BlockTable::new(vec![1; BLOCKS_MAX + 1]).is_err());
+        assert!(BlockTable::new([u64::MAX]).is_err());
+    }
+
+    proptest! {
+        /// Whatever the peer asks for, what is granted lies in the block.
+        #[test]
+        fn ranges_lie_in_their_block(
+            lengths in prop::collection::vec(1..16 * TIB, 1..20),
+            index in 0_u32..24,
+            key in prop_oneof![any::<u64>(), 0..64 * TIB],
+            length in prop_oneof![any::<u64>(), 0..32 * TIB],
+            chunk_count in prop_oneof![any::<u64>(), 0..32_u64 << 20],
+        ) {
+            let table = BlockTable::new(lengths.iter().copied()).unwrap();
+            let compress = Compress {
+                value: 0.into(), block_idx: index.into(), offset: key.into(), length: length.into(),
+            };
+            if let Ok((block, range)) = table.compress(&compress) {
+                prop_assert!(range.start < range.end && range.end <= lengths[block]);
+                prop_assert_eq!(range.end - range.start, length);
+                prop_assert_eq!(table.offset(block).unwrap() + range.start, key);
+            }
+            let register = Register {
+                key: key.into(), index: index.into(), padding: 0.into(), chunks: chunk_count.into(),
+            };
+            if let Ok((block, range)) = table.register(&register) {
+                prop_assert!(range.start < range.end && range.end <= lengths[block]);
+                prop_assert_eq!(range.start % CHUNK, 0);
+            }
+        }
+
+        /// Every chunk of every block can be registered, and its ranges cover it.
+        #[test]
+        fn every_chunk_is_granted(length in 1..16 * TIB, at in any::<prop::sample::Index>()) {
+            let table = BlockTable::new([4096, length]).unwrap();
+            let chunk = at.index(usize::try_from(length.div_ceil(CHUNK)).unwrap()) as u64;
+            let key = table.offset(1).unwrap() + chunk * CHUNK;
+            let request = Register { key: key.into(), index: 1.into(), padding: 0.into(), chunks: 0.into() };
+            let (_, range) = table.register(&request).unwrap();
+            prop_assert_eq!(range, chunk * CHUNK..((chunk + 1) * CHUNK).min(length));
+        }
+    }
+}

@@ -1,0 +1,192 @@
+//! READY: who may send, and when to say so.
+//!
+//! Version 1 is lock-step: the reader of a message grants one credit, by READY, before each. Two
+//! helpers begin with as many credits as the reader has buffers, and a READY returns as many as
+//! its `repeat` says. Replies to a request, READY itself and errors need no credit.
+
+use super::WireError;
+
+/// How the two sides of a connection grant credits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Flow {
+    /// Version 1: no credit at first, one by each READY.
+    Lockstep,
+    /// Between helpers: this many from the start, returned in batches.
+    Window(u16),
+}
+
+impl Flow {
+    fn window(self) -> u32 {
+        match self {
+            Self::Lockstep => 1,
+            Self::Window(window) => window.into(),
+        }
+    }
+}
+
+/// The credits of the side that sends.
+#[derive(Debug)]
+pub struct Sender {
+    window: u32,
+    credits: u32,
+}
+
+impl Sender {
+    /// At the connection's start.
+    pub fn new(flow: Flow) -> Self {
+        let credits = if flow == Flow::Lockstep { 0 } else { flow.window() };
+        Self { window: flow.window(), credits }
+    }
+
+    /// Take a credit for a message, if there is one.
+    #[must_use]
+    pub fn take(&mut self) -> bool {
+        let some = self.credits > 0;
+        self.credits -= u32::from(some);
+        some
+    }
+
+    /// A READY with this `repeat` arrived.
+    ///
+    /// # Errors
+    /// It grants nothing, or more than the peer has buffers.
+    pub fn ready(&mut self, repeat: u32) -> Result<(), WireError> {
+        match self.credits.checked_add(repeat) {
+            Some(credits) if repeat > 0 && credits <= self.window => {
+                self.credits = credits;
+                Ok(())
+            }
+            _ => Err(WireError::Misbehaved(format!(
+                "READY for {repeat} messages while {} of {} buffers are free already",
+                self.credits, self.window
+            ))),
+        }
+    }
+}
+
+/// The credits that the side that receives has granted.
+#[derive(Debug)]
+pub struct Receiver {
+    window: u32,
+    /// Granted and not used yet.
+    granted: u32,
+    /// Buffers that are free again and not granted yet.
+    free: u32,
+}
+
+impl Receiver {
+    /// At the connection's start.
+    pub fn new(flow: Flow) -> Self {
+        let window = flow.window();
+        match flow {
+            Flow::Lockstep => Self { window, granted: 0, free: 1 },
+            Flow::Window(_) => Self { window, granted: window, free: 0 },
+        }
+    }
+
+    /// A message that needs a credit arrived.
+    ///
+    /// # Errors
+    /// It had none.
+    pub fn received(&mut self) -> Result<(), WireError> {
+        match self.granted.checked_sub(1) {
+            Some(granted) => {
+                self.granted = granted;
+                Ok(())
+            }
+            None => Err(WireError::Misbehaved("a message without READY".into())),
+        }
+    }
+
+    /// The message was dealt with: its buffer is free.
+    pub fn consumed(&mut self) {
+        self.free = (self.free + 1).min(self.window - self.granted);
+    }
+
+    /// The `repeat` of the READY to send now, if one is due: in lock-step for each message, else
+    /// when half the window is free.
+    pub fn grant(&mut self) -> Option<u32> {
+        if self.free == 0 || self.free < self.window / 2 {
+            return None;
+        }
+        self.granted += self.free;
+        Some(std::mem::take(&mut self.free))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn lockstep_is_one_ready_a_message() {
+        let (mut sender, mut receiver) =
+            (Sender::new(Flow::Lockstep), Receiver::new(Flow::Lockstep));
+        assert!(!sender.take());
+        assert!(receiver.received().is_err());
+        for _ in 0..3 {
+            assert_eq!(receiver.grant(), Some(1));
+            assert_eq!(receiver.grant(), None);
+            sender.ready(1).unwrap();
+            assert!(sender.ready(1).is_err());
+            assert!(sender.take());
+            assert!(!sender.take());
+            receiver.received().unwrap();
+            receiver.consumed();
+        }
+    }
+
+    #[test]
+    fn a_ready_for_nothing_or_too_much_is_refused() {
+        let mut sender = Sender::new(Flow::Window(4));
+        assert!(sender.take());
+        assert!(sender.ready(0).is_err());
+        assert!(sender.ready(2).is_err());
+        assert!(sender.ready(u32::MAX).is_err());
+        sender.ready(1).unwrap();
+    }
+
+    proptest! {
+        /// However sends and receptions interleave, no message arrives without a buffer, and
+        /// the pair never gets stuck.
+        #[test]
+        fn never_overruns_and_never_sticks(window in 1_u16..40, steps in prop::collection::vec(0..3, 1..500)) {
+            let flow = Flow::Window(window);
+            let (mut sender, mut receiver) = (Sender::new(flow), Receiver::new(flow));
+            let (mut on_the_wire, mut held) = (0_u32, 0_u32);
+            for step in steps {
+                match step {
+                    0 if sender.take() => on_the_wire += 1,
+                    1 if on_the_wire > 0 => {
+                        receiver.received().unwrap();
+                        on_the_wire -= 1;
+                        held += 1;
+                    }
+                    2 if held > 0 => {
+                        receiver.consumed();
+                        held -= 1;
+                        if let Some(repeat) = receiver.grant() {
+                            sender.ready(repeat).unwrap();
+                        }
+                    }
+                    _ => {}
+                }
+                prop_assert!(on_the_wire + held <= window.into());
+            }
+            while on_the_wire > 0 {
+                receiver.received().unwrap();
+                on_the_wire -= 1;
+                held += 1;
+            }
+            for _ in 0..held {
+                receiver.consumed();
+            }
+            if let Some(repeat) = receiver.grant() {
+                sender.ready(repeat).unwrap();
+            }
+            prop_assert!(sender.take());
+        }
+    }
+}
