@@ -1,1 +1,17 @@
-//! (stream)
+//! QEMU's migration stream: read it, and rewrite it for a peer that gets RAM by other means.
+//!
+//! [`Rewriter`] is the source's side: it takes RAM records out and says what to write instead.
+//! [`Landing`] is the destination's: it passes the rest on to QEMU and knows where RAM ends. Both
+//! are fed bytes cut anywhere, do no I/O, and stand on one grammar ([`parser`]). Precopy streams
+//! of QEMU 7.2 to 10.0 are understood (`migration/savevm.c`, `migration/ram.c`); whatever has no
+//! length that can be known is refused by name.
+
+mod landing;
+mod parser;
+mod rewriter;
+#[cfg(test)]
+mod tests;
+
+pub use landing::{Inlet, Landing};
+pub use parser::{PushError, StreamBlock, StreamError};
+pub use rewriter::{BlockRange, Limits, Outlet, Rewriter, Travel};

@@ -1,0 +1,110 @@
+//! The destination's side: the rewritten stream goes to QEMU without the hooks.
+
+use super::parser::{Item, Parser, Payload, PushError, StreamBlock, StreamError, Taker};
+
+/// Carries out what [`Landing`] finds, in the order of the calls.
+pub trait Inlet {
+    /// Why it can't.
+    type Error;
+
+    /// The block list is complete.
+    ///
+    /// # Errors
+    /// The inlet's own; any ends the stream. So for the other calls.
+    fn ram_blocks(&mut self, blocks: &[StreamBlock]) -> Result<(), Self::Error>;
+
+    /// Bytes for QEMU.
+    ///
+    /// # Errors
+    /// The inlet's own.
+    fn stream(&mut self, bytes: &[u8]) -> Result<(), Self::Error>;
+
+    /// A HOOK: writes follow until REGISTER_FINISHED.
+    ///
+    /// # Errors
+    /// The inlet's own.
+    fn hook(&mut self) -> Result<(), Self::Error>;
+
+    /// The last RAM section's records have all been passed on; its end has not.
+    ///
+    /// # Errors
+    /// The inlet's own.
+    fn ram_end(&mut self) -> Result<(), Self::Error>;
+}
+
+/// The destination's reader; feed it with [`Landing::push`].
+#[derive(Debug)]
+pub struct Landing {
+    parser: Parser,
+}
+
+impl Default for Landing {
+    fn default() -> Self {
+        Self { parser: Parser::new() }
+    }
+}
+
+impl Landing {
+    /// Take the bytes of a QEMU_FILE message.
+    ///
+    /// # Errors
+    /// When they are malformed, or a HOOK is not the message's last word; or the inlet's.
+    pub fn push<I: Inlet>(
+        &mut self,
+        message: &[u8],
+        inlet: &mut I,
+    ) -> Result<(), PushError<I::Error>> {
+        self.parser.push(message, &mut Passing { inlet, hooked: false })
+    }
+
+    /// The source says that the stream is complete.
+    ///
+    /// # Errors
+    /// [`StreamError::Cut`] before the last RAM section.
+    pub fn finish(self) -> Result<(), StreamError> {
+        self.parser.finish()
+    }
+}
+
+struct Passing<'a, I> {
+    inlet: &'a mut I,
+    /// The message's last word must have been this HOOK.
+    hooked: bool,
+}
+
+impl<I: Inlet> Passing<'_, I> {
+    fn pass(&mut self, item: Item, raw: &[u8], blocks: &[StreamBlock]) -> Result<(), I::Error> {
+        match item {
+            Item::Hook => {
+                self.hooked = true;
+                return self.inlet.hook();
+            }
+            Item::Eos { last: true } => self.inlet.ram_end()?,
+            _ => {}
+        }
+        self.inlet.stream(raw)?;
+        if item == Item::BlocksEnd { self.inlet.ram_blocks(blocks) } else { Ok(()) }
+    }
+}
+
+impl<I: Inlet> Taker for Passing<'_, I> {
+    type Error = I::Error;
+
+    fn item(
+        &mut self,
+        item: Item,
+        raw: &[u8],
+        blocks: &[StreamBlock],
+    ) -> Result<Payload, PushError<I::Error>> {
+        if self.hooked {
+            let why = "bytes behind a HOOK in its message".to_owned();
+            return Err(PushError::Stream(StreamError::Malformed { at: 0, why }));
+        }
+        self.pass(item, raw, blocks).map_err(PushError::Taker)?;
+        Ok(Payload::Take)
+    }
+
+    fn payload(&mut self, bytes: &[u8]) -> Result<(), PushError<I::Error>> {
+        self.inlet.stream(bytes).map_err(PushError::Taker)
+    }
+}

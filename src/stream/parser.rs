@@ -1,0 +1,622 @@
+//! The grammar of the stream, fed with bytes cut anywhere.
+
+use std::collections::HashMap;
+
+use crate::wire::BLOCKS_MAX;
+
+/// The target's page size: 4 KiB on x86.
+pub const PAGE: u64 = 4096;
+
+/// Longest item that has to be seen whole, in bytes: a record's or a command's head with a name.
+const ITEM_MAX: usize = 2048;
+
+/// Longest data of a command, and longest machine type, in bytes.
+const FIELD_MAX: usize = 1024;
+
+/// Section types (QEMU_VM_* of `migration/savevm.h`).
+mod section {
+    pub const EOF: u8 = 0x00;
+    pub const START: u8 = 0x01;
+    pub const PART: u8 = 0x02;
+    pub const END: u8 = 0x03;
+    pub const FULL: u8 = 0x04;
+    pub const SUBSECTION: u8 = 0x05;
+    pub const CONFIGURATION: u8 = 0x07;
+    pub const COMMAND: u8 = 0x08;
+    pub const FOOTER: u8 = 0x7e;
+}
+
+/// Flags in the low bits of a RAM record's word (RAM_SAVE_FLAG_* of `migration/ram.c`).
+pub(super) mod flag {
+    pub const ZERO: u64 = 0x002;
+    pub const MEM_SIZE: u64 = 0x004;
+    pub const PAGE: u64 = 0x008;
+    pub const EOS: u64 = 0x010;
+    pub const CONTINUE: u64 = 0x020;
+    pub const XBZRLE: u64 = 0x040;
+    pub const HOOK: u64 = 0x080;
+    pub const COMPRESS_PAGE: u64 = 0x100;
+    pub const MULTIFD_FLUSH: u64 = 0x200;
+}
+
+/// What is wrong with a stream.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum StreamError {
+    /// The bytes follow no grammar that is known.
+    #[error("Malformed migration stream at byte {at}: {why}")]
+    Malformed {
+        /// Offset in the stream.
+        at: u64,
+        /// What was met.
+        why: String,
+    },
+    /// A section whose end can't be found.
+    #[error(
+        "The guest's state contains section '{0}', whose length can't be known; remove the device \
+         or feature behind it (vfio, virtio-mem, dirty bitmaps) or migrate over tcp:"
+    )]
+    UnknownSection(String),
+    /// A feature of the stream that excludes this way of migrating.
+    #[error("The stream uses {0}, which can't be combined with rdma:; turn it off")]
+    Unsupported(&'static str),
+    /// The stream ended too early.
+    #[error("the stream was cut after {at} bytes, {phase}")]
+    Cut {
+        /// Bytes that came.
+        at: u64,
+        /// Where that is.
+        phase: &'static str,
+    },
+}
+
+/// An error of the stream, or of whoever takes its content.
+#[derive(Debug, thiserror::Error)]
+pub enum PushError<E> {
+    /// The stream's.
+    #[error(transparent)]
+    Stream(StreamError),
+    /// The taker's.
+    #[error("{0}")]
+    Taker(E),
+}
+
+/// A RAM block, as the stream's block list names it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StreamBlock {
+    /// QEMU's idstr.
+    pub name: String,
+    /// Used length in bytes.
+    pub length: u64,
+}
+
+/// What a piece of the stream is. Its bytes come along; see [`Taker`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Item {
+    /// Framing, commands, configuration.
+    Other,
+    /// The last entry of the block list.
+    BlocksEnd,
+    /// The head of a record with a page's content (of any encoding) as payload.
+    Page { block: u32, offset: u64 },
+    /// A page that is zero; no payload.
+    Zero { block: u32, offset: u64 },
+    /// RDMA's synchronisation point.
+    Hook,
+    /// Multifd's.
+    MultifdFlush,
+    /// A RAM section's body ends; the last one's?
+    Eos { last: bool },
+    /// Behind the last RAM section.
+    Opaque,
+}
+
+/// What becomes of a record's payload.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Payload {
+    /// [`Taker::payload`] gets it.
+    Take,
+    /// It is skipped.
+    Drop,
+}
+
+/// Takes what the parser finds.
+pub(super) trait Taker {
+    type Error;
+
+    /// An item; `raw` are its bytes without payload, `blocks` the block list so far.
+    fn item(
+        &mut self,
+        item: Item,
+        raw: &[u8],
+        blocks: &[StreamBlock],
+    ) -> Result<Payload, PushError<Self::Error>>;
+
+    /// Some of the payload of the last item.
+    fn payload(&mut self, bytes: &[u8]) -> Result<(), PushError<Self::Error>>;
+}
+
+/// Which RAM section.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Ram {
+    Start,
+    Part,
+    End,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    /// Magic and version.
+    Header,
+    /// The configuration section may come.
+    Configuration,
+    /// Subsections of the configuration may come.
+    Subsection,
+    /// Strings of `configuration/capabilities`.
+    Capabilities(u32),
+    /// A section or a command.
+    Section,
+    /// The word that begins the block list.
+    MemSize,
+    /// Entries of the block list, with the bytes that their lengths must still sum up to.
+    Blocks(u64),
+    /// Records.
+    Body(Ram),
+    /// Behind a RAM section's body.
+    Footer(Ram),
+    /// Behind the last RAM section.
+    Opaque,
+}
+
+/// An item that was found at the front of the bytes.
+struct Found {
+    /// Bytes of it, payload not included.
+    size: usize,
+    item: Item,
+    /// Bytes of payload.
+    payload: u64,
+    next: State,
+}
+
+/// The parser.
+#[derive(Debug)]
+pub(super) struct Parser {
+    state: State,
+    /// Bytes of an item that is not whole yet.
+    carry: Vec<u8>,
+    /// Payload still to come, and what becomes of it.
+    payload: u64,
+    take_payload: bool,
+    /// Bytes parsed.
+    at: u64,
+    ram_id: Option<u32>,
+    blocks: Vec<StreamBlock>,
+    by_name: HashMap<String, u32>,
+    /// The block that CONTINUE means.
+    last_block: Option<u32>,
+}
+
+impl Parser {
+    pub(super) fn new() -> Self {
+        Self {
+            state: State::Header,
+            carry: Vec::new(),
+            payload: 0,
+            take_payload: false,
+            at: 0,
+            ram_id: None,
+            blocks: Vec::new(),
+            by_name: HashMap::new(),
+            last_block: None,
+        }
+    }
+
+    /// The last RAM section's body has ended.
+    pub(super) fn ram_ended(&self) -> bool {
+        matches!(self.state, State::Footer(Ram::End) | State::Opaque)
+    }
+
+    /// Check that the stream may end here. What follows RAM has no length that is known, so a
+    /// cut there is for the destination's QEMU to notice.
+    pub(super) fn finish(&self) -> Result<(), StreamError> {
+        let phase = match self.state {
+            State::Opaque => return Ok(()),
+            State::Header if self.at == 0 => "before its header",
+            State::Header | State::Configuration | State::Subsection | State::Capabilities(_) => {
+                "in its header"
+            }
+            State::MemSize | State::Blocks(_) | State::Body(Ram::Start) => "in the set-up of RAM",
+            _ => "before the last RAM section",
+        };
+        Err(StreamError::Cut { at: self.at, phase })
+    }
+
+    /// Parse all of `input`.
+    pub(super) fn push<T: Taker>(
+        &mut self,
+        mut input: &[u8],
+        taker: &mut T,
+    ) -> Result<(), PushError<T::Error>> {
+        while !input.is_empty() {
+            if self.payload > 0 {
+                let take =
+                    usize::try_from(self.payload).map_or(input.len(), |p| p.min(input.len()));
+                if self.take_payload {
+                    taker.payload(&input[..take])?;
+                }
+                self.payload -= take as u64;
+                self.at += take as u64;
+                input = &input[take..];
+            } else if self.carry.is_empty() {
+                match self.find(input).map_err(PushError::Stream)? {
+                    Some(found) => {
+                        let (raw, rest) = input.split_at(found.size);
+                        self.apply(found, raw, taker)?;
+                        input = rest;
+                    }
+                    None => return self.carry_over(input),
+                }
+            } else {
+                let carried = self.carry.len();
+                let more = input.len().min(ITEM_MAX - carried);
+                self.carry.extend_from_slice(&input[..more]);
+                let carry = std::mem::take(&mut self.carry);
+                match self.find(&carry).map_err(PushError::Stream)? {
+                    Some(found) => {
+                        // The item was not whole before, so it ends within the new bytes.
+                        let size = found.size;
+                        self.apply(found, &carry[..size], taker)?;
+                        input = &input[size - carried..];
+                    }
+                    None => return self.carry_over(&carry),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Keep the bytes of an item that is not whole.
+    fn carry_over<E>(&mut self, bytes: &[u8]) -> Result<(), PushError<E>> {
+        if bytes.len() >= ITEM_MAX {
+            return Err(PushError::Stream(self.malformed("an item that does not end")));
+        }
+        self.carry = bytes.to_vec();
+        Ok(())
+    }
+
+    /// Hand an item over and move on.
+    fn apply<T: Taker>(
+        &mut self,
+        found: Found,
+        raw: &[u8],
+        taker: &mut T,
+    ) -> Result<(), PushError<T::Error>> {
+        let payload = taker.item(found.item, raw, &self.blocks)?;
+        self.state = found.next;
+        self.payload = found.payload;
+        self.take_payload = payload == Payload::Take;
+        self.at += raw.len() as u64;
+        Ok(())
+    }
+
+    fn malformed(&self, why: impl Into<String>) -> StreamError {
+        StreamError::Malformed { at: self.at, why: why.into() }
+    }
+
+    /// The item at the front of `bytes`, or `None` if more of it must come.
+    fn find(&mut self, bytes: &[u8]) -> Result<Option<Found>, StreamError> {
+        let mut fields = Fields { bytes, next: 0 };
+        let other = |fields: &Fields<'_>, next| {
+            Some(Found { size: fields.next, item: Item::Other, payload: 0, next })
+        };
+        match self.state {
+            State::Opaque => Ok(Some(Found {
+                size: bytes.len(),
+                item: Item::Opaque,
+                payload: 0,
+                next: self.state,
+            })),
+            State::Body(ram) => self.record(&mut fields, ram),
+            State::Header => {
+                let (Some(magic), Some(version)) = (fields.u32(), fields.u32()) else {
+                    return Ok(None);
+                };
+                if (magic, version) != (u32::from_be_bytes(*b"QEVM"), 3) {
+                    return Err(self.malformed("no QEMU migration stream of version 3"));
+                }
+                Ok(other(&fields, State::Configuration))
+            }
+            State::Configuration if bytes[0] == section::CONFIGURATION => {
+                let found = fields.skip(1).and_then(|()| fields.long_string());
+                self.bounded(found, FIELD_MAX, "a machine type")?;
+                Ok(found.and_then(|_| other(&fields, State::Subsection)))
+            }
+            State::Subsection if bytes[0] == section::SUBSECTION => self.subsection(&mut fields),
+            State::Configuration | State::Subsection | State::Section => self.section(&mut fields),
+            State::Capabilities(left) => {
+                let Some(name) = fields.string() else { return Ok(None) };
+                match name {
+                    b"x-ignore-shared" => {
+                        Err(StreamError::Unsupported("capability x-ignore-shared"))
+                    }
+                    b"mapped-ram" => Err(StreamError::Unsupported("capability mapped-ram")),
+                    _ if left > 1 => Ok(other(&fields, State::Capabilities(left - 1))),
+                    _ => Ok(other(&fields, State::Subsection)),
+                }
+            }
+            State::MemSize => {
+                let Some(word) = fields.u64() else { return Ok(None) };
+                if word & (PAGE - 1) != flag::MEM_SIZE || word < PAGE {
+                    return Err(self.malformed(format!("{word:#x} where the block list belongs")));
+                }
+                Ok(other(&fields, State::Blocks(word & !(PAGE - 1))))
+            }
+            State::Blocks(left) => self.block(&mut fields, left),
+            State::Footer(ram) => {
+                let (Some(mark), Some(id)) = (fields.u8(), fields.u32()) else { return Ok(None) };
+                if mark != section::FOOTER || Some(id) != self.ram_id {
+                    return Err(self.malformed("no footer behind a RAM section"));
+                }
+                Ok(other(&fields, if ram == Ram::End { State::Opaque } else { State::Section }))
+            }
+        }
+    }
+
+    /// Refuse a length-prefixed field that is too long to be honest.
+    fn bounded(&self, found: Option<usize>, most: usize, what: &str) -> Result<(), StreamError> {
+        match found {
+            Some(length) if length > most => {
+                Err(self.malformed(format!("{what} of {length} bytes")))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// A subsection of the configuration.
+    fn subsection(&self, fields: &mut Fields<'_>) -> Result<Option<Found>, StreamError> {
+        fields.next = 1;
+        let (Some(name), Some(_version)) = (fields.string(), fields.u32()) else { return Ok(None) };
+        let mut next = State::Subsection;
+        let whole = match name {
+            b"configuration/target-page-bits" => match fields.u32() {
+                Some(bits) if bits != PAGE.trailing_zeros() => {
+                    return Err(StreamError::Unsupported("a target page size other than 4 KiB"));
+                }
+                bits => bits.is_some(),
+            },
+            b"configuration/uuid" => fields.skip(16).is_some(),
+            b"configuration/capabilities" => match fields.u32() {
+                Some(0) => true,
+                Some(count @ 1..=64) => {
+                    next = State::Capabilities(count);
+                    true
+                }
+                Some(count) => return Err(self.malformed(format!("{count} capabilities"))),
+                None => false,
+            },
+            other => {
+                let name = String::from_utf8_lossy(other);
+                return Err(self.malformed(format!("unknown configuration '{name}'")));
+            }
+        };
+        Ok(whole.then_some(Found { size: fields.next, item: Item::Other, payload: 0, next }))
+    }
+
+    /// The head of a section, or a command.
+    fn section(&mut self, fields: &mut Fields<'_>) -> Result<Option<Found>, StreamError> {
+        let Some(kind) = fields.u8() else { return Ok(None) };
+        let next = match kind {
+            section::COMMAND => return self.command(fields),
+            section::START | section::FULL => {
+                let (Some(id), Some(name)) = (fields.u32(), fields.string()) else {
+                    return Ok(None);
+                };
+                let (Some(_instance), Some(version)) = (fields.u32(), fields.u32()) else {
+                    return Ok(None);
+                };
+                if (kind, name) != (section::START, b"ram".as_slice()) {
+                    let name = String::from_utf8_lossy(name).into_owned();
+                    return Err(StreamError::UnknownSection(name));
+                }
+                if version != 4 || self.ram_id.is_some() {
+                    return Err(self.malformed(format!("RAM of version {version}, or twice")));
+                }
+                self.ram_id = Some(id);
+                State::MemSize
+            }
+            section::PART | section::END => {
+                let Some(id) = fields.u32() else { return Ok(None) };
+                if Some(id) != self.ram_id {
+                    return Err(self.malformed(format!("a part of unknown section {id}")));
+                }
+                State::Body(if kind == section::PART { Ram::Part } else { Ram::End })
+            }
+            section::EOF => return Err(self.malformed("an end before the last RAM section")),
+            other => return Err(self.malformed(format!("section type {other:#x}"))),
+        };
+        Ok(Some(Found { size: fields.next, item: Item::Other, payload: 0, next }))
+    }
+
+    /// A command (MIG_CMD_* of `migration/savevm.c`).
+    fn command(&self, fields: &mut Fields<'_>) -> Result<Option<Found>, StreamError> {
+        let (Some(command), Some(length)) = (fields.u16(), fields.u16()) else { return Ok(None) };
+        match command {
+            // OPEN_RETURN_PATH, PING, SWITCHOVER_START.
+            1 | 2 | 11 => {}
+            3..=7 | 9 | 10 => return Err(StreamError::Unsupported("postcopy")),
+            8 => return Err(StreamError::Unsupported("COLO")),
+            other => return Err(self.malformed(format!("command {other}"))),
+        }
+        self.bounded(Some(length.into()), FIELD_MAX, "a command")?;
+        let whole = fields.skip(length.into());
+        let next = State::Section;
+        Ok(whole.map(|()| Found { size: fields.next, item: Item::Other, payload: 0, next }))
+    }
+
+    /// An entry of the block list.
+    fn block(&mut self, fields: &mut Fields<'_>, left: u64) -> Result<Option<Found>, StreamError> {
+        let (Some(name), Some(length)) = (fields.string(), fields.u64()) else { return Ok(None) };
+        let name = std::str::from_utf8(name).ok().filter(|name| !name.is_empty());
+        let Some(name) = name.map(str::to_owned) else {
+            return Err(self.malformed("a RAM block without a proper name"));
+        };
+        let left = left.checked_sub(length).filter(|_| length > 0 && length % PAGE == 0);
+        let Some(left) = left.filter(|_| self.blocks.len() < BLOCKS_MAX) else {
+            let why = format!("RAM block '{name}' of {length} bytes is more than was announced");
+            return Err(self.malformed(why));
+        };
+        let index = self.blocks.len() as u32;
+        if self.by_name.insert(name.clone(), index).is_some() {
+            return Err(self.malformed(format!("RAM block '{name}' is listed twice")));
+        }
+        self.blocks.push(StreamBlock { name, length });
+        let (item, next) = match left {
+            0 => (Item::BlocksEnd, State::Body(Ram::Start)),
+            _ => (Item::Other, State::Blocks(left)),
+        };
+        Ok(Some(Found { size: fields.next, item, payload: 0, next }))
+    }
+
+    /// A word of a RAM section's body, and what belongs to it.
+    fn record(&mut self, fields: &mut Fields<'_>, ram: Ram) -> Result<Option<Found>, StreamError> {
+        let Some(word) = fields.u64() else { return Ok(None) };
+        let (offset, flags) = (word & !(PAGE - 1), word & (PAGE - 1));
+        let mut next = State::Body(ram);
+        let plain = match flags {
+            flag::EOS => {
+                next = State::Footer(ram);
+                Some(Item::Eos { last: ram == Ram::End })
+            }
+            flag::HOOK => Some(Item::Hook),
+            flag::MULTIFD_FLUSH => Some(Item::MultifdFlush),
+            _ => None,
+        };
+        if let Some(item) = plain {
+            if offset != 0 {
+                return Err(self.malformed(format!("RAM word {word:#x}")));
+            }
+            return Ok(Some(Found { size: fields.next, item, payload: 0, next }));
+        }
+        if ram == Ram::Start {
+            return Err(self.malformed(format!("RAM word {word:#x} in the set-up")));
+        }
+        let Some(block) = self.record_block(fields, flags, offset)? else { return Ok(None) };
+        let (item, payload) = match flags & !flag::CONTINUE {
+            flag::PAGE => (Item::Page { block, offset }, PAGE),
+            flag::ZERO => match fields.u8() {
+                Some(0) => (Item::Zero { block, offset }, 0),
+                Some(fill) => return Err(self.malformed(format!("a page filled with {fill:#x}"))),
+                None => return Ok(None),
+            },
+            flag::XBZRLE => {
+                let (Some(encoding), Some(length)) = (fields.u8(), fields.u16()) else {
+                    return Ok(None);
+                };
+                if encoding != 1 || u64::from(length) > PAGE {
+                    return Err(self.malformed("an XBZRLE page that is none"));
+                }
+                (Item::Page { block, offset }, length.into())
+            }
+            flag::COMPRESS_PAGE => {
+                let Some(length) = fields.u32() else { return Ok(None) };
+                // zlib's compressBound of a page, and some.
+                if u64::from(length) > PAGE + 64 {
+                    return Err(self.malformed(format!("a compressed page of {length} bytes")));
+                }
+                (Item::Page { block, offset }, length.into())
+            }
+            _ => return Err(self.malformed(format!("RAM word {word:#x}"))),
+        };
+        self.last_block = Some(block);
+        Ok(Some(Found { size: fields.next, item, payload, next }))
+    }
+
+    /// The block of a record: the last one's, or the one that its name says.
+    fn record_block(
+        &self,
+        fields: &mut Fields<'_>,
+        flags: u64,
+        offset: u64,
+    ) -> Result<Option<u32>, StreamError> {
+        let known = [flag::PAGE, flag::ZERO, flag::XBZRLE, flag::COMPRESS_PAGE];
+        if !known.contains(&(flags & !flag::CONTINUE)) {
+            return Err(self.malformed(format!("RAM record with flags {flags:#x}")));
+        }
+        let block = if flags & flag::CONTINUE != 0 {
+            self.last_block.ok_or_else(|| self.malformed("a page of no RAM block"))?
+        } else {
+            let Some(name) = fields.string() else { return Ok(None) };
+            let same = |block: &u32| self.blocks[*block as usize].name.as_bytes() == name;
+            match self.last_block.filter(same) {
+                Some(block) => block,
+                None => {
+                    let index = std::str::from_utf8(name).ok().and_then(|n| self.by_name.get(n));
+                    *index.ok_or_else(|| {
+                        let name = String::from_utf8_lossy(name);
+                        self.malformed(format!("a page of unknown RAM block '{name}'"))
+                    })?
+                }
+            }
+        };
+        let StreamBlock { name, length } = &self.blocks[block as usize];
+        if offset >= *length {
+            return Err(self.malformed(format!(
+                "a page at {offset:#x} of RAM block '{name}', which has {length} bytes"
+            )));
+        }
+        Ok(Some(block))
+    }
+}
+
+/// Reads fields from the front of bytes; `None` when they are not all there.
+struct Fields<'a> {
+    bytes: &'a [u8],
+    next: usize,
+}
+
+impl<'a> Fields<'a> {
+    fn take(&mut self, length: usize) -> Option<&'a [u8]> {
+        let taken = self.bytes.get(self.next..self.next.checked_add(length)?)?;
+        self.next += length;
+        Some(taken)
+    }
+
+    fn array<const N: usize>(&mut self) -> Option<[u8; N]> {
+        self.take(N)?.try_into().ok()
+    }
+
+    fn skip(&mut self, length: usize) -> Option<()> {
+        self.take(length).map(|_| ())
+    }
+
+    fn u8(&mut self) -> Option<u8> {
+        self.array().map(u8::from_be_bytes)
+    }
+
+    fn u16(&mut self) -> Option<u16> {
+        self.array().map(u16::from_be_bytes)
+    }
+
+    fn u32(&mut self) -> Option<u32> {
+        self.array().map(u32::from_be_bytes)
+    }
+
+    fn u64(&mut self) -> Option<u64> {
+        self.array().map(u64::from_be_bytes)
+    }
+
+    /// `u8` length, then the string.
+    fn string(&mut self) -> Option<&'a [u8]> {
+        let length = self.u8()?;
+        self.take(length.into())
+    }
+
+    /// `u32` length, then as many bytes; returns the length, even while the bytes are missing
+    /// if it is too long ever to be honest.
+    fn long_string(&mut self) -> Option<usize> {
+        let length = self.u32()? as usize;
+        if length <= FIELD_MAX {
+            self.skip(length)?;
+        }
+        Some(length)
+    }
+}
