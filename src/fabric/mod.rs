@@ -181,6 +181,9 @@ pub trait Poster: Send + Sync {
     /// When the connection is lost.
     fn drain(&self) -> Result<()>;
 
+    /// Nothing more will be sent: let what was sent arrive, as far as that takes a moment only.
+    fn finish(&self);
+
     /// Bytes of writes posted so far.
     fn posted(&self) -> u64;
 
@@ -201,6 +204,9 @@ pub trait Receiver: Send {
     /// # Errors
     /// The system's.
     fn set_timeout(&mut self, timeout: Option<Duration>) -> Result<()>;
+
+    /// Bytes of the peer's writes that have landed here; 0 where a device does it unseen.
+    fn landed(&self) -> u64;
 
     /// Withdraw the peer's access to every registered region (ordering rule 5). When it returns,
     /// no write can land any more.

@@ -1,6 +1,101 @@
 //! The worker of one migration: stream, memory and fabric in a process that may die.
 //!
-//! Owns the order of events of a migration (see `docs/architecture.md`, ordering rules). Knows
-//! nothing of QMP: the relay tells it what QEMU and the client said, in [`messages`].
+//! Owns the order of events of a migration (`docs/architecture.md`, ordering rules). Knows nothing
+//! of QMP: the relay tells it what QEMU and the client said, in [`messages`]. One thread runs the
+//! state machine ([`outgoing`] or [`incoming`]); data threads take QEMU's stream and the peer's
+//! messages, and tell it what happens.
 
+mod agreement;
+mod answers;
+mod control;
+mod error;
+mod incoming;
+mod intake;
+mod landing;
+mod link;
 pub mod messages;
+mod outgoing;
+mod return_path;
+mod statistics;
+pub mod worker;
+
+use std::{
+    sync::{
+        Arc,
+        mpsc::{Receiver, RecvTimeoutError},
+    },
+    time::{Duration, Instant},
+};
+
+use control::Reports;
+use error::{MigrationError, Result};
+use messages::Report;
+use statistics::Statistics;
+
+use crate::memory::Region;
+
+/// How often the relay gets figures, which are the worker's sign of life too.
+const REPORT_INTERVAL: Duration = Duration::from_millis(500);
+
+/// One of the attached QEMU's RAM blocks.
+pub(crate) struct Block {
+    /// QEMU's idstr.
+    name: String,
+    /// Used length in bytes.
+    length: u64,
+    /// Its memory; `None` if its pages travel in the stream.
+    region: Option<Arc<Region>>,
+}
+
+/// How a migration ended.
+enum Verdict {
+    Done,
+    Failed { reason: String, guest_never_ran: bool },
+}
+
+impl Verdict {
+    /// Failed. A peer that says that its guest never ran is believed.
+    fn failed(error: &MigrationError, guest_never_ran: bool) -> Self {
+        let peer_knows = matches!(error, MigrationError::PeerFailed { guest_never_ran: true, .. });
+        Self::Failed { reason: error.to_string(), guest_never_ran: guest_never_ran || peer_knows }
+    }
+
+    /// Tell the relay.
+    fn report(self, reports: &Reports, statistics: &Statistics) {
+        let progress = statistics.progress();
+        reports.send(&match self {
+            Self::Done => Report::Done(progress),
+            Self::Failed { reason, guest_never_ran } => {
+                Report::Failed { reason, guest_never_ran, progress }
+            }
+        });
+    }
+}
+
+/// Feed a state machine with events until it gives its verdict, reporting figures all the while.
+fn lifetime<S, E>(
+    mut state: S,
+    events: &Receiver<E>,
+    reports: &Reports,
+    statistics: &Statistics,
+    mut step: impl FnMut(S, E) -> std::result::Result<S, Verdict>,
+) -> Verdict {
+    let mut next_report = Instant::now();
+    loop {
+        if next_report <= Instant::now() {
+            reports.send(&Report::Progress(statistics.progress()));
+            next_report = Instant::now() + REPORT_INTERVAL;
+        }
+        match events.recv_timeout(next_report.saturating_duration_since(Instant::now())) {
+            Ok(event) => match step(state, event) {
+                Ok(next) => state = next,
+                Err(verdict) => return verdict,
+            },
+            Err(RecvTimeoutError::Timeout) => {}
+            Err(RecvTimeoutError::Disconnected) => {
+                let error = MigrationError::Aborted("All threads of the worker ended".into());
+                return Verdict::failed(&error, false);
+            }
+        }
+    }
+}

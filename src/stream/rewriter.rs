@@ -175,7 +175,7 @@ impl<O: Outlet> Rewriting<'_, O> {
             && run.zero == zero
             && run.block == block
             && run.end == offset
-            && offset % limit != 0
+            && !offset.is_multiple_of(limit)
         {
             run.end += PAGE;
             return Ok(());

@@ -11,7 +11,10 @@ use std::{
     time::Duration,
 };
 
-use rustix::net::{RecvFlags, SendFlags};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    net::{RecvFlags, SendFlags},
+};
 use zerocopy::{FromBytes, IntoBytes};
 
 use super::{
@@ -32,6 +35,9 @@ const REPORT_EVERY: u64 = 1 << 20;
 
 /// Bytes that are read ahead: the frames of some fifteen single pages.
 const READ_AHEAD: usize = 64 << 10;
+
+/// How long the peer may take to close after the last words.
+const FAREWELL: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
 
 /// Most bytes that one `sendfile` is asked for.
 const SENDFILE_MAX: u64 = 16 << 20;
@@ -245,6 +251,16 @@ impl Poster for TcpPoster {
         self.shared.wait_in_flight(0)
     }
 
+    fn finish(&self) {
+        let stream = &self.shared.stream;
+        // Closing a socket with unread bytes would reset the connection and may lose what was
+        // sent, so the peer is given the time to close first. Both calls fail only if it has.
+        if stream.shutdown(Shutdown::Write).is_ok() {
+            let mut closed = [PollFd::new(stream, PollFlags::RDHUP)];
+            let _ = poll(&mut closed, Some(&FAREWELL));
+        }
+    }
+
     fn posted(&self) -> u64 {
         self.shared.posted()
     }
@@ -282,6 +298,10 @@ impl Receiver for TcpReceiver {
             .stream
             .set_read_timeout(timeout)
             .map_err(|source| FabricError::Host { call: "Setting a timeout", source })
+    }
+
+    fn landed(&self) -> u64 {
+        self.received
     }
 
     fn revoke(&mut self) {

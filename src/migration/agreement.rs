@@ -1,0 +1,269 @@
+//! Before anything moves: versions, and that both sides have the same RAM blocks.
+
+use std::{sync::Arc, time::Duration};
+
+use super::{
+    Block, Result,
+    error::MigrationError,
+    link::{Link, LinkReceiver, WINDOW},
+    messages::{Address, Options},
+};
+use crate::{
+    fabric::{Fabric, RemoteKey, Request},
+    memory::Region,
+    wire::{
+        BLOCKS_MAX, Compress, Extension, ListedBlock, Message, PrivateData, RamBlockEntry,
+        WireError,
+        blocks::{self, BlockTable},
+        credit::Flow,
+    },
+};
+
+/// How long each side waits for the other's next step of the agreement.
+const TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Blocks in one BLOCK_LIST: of 264 bytes each at the most, they fit into a message.
+const BLOCKS_PER_LIST: usize = 1024;
+
+const OURS: Extension = Extension { version: Extension::VERSION, window: WINDOW };
+
+/// The source's view of an agreement.
+pub struct Agreement {
+    /// For sending.
+    pub link: Arc<Link>,
+    /// For receiving.
+    pub receiver: LinkReceiver,
+    /// The source's blocks.
+    pub blocks: Vec<AgreedBlock>,
+}
+
+/// One of the source's blocks.
+pub struct AgreedBlock {
+    /// QEMU's idstr.
+    pub name: String,
+    /// Used length in bytes.
+    pub length: u64,
+    /// Where its pages are, and where they go; `None` if they travel in the stream.
+    pub target: Option<(Arc<Region>, RemoteKey)>,
+    /// Its index on the wire.
+    index: u32,
+    /// What is added to offsets in it on the wire.
+    base: u64,
+}
+
+impl AgreedBlock {
+    /// The message that `length` bytes at `offset` are zero.
+    pub fn compress(&self, offset: u64, length: u64) -> Message<'static> {
+        Message::Compress(Compress {
+            value: 0.into(),
+            block_idx: self.index.into(),
+            offset: (self.base + offset).into(),
+            length: length.into(),
+        })
+    }
+}
+
+fn listed(blocks: &[Block]) -> Vec<ListedBlock> {
+    let listed = |block: &Block| ListedBlock { name: block.name.clone(), length: block.length };
+    blocks.iter().map(listed).collect()
+}
+
+/// The extension that a peer must have.
+fn extension(private_data: &PrivateData) -> Result<Extension> {
+    private_data.extension.ok_or_else(|| {
+        MigrationError::Incompatible(
+            "The peer is no helper (it lacks the protocol's extension); start \
+             'qemu-rdma-helper attach' beside its QEMU"
+                .into(),
+        )
+    })
+}
+
+/// The source: connect, name the blocks, learn where they go.
+///
+/// # Errors
+/// When the destination can't be reached, or does not have the same blocks.
+pub fn connect(
+    fabric: &dyn Fabric,
+    address: &Address,
+    blocks: Vec<Block>,
+    options: &Options,
+) -> Result<Agreement> {
+    let ours = PrivateData { pin_all: options.pin_all, extension: Some(OURS) };
+    let (reply, connection) = fabric.connect(address, &ours.encode(), TIMEOUT)?;
+    let theirs = extension(&PrivateData::decode(&reply)?)?;
+    let (sending, receiving) = (Flow::Window(theirs.window), Flow::Window(OURS.window));
+    let (link, mut receiver) = Link::new(connection, sending, receiving, options.stall_timeout());
+    match list_blocks(&link, &mut receiver, blocks) {
+        Ok(blocks) => Ok(Agreement { link, receiver, blocks }),
+        Err(error) => {
+            link.end(&error, true);
+            Err(error)
+        }
+    }
+}
+
+/// Name the blocks and read the answer.
+fn list_blocks(
+    link: &Link,
+    receiver: &mut LinkReceiver,
+    blocks: Vec<Block>,
+) -> Result<Vec<AgreedBlock>> {
+    let names = listed(&blocks);
+    let lists = names.chunks(BLOCKS_PER_LIST);
+    let count = lists.len();
+    for (index, list) in lists.enumerate() {
+        let last = index + 1 == count;
+        link.send(&Message::BlockList { blocks: list.to_vec(), last })?;
+    }
+    receiver.set_timeout(Some(TIMEOUT))?;
+    let mut buffer = Vec::new();
+    let entries = match receiver.next(link, &mut buffer)? {
+        Message::RamBlocksResult(entries) => entries,
+        Message::ErrorText { text, .. } => {
+            return Err(MigrationError::PeerFailed { text: text.into(), guest_never_ran: true });
+        }
+        other => return Err(unexpected(&other, "RAM_BLOCKS_RESULT")),
+    };
+    receiver.set_timeout(None)?;
+    if entries.len() != blocks.len() {
+        let why = format!("{} RAM blocks in answer to {}", entries.len(), blocks.len());
+        return Err(MigrationError::Peer(why));
+    }
+    blocks.into_iter().zip(entries).enumerate().map(|(i, (b, e))| agreed(i, b, &e)).collect()
+}
+
+fn agreed(index: usize, block: Block, entry: &RamBlockEntry) -> Result<AgreedBlock> {
+    let (base, rkey) = (entry.offset.get(), entry.remote_rkey.get());
+    if base.checked_add(block.length).is_none() {
+        return Err(MigrationError::Peer(format!("RAM block '{}' at {base:#x}", block.name)));
+    }
+    let remote = RemoteKey { address: entry.remote_host_addr.get(), rkey };
+    let writable = rkey != 0 && entry.length.get() == block.length;
+    let target = block.region.filter(|_| writable).map(|region| (region, remote));
+    let index = index as u32;
+    Ok(AgreedBlock { name: block.name, length: block.length, target, index, base })
+}
+
+/// A message that is out of turn.
+pub fn unexpected(message: &Message<'_>, wanted: &str) -> MigrationError {
+    let text = format!("{message:?}");
+    let end = text.floor_char_boundary(80);
+    MigrationError::Peer(format!("{} where {wanted} belongs", &text[..end]))
+}
+
+/// The destination's view of an agreement.
+pub struct Accepted {
+    /// For sending.
+    pub link: Arc<Link>,
+    /// For receiving.
+    pub receiver: LinkReceiver,
+    /// The blocks in the source's order.
+    pub blocks: Vec<AcceptedBlock>,
+    /// Checks the source's ranges in them.
+    pub table: BlockTable,
+}
+
+/// One of the destination's blocks.
+pub struct AcceptedBlock {
+    /// QEMU's idstr.
+    pub name: String,
+    /// Used length in bytes.
+    pub length: u64,
+    /// Its memory and the key to it; `None` if its pages come in the stream.
+    pub target: Option<(Arc<Region>, RemoteKey)>,
+}
+
+impl Accepted {
+    /// The answer to the source's block list.
+    pub fn entries(&self) -> Vec<RamBlockEntry> {
+        let entry = |(index, block): (usize, &AcceptedBlock)| {
+            let key = block.target.as_ref().map(|(_, key)| *key);
+            RamBlockEntry {
+                remote_host_addr: key.map_or(0, |key| key.address).into(),
+                offset: self.table.offset(index).unwrap_or(0).into(),
+                length: block.length.into(),
+                remote_rkey: key.map_or(0, |key| key.rkey).into(),
+                padding: 0.into(),
+            }
+        };
+        self.blocks.iter().enumerate().map(entry).collect()
+    }
+}
+
+/// The destination: let a source in and compare its blocks with `own`.
+///
+/// # Errors
+/// When it is no helper, or does not have the same blocks; it was told then.
+pub fn accept(request: Box<dyn Request>, own: &[Block], options: &Options) -> Result<Accepted> {
+    let theirs = PrivateData::decode(request.private_data())?;
+    let window = extension(&theirs)?.window;
+    let ours = PrivateData { pin_all: theirs.pin_all, extension: Some(OURS) };
+    let mut connection = request.accept(&ours.encode())?;
+    let mut keys = Vec::with_capacity(own.len());
+    for block in own {
+        keys.push(match &block.region {
+            Some(region) => Some((region.clone(), connection.register(region.clone())?)),
+            None => None,
+        });
+    }
+    let (sending, receiving) = (Flow::Window(window), Flow::Window(OURS.window));
+    let (link, mut receiver) = Link::new(connection, sending, receiving, options.stall_timeout());
+    match compare(&link, &mut receiver, own, &keys) {
+        Ok((blocks, table)) => {
+            let accepted = Accepted { link, receiver, blocks, table };
+            accepted.link.send(&Message::RamBlocksResult(accepted.entries()))?;
+            Ok(accepted)
+        }
+        Err(error) => {
+            link.end(&error, true);
+            Err(error)
+        }
+    }
+}
+
+/// Read the source's list, and put the own blocks into its order.
+fn compare(
+    link: &Link,
+    receiver: &mut LinkReceiver,
+    own: &[Block],
+    keys: &[Option<(Arc<Region>, RemoteKey)>],
+) -> Result<(Vec<AcceptedBlock>, BlockTable)> {
+    receiver.set_timeout(Some(TIMEOUT))?;
+    let mut source = Vec::new();
+    let mut buffer = Vec::new();
+    loop {
+        match receiver.next(link, &mut buffer)? {
+            Message::BlockList { blocks, last } => {
+                source.extend(blocks);
+                if source.len() > BLOCKS_MAX {
+                    let why = format!("it lists more than {BLOCKS_MAX} RAM blocks");
+                    return Err(MigrationError::Peer(why));
+                }
+                link.consumed()?;
+                if last {
+                    break;
+                }
+            }
+            other => return Err(unexpected(&other, "BLOCK_LIST")),
+        }
+    }
+    receiver.set_timeout(None)?;
+    let order = blocks::compare(&source, &listed(own), |index| keys[index].is_some())?;
+    let block = |index: usize| AcceptedBlock {
+        name: own[index].name.clone(),
+        length: own[index].length,
+        target: keys[index].clone(),
+    };
+    let table = BlockTable::new(order.iter().map(|index| own[*index].length))?;
+    Ok((order.into_iter().map(block).collect(), table))
+}
+
+impl From<WireError> for MigrationError {
+    fn from(error: WireError) -> Self {
+        match error {
+            WireError::Incompatible(text) => Self::Incompatible(text),
+            other => Self::Peer(other.to_string()),
+        }
+    }
+}

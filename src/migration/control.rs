@@ -1,0 +1,78 @@
+//! The worker's end of the socket to its relay.
+
+use std::{
+    io,
+    os::{fd::OwnedFd, unix::net::UnixStream},
+    sync::{Mutex, PoisonError},
+};
+
+use super::messages::{LINE_MAX, Order, Report};
+use crate::qmp::socket;
+
+/// Reads the orders of the relay.
+#[derive(Debug)]
+pub struct Orders {
+    socket: UnixStream,
+    buffer: Vec<u8>,
+    fds: Vec<OwnedFd>,
+}
+
+impl Orders {
+    /// Orders that arrive on `socket`.
+    pub fn new(socket: UnixStream) -> Self {
+        Self { socket, buffer: Vec::new(), fds: Vec::new() }
+    }
+
+    /// The next order, with its descriptors; `None` when the relay is gone.
+    ///
+    /// # Errors
+    /// The system's; `InvalidData` for a line that is no order.
+    pub fn next(&mut self) -> io::Result<Option<(Order, Vec<OwnedFd>)>> {
+        let mut scanned = 0;
+        loop {
+            if let Some(end) = self.buffer[scanned..].iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = self.buffer.drain(..=scanned + end).collect();
+                let order = serde_json::from_slice(&line)?;
+                return Ok(Some((order, std::mem::take(&mut self.fds))));
+            }
+            scanned = self.buffer.len();
+            if scanned > LINE_MAX {
+                return Err(io::Error::new(io::ErrorKind::InvalidData, "order is too long"));
+            }
+            let mut piece = [0; 16384];
+            let received = match socket::recv(&self.socket, &mut piece, &mut self.fds) {
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => 0,
+                other => other?,
+            };
+            if received == 0 {
+                return Ok(None);
+            }
+            self.buffer.extend_from_slice(&piece[..received]);
+        }
+    }
+}
+
+/// Sends reports to the relay.
+#[derive(Debug)]
+pub struct Reports(Mutex<UnixStream>);
+
+impl Reports {
+    /// Reports that go out on `socket`.
+    pub fn new(socket: UnixStream) -> Self {
+        Self(Mutex::new(socket))
+    }
+
+    /// Send one. A relay that is gone is noticed where orders are read.
+    pub fn send(&self, report: &Report) {
+        let Ok(mut line) = serde_json::to_vec(report) else { return };
+        line.push(b'\n');
+        let socket = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut rest = line.as_slice();
+        while !rest.is_empty() {
+            match socket::send(&*socket, rest, &[]) {
+                Ok(sent) => rest = &rest[sent..],
+                Err(_) => return,
+            }
+        }
+    }
+}

@@ -1,0 +1,45 @@
+//! What can end a migration.
+
+use std::io;
+
+use crate::{fabric::FabricError, memory::RegionError};
+
+/// Why a migration failed, from the worker's view.
+#[derive(Debug, thiserror::Error)]
+pub enum MigrationError {
+    /// The transport failed.
+    #[error(transparent)]
+    Fabric(#[from] FabricError),
+    /// A RAM block's memory can't be used.
+    #[error(transparent)]
+    Region(#[from] RegionError),
+    /// The peer sent bytes that are no message, or a message at the wrong time.
+    #[error("The peer broke the protocol: {0}")]
+    Peer(String),
+    /// The peer is honest, and the two can't migrate.
+    #[error("{0}")]
+    Incompatible(String),
+    /// The peer said why it ends the migration.
+    #[error("{text}")]
+    PeerFailed {
+        /// Its sentence.
+        text: String,
+        /// It is certain that the guest never ran there.
+        guest_never_ran: bool,
+    },
+    /// QEMU's migration stream can't be carried.
+    #[error("{0}")]
+    Stream(String),
+    /// QEMU ended its stream, or took no more of it.
+    #[error("QEMU {0}")]
+    Qemu(String),
+    /// The socket to QEMU failed.
+    #[error("The migration socket of QEMU failed: {0}")]
+    QemuSocket(#[source] io::Error),
+    /// The relay ended it, or is gone.
+    #[error("{0}")]
+    Aborted(String),
+}
+
+/// Result of a step of a migration.
+pub type Result<T> = std::result::Result<T, MigrationError>;

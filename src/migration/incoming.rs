@@ -1,0 +1,208 @@
+//! The destination's side: a source is let in, RAM lands, QEMU gets the rest.
+
+use std::{
+    net::Shutdown,
+    os::unix::net::UnixStream,
+    sync::{
+        Arc,
+        atomic::Ordering,
+        mpsc::{Receiver, Sender},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use tracing::warn;
+
+use super::{
+    Block, Result, Verdict,
+    control::Reports,
+    error::MigrationError,
+    landing, lifetime,
+    link::Link,
+    messages::{Address, Options, Order, Report},
+    statistics::Statistics,
+};
+use crate::{
+    fabric::{Fabric, Handle},
+    wire::Message,
+};
+
+/// How long to wait for what the relay knows of a QEMU that takes no more of the stream.
+const RELAY_VERDICT: Duration = Duration::from_secs(5);
+
+/// How long the source may take to close after the final acknowledgement.
+const FAREWELL: Duration = Duration::from_secs(5);
+
+/// What happens to an incoming migration.
+pub enum Event {
+    /// From the relay.
+    Order(Order),
+    /// The relay is gone.
+    RelayGone,
+    /// A source connected, and the block lists agree.
+    Agreed(Arc<Link>),
+    /// It went again before it sent anything.
+    Withdrawn,
+    /// QEMU has all of the stream, and RAM has landed.
+    StreamEnded,
+    /// The source ended the connection after that, or the migration failed.
+    Served(Result<()>),
+}
+
+/// Where an incoming migration stands.
+enum Incoming {
+    /// Waiting for a source.
+    Listening,
+    /// A source sends.
+    Receiving(Arc<Link>),
+    /// QEMU loads what is left of the stream.
+    Loading(Arc<Link>),
+    /// It is over.
+    Ended(Verdict),
+}
+
+/// What all states need.
+struct Context {
+    qemu: Arc<UnixStream>,
+    reports: Arc<Reports>,
+    statistics: Arc<Statistics>,
+    listening: Handle,
+}
+
+/// Run one to its end.
+pub fn run(
+    fabric: &dyn Fabric,
+    address: &Address,
+    blocks: Vec<Block>,
+    options: Options,
+    qemu: UnixStream,
+    reports: Arc<Reports>,
+    (sender, events): (Sender<Event>, Receiver<Event>),
+) {
+    let statistics = Statistics::new(fabric.name());
+    let listener = match fabric.listen(address) {
+        Ok(listener) => listener,
+        Err(error) => return Verdict::failed(&error.into(), true).report(&reports, &statistics),
+    };
+    reports.send(&Report::Listening { address: listener.address().clone() });
+    let qemu = Arc::new(qemu);
+    let context = Context {
+        qemu: qemu.clone(),
+        reports: reports.clone(),
+        statistics: statistics.clone(),
+        listening: listener.handle(),
+    };
+    let serving = landing::Context {
+        qemu,
+        blocks,
+        options,
+        statistics: statistics.clone(),
+        events: sender.clone(),
+    };
+    thread::spawn(move || {
+        let served = landing::serve(listener, &serving);
+        // The receiver is gone only when the migration has ended otherwise.
+        let _ = sender.send(Event::Served(served));
+    });
+    let verdict = lifetime(Incoming::Listening, &events, &reports, &statistics, |state, event| {
+        match state.handle(event, &context, &events) {
+            Incoming::Ended(verdict) => Err(verdict),
+            state => Ok(state),
+        }
+    });
+    verdict.report(&reports, &statistics);
+}
+
+impl Incoming {
+    fn handle(self, event: Event, context: &Context, events: &Receiver<Event>) -> Self {
+        match (self, event) {
+            (Self::Listening, Event::Agreed(link)) => {
+                context.reports.send(&Report::Agreed);
+                Self::Receiving(link)
+            }
+            (Self::Receiving(_), Event::Withdrawn) => Self::Listening,
+            (Self::Receiving(link), Event::StreamEnded) => {
+                context.reports.send(&Report::StreamEnded);
+                Self::Loading(link)
+            }
+            (Self::Loading(link), Event::Order(Order::QemuCompleted)) => {
+                // A source that is gone can't be told, and its guest is here now.
+                if let Err(error) = link.send(&Message::FinalAck) {
+                    warn!(%error, "the source could not be told of the completion");
+                }
+                await_farewell(events);
+                link.close();
+                Self::Ended(Verdict::Done)
+            }
+            (state, Event::Order(Order::QemuFailed { reason, guest_never_ran })) => {
+                let error = MigrationError::Aborted(reason);
+                state.fail(&error, guest_never_ran, context)
+            }
+            (state, Event::Order(Order::Abort { reason })) => {
+                state.fail_here(MigrationError::Aborted(reason), context)
+            }
+            (state, Event::RelayGone) => {
+                let reason = "The destination's helper is gone".to_owned();
+                state.fail_here(MigrationError::Aborted(reason), context)
+            }
+            (state, Event::Served(Err(MigrationError::Qemu(text)))) => {
+                // The relay knows what became of QEMU.
+                context.reports.send(&Report::StreamEnded);
+                let (error, never_ran) = relay_verdict(events, text, context);
+                state.fail(&error, never_ran, context)
+            }
+            (state, Event::Served(Err(error))) => state.fail_here(error, context),
+            // The source closed before QEMU completed: only QEMU's end decides now.
+            (state, Event::Served(Ok(()))) => state,
+            (state, Event::Order(order)) => {
+                warn!(?order, "an order that means nothing in this state");
+                state
+            }
+            (state, Event::Agreed(_) | Event::Withdrawn | Event::StreamEnded) => state,
+        }
+    }
+
+    /// End as failed for a reason of the worker's own.
+    fn fail_here(self, error: MigrationError, context: &Context) -> Self {
+        let never_ran = !context.statistics.past_ram.load(Ordering::Relaxed);
+        self.fail(&error, never_ran, context)
+    }
+
+    /// End as failed: QEMU is told by the end of its socket, the source in words.
+    fn fail(self, error: &MigrationError, never_ran: bool, context: &Context) -> Self {
+        context.listening.close();
+        // It fails only when QEMU has closed its end.
+        let _ = context.qemu.shutdown(Shutdown::Both);
+        if let Self::Receiving(link) | Self::Loading(link) = &self {
+            link.end(error, never_ran);
+        }
+        Self::Ended(Verdict::failed(error, never_ran))
+    }
+}
+
+/// Wait until the source has closed: its acknowledgement has arrived then.
+fn await_farewell(events: &Receiver<Event>) {
+    let deadline = Instant::now() + FAREWELL;
+    while let Ok(event) = events.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+        if matches!(event, Event::Served(_) | Event::RelayGone) {
+            return;
+        }
+    }
+}
+
+/// What the relay says of a QEMU that takes no more of the stream.
+fn relay_verdict(
+    events: &Receiver<Event>,
+    text: String,
+    context: &Context,
+) -> (MigrationError, bool) {
+    let deadline = Instant::now() + RELAY_VERDICT;
+    while let Ok(event) = events.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+        if let Event::Order(Order::QemuFailed { reason, guest_never_ran }) = event {
+            return (MigrationError::Aborted(reason), guest_never_ran);
+        }
+    }
+    let never_ran = !context.statistics.past_ram.load(Ordering::Relaxed);
+    (MigrationError::Qemu(text), never_ran)
+}

@@ -1,0 +1,260 @@
+//! The destination's data thread: lets a source in, lands RAM, and feeds QEMU the rest.
+
+use std::{
+    io::Write as _,
+    net::Shutdown,
+    os::unix::net::UnixStream,
+    sync::{Arc, atomic::Ordering::Relaxed, mpsc::Sender},
+    thread,
+};
+
+use tracing::{info, warn};
+
+use super::{
+    Block, Result,
+    agreement::{self, Accepted},
+    error::MigrationError,
+    incoming::Event,
+    messages::Options,
+    return_path,
+    statistics::Statistics,
+};
+use crate::{
+    fabric::{FabricError, Listener},
+    stream::{Inlet, Landing, PushError, StreamBlock},
+    wire::{Message, RegisterResult},
+};
+
+/// What the thread needs.
+pub struct Context {
+    /// QEMU's migration socket.
+    pub qemu: Arc<UnixStream>,
+    /// The destination's blocks.
+    pub blocks: Vec<Block>,
+    /// Options.
+    pub options: Options,
+    /// Counters.
+    pub statistics: Arc<Statistics>,
+    /// Where to say what happens.
+    pub events: Sender<Event>,
+}
+
+/// Serve sources until one has begun to send its stream, then that one to its end.
+///
+/// Whoever fails before that has changed nothing that matters: the next one is waited for.
+pub fn serve(mut listener: Box<dyn Listener>, context: &Context) -> Result<()> {
+    loop {
+        let request = listener.accept()?;
+        let peer = request.peer();
+        let accepted = match agreement::accept(request, &context.blocks, &context.options) {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                warn!(%peer, %error, "turned away");
+                continue;
+            }
+        };
+        info!(%peer, "a source connected, and the block lists agree");
+        context.statistics.set_up();
+        // The receiver is gone only when the migration has ended otherwise.
+        let _ = context.events.send(Event::Agreed(accepted.link.clone()));
+        let mut receiving = Receiving::new(accepted, context);
+        match receiving.run() {
+            Err(error) if !receiving.begun => {
+                receiving.accepted.link.end(&error, true);
+                warn!(%peer, %error, "the source went before it sent anything");
+                let _ = context.events.send(Event::Withdrawn);
+            }
+            other => return other,
+        }
+    }
+}
+
+/// One source, after the agreement.
+struct Receiving<'a> {
+    accepted: Accepted,
+    context: &'a Context,
+    parser: Landing,
+    /// Between HOOK and REGISTER_FINISHED.
+    hook_open: bool,
+    /// QEMU was given something.
+    begun: bool,
+    /// Nothing may follow.
+    ended: bool,
+}
+
+impl<'a> Receiving<'a> {
+    fn new(accepted: Accepted, context: &'a Context) -> Self {
+        let parser = Landing::default();
+        Self { accepted, context, parser, hook_open: false, begun: false, ended: false }
+    }
+
+    /// Receive until the connection ends. What ends it after STREAM_END is no error.
+    fn run(&mut self) -> Result<()> {
+        let mut buffer = Vec::new();
+        loop {
+            let link = self.accepted.link.clone();
+            match self.accepted.receiver.next(&link, &mut buffer) {
+                Ok(message) => self.message(message)?,
+                Err(MigrationError::Fabric(FabricError::Closed)) if self.ended => return Ok(()),
+                Err(error) => return Err(error),
+            }
+            self.context.statistics.ram_landed.store(self.accepted.receiver.landed(), Relaxed);
+        }
+    }
+
+    fn message(&mut self, message: Message<'_>) -> Result<()> {
+        match message {
+            Message::QemuFile(bytes) if !self.hook_open && !self.ended => self.stream(bytes)?,
+            Message::Compress(compress) if self.hook_open => {
+                let (index, range) = self.accepted.table.compress(&compress)?;
+                let length = range.end - range.start;
+                self.region(index)?.zero(range.start, length).map_err(|source| {
+                    let block = self.accepted.blocks[index].name.clone();
+                    FabricError::Memory { block, source }
+                })?;
+                self.context.statistics.zero_bytes.fetch_add(length, Relaxed);
+            }
+            Message::RegisterRequest(requests) if self.hook_open => {
+                let [request] = requests.as_slice() else {
+                    let why = format!("{} requests in one REGISTER_REQUEST", requests.len());
+                    return Err(MigrationError::Peer(why));
+                };
+                let (index, _) = self.accepted.table.register(request)?;
+                self.region(index)?;
+                let (rkey, host_addr) = self.accepted.blocks[index]
+                    .target
+                    .as_ref()
+                    .map_or((0, 0), |(_, key)| (key.rkey, key.address));
+                let result = RegisterResult {
+                    rkey: rkey.into(),
+                    padding: 0.into(),
+                    host_addr: host_addr.into(),
+                };
+                self.accepted.link.send(&Message::RegisterResult(result))?;
+            }
+            // Keys end with the RAM sections, all at once.
+            Message::UnregisterRequest(_) if self.hook_open => {
+                self.accepted.link.send(&Message::UnregisterFinished)?;
+            }
+            Message::RamBlocksRequest if self.hook_open => {
+                self.accepted.link.send(&Message::RamBlocksResult(self.accepted.entries()))?;
+            }
+            Message::RegisterFinished if self.hook_open => self.hook_open = false,
+            Message::StreamEnd { bytes } if !self.hook_open && !self.ended => self.end(bytes)?,
+            Message::ErrorText { text, guest_never_ran } => {
+                return Err(MigrationError::PeerFailed { text: text.to_owned(), guest_never_ran });
+            }
+            Message::Error => {
+                let text = "The source failed and did not say why; see its log".to_owned();
+                return Err(MigrationError::PeerFailed { text, guest_never_ran: false });
+            }
+            other => return Err(agreement::unexpected(&other, "another message")),
+        }
+        self.accepted.link.consumed()
+    }
+
+    /// The memory of a block that the source may write.
+    fn region(&self, index: usize) -> Result<&crate::memory::Region> {
+        let block = &self.accepted.blocks[index];
+        match &block.target {
+            Some((region, _)) => Ok(region),
+            None => Err(MigrationError::Peer(format!("RAM block '{}' is not shared", block.name))),
+        }
+    }
+
+    /// Bytes of the stream: to QEMU, without the hooks.
+    fn stream(&mut self, bytes: &[u8]) -> Result<()> {
+        if !self.begun {
+            self.begun = true;
+            let (link, qemu) = (self.accepted.link.clone(), self.context.qemu.clone());
+            thread::spawn(move || return_path::forward(&qemu, &link));
+        }
+        let mut feed = Feed {
+            receiving: &mut self.accepted,
+            context: self.context,
+            hooked: false,
+            batch: Vec::new(),
+        };
+        self.parser.push(bytes, &mut feed).map_err(|error| match error {
+            PushError::Stream(error) => MigrationError::Stream(error.to_string()),
+            PushError::Taker(error) => error,
+        })?;
+        self.hook_open = feed.hooked;
+        feed.write()?;
+        self.context.statistics.stream_bytes.fetch_add(bytes.len() as u64, Relaxed);
+        Ok(())
+    }
+
+    /// The source says that its stream is complete.
+    fn end(&mut self, bytes: u64) -> Result<()> {
+        let came = self.context.statistics.stream_bytes.load(Relaxed);
+        if came != bytes {
+            let why = format!("its stream has {bytes} bytes, and {came} came");
+            return Err(MigrationError::Peer(why));
+        }
+        let parser = std::mem::take(&mut self.parser);
+        parser.finish().map_err(|cut| MigrationError::Peer(cut.to_string()))?;
+        // A QEMU that wants more than the source sent fails instead of waiting for ever. It may
+        // have closed its end already.
+        let _ = self.context.qemu.shutdown(Shutdown::Write);
+        self.ended = true;
+        let _ = self.context.events.send(Event::StreamEnded);
+        Ok(())
+    }
+}
+
+/// Gathers what one message has for QEMU.
+struct Feed<'a> {
+    receiving: &'a mut Accepted,
+    context: &'a Context,
+    hooked: bool,
+    batch: Vec<u8>,
+}
+
+impl Feed<'_> {
+    fn write(&mut self) -> Result<()> {
+        (&*self.context.qemu).write_all(&self.batch).map_err(|error| {
+            MigrationError::Qemu(format!("stopped to read its migration stream ({error})"))
+        })?;
+        self.batch.clear();
+        Ok(())
+    }
+}
+
+impl Inlet for Feed<'_> {
+    type Error = MigrationError;
+
+    fn ram_blocks(&mut self, blocks: &[StreamBlock]) -> Result<()> {
+        for block in blocks {
+            let known = self.receiving.blocks.iter().find(|known| known.name == block.name);
+            match known {
+                Some(known) if known.target.is_none() || known.length == block.length => {}
+                _ => {
+                    return Err(MigrationError::Peer(format!(
+                        "its stream has RAM block '{}' of {} bytes, which it did not list",
+                        block.name, block.length
+                    )));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn stream(&mut self, bytes: &[u8]) -> Result<()> {
+        self.batch.extend_from_slice(bytes);
+        Ok(())
+    }
+
+    fn hook(&mut self) -> Result<()> {
+        self.hooked = true;
+        Ok(())
+    }
+
+    fn ram_end(&mut self) -> Result<()> {
+        // All writes have landed: the source's REGISTER_FINISHED was behind them. From here on
+        // the guest may come to run, and nobody writes its memory from outside any more.
+        self.receiving.receiver.revoke();
+        self.context.statistics.past_ram.store(true, Relaxed);
+        Ok(())
+    }
+}

@@ -1,0 +1,179 @@
+//! Messages over a connection: who may send, and what was consumed.
+
+use std::{
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use super::{Result, error::MigrationError};
+use crate::{
+    fabric::{Connection, FabricError, Handle, Poster, Receiver, RemoteKey},
+    memory::Region,
+    wire::{
+        Message,
+        credit::{self, Flow},
+    },
+};
+
+/// Buffers for control messages that a helper offers: enough that zero ranges and stream bytes
+/// need no round trip, 32 MiB of them at the most.
+pub const WINDOW: u16 = 64;
+
+/// The sending side of a connection, shared by the threads of a worker.
+pub struct Link {
+    poster: Arc<dyn Poster>,
+    handle: Handle,
+    /// What the peer granted.
+    granted: Mutex<credit::Sender>,
+    /// Signalled when credits arrive, and when the connection ends.
+    changed: Condvar,
+    /// What the peer was granted.
+    grants: Mutex<credit::Receiver>,
+    stall_timeout: Duration,
+}
+
+/// The receiving side.
+pub struct LinkReceiver(Box<dyn Receiver>);
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Link {
+    /// A link over `connection`; `sending` and `receiving` say how credits are granted.
+    pub fn new(
+        connection: Box<dyn Connection>,
+        sending: Flow,
+        receiving: Flow,
+        stall_timeout: Duration,
+    ) -> (Arc<Self>, LinkReceiver) {
+        let handle = connection.handle();
+        let (poster, receiver) = connection.split();
+        let link = Self {
+            poster,
+            handle,
+            granted: Mutex::new(credit::Sender::new(sending)),
+            changed: Condvar::new(),
+            grants: Mutex::new(credit::Receiver::new(receiving)),
+            stall_timeout,
+        };
+        (Arc::new(link), LinkReceiver(receiver))
+    }
+
+    /// Send a message, once the peer has a buffer for it if it needs one.
+    ///
+    /// # Errors
+    /// When the connection is lost, or the peer grants nothing for the stall timeout.
+    pub fn send(&self, message: &Message<'_>) -> Result<()> {
+        if message.needs_credit() {
+            self.take_credit()?;
+        }
+        let mut scratch = Vec::new();
+        let (header, payload) = message.encode(&mut scratch);
+        Ok(self.poster.send(&header, payload)?)
+    }
+
+    fn take_credit(&self) -> Result<()> {
+        let mut granted = lock(&self.granted);
+        while !granted.take() {
+            let (next, timeout) = self
+                .changed
+                .wait_timeout(granted, self.stall_timeout)
+                .unwrap_or_else(PoisonError::into_inner);
+            if timeout.timed_out() {
+                return Err(FabricError::Stalled(self.stall_timeout).into());
+            }
+            granted = next;
+        }
+        Ok(())
+    }
+
+    /// A received message that had taken a credit is dealt with: its buffer is free.
+    ///
+    /// # Errors
+    /// When the connection is lost.
+    pub fn consumed(&self) -> Result<()> {
+        let grant = {
+            let mut grants = lock(&self.grants);
+            grants.consumed();
+            grants.grant()
+        };
+        grant.map_or(Ok(()), |repeat| self.send(&Message::Ready(repeat)))
+    }
+
+    /// Write RAM; see [`Poster::write`].
+    ///
+    /// # Errors
+    /// When the connection is lost.
+    pub fn write(&self, region: &Region, offset: u64, length: u64, to: RemoteKey) -> Result<()> {
+        Ok(self.poster.write(region, offset, length, to)?)
+    }
+
+    /// Wait until all writes have landed.
+    ///
+    /// # Errors
+    /// When the connection is lost.
+    pub fn drain(&self) -> Result<()> {
+        Ok(self.poster.drain()?)
+    }
+
+    /// Bytes of writes that were posted, and that have landed.
+    pub fn written(&self) -> (u64, u64) {
+        let landed = self.poster.landed();
+        (self.poster.posted(), landed)
+    }
+
+    /// End the connection; if it still stands, tell the peer why.
+    pub fn end(&self, error: &MigrationError, guest_never_ran: bool) {
+        if !matches!(error, MigrationError::Fabric(_) | MigrationError::PeerFailed { .. }) {
+            let text = error.to_string();
+            // The peer notices the end in any case.
+            let _ = self.send(&Message::ErrorText { text: &text, guest_never_ran });
+            self.poster.finish();
+        }
+        self.handle.close();
+    }
+
+    /// End the connection.
+    pub fn close(&self) {
+        self.handle.close();
+    }
+}
+
+impl LinkReceiver {
+    /// The next message, with READY dealt with.
+    ///
+    /// # Errors
+    /// When the connection is lost or the peer breaks the protocol.
+    pub fn next<'b>(&mut self, link: &Link, buffer: &'b mut Vec<u8>) -> Result<Message<'b>> {
+        loop {
+            self.0.receive(buffer)?;
+            let Message::Ready(repeat) = Message::decode(buffer)? else { break };
+            lock(&link.granted).ready(repeat)?;
+            link.changed.notify_all();
+        }
+        let message = Message::decode(buffer)?;
+        if message.needs_credit() {
+            lock(&link.grants).received()?;
+        }
+        Ok(message)
+    }
+
+    /// Bound the wait for a message.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn set_timeout(&mut self, timeout: Option<Duration>) -> Result<()> {
+        Ok(self.0.set_timeout(timeout)?)
+    }
+
+    /// Bytes of the peer's writes that have landed here.
+    pub fn landed(&self) -> u64 {
+        self.0.landed()
+    }
+
+    /// Withdraw the peer's access to memory.
+    pub fn revoke(&mut self) {
+        self.0.revoke();
+    }
+}

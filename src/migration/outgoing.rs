@@ -1,0 +1,204 @@
+//! The source's side: QEMU's stream in, RAM and the rest of the stream out.
+
+use std::{
+    net::Shutdown,
+    os::unix::net::UnixStream,
+    sync::{
+        Arc,
+        atomic::Ordering,
+        mpsc::{Receiver, Sender},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use tracing::{info, warn};
+
+use super::{
+    Block, Result, Verdict,
+    agreement::{self, Agreement},
+    answers,
+    control::Reports,
+    error::MigrationError,
+    intake, lifetime,
+    link::Link,
+    messages::{Address, Options, Order, Report},
+    statistics::Statistics,
+};
+use crate::{
+    fabric::{Fabric, FabricError},
+    wire::Message,
+};
+
+/// How long to wait for the peer's own words after it closed the connection.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// What happens to an outgoing migration.
+pub enum Event {
+    /// From the relay.
+    Order(Order),
+    /// The relay is gone.
+    RelayGone,
+    /// Connected, and the block lists agree; or not.
+    Agreed(Result<Agreement>),
+    /// QEMU's stream ended and all of it was sent; or not.
+    StreamTaken(Result<()>),
+    /// The destination's QEMU completed.
+    Acknowledged,
+    /// The peer, or the connection, failed.
+    PeerFailed(MigrationError),
+}
+
+/// Where an outgoing migration stands.
+enum Outgoing {
+    /// Connecting and comparing block lists; QEMU has not been asked to migrate.
+    Connecting,
+    /// QEMU's stream is being taken.
+    Streaming(Arc<Link>),
+    /// The end of the stream was sent; the destination's QEMU has not completed yet.
+    Confirming(Arc<Link>),
+    /// It is over.
+    Ended(Verdict),
+}
+
+/// What all states need.
+struct Context {
+    qemu: Arc<UnixStream>,
+    reports: Arc<Reports>,
+    statistics: Arc<Statistics>,
+    events: Sender<Event>,
+}
+
+/// Run one to its end.
+pub fn run(
+    fabric: Arc<dyn Fabric>,
+    address: Address,
+    blocks: Vec<Block>,
+    options: Options,
+    qemu: UnixStream,
+    reports: Arc<Reports>,
+    (sender, events): (Sender<Event>, Receiver<Event>),
+) {
+    let statistics = Statistics::new(fabric.name());
+    let context = Context {
+        qemu: Arc::new(qemu),
+        reports: reports.clone(),
+        statistics: statistics.clone(),
+        events: sender.clone(),
+    };
+    thread::spawn(move || {
+        let agreed = agreement::connect(&*fabric, &address, blocks, &options);
+        // The receiver is gone only when the migration has ended otherwise.
+        let _ = sender.send(Event::Agreed(agreed));
+    });
+    let verdict =
+        lifetime(Outgoing::Connecting, &events, &reports, &statistics, |state, event| match state
+            .handle(event, &context, &events)
+        {
+            Outgoing::Ended(verdict) => Err(verdict),
+            state => Ok(state),
+        });
+    verdict.report(&reports, &statistics);
+}
+
+impl Outgoing {
+    fn handle(self, event: Event, context: &Context, events: &Receiver<Event>) -> Self {
+        match (self, event) {
+            (Self::Connecting, Event::Agreed(Ok(agreement))) => Self::start(agreement, context),
+            (Self::Connecting, Event::Agreed(Err(error))) => {
+                Self::Ended(Verdict::failed(&error, true))
+            }
+            (Self::Streaming(link), Event::StreamTaken(Ok(()))) => {
+                let total = context.statistics.stream_bytes.load(Ordering::Relaxed);
+                match link.send(&Message::StreamEnd { bytes: total }) {
+                    Ok(()) => Self::Confirming(link),
+                    Err(error) => Self::fail(Some(link), error, context, events),
+                }
+            }
+            (Self::Streaming(link), Event::StreamTaken(Err(error))) => {
+                Self::fail(Some(link), error, context, events)
+            }
+            (Self::Confirming(link), Event::Acknowledged) => {
+                link.close();
+                Self::Ended(Verdict::Done)
+            }
+            (Self::Streaming(link), Event::Acknowledged) => {
+                let error = MigrationError::Peer("it confirmed an unfinished migration".into());
+                Self::fail(Some(link), error, context, events)
+            }
+            (state, Event::PeerFailed(error)) => Self::fail(state.link(), error, context, events),
+            (state, Event::Order(Order::Abort { reason })) => {
+                let error = MigrationError::Aborted(reason);
+                Self::fail(state.link(), error, context, events)
+            }
+            (state, Event::RelayGone) => {
+                let error = MigrationError::Aborted("The source's helper is gone".into());
+                Self::fail(state.link(), error, context, events)
+            }
+            (state, Event::Order(order)) => {
+                warn!(?order, "an order that means nothing to a source");
+                state
+            }
+            // Late words of threads whose migration has moved on.
+            (state, Event::Agreed(_) | Event::StreamTaken(_) | Event::Acknowledged) => state,
+        }
+    }
+
+    fn link(self) -> Option<Arc<Link>> {
+        match self {
+            Self::Streaming(link) | Self::Confirming(link) => Some(link),
+            Self::Connecting | Self::Ended(_) => None,
+        }
+    }
+
+    /// The block lists agree: take QEMU's stream.
+    fn start(agreement: Agreement, context: &Context) -> Self {
+        let Agreement { link, receiver, blocks } = agreement;
+        context.statistics.set_up();
+        let (qemu, events) = (context.qemu.clone(), context.events.clone());
+        let answering = link.clone();
+        thread::spawn(move || answers::receive(receiver, &answering, &qemu, &events));
+        let (qemu, events) = (context.qemu.clone(), context.events.clone());
+        let (taking, statistics) = (link.clone(), context.statistics.clone());
+        thread::spawn(move || {
+            let taken = intake::take(&qemu, &taking, blocks, &statistics);
+            // As above: nobody waits for it any more.
+            let _ = events.send(Event::StreamTaken(taken));
+        });
+        info!("block lists agree");
+        context.reports.send(&Report::Agreed);
+        Self::Streaming(link)
+    }
+
+    /// End as failed: QEMU is told by the end of its socket, the peer in words.
+    fn fail(
+        link: Option<Arc<Link>>,
+        error: MigrationError,
+        context: &Context,
+        events: &Receiver<Event>,
+    ) -> Self {
+        // It fails only when QEMU has closed its end.
+        let _ = context.qemu.shutdown(Shutdown::Both);
+        let error = last_words(&error, events).unwrap_or(error);
+        let never_ran = !context.statistics.past_ram.load(Ordering::Relaxed);
+        if let Some(link) = &link {
+            link.end(&error, never_ran);
+        }
+        Self::Ended(Verdict::failed(&error, never_ran))
+    }
+}
+
+/// When the connection was closed, the peer may have said why before.
+fn last_words(error: &MigrationError, events: &Receiver<Event>) -> Option<MigrationError> {
+    if !matches!(error, MigrationError::Fabric(FabricError::Closed)) {
+        return None;
+    }
+    let deadline = Instant::now() + LAST_WORDS;
+    loop {
+        match events.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            Ok(Event::PeerFailed(error)) => return Some(error),
+            Ok(_) => {}
+            Err(_) => return None,
+        }
+    }
+}

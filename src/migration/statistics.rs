@@ -1,0 +1,71 @@
+//! Counters that the data threads bump and the reports read.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::Instant,
+};
+
+use super::messages::Progress;
+
+/// Figures of one migration. Each counter has one writer; readers may see them a moment apart.
+#[derive(Debug)]
+pub struct Statistics {
+    started: Instant,
+    fabric: &'static str,
+    /// Bytes announced as zero.
+    pub zero_bytes: AtomicU64,
+    /// Bytes of the stream that were forwarded.
+    pub stream_bytes: AtomicU64,
+    /// RAM bytes posted to the destination, or landed here.
+    pub ram_posted: AtomicU64,
+    /// RAM bytes known to have landed.
+    pub ram_landed: AtomicU64,
+    /// Milliseconds to the agreed block lists.
+    pub setup_ms: AtomicU64,
+    /// Bytes behind the last RAM section were passed on: from here the destination's guest may
+    /// come to run.
+    pub past_ram: AtomicBool,
+}
+
+impl Statistics {
+    /// All zero, from now.
+    pub fn new(fabric: &'static str) -> Arc<Self> {
+        Arc::new(Self {
+            started: Instant::now(),
+            fabric,
+            zero_bytes: AtomicU64::new(0),
+            stream_bytes: AtomicU64::new(0),
+            ram_posted: AtomicU64::new(0),
+            ram_landed: AtomicU64::new(0),
+            setup_ms: AtomicU64::new(0),
+            past_ram: AtomicBool::new(false),
+        })
+    }
+
+    fn elapsed_ms(&self) -> u64 {
+        u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    /// The block lists agree: set-up ends.
+    pub fn set_up(&self) {
+        self.setup_ms.store(self.elapsed_ms(), Ordering::Relaxed);
+    }
+
+    /// The figures as they are now.
+    pub fn progress(&self) -> Progress {
+        let landed = self.ram_landed.load(Ordering::Relaxed);
+        Progress {
+            ram_bytes: landed,
+            zero_bytes: self.zero_bytes.load(Ordering::Relaxed),
+            stream_bytes: self.stream_bytes.load(Ordering::Relaxed),
+            in_flight: self.ram_posted.load(Ordering::Relaxed).saturating_sub(landed),
+            setup_ms: self.setup_ms.load(Ordering::Relaxed),
+            elapsed_ms: self.elapsed_ms(),
+            fabric: self.fabric.to_owned(),
+            connections: 1,
+        }
+    }
+}
