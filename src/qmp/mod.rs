@@ -1,10 +1,19 @@
-//! QMP: lines with file descriptors, the envelope, and the human monitor's text.
+//! QMP: commands with file descriptors, replies and events, and the human monitor's text.
 //!
-//! Knows the protocol, not what any command means to a migration.
+//! Knows the protocol (QEMU's `docs/interop/qmp-spec.rst`), not what any command means to a
+//! migration.
 
+pub mod envelope;
+pub mod framer;
+pub mod hmp;
 pub mod socket;
+pub mod uri;
 
 use serde_json::Value;
+
+/// Longest command of a client, and longest line of QEMU, that is accepted, in bytes. QEMU's
+/// longest reply, `query-qmp-schema`, has 236 KB (10.0); libvirt gives up beyond 10 MiB.
+pub const ITEM_MAX: usize = 16 << 20;
 
 /// An error reply.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -21,6 +30,15 @@ impl QmpError {
     pub fn generic(desc: impl Into<String>) -> Self {
         Self { class: "GenericError".into(), desc: desc.into() }
     }
+
+    /// The connection ended before the reply.
+    pub fn connection_lost() -> Self {
+        let desc = "The QMP connection to QEMU ended; is QEMU still running?".into();
+        Self { class: Self::CONNECTION_LOST.into(), desc }
+    }
+
+    /// Class of [`QmpError::connection_lost`], which QEMU itself does not have.
+    pub const CONNECTION_LOST: &str = "ConnectionLost";
 }
 
 /// Something that executes QMP commands: the relay's session with QEMU, or a client connection.
@@ -28,10 +46,20 @@ pub trait Execute {
     /// Execute `command`; `arguments` is a JSON object or null.
     ///
     /// # Errors
-    /// The error reply; a lost connection is reported as class `ConnectionLost`.
+    /// The error reply; a lost connection is [`QmpError::connection_lost`].
     fn execute(
         &mut self,
         command: &str,
         arguments: Value,
     ) -> impl Future<Output = Result<Value, QmpError>> + Send;
+}
+
+/// Run a line of the human monitor.
+///
+/// # Errors
+/// As [`Execute::execute`]; what the line itself says of errors is in its text.
+pub async fn monitor_line(qmp: &mut impl Execute, line: &str) -> Result<String, QmpError> {
+    let arguments = serde_json::json!({ "command-line": line });
+    let text = qmp.execute("human-monitor-command", arguments).await?;
+    Ok(text.as_str().unwrap_or_default().to_owned())
 }

@@ -1,1 +1,2 @@
-//! (relay)
+//! The long-lived process between management and QEMU.
+mod schema;

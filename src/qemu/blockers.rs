@@ -1,0 +1,130 @@
+//! What would stop a migration over `rdma:`.
+
+use serde_json::{Value, json};
+
+use super::blocks::RamBlock;
+use crate::qmp::{Execute, QmpError};
+
+/// One thing that would.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Blocker {
+    /// What it is.
+    pub reason: String,
+    /// What to do about it.
+    pub cure: String,
+}
+
+/// Capabilities that change what the stream contains or who sends RAM.
+const CAPABILITIES: [&str; 8] = [
+    "background-snapshot",
+    "dirty-bitmaps",
+    "mapped-ram",
+    "multifd",
+    "postcopy-ram",
+    "x-colo",
+    "x-ignore-shared",
+    "zero-copy-send",
+];
+
+/// Devices whose sections in the stream have no length that can be known.
+const DEVICES: [&str; 3] = ["vfio-", "virtio-mem", "vhost-vdpa"];
+
+/// The oldest QEMU whose stream was tried.
+const OLDEST: (u64, u64) = (7, 2);
+
+/// Find them all.
+///
+/// # Errors
+/// When QEMU does not answer.
+pub async fn find(qmp: &mut impl Execute, blocks: &[RamBlock]) -> Result<Vec<Blocker>, QmpError> {
+    let mut blockers = settings(qmp).await?;
+    let version = qmp.execute("query-version", Value::Null).await?;
+    let number = |part: &str| version["qemu"][part].as_u64().unwrap_or(0);
+    let (major, minor) = (number("major"), number("minor"));
+    if (major, minor) < OLDEST {
+        blockers.push(Blocker {
+            reason: format!("QEMU {major}.{minor} is older than 7.2, the oldest that was tried"),
+            cure: "use QEMU 7.2 or newer".into(),
+        });
+    }
+    let migration = qmp.execute("query-migrate", Value::Null).await?;
+    for reason in migration["blocked-reasons"].as_array().into_iter().flatten() {
+        blockers.push(Blocker {
+            reason: format!("QEMU says: {}", reason.as_str().unwrap_or("no migration now")),
+            cure: "remove the device or setting that QEMU names".into(),
+        });
+    }
+    for device in devices(qmp).await? {
+        blockers.push(Blocker {
+            reason: format!("Device '{device}' has state whose length can't be known"),
+            cure: "unplug it before the migration (device_del)".into(),
+        });
+    }
+    blockers.extend(memory(blocks));
+    Ok(blockers)
+}
+
+/// Capabilities and parameters that exclude `rdma:`; looked at before each migration.
+///
+/// # Errors
+/// When QEMU does not answer.
+pub async fn settings(qmp: &mut impl Execute) -> Result<Vec<Blocker>, QmpError> {
+    let mut blockers = Vec::new();
+    let capabilities = qmp.execute("query-migrate-capabilities", Value::Null).await?;
+    for name in CAPABILITIES {
+        if is_on(&capabilities, name) {
+            blockers.push(Blocker {
+                reason: format!("Capability '{name}' can't be combined with rdma:"),
+                cure: format!("turn it off: migrate_set_capability {name} off"),
+            });
+        }
+    }
+    let parameters = qmp.execute("query-migrate-parameters", Value::Null).await?;
+    if parameters["tls-creds"].as_str().is_some_and(|creds| !creds.is_empty()) {
+        blockers.push(Blocker {
+            reason: "Parameter 'tls-creds' is set, and rdma: can't be encrypted".into(),
+            cure: "unset it, or migrate over tcp:".into(),
+        });
+    }
+    Ok(blockers)
+}
+
+/// A capability's state in the reply of `query-migrate-capabilities`.
+pub fn is_on(capabilities: &Value, name: &str) -> bool {
+    let list = capabilities.as_array().into_iter().flatten();
+    list.into_iter().any(|entry| entry["capability"] == name && entry["state"] == true)
+}
+
+/// Devices with state whose length can't be known.
+async fn devices(qmp: &mut impl Execute) -> Result<Vec<String>, QmpError> {
+    let mut found = Vec::new();
+    for path in ["/machine/peripheral", "/machine/peripheral-anon"] {
+        let entries = match qmp.execute("qom-list", json!({ "path": path })).await {
+            Ok(entries) => entries,
+            // A machine without such devices may lack the container.
+            Err(error) if error.class == QmpError::CONNECTION_LOST => return Err(error),
+            Err(_) => continue,
+        };
+        for entry in entries.as_array().into_iter().flatten() {
+            let kind = entry["type"].as_str().unwrap_or_default();
+            let kind = kind.strip_prefix("child<").unwrap_or_default();
+            if DEVICES.iter().any(|device| kind.starts_with(device)) {
+                let name = entry["name"].as_str().unwrap_or_default();
+                found.push(format!("{name} ({})", kind.trim_end_matches('>')));
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// The guest's memory has to be reachable: nothing is gained if it is not.
+fn memory(blocks: &[RamBlock]) -> Option<Blocker> {
+    let largest = blocks.iter().max_by_key(|block| block.length)?;
+    let why = largest.why_not.as_ref()?;
+    Some(Blocker {
+        reason: format!("The guest's memory, RAM block '{}', can't be mapped: {why}", largest.name),
+        cure: "start QEMU with -object memory-backend-memfd,id=ram0,size=SIZE,share=on and \
+               -machine memory-backend=ram0"
+            .into(),
+    })
+}

@@ -1,0 +1,137 @@
+//! QEMU's RAM blocks, and the files behind those that can be mapped.
+
+use std::os::fd::OwnedFd;
+
+use serde_json::Value;
+
+use super::{
+    QemuError,
+    maps::{self, FileMapping},
+    ramblock_text::{self, Row},
+};
+use crate::qmp::{Execute, monitor_line};
+
+/// A RAM block.
+#[derive(Debug)]
+pub struct RamBlock {
+    /// QEMU's idstr.
+    pub name: String,
+    /// Used length in bytes.
+    pub length: u64,
+    /// Page size of its backing in bytes.
+    pub page_size: u64,
+    /// The file behind it; `None` if its pages have to travel in the stream.
+    pub backing: Option<Backing>,
+    /// Why there is no backing.
+    pub why_not: Option<String>,
+}
+
+/// The file behind a RAM block.
+#[derive(Debug)]
+pub struct Backing {
+    /// The file, open for reading and writing.
+    pub file: OwnedFd,
+    /// Offset in it of the block's first byte.
+    pub offset: u64,
+    /// Its path, for people.
+    pub path: String,
+}
+
+/// Find the RAM blocks of the QEMU with process id `pid`.
+///
+/// # Errors
+/// When QEMU does not say, or its process can't be looked into.
+pub async fn find(qmp: &mut impl Execute, pid: u32) -> Result<Vec<RamBlock>, QemuError> {
+    let rows = rows(qmp).await?;
+    let process = |what: &str| {
+        let what = what.to_owned();
+        move |source| QemuError::Process { pid, what, source }
+    };
+    let mappings = maps::read(pid).map_err(process("reading its mappings"))?;
+    let addresses = addresses(qmp, &rows, &mappings).await?;
+    let mut blocks = Vec::with_capacity(rows.len());
+    for (row, address) in rows.into_iter().zip(addresses) {
+        let found = match address {
+            Ok(address) => maps::backing(&mappings, address, row.used)
+                .ok_or_else(|| "it is not shared memory with a file behind it".to_owned()),
+            Err(why) => Err(why),
+        };
+        let (backing, why_not) = match found {
+            Ok((mapping, offset)) => {
+                let file = mapping.open(pid).map_err(process(&mapping.path))?;
+                (Some(Backing { file, offset, path: mapping.path.clone() }), None)
+            }
+            Err(why) => (None, Some(why)),
+        };
+        let Row { name, page_size, used: length, .. } = row;
+        blocks.push(RamBlock { name, length, page_size, backing, why_not });
+    }
+    Ok(blocks)
+}
+
+/// QEMU's table of RAM blocks.
+async fn rows(qmp: &mut impl Execute) -> Result<Vec<Row>, QemuError> {
+    const COMMAND: &str = "x-query-ramblock";
+    let reply = qmp.execute(COMMAND, Value::Null).await;
+    let text = match reply {
+        Ok(reply) => reply["human-readable-text"].as_str().unwrap_or_default().to_owned(),
+        Err(error) if error.class == "CommandNotFound" => monitor_line(qmp, "info ramblock")
+            .await
+            .map_err(|error| QemuError::Qmp { command: "info ramblock", error })?,
+        Err(error) => return Err(QemuError::Qmp { command: COMMAND, error }),
+    };
+    let rows = ramblock_text::rows(&text);
+    let mut rows = rows.map_err(|why| QemuError::Answer { command: COMMAND, why })?;
+    rows.retain(|row| row.used > 0);
+    if rows.is_empty() {
+        return Err(QemuError::Answer { command: COMMAND, why: "no RAM block".into() });
+    }
+    Ok(rows)
+}
+
+/// The address in QEMU of each block, or why it is not known.
+async fn addresses(
+    qmp: &mut impl Execute,
+    rows: &[Row],
+    mappings: &[FileMapping],
+) -> Result<Vec<Result<u64, String>>, QemuError> {
+    let known: Option<Vec<_>> = rows.iter().map(|row| row.address.map(Ok)).collect();
+    if let Some(known) = known {
+        return Ok(known);
+    }
+    // Before 8.2 the table has no addresses. Guest-physical memory leads to them.
+    let mut addresses = Vec::with_capacity(rows.len());
+    let command = "info mtree -f";
+    let text = monitor_line(qmp, command).await;
+    let text = text.map_err(|error| QemuError::Qmp { command, error })?;
+    let ranges = ramblock_text::flat_ranges(&text);
+    for row in rows {
+        let mut address = None;
+        if let Some(range) = ranges.iter().find(|range| range.name == row.name) {
+            let line = format!("gpa2hva {:#x}", range.start);
+            let text = monitor_line(qmp, &line).await;
+            let text = text.map_err(|error| QemuError::Qmp { command: "gpa2hva", error })?;
+            let named = text.contains(&format!("({})", row.name));
+            let host = ramblock_text::host_address(&text).filter(|_| named);
+            address = host.and_then(|host| host.checked_sub(range.offset));
+        }
+        addresses.push(match address {
+            Some(address) => Ok(address),
+            None => by_size(row, rows, mappings),
+        });
+    }
+    Ok(addresses)
+}
+
+/// The address of a block that is not in guest-physical memory now: by its length, if no other
+/// block and no other file has that length.
+fn by_size(row: &Row, rows: &[Row], mappings: &[FileMapping]) -> Result<u64, String> {
+    let same_length = rows.iter().filter(|other| other.total == row.total).count();
+    let candidates: Vec<_> =
+        mappings.iter().filter(|mapping| mapping.end - mapping.start == row.total).collect();
+    match candidates.as_slice() {
+        [] => Err("it is not shared memory with a file behind it".into()),
+        [mapping] if same_length == 1 => Ok(mapping.start),
+        _ => Err("several files may be behind it, and this QEMU does not say which".into()),
+    }
+}

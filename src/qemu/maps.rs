@@ -1,0 +1,145 @@
+//! `/proc/PID/maps`: which file backs an address of QEMU.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io,
+    os::{
+        fd::OwnedFd,
+        unix::fs::{MetadataExt as _, OpenOptionsExt as _},
+    },
+};
+
+/// A shared, writable mapping of a file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct FileMapping {
+    /// First address.
+    pub start: u64,
+    /// Behind the last address.
+    pub end: u64,
+    /// Offset in the file of `start`.
+    pub offset: u64,
+    device: (u32, u32),
+    inode: u64,
+    /// The file's path, as /proc shows it.
+    pub path: String,
+}
+
+impl FileMapping {
+    /// The same file.
+    pub(super) fn same_file(&self, other: &Self) -> bool {
+        (self.device, self.inode) == (other.device, other.inode)
+    }
+
+    /// Open the file that process `pid` has mapped: through one of its descriptors, for a memfd
+    /// has no other name, else by path.
+    pub(super) fn open(&self, pid: u32) -> io::Result<OwnedFd> {
+        let is_it = |metadata: &fs::Metadata| {
+            let device = (rustix::fs::major(metadata.dev()), rustix::fs::minor(metadata.dev()));
+            metadata.ino() == self.inode && device == self.device
+        };
+        for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
+            let path = entry?.path();
+            // A descriptor that was closed meanwhile.
+            let Ok(metadata) = fs::metadata(&path) else { continue };
+            if is_it(&metadata) {
+                return open_for_both(path.as_os_str().as_ref());
+            }
+        }
+        let file = File::from(open_for_both(self.path.as_ref())?);
+        if is_it(&file.metadata()?) {
+            return Ok(file.into());
+        }
+        let why = format!("{} is not the file that QEMU has mapped any more", self.path);
+        Err(io::Error::new(io::ErrorKind::NotFound, why))
+    }
+}
+
+fn open_for_both(path: &std::path::Path) -> io::Result<OwnedFd> {
+    let nonblocking = rustix::fs::OFlags::NONBLOCK.bits().cast_signed();
+    let mut options = OpenOptions::new();
+    // Std adds CLOEXEC. Non-blocking, so that nothing odd in the process can hold us.
+    Ok(options.read(true).write(true).custom_flags(nonblocking).open(path)?.into())
+}
+
+/// The shared, writable file mappings of process `pid`, in the order of their addresses.
+pub(super) fn read(pid: u32) -> io::Result<Vec<FileMapping>> {
+    Ok(parse(&fs::read_to_string(format!("/proc/{pid}/maps"))?))
+}
+
+fn parse(text: &str) -> Vec<FileMapping> {
+    text.lines().filter_map(parse_line).collect()
+}
+
+fn parse_line(line: &str) -> Option<FileMapping> {
+    let mut words = line.splitn(6, ' ');
+    let (start, end) = words.next()?.split_once('-')?;
+    let permissions = words.next()?;
+    let (offset, device, inode) = (words.next()?, words.next()?, words.next()?);
+    let (major, minor) = device.split_once(':')?;
+    let hex = |text| u64::from_str_radix(text, 16).ok();
+    let inode = inode.parse().ok()?;
+    if permissions != "rw-s" || inode == 0 {
+        return None;
+    }
+    Some(FileMapping {
+        start: hex(start)?,
+        end: hex(end)?,
+        offset: hex(offset)?,
+        device: (u32::from_str_radix(major, 16).ok()?, u32::from_str_radix(minor, 16).ok()?),
+        inode,
+        path: words.next().unwrap_or_default().trim().to_owned(),
+    })
+}
+
+/// The file that backs `length` bytes from `address`, and the offset in it; mappings that the
+/// kernel has split are joined.
+pub(super) fn backing(
+    mappings: &[FileMapping],
+    address: u64,
+    length: u64,
+) -> Option<(&FileMapping, u64)> {
+    let first = mappings.iter().position(|m| m.start <= address && address < m.end)?;
+    let mapping = &mappings[first];
+    let end = address.checked_add(length)?;
+    let mut reached = mapping.end;
+    for next in &mappings[first + 1..] {
+        let file_offset = mapping.offset.checked_add(reached - mapping.start);
+        let continues = next.start == reached && next.same_file(mapping);
+        if reached >= end || !continues || Some(next.offset) != file_offset {
+            break;
+        }
+        reached = next.end;
+    }
+    let offset = mapping.offset.checked_add(address - mapping.start)?;
+    (reached >= end).then_some((mapping, offset))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MAPS: &str = "\
+7ff9dffff000-7ff9e7fff000 rw-s 00000000 00:01 1115                       /memfd:memory-backend-memfd (deleted)
+7ff9e7fff000-7ff9e8000000 ---p 00000000 00:00 0
+7ffa07fff000-7ffa0ffff000 rw-s 00001000 00:01 1113                       /dev/shm/a b
+7ffa0ffff000-7ffa17fff000 rw-s 08001000 00:01 1113                       /dev/shm/a b
+7ffa17fff000-7ffa18fff000 r--s 00000000 00:01 1114                       /memfd:x (deleted)
+";
+
+    #[test]
+    fn only_shared_writable_files_count() {
+        let mappings = parse(MAPS);
+        assert_eq!(mappings.len(), 3);
+        assert_eq!(mappings[1].path, "/dev/shm/a b");
+    }
+
+    #[test]
+    fn split_mappings_are_joined() {
+        let mappings = parse(MAPS);
+        let (file, offset) = backing(&mappings, 0x7ffa_0800_0000, 0x0fff_f000).unwrap();
+        assert_eq!((file.path.as_str(), offset), ("/dev/shm/a b", 0x2000));
+        assert!(backing(&mappings, 0x7ffa_0800_0000, 0x1000_0000).is_none());
+        assert!(backing(&mappings, 0x1000, 0x1000).is_none());
+        assert!(backing(&mappings, 0x7ffa_0800_0000, u64::MAX).is_none());
+    }
+}

@@ -1,0 +1,129 @@
+//! Migration addresses that name the `rdma` transport.
+
+use serde_json::{Map, Value};
+
+use super::QmpError;
+use crate::migration::messages::Address;
+
+/// What a `migrate` or `migrate-incoming` asks for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Target {
+    /// A migration of ours.
+    Rdma(Address),
+    /// Another transport: QEMU's business.
+    Other,
+}
+
+/// Read `rdma:HOST:PORT`; `None` for another scheme.
+///
+/// # Errors
+/// When host or port is missing or no such thing.
+pub fn parse(uri: &str) -> Result<Target, QmpError> {
+    let Some(rest) = uri.strip_prefix("rdma:") else { return Ok(Target::Other) };
+    let bad = |why: &str| {
+        QmpError::generic(format!(
+            "Bad migration address '{uri}': {why}; it must be rdma:HOST:PORT, with an IPv6 \
+             address in brackets"
+        ))
+    };
+    // `,to=` and its like are parsed and unused by QEMU's rdma.
+    let rest = rest.split_once(',').map_or(rest, |(address, _)| address);
+    let (host, port) = match rest.strip_prefix('[') {
+        Some(rest) => rest.split_once("]:").ok_or_else(|| bad("no port behind the brackets"))?,
+        None => rest.rsplit_once(':').ok_or_else(|| bad("no port"))?,
+    };
+    if host.contains(':') && !rest.starts_with('[') {
+        return Err(bad("more than one colon"));
+    }
+    address(host, port).map_err(|why| bad(&why))
+}
+
+fn address(host: &str, port: &str) -> Result<Target, String> {
+    let port = port.parse().map_err(|_| format!("port '{port}' is no number from 0 to 65535"))?;
+    Ok(Target::Rdma(Address { host: host.to_owned(), port }))
+}
+
+/// Read the target from the arguments `uri` or `channels`.
+///
+/// Whatever is wrong with an address of another transport is left for QEMU to say.
+///
+/// # Errors
+/// When it names rdma and is wrong.
+pub fn target(arguments: &Map<String, Value>) -> Result<Target, QmpError> {
+    if let Some(uri) = arguments.get("uri") {
+        return uri.as_str().map_or(Ok(Target::Other), parse);
+    }
+    let Some(channels) = arguments.get("channels").and_then(Value::as_array) else {
+        return Ok(Target::Other);
+    };
+    let rdma = |channel: &&Value| channel["addr"]["transport"] == "rdma";
+    let Some(channel) = channels.iter().find(rdma) else { return Ok(Target::Other) };
+    if channels.len() > 1 || channel["channel-type"] != "main" {
+        return Err(QmpError::generic(
+            "Transport 'rdma' takes exactly one channel, of type 'main'",
+        ));
+    }
+    let field = |name: &str| match &channel["addr"][name] {
+        Value::String(text) => Ok(text.clone()),
+        Value::Null => {
+            Err(QmpError::generic(format!("Parameter 'channels[0].addr.{name}' is missing")))
+        }
+        _ => Err(QmpError::generic(format!(
+            "Invalid parameter type for 'channels[0].addr.{name}', expected: string"
+        ))),
+    };
+    address(&field("host")?, &field("port")?)
+        .map_err(|why| QmpError::generic(format!("Bad migration address in 'channels': {why}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn rdma(host: &str, port: u16) -> Target {
+        Target::Rdma(Address { host: host.into(), port })
+    }
+
+    #[test]
+    fn addresses_are_qemus() {
+        assert_eq!(parse("rdma:host:4444").unwrap(), rdma("host", 4444));
+        assert_eq!(parse("rdma:[fe80::1]:4444").unwrap(), rdma("fe80::1", 4444));
+        assert_eq!(parse("rdma:[::]:49152").unwrap(), rdma("::", 49152));
+        assert_eq!(parse("rdma::4444").unwrap(), rdma("", 4444));
+        assert_eq!(parse("rdma:host:4444,to=4450").unwrap(), rdma("host", 4444));
+        assert_eq!(parse("tcp:host:4444").unwrap(), Target::Other);
+        for bad in [
+            "rdma:",
+            "rdma:host",
+            "rdma:host:",
+            "rdma:host:x",
+            "rdma:host:65536",
+            "rdma:a:b:1",
+            "rdma:[::1]",
+        ] {
+            let error = parse(bad).unwrap_err();
+            assert!(error.desc.contains("rdma:HOST:PORT"), "{bad}: {error}");
+        }
+    }
+
+    #[test]
+    fn channels_name_the_transport() {
+        let channels = |channel: Value| json!({ "channels": [channel] });
+        let addr = json!({"transport": "rdma", "host": "h", "port": "1"});
+        let good = channels(json!({"channel-type": "main", "addr": addr}));
+        assert_eq!(target(good.as_object().unwrap()).unwrap(), rdma("h", 1));
+        let socket = channels(json!({"channel-type": "main", "addr": {"transport": "socket"}}));
+        assert_eq!(target(socket.as_object().unwrap()).unwrap(), Target::Other);
+        for (expected, addr) in [
+            ("'channels[0].addr.port' is missing", json!({"transport": "rdma", "host": "h"})),
+            ("expected: string", json!({"transport": "rdma", "host": "h", "port": 1})),
+            ("no number", json!({"transport": "rdma", "host": "h", "port": "x"})),
+        ] {
+            let bad = channels(json!({"channel-type": "main", "addr": addr}));
+            let error = target(bad.as_object().unwrap()).unwrap_err();
+            assert!(error.desc.contains(expected), "{error}");
+        }
+    }
+}
