@@ -1,2 +1,5 @@
 //! The command line.
-fn main() {}
+mod cli;
+fn main() -> std::process::ExitCode {
+    cli::main()
+}

@@ -79,6 +79,15 @@ pub enum FabricError {
     },
 }
 
+/// Names of the host's RDMA devices, from sysfs: no library is needed to see them.
+pub fn devices() -> Vec<String> {
+    let entries = std::fs::read_dir("/sys/class/infiniband").into_iter().flatten();
+    let mut names: Vec<_> =
+        entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    names.sort();
+    names
+}
+
 /// Result of a fabric operation.
 pub type Result<T> = std::result::Result<T, FabricError>;
 

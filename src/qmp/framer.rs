@@ -55,7 +55,6 @@ impl Framer {
     /// The next command that is complete, and the offset in the connection of its end.
     pub fn take(&mut self) -> Option<(Framed, u64)> {
         while let Some(&byte) = self.buffer.get(self.scanned) {
-            
             if let Some(framed) = self.step(byte) {
                 return Some((framed, self.base));
             }

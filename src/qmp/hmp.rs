@@ -17,6 +17,8 @@ pub enum Line {
     PinAll(String),
     /// `info migrate`.
     InfoMigrate,
+    /// One that is ours and wrong.
+    Wrong(QmpError),
     /// QEMU's business.
     Other,
 }

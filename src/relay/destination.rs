@@ -1,0 +1,212 @@
+//! The relay's side of an incoming migration.
+
+use std::time::Duration;
+
+use serde_json::{Map, Value, json};
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    time::{Instant, sleep, timeout},
+};
+use tracing::{info, warn};
+
+use super::{
+    Context, HEARTBEAT, QemuEvent,
+    source::WORKER_DIED,
+    view::{Phase, View},
+    worker::{self, Worker},
+};
+use crate::{
+    migration::messages::{Address, Order, Report},
+    qemu::{blockers, blocks},
+    qmp::{Execute as _, QmpError},
+};
+
+/// How long the worker may take to listen.
+const LISTENING: Duration = Duration::from_secs(15);
+
+/// How often QEMU is asked while its verdict is awaited, and otherwise.
+const POLL: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(1));
+
+/// How long a worker may take to tell the source of a failure.
+const LAST_WORDS: Duration = Duration::from_secs(5);
+
+/// Name of the migration socket in QEMU's monitor.
+const FDNAME: &str = "qemu-rdma-helper-incoming";
+
+/// An incoming migration.
+pub struct Destination {
+    /// What the relay knows.
+    pub context: Context,
+    /// QEMU's events, as far as they concern migrations.
+    pub events: mpsc::Receiver<QemuEvent>,
+    /// What a client sees.
+    pub view: watch::Sender<View>,
+}
+
+/// What QEMU has said so far.
+#[derive(Default)]
+struct Heard {
+    /// The stream is all QEMU's: its verdict is awaited.
+    stream_ended: bool,
+    /// The guest ran. QEMU says RESUME before its vCPUs run.
+    resumed: bool,
+    /// The verdict was passed on.
+    judged: bool,
+}
+
+impl Destination {
+    /// Run it; `reply` is the result of the client's `migrate-incoming`.
+    pub async fn run(
+        mut self,
+        address: Address,
+        exit_on_error: Option<bool>,
+        reply: oneshot::Sender<Result<Value, QmpError>>,
+    ) {
+        let prepared = self.prepare(address, exit_on_error).await;
+        let (result, worker) = match prepared {
+            Ok((value, worker)) => (Ok(value), Some(worker)),
+            Err(error) => {
+                self.fail(error.desc.clone());
+                (Err(error), None)
+            }
+        };
+        // A client that is gone needs no reply; the migration is waited for nevertheless.
+        let _ = reply.send(result);
+        let Some(mut worker) = worker else { return };
+        match self.follow(&mut worker).await {
+            Ok(()) => {
+                info!("migration completed");
+                self.view.send_modify(|view| view.phase = Phase::Confirmed);
+            }
+            Err(reason) => {
+                warn!(%reason, "migration failed");
+                self.fail(reason);
+            }
+        }
+        worker.kill().await;
+    }
+
+    fn fail(&self, reason: String) {
+        self.view.send_modify(|view| view.phase = Phase::Failed(reason));
+    }
+
+    /// Let a worker listen, and QEMU wait for its stream.
+    async fn prepare(
+        &mut self,
+        address: Address,
+        exit_on_error: Option<bool>,
+    ) -> Result<(Value, Worker), QmpError> {
+        let generic = |error: &dyn std::fmt::Display| QmpError::generic(error.to_string());
+        let mut qemu = self.context.qemu.clone();
+        if let Some(blocker) = blockers::settings(&mut qemu).await?.first() {
+            return Err(QmpError::generic(format!("{}; {}", blocker.reason, blocker.cure)));
+        }
+        let blocks = blocks::find(&mut qemu, self.context.pid).await;
+        let blocks = blocks.map_err(|error| generic(&error))?;
+        let options = self.context.options(&mut qemu).await?;
+        let (ours, theirs) = worker::migration_socket().map_err(|error| generic(&error))?;
+        let order = Order::Incoming { address, blocks: super::listed(&blocks), options };
+        let fds = worker::order_fds(&ours, &blocks);
+        let mut worker = Worker::start(&order, &fds).await.map_err(|error| generic(&error))?;
+        drop((ours, blocks));
+        let listening = timeout(LISTENING, async {
+            loop {
+                match worker.report().await {
+                    Some(Report::Listening { address }) => return Ok(address),
+                    Some(Report::Progress(_)) => {}
+                    Some(Report::Failed { reason, .. }) => return Err(QmpError::generic(reason)),
+                    _ => return Err(QmpError::generic(WORKER_DIED)),
+                }
+            }
+        });
+        let late = |_| QmpError::generic("The helper's worker did not listen in time");
+        let address = listening.await.map_err(late)??;
+        info!(%address, "listening");
+        qemu.execute_with("getfd", json!({ "fdname": FDNAME }), vec![theirs]).await?;
+        let mut arguments = Map::new();
+        arguments.insert("uri".into(), format!("fd:{FDNAME}").into());
+        if let Some(exit) = exit_on_error {
+            arguments.insert("exit-on-error".into(), exit.into());
+        }
+        match qemu.execute("migrate-incoming", Value::Object(arguments)).await {
+            Ok(value) => Ok((value, worker)),
+            Err(error) => {
+                // QEMU keeps what it did not use.
+                let _ = qemu.execute("closefd", json!({ "fdname": FDNAME })).await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Follow worker and QEMU to the end.
+    async fn follow(&mut self, worker: &mut Worker) -> Result<(), String> {
+        let mut heard = Heard::default();
+        let mut last_report = Instant::now();
+        loop {
+            let awaited = heard.stream_ended && !heard.judged;
+            let poll = sleep(if awaited { POLL.0 } else { POLL.1 });
+            tokio::select! {
+                report = worker.report() => {
+                    last_report = Instant::now();
+                    match report {
+                        Some(Report::Progress(progress)) => {
+                            self.view.send_modify(|view| view.progress = progress);
+                        }
+                        Some(Report::StreamEnded) => heard.stream_ended = true,
+                        Some(Report::Done(progress)) => {
+                            self.view.send_modify(|view| view.progress = progress);
+                            return Ok(());
+                        }
+                        Some(Report::Failed { reason, .. }) => return Err(reason),
+                        Some(Report::Agreed | Report::Listening { .. }) => {}
+                        None => return Err(WORKER_DIED.into()),
+                    }
+                }
+                event = self.events.recv() => match event {
+                    Some(QemuEvent::Resumed) => heard.resumed = true,
+                    Some(QemuEvent::Migration(_)) => self.ask(&mut heard, worker).await,
+                    Some(QemuEvent::Abort(reason)) => {
+                        worker.order(&Order::Abort { reason }).await;
+                    }
+                    None => return Err(self.qemu_gone(heard, worker).await),
+                },
+                () = poll => {
+                    if last_report.elapsed() > HEARTBEAT {
+                        return Err("The destination's worker hung and was killed".into());
+                    }
+                    self.ask(&mut heard, worker).await;
+                }
+            }
+        }
+    }
+
+    /// Ask QEMU for its verdict, and pass it on, once.
+    async fn ask(&self, heard: &mut Heard, worker: &mut Worker) {
+        let mut qemu = self.context.qemu.clone();
+        // A QEMU that is gone closes `events`.
+        let Ok(state) = qemu.execute("query-migrate", Value::Null).await else { return };
+        let order = match state["status"].as_str() {
+            Some("completed") if heard.stream_ended => Order::QemuCompleted,
+            Some("failed") => {
+                let why = state["error-desc"].as_str().unwrap_or("look at its log");
+                Order::QemuFailed {
+                    reason: format!("The destination's QEMU failed to load the guest: {why}"),
+                    guest_never_ran: !heard.resumed,
+                }
+            }
+            _ => return,
+        };
+        if !std::mem::replace(&mut heard.judged, true) {
+            worker.order(&order).await;
+        }
+    }
+
+    /// QEMU is gone: the source must know whether its guest may run again.
+    async fn qemu_gone(&self, heard: Heard, worker: &mut Worker) -> String {
+        let reason = "The destination's QEMU is gone; look at its log".to_owned();
+        let guest_never_ran = !heard.resumed;
+        worker.order(&Order::QemuFailed { reason: reason.clone(), guest_never_ran }).await;
+        let _ = timeout(LAST_WORDS, worker.wait()).await;
+        reason
+    }
+}

@@ -1,0 +1,201 @@
+//! Which of a client's commands are ours, and what they ask for.
+
+use serde_json::{Map, Value};
+
+use crate::{
+    migration::messages::Address,
+    qmp::{
+        QmpError,
+        envelope::Command,
+        hmp::{self, Line},
+        uri::{self, Target},
+    },
+};
+
+/// A command that is ours.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Intercepted {
+    /// Migrate to this address.
+    Migrate(Address),
+    /// A migration over another transport, QEMU's own: ours no longer shows.
+    MigrateOther,
+    /// Wait for a migration at this address.
+    MigrateIncoming {
+        /// Where.
+        address: Address,
+        /// The client's `exit-on-error` (9.1).
+        exit_on_error: Option<bool>,
+    },
+    /// `query-migrate`.
+    QueryMigrate,
+    /// `migrate-set-capabilities` with `x-rdma-pin-all`; these are the list with QEMU's name.
+    SetCapabilities(Value),
+    /// `query-rdma-helper`.
+    QueryHelper,
+    /// `query-rdma-migrate-blockers`.
+    QueryBlockers,
+    /// A line of the human monitor that is ours; the reply is text.
+    Monitor(Line),
+}
+
+/// Look at a command; `None` if it is QEMU's.
+///
+/// # Errors
+/// The reply to a command that is ours and wrong, in QEMU's words.
+pub fn intercept(command: &Command) -> Result<Option<Intercepted>, QmpError> {
+    let arguments = &command.arguments;
+    Ok(Some(match command.name.as_str() {
+        "migrate" => match uri::target(arguments)? {
+            Target::Rdma(address) => {
+                only(arguments, &["uri", "channels", "detach", "resume", "blk", "inc"])?;
+                if boolean(arguments, "resume")? == Some(true) {
+                    return Err(QmpError::generic("A migration over rdma: can't be resumed"));
+                }
+                Intercepted::Migrate(address)
+            }
+            Target::Other => Intercepted::MigrateOther,
+        },
+        "migrate-incoming" => match uri::target(arguments)? {
+            Target::Rdma(address) => {
+                only(arguments, &["uri", "channels", "exit-on-error"])?;
+                let exit_on_error = boolean(arguments, "exit-on-error")?;
+                Intercepted::MigrateIncoming { address, exit_on_error }
+            }
+            Target::Other => return Ok(None),
+        },
+        "query-migrate" if arguments.is_empty() => Intercepted::QueryMigrate,
+        "migrate-set-capabilities" => match with_qemus_name(arguments) {
+            Some(capabilities) => Intercepted::SetCapabilities(capabilities),
+            None => return Ok(None),
+        },
+        "query-rdma-helper" => {
+            only(arguments, &[])?;
+            Intercepted::QueryHelper
+        }
+        "query-rdma-migrate-blockers" => {
+            only(arguments, &[])?;
+            Intercepted::QueryBlockers
+        }
+        "human-monitor-command" => return Ok(monitor(arguments)),
+        _ => return Ok(None),
+    }))
+}
+
+fn monitor(arguments: &Map<String, Value>) -> Option<Intercepted> {
+    let line = arguments.get("command-line")?.as_str()?;
+    match hmp::parse(line) {
+        Ok(Line::Other) if line.split_whitespace().next() == Some("migrate") => {
+            Some(Intercepted::MigrateOther)
+        }
+        Ok(Line::Other) => None,
+        Ok(line) => Some(Intercepted::Monitor(line)),
+        Err(error) => Some(Intercepted::Monitor(Line::Wrong(error))),
+    }
+}
+
+/// Refuse arguments that the command does not have.
+fn only(arguments: &Map<String, Value>, known: &[&str]) -> Result<(), QmpError> {
+    match arguments.keys().find(|name| !known.contains(&name.as_str())) {
+        Some(name) => Err(QmpError::generic(format!("Parameter '{name}' is unexpected"))),
+        None => Ok(()),
+    }
+}
+
+fn boolean(arguments: &Map<String, Value>, name: &str) -> Result<Option<bool>, QmpError> {
+    match arguments.get(name) {
+        None => Ok(None),
+        Some(Value::Bool(value)) => Ok(Some(*value)),
+        Some(_) => Err(QmpError::generic(format!(
+            "Invalid parameter type for '{name}', expected: boolean"
+        ))),
+    }
+}
+
+/// The arguments with `rdma-pin-all` for `x-rdma-pin-all`, its name before QEMU 2.2; `None` if
+/// it does not occur.
+fn with_qemus_name(arguments: &Map<String, Value>) -> Option<Value> {
+    let mut arguments = arguments.clone();
+    let mut renamed = false;
+    for entry in arguments.get_mut("capabilities")?.as_array_mut()? {
+        if entry["capability"] == "x-rdma-pin-all" {
+            entry["capability"] = "rdma-pin-all".into();
+            renamed = true;
+        }
+    }
+    renamed.then_some(Value::Object(arguments))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ask(text: &str) -> Result<Option<Intercepted>, QmpError> {
+        intercept(&Command::read(text.as_bytes()).unwrap())
+    }
+
+    fn refusal(text: &str) -> String {
+        ask(text).unwrap_err().desc
+    }
+
+    fn address() -> Address {
+        Address { host: "h".into(), port: 1 }
+    }
+
+    #[test]
+    fn rdma_migrations_are_ours() {
+        let migrate = Some(Intercepted::Migrate(address()));
+        assert_eq!(
+            ask(r#"{"execute": "migrate", "arguments": {"uri": "rdma:h:1", "detach": true}}"#)
+                .unwrap(),
+            migrate
+        );
+        let channels = r#"{"execute": "migrate", "arguments": {"channels": [{"channel-type": "main", "addr": {"transport": "rdma", "host": "h", "port": "1"}}]}}"#;
+        assert_eq!(ask(channels).unwrap(), migrate);
+        let incoming = r#"{"execute": "migrate-incoming", "arguments": {"uri": "rdma:h:1", "exit-on-error": false}}"#;
+        let expected =
+            Intercepted::MigrateIncoming { address: address(), exit_on_error: Some(false) };
+        assert_eq!(ask(incoming).unwrap(), Some(expected));
+        let line = r#"{"execute": "human-monitor-command", "arguments": {"command-line": "migrate -d rdma:h:1"}}"#;
+        assert_eq!(ask(line).unwrap(), Some(Intercepted::Monitor(Line::Migrate(address()))));
+    }
+
+    #[test]
+    fn the_rest_is_qemus() {
+        for text in [
+            r#"{"execute": "query-status"}"#,
+            r#"{"execute": "migrate-incoming", "arguments": {"uri": "tcp:h:1"}}"#,
+            r#"{"execute": "migrate-set-capabilities", "arguments": {"capabilities": [{"capability": "rdma-pin-all", "state": true}]}}"#,
+            r#"{"execute": "migrate-set-capabilities", "arguments": {"capabilities": 7}}"#,
+            r#"{"execute": "query-migrate", "arguments": {"x": 1}}"#,
+            r#"{"execute": "human-monitor-command", "arguments": {"command-line": "info status"}}"#,
+            r#"{"execute": "human-monitor-command", "arguments": {"command-line": 5}}"#,
+        ] {
+            assert_eq!(ask(text).unwrap(), None, "{text}");
+        }
+        let tcp = r#"{"execute": "migrate", "arguments": {"uri": "tcp:h:1", "whatever": 1}}"#;
+        assert_eq!(ask(tcp).unwrap(), Some(Intercepted::MigrateOther));
+        let wrong = r#"{"execute": "migrate", "arguments": {"uri": 5}}"#;
+        assert_eq!(ask(wrong).unwrap(), Some(Intercepted::MigrateOther));
+    }
+
+    #[test]
+    fn the_old_name_is_translated() {
+        let text = r#"{"execute": "migrate-set-capabilities", "arguments": {"capabilities": [{"capability": "x-rdma-pin-all", "state": true}, {"capability": "events", "state": true}]}}"#;
+        let expected = serde_json::json!({"capabilities": [{"capability": "rdma-pin-all", "state": true}, {"capability": "events", "state": true}]});
+        assert_eq!(ask(text).unwrap(), Some(Intercepted::SetCapabilities(expected)));
+    }
+
+    #[test]
+    fn refusals_are_in_qemus_words() {
+        let typo = r#"{"execute": "query-rdma-helper", "arguments": {"typo": 1}}"#;
+        assert_eq!(refusal(typo), "Parameter 'typo' is unexpected");
+        let typo = r#"{"execute": "migrate", "arguments": {"uri": "rdma:h:1", "typo": 1}}"#;
+        assert_eq!(refusal(typo), "Parameter 'typo' is unexpected");
+        let kind = r#"{"execute": "migrate", "arguments": {"uri": "rdma:h:1", "resume": 1}}"#;
+        assert_eq!(refusal(kind), "Invalid parameter type for 'resume', expected: boolean");
+        assert!(
+            refusal(r#"{"execute": "migrate", "arguments": {"uri": "rdma:h"}}"#)
+                .contains("no port")
+        );
+    }
+}

@@ -1,0 +1,523 @@
+//! The relay's loop: QEMU's events, the client's commands, what migrations have to say.
+
+use std::{io, os::fd::OwnedFd, time::Duration};
+
+use serde_json::{Value, json, value::RawValue};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::{mpsc, oneshot, watch},
+    task::{JoinError, JoinHandle},
+    time::timeout,
+};
+use tracing::{info, warn};
+
+use super::{
+    Context, Output, QemuEvent, ServedSocket,
+    client::{Client, FromClient},
+    destination::Destination,
+    helper_commands,
+    intercept::{Intercepted, intercept},
+    session::Said,
+    source::Source,
+    view::{Phase, Side, View},
+};
+use crate::{
+    migration::messages::Address,
+    qmp::{
+        Execute as _, ITEM_MAX, QmpError,
+        envelope::{self, Command, FromQemu, Unread},
+        framer::Framed,
+        hmp::{self, Line},
+        monitor_line,
+    },
+};
+
+/// Events and lines that may wait for a migration's task.
+const QUEUE: usize = 256;
+
+/// How long migrations get to end cleanly when the relay ends.
+const FAREWELL: Duration = Duration::from_secs(8);
+
+/// The result of a command.
+type Reply = Result<Value, QmpError>;
+
+/// A migration of ours, running or over.
+struct Migration {
+    events: mpsc::Sender<QemuEvent>,
+    view: watch::Receiver<View>,
+    task: JoinHandle<()>,
+}
+
+impl Migration {
+    fn runs(&self) -> bool {
+        !self.task.is_finished()
+    }
+
+    fn tell(&self, event: QemuEvent) {
+        // A task that is over, or that has more to do than it can, asks QEMU itself.
+        let _ = self.events.try_send(event);
+    }
+}
+
+/// A command that is not answered yet.
+enum Current {
+    /// QEMU will answer it.
+    Forwarded,
+    /// The relay's task answers it.
+    Ours(JoinHandle<Vec<u8>>),
+}
+
+/// The relay.
+pub(super) struct Relay {
+    context: Context,
+    /// What clients are greeted with.
+    greeting: Vec<u8>,
+    client: Option<Client>,
+    /// Counts clients, so that nobody gets a predecessor's reply.
+    client_number: u64,
+    /// The command that is not answered yet.
+    current: Option<Current>,
+    source: Option<Migration>,
+    destination: Option<Migration>,
+    /// Lines that wait for the verdict on a MIGRATION `completed`, the first of them.
+    held: Option<Vec<Vec<u8>>>,
+    output: mpsc::Receiver<Output>,
+    output_sender: mpsc::Sender<Output>,
+}
+
+impl Relay {
+    pub(super) fn new(context: Context, mut greeting: Value) -> Self {
+        // Out-of-band execution would need replies to be matched.
+        if let Some(capabilities) = greeting["QMP"]["capabilities"].as_array_mut() {
+            capabilities.retain(|capability| capability != "oob");
+        }
+        let (output_sender, output) = mpsc::channel(QUEUE);
+        Self {
+            context,
+            greeting: format!("{greeting}\r\n").into_bytes(),
+            client: None,
+            client_number: 0,
+            current: None,
+            source: None,
+            destination: None,
+            held: None,
+            output,
+            output_sender,
+        }
+    }
+
+    /// Serve until QEMU is gone or a signal comes.
+    pub(super) async fn run(
+        mut self,
+        socket: ServedSocket,
+        mut said: mpsc::Receiver<Said>,
+    ) -> io::Result<()> {
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        // It fails only where no service manager waits for it.
+        let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+        info!(path = %socket.path.display(), pid = self.context.pid, "serving QMP");
+        let reason = loop {
+            let busy = self.current.is_some();
+            tokio::select! {
+                // What QEMU said first goes out first.
+                biased;
+                said = said.recv() => match said {
+                    Some(Said::Event(line)) => self.event(line),
+                    Some(Said::Reply(client, line)) => self.reply(client, line),
+                    None => break None,
+                },
+                Some(output) = self.output.recv() => self.output(output),
+                reply = answered(&mut self.current) => self.answer(reply),
+                command = next_command(&mut self.client, busy) => match command {
+                    Some(command) => self.command(command),
+                    None => self.client = None,
+                },
+                accepted = socket.listener.accept(), if self.client.is_none() => {
+                    self.accept(accepted.map(|(stream, _)| stream));
+                }
+                _ = terminate.recv() => break Some("The helper was told to end (SIGTERM)"),
+                _ = interrupt.recv() => break Some("The helper was told to end (SIGINT)"),
+            }
+        };
+        self.end(reason).await;
+        Ok(())
+    }
+
+    /// End: with QEMU, or told to.
+    async fn end(mut self, reason: Option<&str>) {
+        info!(reason = reason.unwrap_or("QEMU is gone"), "ending");
+        if let (Some(Current::Ours(reply)), None) = (self.current.take(), reason)
+            && let Ok(Ok(line)) = timeout(FAREWELL, reply).await
+        {
+            self.send(line);
+        }
+        if let Some(client) = self.client.take() {
+            // Everything that QEMU said goes before the end of the connection.
+            let _ = timeout(FAREWELL, client.finish()).await;
+        }
+        for migration in [self.source.take(), self.destination.take()].into_iter().flatten() {
+            if let (Some(reason), true) = (reason, migration.runs()) {
+                migration.tell(QemuEvent::Abort(reason.to_owned()));
+                // It keeps its end of the events, so that it does not take QEMU for gone.
+                let Migration { events, task, .. } = migration;
+                let _ = timeout(FAREWELL, task).await;
+                drop(events);
+            } else {
+                let Migration { events, task, .. } = migration;
+                drop(events);
+                let _ = timeout(FAREWELL, task).await;
+            }
+        }
+    }
+
+    fn accept(&mut self, accepted: io::Result<tokio::net::UnixStream>) {
+        match accepted {
+            Ok(stream) => {
+                let client = Client::new(stream);
+                client.send(self.greeting.clone());
+                self.client = Some(client);
+                self.client_number += 1;
+                // A predecessor's command is answered into the void.
+                self.current = None;
+            }
+            Err(error) => warn!(%error, "a client could not connect"),
+        }
+    }
+
+    /// Send a line to the client.
+    fn send(&mut self, line: Vec<u8>) {
+        if let Some(client) = &self.client
+            && !client.send(line)
+        {
+            warn!("the client does not read; disconnected");
+            self.disconnect();
+        }
+    }
+
+    fn disconnect(&mut self) {
+        if let Some(client) = self.client.take() {
+            client.disconnect();
+        }
+    }
+
+    /// Send the line of an event, once the client may have it.
+    fn send_event(&mut self, line: Vec<u8>) {
+        if self.client.as_ref().is_some_and(|client| client.negotiated) {
+            self.send(line);
+        }
+    }
+
+    /// An event of QEMU's: to the client in its place, and to whom it concerns.
+    fn event(&mut self, line: Vec<u8>) {
+        let status = match FromQemu::read(&line) {
+            Ok(FromQemu::Event { name, data }) if name == "MIGRATION" => {
+                data["status"].as_str().map(str::to_owned)
+            }
+            Ok(FromQemu::Event { name, .. }) if name == "RESUME" => {
+                self.tell(&QemuEvent::Resumed);
+                None
+            }
+            _ => None,
+        };
+        let line = match status {
+            Some(status) => {
+                self.tell(&QemuEvent::Migration(status.clone()));
+                match self.migration_event(&status, line) {
+                    Some(line) => line,
+                    None => return,
+                }
+            }
+            None => line,
+        };
+        match &mut self.held {
+            Some(held) => held.push(line),
+            None => self.send_event(line),
+        }
+    }
+
+    fn tell(&self, event: &QemuEvent) {
+        for migration in [&self.source, &self.destination].into_iter().flatten() {
+            migration.tell(event.clone());
+        }
+    }
+
+    /// What the client gets of a MIGRATION event while a migration of ours runs.
+    fn migration_event(&mut self, status: &str, line: Vec<u8>) -> Option<Vec<u8>> {
+        let Some(source) = self.source.as_ref().filter(|source| source.runs()) else {
+            return Some(line);
+        };
+        let phase = source.view.borrow().phase.clone();
+        match (status, phase) {
+            ("completed", Phase::Running) if self.held.is_none() => {
+                self.held = Some(Vec::new());
+                Some(line)
+            }
+            // QEMU was cancelled by us because the worker failed.
+            ("cancelling", Phase::Failed(_)) => None,
+            ("cancelled", Phase::Failed(_)) => {
+                Some(envelope::event("MIGRATION", &json!({ "status": "failed" })))
+            }
+            _ => Some(line),
+        }
+    }
+
+    fn output(&mut self, output: Output) {
+        let first = match output {
+            Output::Emit(line) => return self.send_event(line),
+            Output::Release => None,
+            Output::FailInstead(line) => Some(line),
+        };
+        let mut held = self.held.take().unwrap_or_default().into_iter();
+        if first.is_some() && held.next().is_some() {
+            first.into_iter().for_each(|line| self.send_event(line));
+        }
+        held.for_each(|line| self.send_event(line));
+    }
+
+    /// QEMU's reply to a command that was forwarded.
+    fn reply(&mut self, client: u64, line: Vec<u8>) {
+        if client == self.client_number {
+            self.current = None;
+            self.send(line);
+        }
+    }
+
+    /// The reply to a command of ours.
+    fn answer(&mut self, reply: Result<Vec<u8>, JoinError>) {
+        self.current = None;
+        match reply {
+            Ok(line) => self.send(line),
+            Err(error) => {
+                warn!(%error, "a command's task failed");
+                self.disconnect();
+            }
+        }
+    }
+
+    /// A command of the client's.
+    fn command(&mut self, FromClient { framed, fds }: FromClient) {
+        let bytes = match framed {
+            Framed::Value(bytes) => bytes,
+            Framed::Malformed => return self.refuse("JSON parse error, expecting value"),
+            Framed::TooLong => {
+                return self.refuse(&format!("JSON parse error, more than {ITEM_MAX} bytes"));
+            }
+        };
+        let command = match Command::read(&bytes) {
+            Ok(command) => Some(command),
+            Err(Unread::NoJson) => return self.refuse("JSON parse error, invalid JSON"),
+            Err(Unread::NoCommand) => None,
+        };
+        if self.client.as_ref().is_some_and(|client| !client.negotiated) {
+            return self.negotiate(command);
+        }
+        let intercepted = command.as_ref().map_or(Ok(None), intercept);
+        let id = command.and_then(|command| command.id);
+        match intercepted {
+            Ok(Some(Intercepted::MigrateOther)) => {
+                // A migration of ours that is over no longer shows.
+                self.source.take_if(|source| !source.runs());
+                self.forward(bytes, fds);
+            }
+            Ok(Some(intercepted)) => {
+                self.current = Some(Current::Ours(self.execute(intercepted, id)));
+            }
+            Ok(None) => self.forward(bytes, fds),
+            Err(error) => self.send(envelope::reply(&Err(error), id.as_deref())),
+        }
+    }
+
+    /// A command that is QEMU's.
+    fn forward(&mut self, bytes: Vec<u8>, fds: Vec<OwnedFd>) {
+        let (qemu, client) = (self.context.qemu.clone(), self.client_number);
+        self.current = Some(Current::Forwarded);
+        // The queue has room but for one command; if not, QEMU is what is waited for. A QEMU
+        // that is gone ends the relay.
+        tokio::spawn(async move { qemu.forward(client, bytes, fds).await });
+    }
+
+    fn refuse(&mut self, desc: &str) {
+        self.send(envelope::reply(&Err(QmpError::generic(desc)), None));
+    }
+
+    /// The session with QEMU is negotiated already: the client's part is answered here.
+    fn negotiate(&mut self, command: Option<Command>) {
+        let name = command.as_ref().map(|command| command.name.as_str()).unwrap_or_default();
+        let id = command.as_ref().and_then(|command| command.id.as_deref());
+        let enable = command.as_ref().and_then(|command| command.arguments.get("enable"));
+        let enabled = enable.and_then(Value::as_array).map_or(0, Vec::len);
+        let result = if name == "qmp_capabilities" && enabled == 0 {
+            Ok(json!({}))
+        } else if name == "qmp_capabilities" {
+            Err(QmpError::generic("Capability oob not available"))
+        } else {
+            let desc = "Expecting capabilities negotiation with 'qmp_capabilities'".to_owned();
+            Err(QmpError { class: "CommandNotFound".into(), desc })
+        };
+        if let (Ok(_), Some(client)) = (&result, &mut self.client) {
+            client.negotiated = true;
+        }
+        let line = envelope::reply(&result, id);
+        self.send(line);
+    }
+
+    /// Execute a command that is ours.
+    fn execute(
+        &mut self,
+        intercepted: Intercepted,
+        id: Option<Box<RawValue>>,
+    ) -> JoinHandle<Vec<u8>> {
+        let context = self.context.clone();
+        let view = self.view();
+        match intercepted {
+            Intercepted::Migrate(address) => answer_with(self.migrate(address), id),
+            Intercepted::MigrateIncoming { address, exit_on_error } => {
+                answer_with(self.migrate_incoming(address, exit_on_error), id)
+            }
+            Intercepted::QueryMigrate => answer_with(query_migrate(context, view), id),
+            Intercepted::SetCapabilities(arguments) => answer_with(
+                async move {
+                    let mut qemu = context.qemu;
+                    qemu.execute("migrate-set-capabilities", arguments).await
+                },
+                id,
+            ),
+            Intercepted::QueryHelper => {
+                answer_with(async move { helper_commands::query_helper(&context).await }, id)
+            }
+            Intercepted::QueryBlockers => {
+                answer_with(async move { helper_commands::query_blockers(&context).await }, id)
+            }
+            Intercepted::Monitor(line) => self.monitor(line, id),
+            // Forwarded before.
+            Intercepted::MigrateOther => answer_with(async { Ok(json!({})) }, id),
+        }
+    }
+
+    /// A line of the human monitor: the same, and text as reply.
+    fn monitor(&mut self, line: Line, id: Option<Box<RawValue>>) -> JoinHandle<Vec<u8>> {
+        let context = self.context.clone();
+        match line {
+            Line::Migrate(address) => answer_with(as_text(self.migrate(address)), id),
+            Line::MigrateIncoming(address) => {
+                answer_with(as_text(self.migrate_incoming(address, None)), id)
+            }
+            Line::PinAll(state) => {
+                let mut qemu = context.qemu;
+                answer_with(
+                    async move {
+                        let line = format!("migrate_set_capability rdma-pin-all {state}");
+                        monitor_line(&mut qemu, &line).await.map(Value::String)
+                    },
+                    id,
+                )
+            }
+            Line::InfoMigrate => answer_with(info_migrate(context, self.view()), id),
+            Line::Wrong(error) => answer_with(as_text(async move { Err(error) }), id),
+            Line::Other => answer_with(async { Ok(json!("")) }, id),
+        }
+    }
+
+    /// What a client sees of the migration that concerns it: the last one of ours.
+    fn view(&self) -> Option<View> {
+        let migration = self.source.as_ref().or(self.destination.as_ref())?;
+        Some(migration.view.borrow().clone())
+    }
+
+    fn migrate(&mut self, address: Address) -> impl Future<Output = Reply> + Send + use<> {
+        let (reply, result) = oneshot::channel();
+        if self.source.as_ref().is_some_and(Migration::runs) {
+            let error = QmpError::generic("There's a migration process in progress");
+            // The receiver is right here.
+            let _ = reply.send(Err(error));
+        } else {
+            let (events, event_receiver) = mpsc::channel(QUEUE);
+            let (view, view_receiver) = watch::channel(View::new(Side::Source));
+            let source = Source {
+                context: self.context.clone(),
+                events: event_receiver,
+                output: self.output_sender.clone(),
+                view,
+            };
+            let task = tokio::spawn(source.run(address, reply));
+            self.source = Some(Migration { events, view: view_receiver, task });
+        }
+        flatten(result)
+    }
+
+    fn migrate_incoming(
+        &mut self,
+        address: Address,
+        exit_on_error: Option<bool>,
+    ) -> impl Future<Output = Reply> + Send + use<> {
+        let (reply, result) = oneshot::channel();
+        if self.destination.as_ref().is_some_and(Migration::runs) {
+            let error = QmpError::generic("The incoming migration has already been started");
+            // The receiver is right here.
+            let _ = reply.send(Err(error));
+        } else {
+            let (events, event_receiver) = mpsc::channel(QUEUE);
+            let (view, view_receiver) = watch::channel(View::new(Side::Destination));
+            let context = self.context.clone();
+            let destination = Destination { context, events: event_receiver, view };
+            let task = tokio::spawn(destination.run(address, exit_on_error, reply));
+            self.destination = Some(Migration { events, view: view_receiver, task });
+        }
+        flatten(result)
+    }
+}
+
+/// The result of a migration's start.
+async fn flatten(result: oneshot::Receiver<Reply>) -> Reply {
+    result.await.unwrap_or_else(|_| Err(QmpError::generic("The migration's task failed")))
+}
+
+/// The monitor's form of a result: nothing, or the error as text.
+async fn as_text(result: impl Future<Output = Reply> + Send) -> Reply {
+    Ok(match result.await {
+        Ok(_) => json!(""),
+        Err(error) => json!(hmp::error_text(&error)),
+    })
+}
+
+fn answer_with(
+    result: impl Future<Output = Reply> + Send + 'static,
+    id: Option<Box<RawValue>>,
+) -> JoinHandle<Vec<u8>> {
+    tokio::spawn(async move { envelope::reply(&result.await, id.as_deref()) })
+}
+
+async fn query_migrate(context: Context, view: Option<View>) -> Reply {
+    let mut qemu = context.qemu;
+    let mut reply = qemu.execute("query-migrate", Value::Null).await?;
+    if let Some(view) = view {
+        view.overlay(&mut reply);
+    }
+    Ok(reply)
+}
+
+async fn info_migrate(context: Context, view: Option<View>) -> Reply {
+    let mut qemu = context.qemu.clone();
+    let text = monitor_line(&mut qemu, "info migrate").await?;
+    let Some(view) = view else { return Ok(text.into()) };
+    let reply = query_migrate(context, Some(view.clone())).await?;
+    Ok(view.overlay_text(&text, &reply).into())
+}
+
+/// The reply to the current command, once it is there.
+async fn answered(current: &mut Option<Current>) -> Result<Vec<u8>, JoinError> {
+    match current {
+        Some(Current::Ours(task)) => task.await,
+        _ => std::future::pending().await,
+    }
+}
+
+/// The client's next command; `None` when the client is gone. While one is not answered, none is
+/// taken.
+async fn next_command(client: &mut Option<Client>, busy: bool) -> Option<FromClient> {
+    match client {
+        Some(client) if !busy => client.commands.recv().await,
+        _ => std::future::pending().await,
+    }
+}

@@ -1,0 +1,349 @@
+//! The relay's side of an outgoing migration.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    time::{Instant, Interval, MissedTickBehavior, interval, sleep, timeout},
+};
+use tracing::{info, warn};
+
+use super::{
+    Context, HEARTBEAT, Output, QemuEvent,
+    session::Qemu,
+    view::{Phase, View, rate},
+    worker::{self, Worker},
+};
+use crate::{
+    migration::messages::{Address, Order, Progress, Report},
+    qemu::{blockers, blocks},
+    qmp::{Execute as _, QmpError, envelope},
+};
+
+/// How long connecting and comparing block lists may take in all; the worker's own bounds are
+/// shorter and its errors better.
+const AGREEMENT: Duration = Duration::from_secs(30);
+
+/// How often QEMU's state is asked for while something is expected of it.
+const POLL: Duration = Duration::from_millis(20);
+
+/// How long a QEMU whose migration lost its worker may go on before it is cancelled. While it
+/// waits at pre-switchover it does not notice by itself.
+const NOTICE: Duration = Duration::from_millis(500);
+
+/// How long QEMU may take to end a migration that failed.
+const END: Duration = Duration::from_secs(15);
+
+/// Name of the migration socket in QEMU's monitor.
+const FDNAME: &str = "qemu-rdma-helper";
+
+/// States of QEMU's in which a migration is under way (qapi/migration.json).
+const UNDER_WAY: [&str; 10] = [
+    "setup",
+    "active",
+    "device",
+    "pre-switchover",
+    "cancelling",
+    "wait-unplug",
+    "postcopy-active",
+    "postcopy-paused",
+    "postcopy-recover",
+    "postcopy-recover-setup",
+];
+
+/// An outgoing migration.
+pub struct Source {
+    /// What the relay knows.
+    pub context: Context,
+    /// QEMU's events, as far as they concern migrations.
+    pub events: mpsc::Receiver<QemuEvent>,
+    /// For the client.
+    pub output: mpsc::Sender<Output>,
+    /// What a client sees.
+    pub view: watch::Sender<View>,
+}
+
+/// How the worker ended.
+enum Outcome {
+    Done,
+    Failed {
+        reason: String,
+        guest_never_ran: bool,
+    },
+    /// QEMU is gone; there is nobody to tell.
+    QemuGone,
+}
+
+impl Source {
+    /// Run it; `reply` is the result of the client's `migrate`.
+    pub async fn run(mut self, address: Address, reply: oneshot::Sender<Result<Value, QmpError>>) {
+        let prepared = self.prepare(&address).await;
+        let (result, worker) = match prepared {
+            Ok((value, worker)) => (Ok(value), Some(worker)),
+            Err(error) => {
+                self.view.send_modify(|view| view.phase = Phase::Failed(error.desc.clone()));
+                (Err(error), None)
+            }
+        };
+        // A client that is gone needs no reply; its migration goes on, as QEMU's would.
+        let _ = reply.send(result);
+        let Some(mut worker) = worker else { return };
+        let outcome = self.follow(&mut worker).await;
+        worker.kill().await;
+        match outcome {
+            Outcome::Done => self.confirm().await,
+            Outcome::Failed { reason, guest_never_ran } => {
+                self.fail(reason, guest_never_ran).await;
+            }
+            Outcome::QemuGone => {}
+        }
+    }
+
+    fn qemu(&self) -> Qemu {
+        self.context.qemu.clone()
+    }
+
+    /// Connect a worker to the destination, and start QEMU's migration into it.
+    async fn prepare(&mut self, address: &Address) -> Result<(Value, Worker), QmpError> {
+        let mut qemu = self.qemu();
+        let state = qemu.execute("query-migrate", Value::Null).await?;
+        if state["status"].as_str().is_some_and(|status| UNDER_WAY.contains(&status)) {
+            return Err(QmpError::generic("There's a migration process in progress"));
+        }
+        let blocks = blocks::find(&mut qemu, self.context.pid).await.map_err(generic)?;
+        if let Some(blocker) = blockers::find(&mut qemu, &blocks).await?.first() {
+            return Err(QmpError::generic(format!("{}; {}", blocker.reason, blocker.cure)));
+        }
+        let options = self.context.options(&mut qemu).await?;
+        self.view.send_modify(|view| view.pin_all = options.pin_all);
+        let (ours, theirs) = worker::migration_socket().map_err(generic)?;
+        let order =
+            Order::Outgoing { address: address.clone(), blocks: super::listed(&blocks), options };
+        let fds = worker::order_fds(&ours, &blocks);
+        let mut worker = Worker::start(&order, &fds).await.map_err(generic)?;
+        drop((ours, blocks));
+        match timeout(AGREEMENT, self.await_agreement(&mut worker)).await {
+            Ok(result) => result?,
+            Err(_) => {
+                let why = format!(
+                    "The destination {address} did not answer in time; is its helper alive?"
+                );
+                return Err(QmpError::generic(why));
+            }
+        }
+        qemu.execute_with("getfd", json!({ "fdname": FDNAME }), vec![theirs]).await?;
+        let migrate = json!({ "uri": format!("fd:{FDNAME}") });
+        match qemu.execute("migrate", migrate).await {
+            Ok(value) => Ok((value, worker)),
+            Err(error) => {
+                // QEMU keeps what it did not use.
+                let _ = qemu.execute("closefd", json!({ "fdname": FDNAME })).await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn await_agreement(&mut self, worker: &mut Worker) -> Result<(), QmpError> {
+        loop {
+            match worker.report().await {
+                Some(Report::Agreed) => return Ok(()),
+                Some(Report::Progress(progress)) => {
+                    self.view.send_modify(|view| view.progress = progress);
+                }
+                Some(Report::Failed { reason, .. }) => return Err(QmpError::generic(reason)),
+                _ => return Err(QmpError::generic(WORKER_DIED)),
+            }
+        }
+    }
+
+    /// Follow the worker to its end.
+    async fn follow(&mut self, worker: &mut Worker) -> Outcome {
+        let mut seconds = every_second();
+        let mut heard = Instant::now();
+        let mut last = Progress::default();
+        loop {
+            tokio::select! {
+                report = worker.report() => {
+                    heard = Instant::now();
+                    match report {
+                        Some(Report::Progress(progress)) => {
+                            self.view.send_modify(|view| view.progress = progress);
+                        }
+                        Some(Report::Done(progress)) => {
+                            self.view.send_modify(|view| view.progress = progress);
+                            return Outcome::Done;
+                        }
+                        Some(Report::Failed { reason, guest_never_ran, progress }) => {
+                            self.view.send_modify(|view| view.progress = progress);
+                            return Outcome::Failed { reason, guest_never_ran };
+                        }
+                        Some(_) => {}
+                        None => return Outcome::Failed {
+                            reason: WORKER_DIED.into(),
+                            guest_never_ran: false,
+                        },
+                    }
+                }
+                event = self.events.recv() => match event {
+                    Some(QemuEvent::Abort(reason)) => {
+                        worker.order(&Order::Abort { reason }).await;
+                    }
+                    Some(_) => {}
+                    None => {
+                        let reason = "The source's QEMU is gone; look at its log".to_owned();
+                        worker.order(&Order::Abort { reason }).await;
+                        // It tells the peer; that takes a moment at the most.
+                        let _ = timeout(Duration::from_secs(3), worker.wait()).await;
+                        return Outcome::QemuGone;
+                    }
+                },
+                _ = seconds.tick() => {
+                    if heard.elapsed() > HEARTBEAT {
+                        let reason = "The source's worker hung and was killed".to_owned();
+                        return Outcome::Failed { reason, guest_never_ran: false };
+                    }
+                    self.second(&mut last).await;
+                }
+            }
+        }
+    }
+
+    /// Once a second: what QEMU knows, and the event.
+    async fn second(&mut self, last: &mut Progress) {
+        let Ok((ram, max_bandwidth)) = self.ask_figures().await else { return };
+        self.view.send_modify(|view| {
+            let bytes = view.progress.ram_bytes.saturating_sub(last.ram_bytes);
+            let milliseconds = view.progress.elapsed_ms.saturating_sub(last.elapsed_ms);
+            view.mbps = rate(bytes, milliseconds);
+            *last = view.progress.clone();
+            if ram.is_object() {
+                view.ram = ram;
+            }
+            view.max_bandwidth = max_bandwidth;
+        });
+        self.emit_throughput().await;
+    }
+
+    async fn ask_figures(&mut self) -> Result<(Value, u64), QmpError> {
+        let mut qemu = self.qemu();
+        let mut state = qemu.execute("query-migrate", Value::Null).await?;
+        let parameters = qemu.execute("query-migrate-parameters", Value::Null).await?;
+        Ok((state["ram"].take(), parameters["max-bandwidth"].as_u64().unwrap_or(0)))
+    }
+
+    async fn emit_throughput(&self) {
+        let line = self.view.borrow().throughput_event();
+        self.put(Output::Emit(line)).await;
+    }
+
+    async fn put(&self, output: Output) {
+        // The receiver is gone only when the relay ends.
+        let _ = self.output.send(output).await;
+    }
+
+    /// The destination's QEMU completed.
+    async fn confirm(&mut self) {
+        info!("migration completed");
+        if let Ok((ram, max_bandwidth)) = self.ask_figures().await {
+            self.view.send_modify(|view| {
+                view.ram = ram;
+                view.max_bandwidth = max_bandwidth;
+            });
+        }
+        self.view.send_modify(|view| view.phase = Phase::Confirmed);
+        self.emit_throughput().await;
+        self.put(Output::Release).await;
+    }
+
+    /// The migration failed: let QEMU end it, and the guest run on.
+    async fn fail(&mut self, reason: String, guest_never_ran: bool) {
+        warn!(%reason, "migration failed");
+        let status = self.end_qemus_migration(&reason).await;
+        let phase = match status.as_deref() {
+            Ok("cancelled") if !matches!(self.view.borrow().phase, Phase::Failed(_)) => {
+                Phase::Cancelled
+            }
+            Ok("completed") => Phase::Failed(self.roll_back(reason, guest_never_ran).await),
+            _ => Phase::Failed(reason),
+        };
+        self.view.send_modify(|view| view.phase = phase);
+        self.emit_throughput().await;
+        if matches!(status.as_deref(), Ok("completed")) {
+            let failed = envelope::event("MIGRATION", &json!({ "status": "failed" }));
+            self.put(Output::FailInstead(failed)).await;
+        } else {
+            self.put(Output::Release).await;
+        }
+    }
+
+    /// Wait until QEMU's migration is over; returns its last state.
+    async fn end_qemus_migration(&mut self, reason: &str) -> Result<String, QmpError> {
+        let mut qemu = self.qemu();
+        let begun = Instant::now();
+        let mut cancelled = false;
+        loop {
+            let mut state = qemu.execute("query-migrate", Value::Null).await?;
+            let status = state["status"].as_str().unwrap_or("none").to_owned();
+            if state["ram"].is_object() {
+                self.view.send_modify(|view| view.ram = state["ram"].take());
+            }
+            if !UNDER_WAY.contains(&status.as_str()) || begun.elapsed() > END {
+                return Ok(status);
+            }
+            if begun.elapsed() > NOTICE && status != "cancelling" && !cancelled {
+                cancelled = true;
+                // From here on the relay shows QEMU's `cancelled` as the failure that it is.
+                self.view.send_modify(|view| view.phase = Phase::Failed(reason.to_owned()));
+                qemu.execute("migrate_cancel", Value::Null).await?;
+            }
+            sleep(POLL).await;
+        }
+    }
+
+    /// QEMU has completed, and the destination has not: let the guest run again here, if it is
+    /// certain that it never ran there. Returns the error text.
+    async fn roll_back(&mut self, reason: String, guest_never_ran: bool) -> String {
+        if !guest_never_ran {
+            return format!(
+                "{reason}. The guest stays stopped here, because it may be running at the \
+                 destination: look there, and 'cont' here only if it is not"
+            );
+        }
+        match self.run_again().await {
+            Ok(()) => reason,
+            Err(error) => {
+                format!("{reason}. The guest could not be started again here ({error}): 'cont' it")
+            }
+        }
+    }
+
+    async fn run_again(&mut self) -> Result<(), QmpError> {
+        let mut qemu = self.qemu();
+        let begun = Instant::now();
+        // `completed` may come while QEMU is still in `finish-migrate`, which refuses `cont`.
+        loop {
+            let state = qemu.execute("query-status", Value::Null).await?;
+            match state["status"].as_str() {
+                Some("finish-migrate") if begun.elapsed() < END => sleep(POLL).await,
+                _ => break,
+            }
+        }
+        qemu.execute("cont", Value::Null).await.map(drop)
+    }
+}
+
+/// What is said when there is no worker to say it.
+pub(super) const WORKER_DIED: &str =
+    "The helper's worker process died; see its messages in the helper's log, and migrate again";
+
+fn generic(error: impl std::fmt::Display) -> QmpError {
+    QmpError::generic(error.to_string())
+}
+
+fn every_second() -> Interval {
+    let mut seconds = interval(Duration::from_secs(1));
+    seconds.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    seconds.reset();
+    seconds
+}

@@ -1,0 +1,238 @@
+//! What a client sees of a migration of ours: `query-migrate`, `info migrate`, the event.
+
+use serde_json::{Value, json};
+
+use super::schema::{RDMA_MIGRATION_THROUGHPUT, RdmaCapabilityState, RdmaFabric};
+use crate::{
+    migration::messages::Progress,
+    qmp::{envelope, hmp},
+};
+
+/// Where a migration stands.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum Phase {
+    /// It is being prepared, or runs.
+    #[default]
+    Running,
+    /// The destination's QEMU completed.
+    Confirmed,
+    /// It failed; one sentence.
+    Failed(String),
+    /// It was cancelled.
+    Cancelled,
+}
+
+/// Which side.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Side {
+    /// The source.
+    Source,
+    /// The destination.
+    Destination,
+}
+
+/// All that is known for a client. It stays when the migration is over.
+#[derive(Debug, Clone)]
+pub struct View {
+    /// Which side.
+    pub side: Side,
+    /// Where it stands.
+    pub phase: Phase,
+    /// The worker's last figures.
+    pub progress: Progress,
+    /// RAM throughput of the last second in 10^6 bit/s.
+    pub mbps: f64,
+    /// The last `ram` object of QEMU's `query-migrate`.
+    pub ram: Value,
+    /// Capability `rdma-pin-all`.
+    pub pin_all: bool,
+    /// Parameter `max-bandwidth` in bytes per second.
+    pub max_bandwidth: u64,
+}
+
+impl View {
+    /// Before anything has happened.
+    pub fn new(side: Side) -> Self {
+        Self {
+            side,
+            phase: Phase::default(),
+            progress: Progress::default(),
+            mbps: 0.0,
+            ram: Value::Null,
+            pin_all: false,
+            max_bandwidth: 0,
+        }
+    }
+
+    /// RAM throughput of the whole migration, its set-up not counted, in 10^6 bit/s.
+    fn overall_mbps(&self) -> f64 {
+        let milliseconds = self.progress.elapsed_ms.saturating_sub(self.progress.setup_ms);
+        rate(self.progress.ram_bytes, milliseconds)
+    }
+
+    /// The throughput that is worth showing now.
+    fn shown_mbps(&self) -> f64 {
+        if self.phase == Phase::Running { self.mbps } else { self.overall_mbps() }
+    }
+
+    fn transferred(&self) -> u64 {
+        self.progress.ram_bytes + self.progress.stream_bytes
+    }
+
+    /// What QEMU still has to send, and what is on its way.
+    fn remaining(&self, ram: &Value) -> u64 {
+        if self.phase == Phase::Confirmed {
+            return 0;
+        }
+        ram["remaining"].as_u64().unwrap_or(0) + self.progress.in_flight
+    }
+
+    /// Put our figures into the reply of `query-migrate`; the rest stays QEMU's.
+    pub fn overlay(&self, reply: &mut Value) {
+        let status = reply["status"].as_str().unwrap_or("none").to_owned();
+        match &self.phase {
+            Phase::Failed(reason) => {
+                reply["status"] = "failed".into();
+                reply["error-desc"] = reason.as_str().into();
+            }
+            // Not before the destination's QEMU has said so.
+            Phase::Running if self.side == Side::Source && status == "completed" => {
+                reply["status"] = "device".into();
+            }
+            Phase::Running | Phase::Confirmed | Phase::Cancelled => {}
+        }
+        if self.side == Side::Destination {
+            return;
+        }
+        if !reply["ram"].is_object() {
+            if !self.ram.is_object() {
+                return;
+            }
+            reply["ram"] = self.ram.clone();
+        }
+        let remaining = self.remaining(&reply["ram"]);
+        let ram = &mut reply["ram"];
+        ram["transferred"] = self.transferred().into();
+        ram["remaining"] = remaining.into();
+        ram["mbps"] = self.shown_mbps().into();
+    }
+
+    /// The same for the text of `info migrate`.
+    pub fn overlay_text(&self, text: &str, reply: &Value) -> String {
+        let mut values = Vec::new();
+        if let Some(status) = reply["status"].as_str() {
+            let status = match reply["error-desc"].as_str() {
+                Some(why) => format!("{status} ({why})"),
+                None => status.to_owned(),
+            };
+            values.push(("Migration status", status));
+        }
+        let ram = &reply["ram"];
+        if self.side == Side::Source && ram.is_object() {
+            let kbytes = |name: &str| format!("{} kbytes", ram[name].as_u64().unwrap_or(0) >> 10);
+            values.push(("transferred ram", kbytes("transferred")));
+            values.push(("throughput", format!("{:.2} mbps", self.shown_mbps())));
+            values.push(("remaining ram", kbytes("remaining")));
+            values.push(("total ram", kbytes("total")));
+            values.push(("rdma fabric", self.progress.fabric.clone()));
+        }
+        hmp::with_values(text, &values)
+    }
+
+    /// The line of a RDMA_MIGRATION_THROUGHPUT event.
+    pub fn throughput_event(&self) -> Vec<u8> {
+        let figure = |name: &str| self.ram[name].as_u64().unwrap_or(0);
+        let data = RDMA_MIGRATION_THROUGHPUT {
+            mbps: self.shown_mbps(),
+            transferred: self.transferred(),
+            remaining: self.remaining(&self.ram),
+            total: figure("total"),
+            dirty_sync_count: figure("dirty-sync-count"),
+            max_bandwidth: self.max_bandwidth,
+            capabilities: vec![RdmaCapabilityState {
+                capability: "rdma-pin-all".into(),
+                state: self.pin_all,
+            }],
+            fabric: self.progress.fabric.parse().unwrap_or(RdmaFabric::tcp),
+            connections: self.progress.connections,
+        };
+        envelope::event("RDMA_MIGRATION_THROUGHPUT", &json!(data))
+    }
+}
+
+/// 10^6 bit/s.
+pub fn rate(bytes: u64, milliseconds: u64) -> f64 {
+    if milliseconds == 0 { 0.0 } else { bytes as f64 * 8.0 / 1000.0 / milliseconds as f64 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn view(side: Side) -> View {
+        let progress = Progress {
+            ram_bytes: 1_000_000,
+            stream_bytes: 24,
+            in_flight: 4096,
+            setup_ms: 10,
+            elapsed_ms: 110,
+            fabric: "tcp".into(),
+            connections: 1,
+            ..Progress::default()
+        };
+        View { progress, mbps: 12.5, ..View::new(side) }
+    }
+
+    fn reply() -> Value {
+        json!({"status": "active", "new": 1, "ram": {"total": 9, "remaining": 5, "mbps": 1.0, "transferred": 7, "normal": 3}})
+    }
+
+    #[test]
+    fn figures_are_ours_and_the_rest_is_qemus() {
+        let mut shown = reply();
+        view(Side::Source).overlay(&mut shown);
+        let expected = json!({"status": "active", "new": 1, "ram": {"total": 9, "remaining": 4101, "mbps": 12.5, "transferred": 1_000_024, "normal": 3}});
+        assert_eq!(shown, expected);
+    }
+
+    #[test]
+    fn completion_is_shown_when_it_is_confirmed() {
+        let mut view = view(Side::Source);
+        let shown = |view: &View| {
+            let mut shown = reply();
+            shown["status"] = "completed".into();
+            view.overlay(&mut shown);
+            (shown["status"].clone(), shown["ram"]["mbps"].clone())
+        };
+        assert_eq!(shown(&view), (json!("device"), json!(12.5)));
+        view.phase = Phase::Confirmed;
+        assert_eq!(shown(&view), (json!("completed"), json!(80.0)));
+    }
+
+    #[test]
+    fn failure_keeps_the_figures() {
+        let mut view = view(Side::Source);
+        view.phase = Phase::Failed("It broke".into());
+        view.ram = json!({"total": 9, "remaining": 5});
+        let mut shown = json!({});
+        view.overlay(&mut shown);
+        assert_eq!(shown["status"], "failed");
+        assert_eq!(shown["error-desc"], "It broke");
+        assert_eq!(shown["ram"]["transferred"], 1_000_024);
+        let text = view.overlay_text("", &shown);
+        assert!(text.contains("Migration status: failed (It broke)\r\n"), "{text}");
+    }
+
+    #[test]
+    fn the_event_is_the_schemas() {
+        let line = String::from_utf8(view(Side::Source).throughput_event()).unwrap();
+        let event: Value = serde_json::from_str(&line).unwrap();
+        assert_eq!(event["event"], "RDMA_MIGRATION_THROUGHPUT");
+        assert_eq!(event["data"]["fabric"], "tcp");
+        assert_eq!(event["data"]["mbps"], 12.5);
+        assert_eq!(
+            event["data"]["capabilities"],
+            json!([{"capability": "rdma-pin-all", "state": false}])
+        );
+    }
+}

@@ -1,0 +1,119 @@
+//! The worker process of one migration, as the relay sees it.
+
+use std::{
+    io,
+    os::{
+        fd::{AsFd as _, BorrowedFd, OwnedFd},
+        unix::net::UnixStream as StdUnixStream,
+    },
+    process::Stdio,
+};
+
+use tokio::{
+    net::UnixStream,
+    process::{Child, Command},
+};
+use tracing::warn;
+
+use crate::{
+    migration::messages::{LINE_MAX, Order, Report},
+    qmp::socket,
+};
+
+/// A running worker. It is killed when this is dropped.
+pub struct Worker {
+    child: Child,
+    control: UnixStream,
+    buffer: Vec<u8>,
+}
+
+impl Worker {
+    /// Start one, and give it its first order with these descriptors.
+    ///
+    /// # Errors
+    /// The system's.
+    pub async fn start(order: &Order, fds: &[BorrowedFd<'_>]) -> io::Result<Self> {
+        let (ours, theirs) = StdUnixStream::pair()?;
+        ours.set_nonblocking(true)?;
+        let child = Command::new("/proc/self/exe")
+            .arg0("qemu-rdma-helper")
+            .arg("worker")
+            .stdin(Stdio::from(OwnedFd::from(theirs)))
+            .stdout(Stdio::null())
+            .kill_on_drop(true)
+            .spawn()?;
+        let mut worker = Self { child, control: UnixStream::from_std(ours)?, buffer: Vec::new() };
+        worker.send(order, fds).await?;
+        Ok(worker)
+    }
+
+    async fn send(&mut self, order: &Order, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+        let mut line = serde_json::to_vec(order)?;
+        line.push(b'\n');
+        socket::send_all_async(&self.control, &line, fds).await
+    }
+
+    /// Give it an order. One that is dead says so where reports are read.
+    pub async fn order(&mut self, order: &Order) {
+        if let Err(error) = self.send(order, &[]).await {
+            warn!(%error, "the worker takes no orders");
+        }
+    }
+
+    /// The next report; `None` when the worker is gone or makes no sense. Nothing is lost if the
+    /// future is dropped.
+    pub async fn report(&mut self) -> Option<Report> {
+        loop {
+            if let Some(end) = self.buffer.iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = self.buffer.drain(..=end).collect();
+                return match serde_json::from_slice(&line) {
+                    Ok(report) => Some(report),
+                    Err(error) => {
+                        warn!(%error, "the worker's report makes no sense");
+                        None
+                    }
+                };
+            }
+            if self.buffer.len() > LINE_MAX {
+                return None;
+            }
+            let mut piece = [0; 4096];
+            match socket::recv_async(&self.control, &mut piece, &mut Vec::new()).await {
+                Ok(received @ 1..) => self.buffer.extend_from_slice(&piece[..received]),
+                Ok(0) | Err(_) => return None,
+            }
+        }
+    }
+
+    /// Kill it, and wait until its descriptors are closed.
+    pub async fn kill(&mut self) {
+        if let Err(error) = self.child.kill().await {
+            warn!(%error, "the worker could not be killed");
+        }
+    }
+
+    /// Wait for its end.
+    pub async fn wait(&mut self) {
+        if let Err(error) = self.child.wait().await {
+            warn!(%error, "waiting for the worker failed");
+        }
+    }
+}
+
+/// A socket for QEMU's migration: the worker's end, and QEMU's.
+///
+/// # Errors
+/// The system's.
+pub fn migration_socket() -> io::Result<(OwnedFd, OwnedFd)> {
+    let (worker, qemu) = StdUnixStream::pair()?;
+    Ok((worker.into(), qemu.into()))
+}
+
+/// The descriptors of an order: the worker's end of the migration socket, then the files.
+pub fn order_fds<'a>(
+    socket: &'a OwnedFd,
+    blocks: &'a [crate::qemu::blocks::RamBlock],
+) -> Vec<BorrowedFd<'a>> {
+    let files = blocks.iter().filter_map(|block| block.backing.as_ref());
+    std::iter::once(socket.as_fd()).chain(files.map(|backing| backing.file.as_fd())).collect()
+}
