@@ -1,5 +1,26 @@
-//! The command line.
+//! The command line; see `cli`.
+#![forbid(unsafe_code)]
+
 mod cli;
-fn main() -> std::process::ExitCode {
-    cli::main()
+
+use std::process::ExitCode;
+
+use clap::Parser as _;
+
+fn main() -> ExitCode {
+    let cli = match cli::Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version are no misuse. Nobody is left to read an error of printing.
+            let _ = error.print();
+            return ExitCode::from(if error.use_stderr() { cli::USAGE } else { cli::DONE });
+        }
+    };
+    match cli.run() {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            eprintln!("qemu-rdma-helper: {error:#}");
+            ExitCode::from(cli::FAILED)
+        }
+    }
 }

@@ -1,23 +1,98 @@
 //! Arguments, one file a subcommand; the only place that exits or prints.
-use qemu_rdma_helper::relay;
-use std::{path::PathBuf, process::ExitCode, time::Duration};
-pub fn main() -> ExitCode {
-    let args: Vec<String> = std::env::args().collect();
-    tracing_subscriber::fmt().with_writer(std::io::stderr).init();
-    if args[1] == "worker" {
-        use std::os::fd::AsFd;
-        let fd = std::io::stdin().as_fd().try_clone_to_owned().unwrap();
-        qemu_rdma_helper::migration::worker::run(fd.into()).unwrap();
-        return ExitCode::SUCCESS;
+
+mod attach;
+mod check;
+mod client;
+mod hmp;
+mod migrate;
+mod worker;
+
+use anyhow::Context as _;
+use clap::{Parser, Subcommand};
+use tracing::level_filters::LevelFilter;
+use tracing_subscriber::EnvFilter;
+
+/// Exit code: done.
+pub const DONE: u8 = 0;
+/// Exit code: failed.
+pub const FAILED: u8 = 1;
+/// Exit code: wrong usage.
+pub const USAGE: u8 = 2;
+
+/// Live-migrates an unmodified QEMU over RDMA.
+///
+/// A helper process stands beside each QEMU and serves QMP in its place: a migration to
+/// rdma:HOST:PORT is carried by the helpers, everything else passes to QEMU unchanged.
+#[derive(Debug, Parser)]
+#[command(
+    version,
+    after_help = "Exit codes: 0 done, 1 failed, 2 wrong usage. \
+    RUST_LOG sets what is logged on stderr (error, warn, info, debug)."
+)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Attach(attach::Args),
+    Migrate(migrate::Args),
+    Hmp(hmp::Args),
+    Check(check::Args),
+    /// One migration's worker process; started by `attach`.
+    #[command(hide = true)]
+    Worker,
+}
+
+impl Cli {
+    /// Run the subcommand; returns the exit code.
+    ///
+    /// # Errors
+    /// What failed, for people.
+    pub fn run(self) -> anyhow::Result<u8> {
+        match self.command {
+            Command::Attach(args) => {
+                log(LevelFilter::INFO);
+                block_on(attach::run(args))
+            }
+            Command::Worker => {
+                log(LevelFilter::INFO);
+                worker::run()
+            }
+            Command::Migrate(args) => {
+                log(LevelFilter::WARN);
+                block_on(migrate::run(args))
+            }
+            Command::Hmp(args) => {
+                log(LevelFilter::WARN);
+                block_on(hmp::run(args))
+            }
+            Command::Check(args) => {
+                log(LevelFilter::WARN);
+                block_on(check::run(args))
+            }
+        }
     }
-    let rt = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    let r = rt.block_on(relay::attach(relay::AttachOptions {
-        qemu_qmp: PathBuf::from(&args[2]),
-        qmp: PathBuf::from(&args[3]),
-        fabric: relay::FabricChoice::Auto,
-        stall_timeout: Duration::from_secs(30),
-        pid: None,
-    }));
-    println!("{r:?}");
-    ExitCode::SUCCESS
+}
+
+/// Log to stderr, from this level on unless RUST_LOG says otherwise.
+fn log(level: LevelFilter) {
+    let filter = EnvFilter::builder().with_default_directive(level.into()).from_env_lossy();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+        .with_target(false)
+        .init();
+}
+
+/// One thread is enough: what is heavy has its own process.
+fn block_on(run: impl Future<Output = anyhow::Result<u8>>) -> anyhow::Result<u8> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.context("Cannot start")?;
+    let code = runtime.block_on(run);
+    // A reader that waits for its terminal must not hold us.
+    runtime.shutdown_background();
+    code
 }

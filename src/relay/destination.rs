@@ -164,7 +164,7 @@ impl Destination {
                 }
                 event = self.events.recv() => match event {
                     Some(QemuEvent::Resumed) => heard.resumed = true,
-                    Some(QemuEvent::Migration(_)) => self.ask(&mut heard, worker).await,
+                    Some(QemuEvent::Migration) => self.ask(&mut heard, worker).await,
                     Some(QemuEvent::Abort(reason)) => {
                         worker.order(&Order::Abort { reason }).await;
                     }

@@ -9,7 +9,7 @@ mod client;
 mod destination;
 mod helper_commands;
 mod intercept;
-mod schema;
+pub mod schema;
 mod serve;
 mod session;
 mod source;
@@ -131,8 +131,8 @@ impl Context {
 /// An event of QEMU's that concerns a migration, or word of the relay itself.
 #[derive(Debug, Clone)]
 enum QemuEvent {
-    /// MIGRATION with this status.
-    Migration(String),
+    /// MIGRATION: its state changed.
+    Migration,
     /// RESUME: the guest runs.
     Resumed,
     /// The relay is told to end.

@@ -4,6 +4,7 @@
     unsafe_code,
     non_camel_case_types,
     clippy::all,
+    clippy::undocumented_unsafe_blocks,
     clippy::pedantic,
     reason = "generated code"
 )]

@@ -222,7 +222,7 @@ impl Relay {
         };
         let line = match status {
             Some(status) => {
-                self.tell(&QemuEvent::Migration(status.clone()));
+                self.tell(&QemuEvent::Migration);
                 match self.migration_event(&status, line) {
                     Some(line) => line,
                     None => return,

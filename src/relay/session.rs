@@ -244,7 +244,12 @@ impl Lines {
                 self.scanned = 0;
             }
             let mut piece = [0; 16384];
-            let received = socket::recv_async(&self.stream, &mut piece, &mut Vec::new()).await?;
+            let received = socket::recv_async(&self.stream, &mut piece, &mut Vec::new()).await;
+            let received = match received {
+                // QEMU ended with bytes of ours unread.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => 0,
+                other => other?,
+            };
             if received == 0 {
                 return Ok(None);
             }

@@ -1,0 +1,55 @@
+//! `attach`: the relay beside a running QEMU.
+
+use std::{path::PathBuf, time::Duration};
+
+use clap::ValueEnum;
+use qemu_rdma_helper::relay::{self, AttachOptions, FabricChoice};
+
+/// Stand beside a running QEMU and serve QMP in its place.
+///
+/// QEMU must have been started with '-qmp unix:PATH,server=on,wait=off', and its memory must be
+/// shared (-object memory-backend-memfd,...,share=on). Ends when QEMU ends; the guest runs on when
+/// this ends.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// QEMU's QMP socket
+    #[arg(long, value_name = "PATH")]
+    qemu_qmp: PathBuf,
+    /// Where to serve QMP for management
+    #[arg(long, value_name = "PATH")]
+    qmp: PathBuf,
+    /// What carries RAM: auto takes verbs where it can, else tcp
+    #[arg(long, value_enum, default_value_t = Fabric::Auto)]
+    fabric: Fabric,
+    /// Seconds without progress after which the peer counts as lost
+    #[arg(long, value_name = "SECONDS", default_value_t = 30,
+          value_parser = clap::value_parser!(u64).range(1..=86400))]
+    stall_timeout: u64,
+    /// QEMU's process, if a manager made its QMP socket
+    #[arg(long, value_name = "PID", value_parser = clap::value_parser!(u32).range(1..))]
+    pid: Option<u32>,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Fabric {
+    Auto,
+    Verbs,
+    Tcp,
+}
+
+/// Run until QEMU is gone or a signal comes.
+pub async fn run(args: Args) -> anyhow::Result<u8> {
+    relay::attach(AttachOptions {
+        qemu_qmp: args.qemu_qmp,
+        qmp: args.qmp,
+        fabric: match args.fabric {
+            Fabric::Auto => FabricChoice::Auto,
+            Fabric::Verbs => FabricChoice::Verbs,
+            Fabric::Tcp => FabricChoice::Tcp,
+        },
+        stall_timeout: Duration::from_secs(args.stall_timeout),
+        pid: args.pid,
+    })
+    .await?;
+    Ok(super::DONE)
+}

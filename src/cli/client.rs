@@ -1,0 +1,80 @@
+//! A client of a QMP server, for the commands that are one.
+
+use std::path::Path;
+
+use anyhow::{Context as _, bail};
+use qemu_rdma_helper::qmp::{Execute, ITEM_MAX, QmpError, envelope::FromQemu};
+use serde_json::{Value, json};
+use tokio::{
+    io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
+    net::{
+        UnixStream,
+        unix::{OwnedReadHalf, OwnedWriteHalf},
+    },
+};
+
+/// A connection.
+pub struct Client {
+    lines: BufReader<OwnedReadHalf>,
+    commands: OwnedWriteHalf,
+    /// QEMU's process, or whoever serves.
+    pub pid: u32,
+}
+
+impl Client {
+    /// Connect and negotiate.
+    pub async fn connect(path: &Path) -> anyhow::Result<Self> {
+        let failed = || format!("Cannot connect to the QMP socket {}", path.display());
+        let stream = UnixStream::connect(path).await.with_context(failed)?;
+        let pid = qemu_rdma_helper::qemu::peer_pid(&stream).with_context(failed)?;
+        let (read, commands) = stream.into_split();
+        let mut client = Self { lines: BufReader::new(read), commands, pid };
+        let greeting = client.line().await.with_context(failed)?;
+        if greeting.is_empty() {
+            bail!("{} has another client; end it first", path.display());
+        }
+        match FromQemu::read(&greeting) {
+            Ok(FromQemu::Other(greeting)) if greeting.get("QMP").is_some() => {}
+            _ => bail!("{} is no QMP socket", path.display()),
+        }
+        client.execute("qmp_capabilities", Value::Null).await.with_context(failed)?;
+        Ok(client)
+    }
+
+    /// The next line; empty at the end.
+    async fn line(&mut self) -> std::io::Result<Vec<u8>> {
+        let mut line = Vec::new();
+        (&mut self.lines).take(ITEM_MAX as u64).read_until(b'\n', &mut line).await?;
+        Ok(line)
+    }
+
+    async fn send(&mut self, command: &str, arguments: Value) -> std::io::Result<()> {
+        let mut request = json!({ "execute": command });
+        if !arguments.is_null() {
+            request["arguments"] = arguments;
+        }
+        self.commands.write_all(format!("{request}\r\n").as_bytes()).await
+    }
+
+    async fn reply(&mut self) -> std::io::Result<Option<Result<Value, QmpError>>> {
+        loop {
+            let line = self.line().await?;
+            if line.is_empty() {
+                return Ok(None);
+            }
+            match FromQemu::read(&line) {
+                Ok(FromQemu::Reply { result, .. }) => return Ok(Some(result)),
+                Ok(_) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+}
+
+impl Execute for Client {
+    async fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, QmpError> {
+        let lost = |_| QmpError::connection_lost();
+        self.send(command, arguments).await.map_err(lost)?;
+        self.reply().await.map_err(lost)?.ok_or_else(QmpError::connection_lost)?
+    }
+}

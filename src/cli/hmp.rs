@@ -1,0 +1,58 @@
+//! `hmp`: lines of QEMU's human monitor.
+
+use std::path::PathBuf;
+
+use qemu_rdma_helper::qmp::monitor_line;
+
+use super::client::Client;
+
+/// Run lines of QEMU's human monitor, as a runbook has them.
+///
+/// For example: migrate_set_capability rdma-pin-all on; migrate_set_parameter max-bandwidth 40g;
+/// migrate -d rdma:HOST:PORT; info migrate. The exit code is 1 if a line answers with an error;
+/// the lines behind it are not run.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// The helper's QMP socket
+    #[arg(long, value_name = "PATH")]
+    qmp: PathBuf,
+    /// Lines, one an argument
+    #[arg(required = true, value_name = "LINE")]
+    lines: Vec<String>,
+}
+
+/// Run the lines and print what they answer.
+pub async fn run(args: Args) -> anyhow::Result<u8> {
+    let mut client = Client::connect(&args.qmp).await?;
+    for line in args.lines {
+        let text = monitor_line(&mut client, &line).await?.replace("\r\n", "\n");
+        print!("{text}");
+        if is_error(&text) {
+            return Ok(super::FAILED);
+        }
+    }
+    Ok(super::DONE)
+}
+
+/// The monitor has no other sign of failure than its words.
+fn is_error(text: &str) -> bool {
+    text.starts_with("Error: ")
+        || text.starts_with("unknown command:")
+        || text.contains("Try \"help")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_error;
+
+    #[test]
+    fn the_monitors_errors_are_recognised() {
+        assert!(is_error("Error: Parameter 'x' is unexpected\n"));
+        assert!(is_error("unknown command: 'nonsense'\n"));
+        assert!(is_error(
+            "migrate: unsupported option -x\nTry \"help migrate\" for more information\n"
+        ));
+        assert!(!is_error("VM status: running\n"));
+        assert!(!is_error(""));
+    }
+}
