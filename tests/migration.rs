@@ -1,0 +1,307 @@
+//! Migrations that succeed: real QEMUs, all of RAM compared, the guest goes on.
+
+mod support;
+
+use serde_json::{Value, json};
+use support::{Config, Guest, Memory, Pair, eventually, memory};
+
+fn migrates(config: &Config) -> Pair {
+    let mut pair = Pair::start(config);
+    pair.migrate();
+    pair.verify();
+    pair
+}
+
+/// The comparison finds a page that differs.
+#[test]
+fn the_comparison_can_fail() {
+    use std::{fs::OpenOptions, os::unix::fs::FileExt as _};
+    let mut pair = Pair::start(&Config::default());
+    pair.migrate();
+    pair.compare();
+    let maps =
+        std::fs::read_to_string(format!("/proc/{}/maps", pair.destination.qemu.pid())).unwrap();
+    let line = maps.lines().find(|line| line.contains("memfd:memory-backend")).unwrap();
+    let range = line.split(' ').next().unwrap();
+    let path = format!("/proc/{}/map_files/{range}", pair.destination.qemu.pid());
+    OpenOptions::new().write(true).open(path).unwrap().write_all_at(b"!", 0x12_3456).unwrap();
+    let differences = memory::compare(&mut pair.source.qemu, &mut pair.destination.qemu);
+    assert_eq!(differences, ["ram0: 1 pages, the first at 0x123000"]);
+}
+
+#[test]
+fn busy_guest() {
+    migrates(&Config::default());
+}
+
+#[test]
+fn busy_guest_of_qemu_7_2() {
+    migrates(&Config { version: "7.2", ..Config::default() });
+}
+
+#[test]
+fn idle_guest() {
+    migrates(&Config { guest: Guest::Dirty { fill: 32, hot: 0, spin: 0 }, ..Config::default() });
+}
+
+#[test]
+fn numa_nodes_and_a_dimm() {
+    migrates(&Config { memory: Memory::Numa, ..Config::default() });
+}
+
+#[test]
+fn numa_nodes_and_a_dimm_of_qemu_7_2() {
+    migrates(&Config { memory: Memory::Numa, version: "7.2", ..Config::default() });
+}
+
+#[test]
+fn file_on_tmpfs() {
+    migrates(&Config { memory: Memory::File, ..Config::default() });
+}
+
+/// Huge pages for two guests, or the reason why there are none.
+fn huge_pages() -> Result<(), String> {
+    const PATH: &str = "/proc/sys/vm/nr_hugepages";
+    let wanted = 2 * Config::default().mib / 2 + 8;
+    let write = std::fs::write(PATH, wanted.to_string());
+    write.map_err(|error| format!("{PATH} can't be written: {error}"))?;
+    let text = std::fs::read_to_string(PATH).map_err(|error| error.to_string())?;
+    match text.trim().parse::<u32>() {
+        Ok(got) if got >= wanted => Ok(()),
+        _ => Err(format!("the kernel gives {} huge pages of {wanted}", text.trim())),
+    }
+}
+
+#[test]
+fn huge_pages_of_2_mib() {
+    if let Err(why) = huge_pages() {
+        return println!("skipped: {why}");
+    }
+    migrates(&Config { memory: Memory::Huge, ..Config::default() });
+}
+
+#[test]
+fn q35_with_vga_and_virtio_devices() {
+    let devices = [
+        "-vga std",
+        "-device virtio-net-pci",
+        "-device virtio-balloon-pci",
+        "-device virtio-serial-pci",
+    ];
+    let devices = devices.map(str::to_owned).to_vec();
+    migrates(&Config { machine: "q35", devices, ..Config::default() });
+}
+
+#[test]
+fn pc_with_vga_of_qemu_7_2() {
+    let devices = vec!["-vga std".into(), "-device e1000".into()];
+    migrates(&Config { version: "7.2", devices, ..Config::default() });
+}
+
+#[test]
+fn linux_with_direct_reads_in_flight() {
+    let disk = support::cache("guest/disk");
+    let drive = format!(
+        "-drive file={},if=none,id=disk,format=raw,readonly=on,cache=none,aio=threads -device virtio-blk-pci,drive=disk",
+        disk.display()
+    );
+    migrates(&Config {
+        machine: "q35",
+        mib: 256,
+        guest: Guest::Linux("fill=64 readers=8"),
+        devices: vec![drive],
+        ..Config::default()
+    });
+}
+
+#[test]
+fn with_return_path() {
+    for version in ["7.2", "10.0"] {
+        let mut pair = Pair::start(&Config { version, ..Config::default() });
+        for host in [&mut pair.source, &mut pair.destination] {
+            host.client.capability("return-path", true);
+        }
+        pair.migrate();
+        pair.verify();
+    }
+}
+
+#[test]
+fn with_pause_before_switchover_and_channels() {
+    let mut pair = Pair::start(&Config::default());
+    for name in ["pause-before-switchover", "return-path", "rdma-pin-all"] {
+        pair.source.client.capability(name, true);
+    }
+    let port = support::free_port().to_string();
+    let channels = json!([{"channel-type": "main", "addr": {"transport": "rdma", "host": "127.0.0.1", "port": port}}]);
+    pair.destination.client.run("migrate-incoming", json!({ "channels": channels }));
+    pair.source.client.run("migrate", json!({ "channels": channels }));
+    pair.source.client.await_event("MIGRATION", |data| data["status"] == "pre-switchover");
+    assert_eq!(pair.source.status(), "pre-switchover");
+    pair.source.client.run("migrate-continue", json!({"state": "pre-switchover"}));
+    pair.source.await_status(&["completed"]);
+    pair.verify();
+    let expected = ["setup", "active", "pre-switchover", "device", "completed"];
+    assert_eq!(pair.source.client.migration_states(), expected);
+}
+
+#[test]
+fn without_the_events_capability() {
+    let mut pair = Pair::start(&Config::default());
+    for host in [&mut pair.source, &mut pair.destination] {
+        host.client.capability("events", false);
+        host.client.events.clear();
+    }
+    pair.migrate();
+    pair.verify();
+    assert_eq!(pair.source.client.migration_states(), [""; 0]);
+}
+
+#[test]
+fn with_xbzrle() {
+    let mut pair = Pair::start(&Config::default());
+    for host in [&mut pair.source, &mut pair.destination] {
+        host.client.capability("xbzrle", true);
+    }
+    pair.migrate();
+    pair.verify();
+}
+
+#[test]
+fn with_compressed_pages_of_qemu_7_2() {
+    let mut pair = Pair::start(&Config { version: "7.2", ..Config::default() });
+    for host in [&mut pair.source, &mut pair.destination] {
+        host.client.capability("compress", true);
+    }
+    pair.migrate();
+    pair.verify();
+}
+
+#[test]
+fn from_qemu_7_2_to_10_0() {
+    let machine = "pc-i440fx-7.2";
+    let old = Config { version: "7.2", machine, ..Config::default() };
+    let mut pair = Pair::start(&old);
+    pair.new_destination(&Config { version: "10.0", ..old }, "newer");
+    pair.migrate();
+    pair.verify();
+}
+
+#[test]
+fn private_memory_is_refused_with_the_cure() {
+    let mut pair = Pair::start(&Config { memory: Memory::Private, ..Config::default() });
+    let blockers = pair.source.client.run("query-rdma-migrate-blockers", json!({}));
+    assert!(blockers[0]["cure"].as_str().unwrap().contains("memory-backend-memfd"), "{blockers}");
+    let error = pair.source.client.refused("migrate", json!({"uri": "rdma:127.0.0.1:1"}));
+    assert!(error.contains("share=on"), "{error}");
+    pair.source.qemu.assert_goes_on();
+}
+
+#[test]
+fn memory_that_was_never_touched_stays_a_hole() {
+    let guest = Guest::Dirty { fill: 32, hot: 4, spin: 3000 };
+    let mut pair = Pair::start(&Config { mib: 1024, guest, ..Config::default() });
+    pair.migrate();
+    let allocated = memory::allocated(&mut pair.destination.qemu, "ram0");
+    pair.verify();
+    assert!(allocated < 40 << 20, "{} MiB are allocated at the destination", allocated >> 20);
+    let state = pair.source.client.run("query-migrate", json!({}));
+    let transferred = state["ram"]["transferred"].as_u64().unwrap();
+    assert!(transferred < 64 << 20, "{} MiB were transferred", transferred >> 20);
+}
+
+#[test]
+fn to_and_fro_through_the_same_helpers_clients_come_and_go() {
+    let config = Config::default();
+    let mut pair = Pair::start(&config);
+    for turn in 0..3 {
+        pair.migrate();
+        pair.verify();
+        // What was the source is done with; the destination becomes the source.
+        let name = format!("host-{turn}");
+        let next = support::Host::start(&pair.dir, &name, &config.clone().incoming());
+        let client = support::Qmp::connect;
+        let old = std::mem::replace(&mut pair.destination, next);
+        let support::Host { helper, qemu, client: gone } = old;
+        drop(gone);
+        pair.source = support::Host { client: client(&helper.socket), helper, qemu };
+    }
+}
+
+#[test]
+fn progress_is_true_and_reported() {
+    let mut pair = Pair::start(&Config::default());
+    // 96 MiB at 32 MiB/s: three seconds.
+    let limit = json!({ "max-bandwidth": 32 << 20 });
+    pair.source.client.run("migrate-set-parameters", limit);
+    pair.source.client.capability("rdma-pin-all", true);
+    let uri = pair.listen();
+    pair.source.client.run("migrate", json!({ "uri": uri }));
+    let event = pair
+        .source
+        .client
+        .await_event("RDMA_MIGRATION_THROUGHPUT", |data| data["transferred"].as_u64().unwrap() > 0);
+    let data = &event["data"];
+    assert_eq!(data["max-bandwidth"], 32 << 20);
+    assert_eq!(data["fabric"], "tcp");
+    assert_eq!(data["capabilities"], json!([{"capability": "rdma-pin-all", "state": true}]));
+    let mbps = data["mbps"].as_f64().unwrap();
+    assert!((100.0..400.0).contains(&mbps), "{mbps} mbps where 268 are allowed");
+    let state = pair.source.client.run("query-migrate", json!({}));
+    let figure = |state: &Value, name: &str| state["ram"][name].as_u64().unwrap();
+    assert!(figure(&state, "transferred") > 0 && figure(&state, "remaining") > 0, "{state}");
+    let info = pair.source.client.hmp("info migrate");
+    assert!(info.contains("rdma fabric: tcp") && info.contains("throughput: "), "{info}");
+
+    pair.source.client.run("migrate-set-parameters", json!({ "max-bandwidth": 1_u64 << 32 }));
+    let end = pair.source.await_status(&["completed"]);
+    pair.verify();
+    assert_eq!(figure(&end, "remaining"), 0);
+    assert!(figure(&end, "transferred") >= 96 << 20, "{end}");
+    let events = &pair.source.client.events;
+    let of = |name: &str| events.iter().rposition(|event| event["event"] == name).unwrap();
+    let last = &events[of("RDMA_MIGRATION_THROUGHPUT")]["data"];
+    assert_eq!(last["remaining"], 0);
+    assert!(of("RDMA_MIGRATION_THROUGHPUT") < of("MIGRATION"), "{events:#?}");
+}
+
+#[test]
+fn runbook_lines() {
+    let mut pair = Pair::start(&Config::default());
+    let uri = pair.listen();
+    let client = &mut pair.source.client;
+    assert_eq!(client.hmp("migrate_set_capability rdma-pin-all on"), "");
+    assert_eq!(client.hmp("migrate_set_capability x-rdma-pin-all on"), "");
+    assert_eq!(client.hmp("migrate_set_parameter max-bandwidth 40g"), "");
+    assert!(client.hmp("info migrate_capabilities").contains("rdma-pin-all: on"));
+    assert!(client.hmp("migrate -d rdma:127.0.0.1").starts_with("Error: "));
+    assert_eq!(client.hmp(&format!("migrate -d {uri}")), "");
+    pair.source.await_status(&["completed"]);
+    let info = pair.source.client.hmp("info migrate");
+    assert!(info.contains("Migration status: completed\r\n"), "{info}");
+    pair.verify();
+}
+
+/// Peak memory of both helpers stays small whatever the guest's size.
+#[test]
+fn memory_of_the_helpers_is_bounded() {
+    let guest = Guest::Dirty { fill: 700, hot: 16, spin: 1000 };
+    let mut pair = Pair::start(&Config { mib: 1024, guest, ..Config::default() });
+    let uri = pair.listen();
+    pair.source.client.run("migrate-set-parameters", json!({ "max-bandwidth": 256 << 20 }));
+    pair.source.client.run("migrate", json!({ "uri": uri }));
+    let workers = [pair.source.helper.await_worker(), pair.destination.helper.await_worker()];
+    let mut peak = [0; 2];
+    eventually("the end", || {
+        for (peak, worker) in peak.iter_mut().zip(workers) {
+            *peak = (*peak).max(support::helper::peak_rss(worker));
+        }
+        (pair.source.status() == "completed").then_some(())
+    });
+    pair.verify();
+    let relays = [&pair.source.helper, &pair.destination.helper];
+    for (worker, relay) in peak.into_iter().zip(relays) {
+        let relay = support::helper::peak_rss(relay.pid());
+        assert!(worker + relay < 64 << 20, "{} + {} KiB", worker >> 10, relay >> 10);
+    }
+}

@@ -1,0 +1,108 @@
+//! A helper process and its workers.
+
+use std::{
+    fs::{self, File},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+};
+
+use rustix::process::{Pid, Signal, kill_process};
+
+use super::eventually;
+
+pub const BINARY: &str = env!("CARGO_BIN_EXE_qemu-rdma-helper");
+
+/// A running `attach`; killed and reaped in the end.
+pub struct Helper {
+    pub child: Child,
+    pub socket: PathBuf,
+    log: PathBuf,
+}
+
+impl Helper {
+    /// Start one, and wait until it serves.
+    #[track_caller]
+    pub fn attach(dir: &Path, name: &str, qemu: &Path, options: &[&str]) -> Self {
+        let socket = dir.join(format!("{name}.qmp"));
+        let log = dir.join(format!("{name}.helper.log"));
+        let child = Command::new(BINARY)
+            .arg("attach")
+            .args(["--qemu-qmp".as_ref(), qemu.as_os_str(), "--qmp".as_ref(), socket.as_os_str()])
+            .args(options)
+            .env("RUST_LOG", "debug")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(File::options().create(true).append(true).open(&log).unwrap())
+            .spawn()
+            .unwrap();
+        let mut helper = Self { child, socket, log };
+        eventually("the helper's socket", || {
+            let exited = helper.child.try_wait().unwrap();
+            assert!(exited.is_none(), "the helper ended: {}", helper.log());
+            helper.socket.exists().then_some(())
+        });
+        helper
+    }
+
+    pub fn log(&self) -> String {
+        fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Its workers' processes.
+    pub fn workers(&self) -> Vec<u32> {
+        let path = format!("/proc/{0}/task/{0}/children", self.pid());
+        let children = fs::read_to_string(path).unwrap_or_default();
+        children.split_whitespace().map(|pid| pid.parse().unwrap()).collect()
+    }
+
+    #[track_caller]
+    pub fn await_worker(&self) -> u32 {
+        eventually("a worker", || self.workers().first().copied())
+    }
+
+    #[track_caller]
+    pub fn await_no_worker(&self) {
+        eventually("the worker's end", || self.workers().is_empty().then_some(()));
+    }
+
+    /// Open descriptors of the relay.
+    pub fn descriptors(&self) -> usize {
+        fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap().count()
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        signal_process(self.pid(), signal);
+    }
+
+    pub fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+}
+
+impl Drop for Helper {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        if std::thread::panicking() {
+            eprintln!("--- log of the helper at {}:\n{}", self.socket.display(), self.log());
+        }
+    }
+}
+
+pub fn signal_process(pid: u32, signal: Signal) {
+    let pid = Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
+    kill_process(pid, signal).unwrap();
+}
+
+/// The greatest resident set of a process so far, without pages of files that it maps, in bytes.
+pub fn peak_rss(pid: u32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let line = status.lines().find(|line| line.starts_with("VmHWM:"));
+    let kib = line.and_then(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok());
+    kib.unwrap_or(0) << 10
+}

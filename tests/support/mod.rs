@@ -1,0 +1,148 @@
+//! Real QEMUs, helpers beside them, and eyes on both that do not use the project's code.
+#![allow(dead_code, missing_docs, reason = "each test program uses some of it")]
+
+pub mod helper;
+pub mod memory;
+pub mod qemu;
+pub mod qmp;
+
+use std::{
+    net::TcpListener,
+    path::PathBuf,
+    thread,
+    time::{Duration, Instant},
+};
+
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+pub use helper::Helper;
+pub use qemu::{Config, Guest, Memory, Qemu};
+pub use qmp::Qmp;
+
+/// How long anything may take that is awaited.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Wait until `condition` gives something.
+#[track_caller]
+pub fn eventually<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Some(value) = condition() {
+            return value;
+        }
+        assert!(Instant::now() < deadline, "waited in vain for {what}");
+        thread::park_timeout(Duration::from_millis(10));
+    }
+}
+
+/// A file of the set-up; see scripts/setup.
+pub fn cache(path: &str) -> PathBuf {
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(".cache").join(path);
+    assert!(path.exists(), "{} is missing: run scripts/setup", path.display());
+    path
+}
+
+/// A port that was free a moment ago.
+pub fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+/// One host of a migration: a QEMU, a helper beside it, and a client of the helper.
+pub struct Host {
+    pub client: Qmp,
+    pub helper: Helper,
+    pub qemu: Qemu,
+}
+
+impl Host {
+    pub fn start(dir: &TempDir, name: &str, config: &Config) -> Self {
+        Self::with_helper(dir, name, config, &[])
+    }
+
+    pub fn with_helper(dir: &TempDir, name: &str, config: &Config, options: &[&str]) -> Self {
+        let qemu = Qemu::start(dir.path(), name, config);
+        let helper = Helper::attach(dir.path(), name, &qemu.helper_socket(), options);
+        let client = Qmp::connect(&helper.socket);
+        Self { client, helper, qemu }
+    }
+
+    /// The client's view of the migration.
+    pub fn status(&mut self) -> String {
+        let state = self.client.run("query-migrate", json!({}));
+        state["status"].as_str().unwrap_or("none").to_owned()
+    }
+
+    /// Wait for one of these states of the migration; returns the reply with it.
+    #[track_caller]
+    pub fn await_status(&mut self, wanted: &[&str]) -> Value {
+        eventually(&format!("one of {wanted:?}"), || {
+            let state = self.client.run("query-migrate", json!({}));
+            let status = state["status"].as_str().unwrap_or("none");
+            wanted.contains(&status).then(|| state.clone())
+        })
+    }
+}
+
+/// Two hosts, the guest at the first.
+pub struct Pair {
+    pub source: Host,
+    pub destination: Host,
+    pub dir: TempDir,
+}
+
+impl Pair {
+    /// Start both with the same machine; the destination waits for a migration and will not run
+    /// the guest by itself.
+    pub fn start(config: &Config) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let source = Host::start(&dir, "source", config);
+        let destination = Host::start(&dir, "destination", &config.clone().incoming());
+        let mut pair = Self { source, destination, dir };
+        for host in [&mut pair.source, &mut pair.destination] {
+            host.client.capability("events", true);
+        }
+        // Fast enough for tests, and still some time to do something in.
+        let limit = json!({ "max-bandwidth": 1_u64 << 32 });
+        pair.source.client.run("migrate-set-parameters", limit);
+        pair.source.qemu.await_guest();
+        pair
+    }
+
+    /// Replace the destination by a new one, as management does after a failure.
+    pub fn new_destination(&mut self, config: &Config, name: &str) {
+        self.destination = Host::start(&self.dir, name, &config.clone().incoming());
+    }
+
+    /// Let the destination listen; returns the address.
+    pub fn listen(&mut self) -> String {
+        let uri = format!("rdma:127.0.0.1:{}", free_port());
+        self.destination.client.run("migrate-incoming", json!({ "uri": uri }));
+        uri
+    }
+
+    /// Migrate, and wait for the end.
+    #[track_caller]
+    pub fn migrate(&mut self) -> Value {
+        let uri = self.listen();
+        self.source.client.run("migrate", json!({ "uri": uri }));
+        let end = self.source.await_status(&["completed", "failed", "cancelled"]);
+        assert_eq!(end["status"], "completed", "{end}");
+        end
+    }
+
+    /// Both guests are stopped: compare all of their RAM, then see the guest go on.
+    #[track_caller]
+    pub fn verify(&mut self) {
+        self.compare();
+        self.destination.client.run("cont", json!({}));
+        self.destination.qemu.assert_goes_on();
+    }
+
+    #[track_caller]
+    pub fn compare(&mut self) {
+        assert_eq!(self.source.qemu.status(), "postmigrate");
+        let differences = memory::compare(&mut self.source.qemu, &mut self.destination.qemu);
+        assert!(differences.is_empty(), "RAM differs: {differences:#?}");
+    }
+}

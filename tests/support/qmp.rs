@@ -1,0 +1,152 @@
+//! A client of QMP that blocks, and keeps every event.
+
+use std::{
+    io::{BufRead as _, BufReader, ErrorKind, Write as _},
+    os::{
+        fd::{AsFd as _, BorrowedFd},
+        unix::net::UnixStream,
+    },
+    path::Path,
+};
+
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use serde_json::{Value, json};
+
+use super::{PATIENCE, eventually};
+
+pub struct Qmp {
+    stream: BufReader<UnixStream>,
+    pub greeting: String,
+    pub events: Vec<Value>,
+}
+
+impl Qmp {
+    /// Connect as soon as somebody serves there, and negotiate.
+    #[track_caller]
+    pub fn connect(path: &Path) -> Self {
+        let mut qmp = Self::connect_raw(path);
+        qmp.run("qmp_capabilities", json!({}));
+        qmp
+    }
+
+    /// Connect and read the greeting only.
+    #[track_caller]
+    pub fn connect_raw(path: &Path) -> Self {
+        let stream = eventually(&format!("{}", path.display()), || UnixStream::connect(path).ok());
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let mut qmp =
+            Self { stream: BufReader::new(stream), greeting: String::new(), events: Vec::new() };
+        qmp.greeting = qmp.line().expect("no greeting");
+        qmp
+    }
+
+    pub fn send(&mut self, bytes: &[u8]) {
+        self.stream.get_ref().write_all(bytes).unwrap();
+    }
+
+    /// Send, tolerating a server that hangs up in the midst of it.
+    pub fn try_send(&mut self, bytes: &[u8]) -> bool {
+        self.stream.get_ref().write_all(bytes).is_ok()
+    }
+
+    pub fn send_with_fd(&mut self, bytes: &[u8], fd: BorrowedFd<'_>) {
+        let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        let fds = [fd];
+        assert!(ancillary.push(SendAncillaryMessage::ScmRights(&fds)));
+        let slices = [std::io::IoSlice::new(bytes)];
+        let flags = SendFlags::empty();
+        let sent = sendmsg(self.stream.get_ref().as_fd(), &slices, &mut ancillary, flags).unwrap();
+        assert_eq!(sent, bytes.len());
+    }
+
+    /// The next line, with its end; `None` when the server hung up.
+    pub fn line(&mut self) -> Option<String> {
+        let mut line = String::new();
+        match self.stream.read_line(&mut line) {
+            Ok(0) => None,
+            Ok(_) => Some(line),
+            Err(error) if error.kind() == ErrorKind::ConnectionReset => None,
+            Err(error) => panic!("no line: {error}"),
+        }
+    }
+
+    /// The next reply, as its line.
+    #[track_caller]
+    pub fn reply_line(&mut self) -> String {
+        loop {
+            let line = self.line().expect("the server hung up");
+            let value: Value = serde_json::from_str(&line).unwrap();
+            if value.get("event").is_none() {
+                return line;
+            }
+            self.events.push(value);
+        }
+    }
+
+    /// Execute; the reply is what was returned, or the error.
+    #[track_caller]
+    pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, Value> {
+        let mut request = json!({ "execute": command });
+        if arguments.as_object().is_some_and(|arguments| !arguments.is_empty()) {
+            request["arguments"] = arguments;
+        }
+        self.send(format!("{request}\n").as_bytes());
+        let mut reply: Value = serde_json::from_str(&self.reply_line()).unwrap();
+        match reply.get_mut("return") {
+            Some(value) => Ok(value.take()),
+            None => Err(reply["error"].take()),
+        }
+    }
+
+    /// Execute what must succeed.
+    #[track_caller]
+    pub fn run(&mut self, command: &str, arguments: Value) -> Value {
+        match self.execute(command, arguments) {
+            Ok(value) => value,
+            Err(error) => panic!("{command}: {error}"),
+        }
+    }
+
+    /// Execute what must fail; returns the error's text.
+    #[track_caller]
+    pub fn refused(&mut self, command: &str, arguments: Value) -> String {
+        match self.execute(command, arguments) {
+            Ok(value) => panic!("{command} was done: {value}"),
+            Err(error) => error["desc"].as_str().unwrap().to_owned(),
+        }
+    }
+
+    #[track_caller]
+    pub fn hmp(&mut self, line: &str) -> String {
+        let text = self.run("human-monitor-command", json!({ "command-line": line }));
+        text.as_str().unwrap().to_owned()
+    }
+
+    pub fn capability(&mut self, name: &str, state: bool) {
+        let capabilities = json!([{ "capability": name, "state": state }]);
+        self.run("migrate-set-capabilities", json!({ "capabilities": capabilities }));
+    }
+
+    /// Wait for an event that came or comes.
+    #[track_caller]
+    pub fn await_event(&mut self, name: &str, wanted: impl Fn(&Value) -> bool) -> Value {
+        let mut seen = 0;
+        loop {
+            for event in &self.events[seen..] {
+                if event["event"] == name && wanted(&event["data"]) {
+                    return event.clone();
+                }
+            }
+            seen = self.events.len();
+            let line = self.line().unwrap_or_else(|| panic!("hung up before {name}"));
+            self.events.push(serde_json::from_str(&line).unwrap());
+        }
+    }
+
+    /// The states of all MIGRATION events so far.
+    pub fn migration_states(&self) -> Vec<String> {
+        let states = self.events.iter().filter(|event| event["event"] == "MIGRATION");
+        states.map(|event| event["data"]["status"].as_str().unwrap().to_owned()).collect()
+    }
+}
