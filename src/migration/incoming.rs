@@ -83,7 +83,9 @@ pub fn run(
     let statistics = Statistics::new(fabric.name());
     let listener = match fabric.listen(address) {
         Ok(listener) => listener,
-        Err(error) => return Verdict::failed(&error.into(), true).report(&reports, &statistics),
+        Err(error) => {
+            return Verdict::failed(error.into(), true, None).tell(&reports, &statistics);
+        }
     };
     reports.send(&Report::Listening { address: listener.address().clone() });
     let qemu = Arc::new(qemu);
@@ -111,7 +113,9 @@ pub fn run(
             state => Ok(state),
         }
     });
-    verdict.report(&reports, &statistics);
+    verdict.tell(&reports, &statistics);
+    // QEMU notices only now. It fails only when QEMU has closed its end.
+    let _ = context.qemu.shutdown(Shutdown::Both);
 }
 
 impl Incoming {
@@ -137,7 +141,7 @@ impl Incoming {
             }
             (state, Event::Order(Order::QemuFailed { reason, guest_never_ran })) => {
                 let error = MigrationError::Aborted(reason);
-                state.fail(&error, guest_never_ran, context)
+                state.fail(error, guest_never_ran, context)
             }
             (state, Event::Order(Order::Abort { reason })) => {
                 state.fail_here(MigrationError::Aborted(reason), context)
@@ -150,7 +154,7 @@ impl Incoming {
                 // The relay knows what became of QEMU.
                 context.reports.send(&Report::StreamEnded);
                 let (error, never_ran) = relay_verdict(events, text, context);
-                state.fail(&error, never_ran, context)
+                state.fail(error, never_ran, context)
             }
             (state, Event::Served(Err(error))) => state.fail_here(error, context),
             // The source closed before QEMU completed: only QEMU's end decides now.
@@ -166,18 +170,17 @@ impl Incoming {
     /// End as failed for a reason of the worker's own.
     fn fail_here(self, error: MigrationError, context: &Context) -> Self {
         let never_ran = !context.statistics.past_ram.load(Ordering::Relaxed);
-        self.fail(&error, never_ran, context)
+        self.fail(error, never_ran, context)
     }
 
-    /// End as failed: QEMU is told by the end of its socket, the source in words.
-    fn fail(self, error: &MigrationError, never_ran: bool, context: &Context) -> Self {
+    /// End as failed.
+    fn fail(self, error: MigrationError, never_ran: bool, context: &Context) -> Self {
         context.listening.close();
-        // It fails only when QEMU has closed its end.
-        let _ = context.qemu.shutdown(Shutdown::Both);
-        if let Self::Receiving(link) | Self::Loading(link) = &self {
-            link.end(error, never_ran);
-        }
-        Self::Ended(Verdict::failed(error, never_ran))
+        let link = match self {
+            Self::Receiving(link) | Self::Loading(link) => Some(link),
+            Self::Listening | Self::Ended(_) => None,
+        };
+        Self::Ended(Verdict::failed(error, never_ran, link))
     }
 }
 

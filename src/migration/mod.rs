@@ -29,6 +29,7 @@ use std::{
 
 use control::Reports;
 use error::{MigrationError, Result};
+use link::Link;
 use messages::Report;
 use statistics::Statistics;
 
@@ -50,25 +51,34 @@ pub(crate) struct Block {
 /// How a migration ended.
 enum Verdict {
     Done,
-    Failed { reason: String, guest_never_ran: bool },
+    Failed {
+        error: MigrationError,
+        guest_never_ran: bool,
+        /// The connection, if there is one.
+        link: Option<Arc<Link>>,
+    },
 }
 
 impl Verdict {
     /// Failed. A peer that says that its guest never ran is believed.
-    fn failed(error: &MigrationError, guest_never_ran: bool) -> Self {
+    fn failed(error: MigrationError, guest_never_ran: bool, link: Option<Arc<Link>>) -> Self {
         let peer_knows = matches!(error, MigrationError::PeerFailed { guest_never_ran: true, .. });
-        Self::Failed { reason: error.to_string(), guest_never_ran: guest_never_ran || peer_knows }
+        Self::Failed { error, guest_never_ran: guest_never_ran || peer_knows, link }
     }
 
-    /// Tell the relay.
-    fn report(self, reports: &Reports, statistics: &Statistics) {
+    /// Tell the relay, which has to know before QEMU notices anything; then the peer.
+    fn tell(self, reports: &Reports, statistics: &Statistics) {
         let progress = statistics.progress();
-        reports.send(&match self {
-            Self::Done => Report::Done(progress),
-            Self::Failed { reason, guest_never_ran } => {
-                Report::Failed { reason, guest_never_ran, progress }
+        match self {
+            Self::Done => reports.send(&Report::Done(progress)),
+            Self::Failed { error, guest_never_ran, link } => {
+                let reason = error.to_string();
+                reports.send(&Report::Failed { reason, guest_never_ran, progress });
+                if let Some(link) = link {
+                    link.end(&error, guest_never_ran);
+                }
             }
-        });
+        }
     }
 }
 
@@ -94,7 +104,7 @@ fn lifetime<S, E>(
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => {
                 let error = MigrationError::Aborted("All threads of the worker ended".into());
-                return Verdict::failed(&error, false);
+                return Verdict::failed(error, false, None);
             }
         }
     }

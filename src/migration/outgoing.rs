@@ -98,7 +98,7 @@ pub fn run(
             Outgoing::Ended(verdict) => Err(verdict),
             state => Ok(state),
         });
-    verdict.report(&reports, &statistics);
+    verdict.tell(&reports, &statistics);
 }
 
 impl Outgoing {
@@ -106,7 +106,7 @@ impl Outgoing {
         match (self, event) {
             (Self::Connecting, Event::Agreed(Ok(agreement))) => Self::start(agreement, context),
             (Self::Connecting, Event::Agreed(Err(error))) => {
-                Self::Ended(Verdict::failed(&error, true))
+                Self::Ended(Verdict::failed(error, true, None))
             }
             (Self::Streaming(link), Event::StreamTaken(Ok(()))) => {
                 let total = context.statistics.stream_bytes.load(Ordering::Relaxed);
@@ -170,7 +170,7 @@ impl Outgoing {
         Self::Streaming(link)
     }
 
-    /// End as failed: QEMU is told by the end of its socket, the peer in words.
+    /// End as failed. QEMU is told by the end of its socket: the guest runs on.
     fn fail(
         link: Option<Arc<Link>>,
         error: MigrationError,
@@ -181,10 +181,7 @@ impl Outgoing {
         let _ = context.qemu.shutdown(Shutdown::Both);
         let error = last_words(&error, events).unwrap_or(error);
         let never_ran = !context.statistics.past_ram.load(Ordering::Relaxed);
-        if let Some(link) = &link {
-            link.end(&error, never_ran);
-        }
-        Self::Ended(Verdict::failed(&error, never_ran))
+        Self::Ended(Verdict::failed(error, never_ran, link))
     }
 }
 

@@ -27,9 +27,6 @@ const LISTENING: Duration = Duration::from_secs(15);
 /// How often QEMU is asked while its verdict is awaited, and otherwise.
 const POLL: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(1));
 
-/// How long a worker may take to tell the source of a failure.
-const LAST_WORDS: Duration = Duration::from_secs(5);
-
 /// Name of the migration socket in QEMU's monitor.
 const FDNAME: &str = "qemu-rdma-helper-incoming";
 
@@ -83,7 +80,7 @@ impl Destination {
                 self.fail(reason);
             }
         }
-        worker.kill().await;
+        worker.finish().await;
     }
 
     fn fail(&self, reason: String) {
@@ -172,6 +169,7 @@ impl Destination {
                 },
                 () = poll => {
                     if last_report.elapsed() > HEARTBEAT {
+                        worker.kill().await;
                         return Err("The destination's worker hung and was killed".into());
                     }
                     self.ask(&mut heard, worker).await;
@@ -206,7 +204,13 @@ impl Destination {
         let reason = "The destination's QEMU is gone; look at its log".to_owned();
         let guest_never_ran = !heard.resumed;
         worker.order(&Order::QemuFailed { reason: reason.clone(), guest_never_ran }).await;
-        let _ = timeout(LAST_WORDS, worker.wait()).await;
-        reason
+        // Unless the worker knows better: QEMU may have ended because the migration had failed.
+        loop {
+            match worker.report().await {
+                Some(Report::Failed { reason, .. }) => return reason,
+                Some(_) => {}
+                None => return reason,
+            }
+        }
     }
 }

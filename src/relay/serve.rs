@@ -79,7 +79,7 @@ pub(super) struct Relay {
     current: Option<Current>,
     source: Option<Migration>,
     destination: Option<Migration>,
-    /// Lines that wait for the verdict on a MIGRATION `completed`, the first of them.
+    /// Lines that wait for the verdict on a MIGRATION `completed` or `failed`, the first of them.
     held: Option<Vec<Vec<u8>>>,
     output: mpsc::Receiver<Output>,
     output_sender: mpsc::Sender<Output>,
@@ -249,7 +249,8 @@ impl Relay {
         };
         let phase = source.view.borrow().phase.clone();
         match (status, phase) {
-            ("completed", Phase::Running) if self.held.is_none() => {
+            // Until the destination has confirmed it, or the worker has said why.
+            ("completed" | "failed", Phase::Running) if self.held.is_none() => {
                 self.held = Some(Vec::new());
                 Some(line)
             }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tokio::{
     sync::{mpsc, oneshot, watch},
-    time::{Instant, Interval, MissedTickBehavior, interval, sleep, timeout},
+    time::{Instant, Interval, MissedTickBehavior, interval, sleep, sleep_until, timeout},
 };
 use tracing::{info, warn};
 
@@ -31,6 +31,9 @@ const POLL: Duration = Duration::from_millis(20);
 /// How long a QEMU whose migration lost its worker may go on before it is cancelled. While it
 /// waits at pre-switchover it does not notice by itself.
 const NOTICE: Duration = Duration::from_millis(500);
+
+/// How long the worker may take to say why a migration failed that QEMU has ended.
+const VERDICT: Duration = Duration::from_secs(3);
 
 /// How long QEMU may take to end a migration that failed.
 const END: Duration = Duration::from_secs(15);
@@ -71,6 +74,10 @@ enum Outcome {
         reason: String,
         guest_never_ran: bool,
     },
+    /// It does not say.
+    Hung {
+        reason: String,
+    },
     /// QEMU is gone; there is nobody to tell.
     QemuGone,
 }
@@ -90,14 +97,18 @@ impl Source {
         let _ = reply.send(result);
         let Some(mut worker) = worker else { return };
         let outcome = self.follow(&mut worker).await;
-        worker.kill().await;
         match outcome {
             Outcome::Done => self.confirm().await,
+            Outcome::Hung { reason } => {
+                worker.kill().await;
+                self.fail(reason, false).await;
+            }
             Outcome::Failed { reason, guest_never_ran } => {
                 self.fail(reason, guest_never_ran).await;
             }
             Outcome::QemuGone => {}
         }
+        worker.finish().await;
     }
 
     fn qemu(&self) -> Qemu {
@@ -162,7 +173,10 @@ impl Source {
         let mut seconds = every_second();
         let mut heard = Instant::now();
         let mut last = Progress::default();
+        // When QEMU's own migration ended without success, and why.
+        let mut ended: Option<(Instant, String)> = None;
         loop {
+            let deadline = ended.as_ref().map(|(since, _)| *since + VERDICT);
             tokio::select! {
                 report = worker.report() => {
                     heard = Instant::now();
@@ -189,23 +203,39 @@ impl Source {
                     Some(QemuEvent::Abort(reason)) => {
                         worker.order(&Order::Abort { reason }).await;
                     }
-                    Some(_) => {}
+                    Some(_) => self.look_for_end(&mut ended).await,
                     None => {
                         let reason = "The source's QEMU is gone; look at its log".to_owned();
                         worker.order(&Order::Abort { reason }).await;
-                        // It tells the peer; that takes a moment at the most.
-                        let _ = timeout(Duration::from_secs(3), worker.wait()).await;
                         return Outcome::QemuGone;
                     }
                 },
+                () = sleep_until(deadline.unwrap_or(heard)), if deadline.is_some() => {
+                    let reason = ended.map(|(_, why)| why).unwrap_or_default();
+                    return Outcome::Hung { reason };
+                }
                 _ = seconds.tick() => {
                     if heard.elapsed() > HEARTBEAT {
                         let reason = "The source's worker hung and was killed".to_owned();
-                        return Outcome::Failed { reason, guest_never_ran: false };
+                        return Outcome::Hung { reason };
                     }
+                    self.look_for_end(&mut ended).await;
                     self.second(&mut last).await;
                 }
             }
+        }
+    }
+
+    /// Notice when QEMU's migration has ended without success. Its worker will say why, if it can.
+    async fn look_for_end(&mut self, ended: &mut Option<(Instant, String)>) {
+        if ended.is_some() {
+            return;
+        }
+        // A QEMU that is gone closes `events`.
+        let Ok(state) = self.qemu().execute("query-migrate", Value::Null).await else { return };
+        if let Some("failed" | "cancelled") = state["status"].as_str() {
+            let why = state["error-desc"].as_str().unwrap_or("QEMU ended the migration");
+            *ended = Some((Instant::now(), why.to_owned()));
         }
     }
 

@@ -99,6 +99,13 @@ impl View {
             Phase::Running if self.side == Side::Source && status == "completed" => {
                 reply["status"] = "device".into();
             }
+            // Not before the worker has said why.
+            Phase::Running if self.side == Side::Source && status == "failed" => {
+                reply["status"] = "active".into();
+                if let Some(reply) = reply.as_object_mut() {
+                    reply.remove("error-desc");
+                }
+            }
             Phase::Running | Phase::Confirmed | Phase::Cancelled => {}
         }
         if self.side == Side::Destination {

@@ -7,11 +7,13 @@ use std::{
         unix::net::UnixStream as StdUnixStream,
     },
     process::Stdio,
+    time::Duration,
 };
 
 use tokio::{
     net::UnixStream,
     process::{Child, Command},
+    time::timeout,
 };
 use tracing::warn;
 
@@ -19,6 +21,9 @@ use crate::{
     migration::messages::{LINE_MAX, Order, Report},
     qmp::socket,
 };
+
+/// How long a worker may take to tell the peer of a failure.
+const LAST_WORDS: Duration = Duration::from_secs(4);
 
 /// A running worker. It is killed when this is dropped.
 pub struct Worker {
@@ -92,10 +97,10 @@ impl Worker {
         }
     }
 
-    /// Wait for its end.
-    pub async fn wait(&mut self) {
-        if let Err(error) = self.child.wait().await {
-            warn!(%error, "waiting for the worker failed");
+    /// Wait until it has told the peer what there is to tell; kill it if that takes too long.
+    pub async fn finish(mut self) {
+        if timeout(LAST_WORDS, self.child.wait()).await.is_err() {
+            self.kill().await;
         }
     }
 }

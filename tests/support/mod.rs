@@ -1,10 +1,11 @@
 //! Real QEMUs, helpers beside them, and eyes on both that do not use the project's code.
-#![allow(dead_code, missing_docs, reason = "each test program uses some of it")]
+#![allow(dead_code, unused_imports, missing_docs, reason = "each test program uses some of it")]
 
 pub mod helper;
 pub mod memory;
 pub mod qemu;
 pub mod qmp;
+pub mod wire;
 
 use std::{
     net::TcpListener,

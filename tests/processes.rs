@@ -1,0 +1,287 @@
+//! Processes that die and migrations that are cancelled: the guest is never lost.
+
+mod support;
+
+use rustix::process::Signal;
+use serde_json::{Value, json};
+use support::{Config, Guest, Helper, Host, Pair, Qmp, eventually, helper::signal_process};
+
+/// A guest that writes faster than it can be sent, and time to do something meanwhile.
+fn slow(pair: &mut Pair, mib_per_second: u64) {
+    let limit = json!({ "max-bandwidth": mib_per_second << 20 });
+    pair.source.client.run("migrate-set-parameters", limit);
+}
+
+/// Start a migration and wait until RAM has moved.
+fn in_mid_transfer(pair: &mut Pair) {
+    slow(pair, 16);
+    let uri = pair.listen();
+    pair.source.client.run("migrate", json!({ "uri": uri }));
+    eventually("RAM to move", || {
+        let state = pair.source.client.run("query-migrate", json!({}));
+        (state["ram"]["transferred"].as_u64().unwrap_or(0) > 4 << 20).then_some(())
+    });
+}
+
+/// The migration failed with one clear sentence; the guest runs at the source.
+#[track_caller]
+fn failed(pair: &mut Pair, words: &[&str]) -> Value {
+    let end = pair.source.await_status(&["failed", "completed", "cancelled"]);
+    assert_eq!(end["status"], "failed", "{end}");
+    let text = end["error-desc"].as_str().unwrap_or_default();
+    println!("error-desc: {text}");
+    for word in words {
+        assert!(text.contains(word), "'{word}' is not in: {text}");
+    }
+    assert!(!text.contains('\n'));
+    runs_on(pair);
+    end
+}
+
+/// The guest runs at the source, and no worker is left.
+#[track_caller]
+fn runs_on(pair: &mut Pair) {
+    eventually("the guest to run", || (pair.source.qemu.status() == "running").then_some(()));
+    pair.source.qemu.assert_goes_on();
+    pair.source.helper.await_no_worker();
+}
+
+/// A second migration of the same guest, to a new destination, succeeds.
+#[track_caller]
+fn migrates_after_all(mut pair: Pair, config: &Config) {
+    let descriptors = pair.source.helper.descriptors();
+    pair.new_destination(config, "second");
+    slow(&mut pair, 4096);
+    pair.migrate();
+    pair.verify();
+    pair.source.helper.await_no_worker();
+    eventually("descriptors to be closed", || {
+        (pair.source.helper.descriptors() <= descriptors).then_some(())
+    });
+}
+
+/// The destination's QEMU has ended, so that its memory is free, and its helper with it.
+#[track_caller]
+fn destination_is_gone(pair: &mut Pair) {
+    eventually("the destination's QEMU to end", || pair.destination.qemu.child.try_wait().unwrap());
+    eventually("its helper to end", || pair.destination.helper.child.try_wait().unwrap());
+    assert!(!pair.destination.helper.socket.exists());
+}
+
+#[test]
+fn the_destinations_worker_is_killed() {
+    let config = Config::default();
+    let mut pair = Pair::start(&config);
+    in_mid_transfer(&mut pair);
+    signal_process(pair.destination.helper.await_worker(), Signal::KILL);
+    failed(&mut pair, &["closed the connection"]);
+    destination_is_gone(&mut pair);
+    migrates_after_all(pair, &config);
+}
+
+#[test]
+fn the_sources_worker_is_killed() {
+    let config = Config::default();
+    let mut pair = Pair::start(&config);
+    in_mid_transfer(&mut pair);
+    signal_process(pair.source.helper.await_worker(), Signal::KILL);
+    let end = failed(&mut pair, &["worker process died", "migrate again"]);
+    assert!(end["ram"]["transferred"].as_u64().unwrap() > 0, "{end}");
+    destination_is_gone(&mut pair);
+    migrates_after_all(pair, &config);
+}
+
+#[test]
+fn the_sources_worker_is_killed_at_pre_switchover() {
+    let config = Config::default();
+    let mut pair = Pair::start(&config);
+    pair.source.client.capability("pause-before-switchover", true);
+    let uri = pair.listen();
+    pair.source.client.run("migrate", json!({ "uri": uri }));
+    pair.source.await_status(&["pre-switchover"]);
+    signal_process(pair.source.helper.await_worker(), Signal::KILL);
+    failed(&mut pair, &["worker process died"]);
+    let states = pair.source.client.migration_states();
+    assert_eq!(states.last().unwrap(), "failed", "{states:?}");
+    pair.source.client.capability("pause-before-switchover", false);
+    migrates_after_all(pair, &config);
+}
+
+#[test]
+fn a_worker_that_hangs_does_not_hold_a_cancellation() {
+    let config = Config::default();
+    let mut pair = Pair::start(&config);
+    in_mid_transfer(&mut pair);
+    let worker = pair.source.helper.await_worker();
+    signal_process(worker, Signal::STOP);
+    pair.source.client.run("migrate_cancel", json!({}));
+    pair.source.await_status(&["cancelled"]);
+    signal_process(worker, Signal::CONT);
+    runs_on(&mut pair);
+    migrates_after_all(pair, &config);
+}
+
+#[test]
+fn the_destinations_relay_is_killed() {
+    let config = Config::default();
+    let mut pair = Pair::start(&config);
+    in_mid_transfer(&mut pair);
+    pair.destination.helper.kill();
+    failed(&mut pair, &["destination's helper is gone"]);
+    eventually("the destination's QEMU to end", || pair.destination.qemu.child.try_wait().unwrap());
+    migrates_after_all(pair, &config);
+}
+
+#[test]
+fn the_sources_relay_is_killed() {
+    let config = Config::default();
+    let mut pair = Pair::start(&config);
+    in_mid_transfer(&mut pair);
+    let worker = pair.source.helper.await_worker();
+    pair.source.helper.kill();
+    eventually("the worker to end", || {
+        (!std::path::Path::new(&format!("/proc/{worker}")).exists()).then_some(())
+    });
+    eventually("QEMU's migration to end", || {
+        let state = pair.source.qemu.qmp.run("query-migrate", json!({}));
+        (state["status"] == "failed").then_some(())
+    });
+    assert_eq!(pair.source.qemu.status(), "running");
+    destination_is_gone(&mut pair);
+    let socket = pair.source.qemu.helper_socket();
+    pair.source.helper = Helper::attach(pair.dir.path(), "source", &socket, &[]);
+    pair.source.client = Qmp::connect(&pair.source.helper.socket);
+    runs_on(&mut pair);
+    migrates_after_all(pair, &config);
+}
+
+#[test]
+fn the_sources_relay_is_told_to_end() {
+    let mut pair = Pair::start(&Config::default());
+    in_mid_transfer(&mut pair);
+    pair.source.helper.signal(Signal::TERM);
+    let status = eventually("the relay to end", || pair.source.helper.child.try_wait().unwrap());
+    assert!(status.success(), "{status}");
+    assert!(!pair.source.helper.socket.exists());
+    eventually("QEMU's migration to end", || {
+        let state = pair.source.qemu.qmp.run("query-migrate", json!({}));
+        matches!(state["status"].as_str(), Some("failed" | "cancelled")).then_some(())
+    });
+    assert_eq!(pair.source.qemu.status(), "running");
+    pair.source.qemu.assert_goes_on();
+    let log = pair.destination.helper.log();
+    assert!(log.contains("was told to end (SIGTERM)"), "{log}");
+}
+
+#[test]
+fn the_destinations_qemu_is_killed() {
+    let config = Config::default();
+    let mut pair = Pair::start(&config);
+    in_mid_transfer(&mut pair);
+    pair.destination.qemu.kill();
+    failed(&mut pair, &["destination's QEMU is gone"]);
+    destination_is_gone(&mut pair);
+    migrates_after_all(pair, &config);
+}
+
+#[test]
+fn the_sources_qemu_is_killed() {
+    let mut pair = Pair::start(&Config::default());
+    in_mid_transfer(&mut pair);
+    pair.source.qemu.kill();
+    eventually("the source's helper to end", || pair.source.helper.child.try_wait().unwrap());
+    assert!(!pair.source.helper.socket.exists());
+    destination_is_gone(&mut pair);
+    let log = pair.destination.helper.log();
+    assert!(
+        log.contains("source's QEMU is gone") || log.contains("ended its migration stream"),
+        "{log}"
+    );
+}
+
+#[test]
+fn cancelled_in_the_first_pass() {
+    let config = Config::default();
+    let mut pair = Pair::start(&config);
+    in_mid_transfer(&mut pair);
+    pair.source.client.run("migrate_cancel", json!({}));
+    pair.source.await_status(&["cancelled"]);
+    runs_on(&mut pair);
+    destination_is_gone(&mut pair);
+    let states = pair.source.client.migration_states();
+    assert_eq!(states, ["setup", "active", "cancelling", "cancelled"]);
+    migrates_after_all(pair, &config);
+}
+
+#[test]
+fn cancelled_in_a_later_pass() {
+    // 32 MiB are hot and 16 MiB/s are allowed: it never converges.
+    let guest = Guest::Dirty { fill: 48, hot: 32, spin: 0 };
+    let config = Config { guest, ..Config::default() };
+    let mut pair = Pair::start(&config);
+    slow(&mut pair, 32);
+    pair.source.client.run("migrate-set-parameters", json!({ "downtime-limit": 1 }));
+    let uri = pair.listen();
+    pair.source.client.run("migrate", json!({ "uri": uri }));
+    pair.source.client.await_event("MIGRATION_PASS", |data| data["pass"].as_u64() >= Some(3));
+    pair.source.client.run("migrate_cancel", json!({}));
+    pair.source.await_status(&["cancelled"]);
+    runs_on(&mut pair);
+    pair.source.client.run("migrate-set-parameters", json!({ "downtime-limit": 2000 }));
+    migrates_after_all(pair, &config);
+}
+
+#[test]
+fn cancelled_at_pre_switchover() {
+    let config = Config::default();
+    let mut pair = Pair::start(&config);
+    pair.source.client.capability("pause-before-switchover", true);
+    let uri = pair.listen();
+    pair.source.client.run("migrate", json!({ "uri": uri }));
+    pair.source.await_status(&["pre-switchover"]);
+    pair.source.client.run("migrate_cancel", json!({}));
+    pair.source.await_status(&["cancelled"]);
+    runs_on(&mut pair);
+    pair.source.client.capability("pause-before-switchover", false);
+    migrates_after_all(pair, &config);
+}
+
+/// Without a return path the source's QEMU is done before the destination has loaded: the guest
+/// comes back when the destination says that it never ran.
+#[test]
+fn the_destination_fails_after_the_source_completed() {
+    let config = Config::default();
+    let mut pair = Pair::start(&config);
+    let other = Config { devices: vec!["-device virtio-serial-pci".into()], ..config.clone() };
+    // A device that only the source has: its state has nowhere to go.
+    pair.source = Host::start(&pair.dir, "with-device", &other);
+    pair.source.client.capability("events", true);
+    pair.source.qemu.await_guest();
+    slow(&mut pair, 4096);
+    let uri = pair.listen();
+    pair.source.client.run("migrate", json!({ "uri": uri }));
+    failed(&mut pair, &["destination's QEMU"]);
+    let states = pair.source.client.migration_states();
+    assert!(!states.contains(&"completed".to_owned()), "{states:?}");
+    assert_eq!(states.last().unwrap(), "failed");
+    migrates_after_all(pair, &other);
+}
+
+/// The same with a QEMU that stays after the failure.
+#[test]
+fn the_destination_fails_and_stays() {
+    let mut pair = Pair::start(&Config::default());
+    let other = Config { devices: vec!["-device virtio-serial-pci".into()], ..Config::default() };
+    pair.source = Host::start(&pair.dir, "with-device", &other);
+    pair.source.client.capability("events", true);
+    pair.source.qemu.await_guest();
+    let uri = format!("rdma:127.0.0.1:{}", support::free_port());
+    let arguments = json!({ "uri": uri, "exit-on-error": false });
+    pair.destination.client.run("migrate-incoming", arguments);
+    pair.source.client.run("migrate", json!({ "uri": uri }));
+    failed(&mut pair, &["failed to load the guest: load of migration failed"]);
+    let state = pair.destination.await_status(&["failed"]);
+    assert!(state["error-desc"].as_str().unwrap().contains("load of migration"), "{state}");
+    pair.destination.helper.await_no_worker();
+    migrates_after_all(pair, &other);
+}
