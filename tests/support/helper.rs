@@ -24,6 +24,7 @@ impl Helper {
     #[track_caller]
     pub fn attach(dir: &Path, name: &str, qemu: &Path, options: &[&str]) -> Self {
         let socket = dir.join(format!("{name}.qmp"));
+        let _ = fs::remove_file(&socket);
         let log = dir.join(format!("{name}.helper.log"));
         let child = Command::new(BINARY)
             .arg("attach")

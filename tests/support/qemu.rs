@@ -125,7 +125,7 @@ impl Config {
             }
         }
         add(&["-serial", &format!("file:{}", dir.join(format!("{name}.console")).display())]);
-        for socket in ["helper", "test"] {
+        for socket in ["helper", "test", "spare"] {
             let path = dir.join(format!("{name}.{socket}.qemu"));
             add(&["-qmp", &format!("unix:{},server=on,wait=off", path.display())]);
         }
@@ -174,6 +174,11 @@ impl Qemu {
     /// The QMP socket that is meant for the helper.
     pub fn helper_socket(&self) -> PathBuf {
         self.dir.join(format!("{}.helper.qemu", self.name))
+    }
+
+    /// A third QMP socket.
+    pub fn spare_socket(&self) -> PathBuf {
+        self.dir.join(format!("{}.spare.qemu", self.name))
     }
 
     pub fn log(&self) -> String {

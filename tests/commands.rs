@@ -1,0 +1,168 @@
+//! The commands for people.
+
+mod support;
+
+use std::{
+    io::Read as _,
+    process::{Command, Output, Stdio},
+};
+
+use rustix::process::Signal;
+use serde_json::json;
+use support::{
+    Config, Host, Memory, Pair,
+    helper::{BINARY, signal_process},
+};
+
+fn run(arguments: &[&str]) -> Output {
+    Command::new(BINARY).args(arguments).output().unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+#[test]
+fn misuse_is_told_from_failure() {
+    assert_eq!(run(&["nonsense"]).status.code(), Some(2));
+    assert_eq!(run(&["attach"]).status.code(), Some(2));
+    assert_eq!(
+        run(&["migrate", "--qmp", "x", "--max-bandwidth", "fast", "rdma:h:1"]).status.code(),
+        Some(2)
+    );
+    assert_eq!(run(&["--version"]).status.code(), Some(0));
+    let help = text(&run(&["--help"]).stdout);
+    for command in ["attach", "migrate", "hmp", "check"] {
+        assert!(help.contains(command), "{help}");
+    }
+    assert!(!help.contains("worker"), "{help}");
+    let output = run(&["attach", "--qemu-qmp", "/nonexistent", "--qmp", "/tmp/x"]);
+    assert_eq!(output.status.code(), Some(1));
+    let error = text(&output.stderr);
+    assert!(error.contains("/nonexistent") && error.lines().count() == 1, "{error}");
+    let output = run(&["attach", "--qemu-qmp", "x", "--qmp", "y", "--fabric", "verbs"]);
+    assert!(text(&output.stderr).contains("no 'verbs' fabric"));
+}
+
+/// The client of the pair makes room for the command's.
+fn migrate_command(pair: &mut Pair, uri: &str, more: &[&str]) -> Command {
+    let Pair { source, .. } = pair;
+    let socket = source.helper.socket.clone();
+    // QEMU serves one client at a time, and so does the helper.
+    source.client = support::Qmp::connect(&source.qemu.spare_socket());
+    let mut command = Command::new(BINARY);
+    command.arg("migrate").arg("--qmp").arg(socket).args(more).arg(uri);
+    command.stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+#[test]
+fn migrate_shows_progress_and_ends_when_the_guest_is_there() {
+    let mut pair = Pair::start(&Config::default());
+    let uri = pair.listen();
+    let more = ["--pin-all", "--max-bandwidth", "64m", "--downtime-limit", "500"];
+    let output = migrate_command(&mut pair, &uri, &more).output().unwrap();
+    let (out, err) = (text(&output.stdout), text(&output.stderr));
+    assert_eq!(output.status.code(), Some(0), "{out}{err}");
+    print!("{out}");
+    assert!(out.contains("mbps") && out.contains("MiB left"), "{out}");
+    for line in ["total time", "downtime", "throughput", "transferred"] {
+        assert!(out.contains(line), "{out}");
+    }
+    pair.verify();
+    let parameters = pair.source.qemu.qmp.run("query-migrate-parameters", json!({}));
+    assert_eq!(parameters["max-bandwidth"], 64 << 20);
+    assert_eq!(parameters["downtime-limit"], 500);
+}
+
+#[test]
+fn interrupting_migrate_cancels_and_waits_for_the_end() {
+    let mut pair = Pair::start(&Config::default());
+    let uri = pair.listen();
+    let mut child = migrate_command(&mut pair, &uri, &["--max-bandwidth", "8m"]).spawn().unwrap();
+    // The first line of progress: it runs.
+    let mut first = [0];
+    child.stdout.as_mut().unwrap().read_exact(&mut first).unwrap();
+    signal_process(child.id(), Signal::INT);
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let error = text(&output.stderr);
+    assert!(error.contains("Cancelled; the guest runs on here"), "{error}");
+    assert_eq!(pair.source.qemu.status(), "running");
+    pair.source.qemu.assert_goes_on();
+}
+
+#[test]
+fn migrate_says_what_is_wrong() {
+    let mut pair = Pair::start(&Config::default());
+    let uri = format!("rdma:127.0.0.1:{}", support::free_port());
+    let output = migrate_command(&mut pair, &uri, &[]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let error = text(&output.stderr);
+    assert!(error.contains("refused") && error.contains("runs on here"), "{error}");
+    let socket = pair.source.qemu.spare_socket();
+    drop(std::mem::replace(
+        &mut pair.source.client,
+        support::Qmp::connect(&pair.source.helper.socket),
+    ));
+    let output =
+        Command::new(BINARY).arg("migrate").arg("--qmp").arg(socket).arg(&uri).output().unwrap();
+    assert!(text(&output.stderr).contains("no helper's socket"), "{}", text(&output.stderr));
+    let output = run(&["migrate", "--qmp", "/nonexistent", "tcp:h:1"]);
+    assert!(text(&output.stderr).contains("no rdma:HOST:PORT"));
+}
+
+#[test]
+fn hmp_runs_runbook_lines() {
+    let mut pair = Pair::start(&Config::default());
+    let uri = pair.listen();
+    let socket = pair.source.helper.socket.clone();
+    pair.source.client = support::Qmp::connect(&pair.source.qemu.spare_socket());
+    let hmp = |lines: &[&str]| {
+        Command::new(BINARY).arg("hmp").arg("--qmp").arg(&socket).args(lines).output().unwrap()
+    };
+    let migrate = format!("migrate -d {uri}");
+    let output = hmp(&[
+        "migrate_set_capability rdma-pin-all on",
+        "migrate_set_parameter max-bandwidth 40g",
+        &migrate,
+    ]);
+    assert_eq!((output.status.code(), text(&output.stdout)), (Some(0), String::new()));
+    support::eventually("completion", || {
+        let output = hmp(&["info migrate"]);
+        text(&output.stdout).contains("Migration status: completed").then_some(())
+    });
+    pair.verify();
+    let output = hmp(&["migrate -d rdma:nowhere", "info status"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(
+        text(&output.stdout).starts_with("Error: ") && !text(&output.stdout).contains("VM status")
+    );
+}
+
+#[test]
+fn check_finds_what_would_fail() {
+    let dir = tempfile::tempdir().unwrap();
+    let check = |host: &Host| {
+        let socket = host.qemu.spare_socket();
+        let output =
+            Command::new(BINARY).arg("check").arg("--qemu-qmp").arg(socket).output().unwrap();
+        (output.status.code(), text(&output.stdout))
+    };
+    let good = Host::start(&dir, "good", &Config { paused: true, ..Config::default() });
+    let (code, out) = check(&good);
+    print!("{out}");
+    assert_eq!(code, Some(0), "{out}");
+    assert!(
+        out.contains("QEMU 10.0") && out.contains("'ram0', 196608 KiB: written from /memfd"),
+        "{out}"
+    );
+    assert!(out.contains("RDMA devices") && out.contains("memlock"), "{out}");
+    let bad = Config { paused: true, memory: Memory::Private, ..Config::default() };
+    let (code, out) = check(&Host::start(&dir, "bad", &bad));
+    assert_eq!(code, Some(1), "{out}");
+    assert!(
+        out.contains("fail") && out.contains("cure: start QEMU with -object memory-backend-memfd"),
+        "{out}"
+    );
+}

@@ -1,0 +1,389 @@
+//! Peers that break the protocol, at every step and on both sides.
+
+mod support;
+
+use std::{io::Write as _, net::TcpListener, sync::mpsc, thread};
+
+use serde_json::json;
+use support::{
+    Config, Host, Pair, eventually,
+    wire::{self, Peer, frame, frame_of_length, hello, message},
+};
+
+fn port_of(uri: &str) -> u16 {
+    uri.rsplit_once(':').unwrap().1.parse().unwrap()
+}
+
+/// The destination's blocks, as its own source would list them.
+fn blocks(host: &mut Host) -> Vec<(String, u64)> {
+    let info = host.client.run("query-rdma-helper", json!({}));
+    let block = |block: &serde_json::Value| {
+        (block["name"].as_str().unwrap().to_owned(), block["length"].as_u64().unwrap())
+    };
+    info["blocks"].as_array().unwrap().iter().map(block).collect()
+}
+
+/// A source that says hello and lists its blocks.
+fn listed(port: u16, blocks: &[(String, u64)]) -> Peer {
+    let mut peer = Peer::connect(port);
+    peer.send(&hello(wire::PRIVATE_DATA));
+    peer.send(&message(wire::BLOCK_LIST, 1, &wire::block_list(blocks)));
+    peer
+}
+
+/// Whatever comes before the stream leaves the destination waiting for a proper source.
+#[test]
+fn strange_clients_are_turned_away_and_the_next_source_is_let_in() {
+    let mut pair = Pair::start(&Config::default());
+    let uri = pair.listen();
+    let port = port_of(&uri);
+    let good = blocks(&mut pair.destination);
+
+    let mut random = Peer::connect(port);
+    let _ = random.0.write_all(&[0xa5; 100_000]);
+    drop(Peer::connect(port));
+    let silent = Peer::connect(port);
+
+    // Private data: another version, none of ours, too short, too long.
+    for (data, word) in [
+        (&b"\0\0\0\x02\0\0\0\0QRH1\0\x01\0\x40"[..], "version 2"),
+        (b"\0\0\0\x01\0\0\0\0", "no helper"),
+        (b"\0\0\0", "private data"),
+        (b"\0\0\0\x01\0\0\0\0QRH1\0\x01\0\0", "no messages"),
+        (&[0; 57], "too long"),
+    ] {
+        let mut peer = Peer::connect(port);
+        peer.send(&hello(data));
+        while peer.frame().is_ok() {}
+        eventually(word, || pair.destination.helper.log().contains(word).then_some(()));
+    }
+
+    // Block lists: count, name, length, twice, malformed.
+    let mut fewer = good.clone();
+    fewer.pop();
+    let mut renamed = good.clone();
+    renamed[0].0 = "other".into();
+    let mut longer = good.clone();
+    longer[0].1 += 4096;
+    let mut twice = good.clone();
+    twice[1] = twice[0].clone();
+    for (list, word) in [
+        (&fewer, "RAM blocks"),
+        (&renamed, "'other'"),
+        (&longer, "bytes at the source"),
+        (&twice, "twice"),
+    ] {
+        let words = listed(port, list).last_words();
+        println!("{words}");
+        assert!(words.contains(word), "{word}: {words}");
+    }
+    let mut peer = Peer::connect(port);
+    peer.send(&hello(wire::PRIVATE_DATA));
+    peer.send(&message(wire::BLOCK_LIST, 1, b"\x01\0\0"));
+    assert!(peer.last_words().contains("BLOCK_LIST"));
+
+    // Out of turn, or into thin air, before the stream.
+    let cases: [(&str, Vec<u8>); 6] = [
+        ("FinalAck", message(wire::FINAL_ACK, 1, &[])),
+        ("RegisterFinished", message(wire::REGISTER_FINISHED, 1, &[])),
+        ("Compress", message(wire::COMPRESS, 1, &[0; 24])),
+        ("READY", message(wire::READY, 1000, &[])),
+        ("key 4000", frame(3, 4000, 0, &[0; 4096])),
+        ("beyond", frame(3, 1, good[0].1 - 100, &[0; 4096])),
+    ];
+    for (word, bytes) in cases {
+        let mut peer = listed(port, &good);
+        assert_eq!(peer.message().unwrap().0, wire::RAM_BLOCKS_RESULT);
+        peer.send(&bytes);
+        drop(peer.last_words());
+        eventually(word, || pair.destination.helper.log().contains(word).then_some(()));
+    }
+    // A peer that goes after the agreement.
+    drop(listed(port, &good));
+    drop(silent);
+
+    pair.source.client.run("migrate", json!({ "uri": uri }));
+    pair.source.await_status(&["completed"]);
+    pair.verify();
+}
+
+/// The head of a stream, up to the block list's end.
+fn stream_head(blocks: &[(String, u64)]) -> Vec<u8> {
+    let mut bytes =
+        b"QEVM\0\0\0\x03\x07\0\0\0\x02pc\x01\0\0\0\x02\x03ram\0\0\0\0\0\0\0\x04".to_vec();
+    let total: u64 = blocks.iter().map(|(_, length)| length).sum();
+    bytes.extend_from_slice(&(total | 4).to_be_bytes());
+    for (name, length) in blocks {
+        bytes.push(name.len() as u8);
+        bytes.extend_from_slice(name.as_bytes());
+        bytes.extend_from_slice(&length.to_be_bytes());
+    }
+    bytes
+}
+
+/// Once the stream has begun the destination's QEMU can't begin anew, as with any transport; but
+/// the helper says why, and nothing else happens.
+fn breaks_within_the_stream(word: &str, then: impl FnOnce(&mut Peer, &[(String, u64)])) {
+    let dir = tempfile::tempdir().unwrap();
+    let mut host = Host::start(&dir, "destination", &Config::default().incoming());
+    let uri = format!("rdma:127.0.0.1:{}", support::free_port());
+    host.client.run("migrate-incoming", json!({ "uri": uri }));
+    let good = blocks(&mut host);
+    let mut peer = listed(port_of(&uri), &good);
+    assert_eq!(peer.message().unwrap().0, wire::RAM_BLOCKS_RESULT);
+    let head = [stream_head(&good), 0x80_u64.to_be_bytes().to_vec()].concat();
+    peer.send(&message(wire::QEMU_FILE, 0, &head));
+    then(&mut peer, &good);
+    drop(peer.last_words());
+    drop(peer);
+    eventually(word, || {
+        let log = host.helper.log();
+        log.lines()
+            .any(|line| line.contains("migration failed") && line.contains(word))
+            .then_some(())
+    });
+    eventually("QEMU's end", || host.qemu.child.try_wait().unwrap());
+    eventually("the helper's end", || host.helper.child.try_wait().unwrap());
+    println!(
+        "{}",
+        host.helper.log().lines().find(|line| line.contains("migration failed")).unwrap()
+    );
+}
+
+fn compress(value: u32, block: u32, offset: u64, length: u64) -> Vec<u8> {
+    let payload = [
+        &value.to_be_bytes()[..],
+        &block.to_be_bytes(),
+        &offset.to_be_bytes(),
+        &length.to_be_bytes(),
+    ]
+    .concat();
+    message(wire::COMPRESS, 1, &payload)
+}
+
+fn register(repeat: u32, block: u32, key: u64, chunks: u64) -> Vec<u8> {
+    let payload =
+        [&key.to_be_bytes()[..], &block.to_be_bytes(), &[0; 4], &chunks.to_be_bytes()].concat();
+    message(wire::REGISTER_REQUEST, repeat, &payload)
+}
+
+#[test]
+fn ranges_and_counts_out_of_range() {
+    breaks_within_the_stream("COMPRESS for RAM block 999", |peer, _| {
+        peer.send(&compress(0, 999, 0, 4096))
+    });
+    breaks_within_the_stream("COMPRESS beyond", |peer, blocks| {
+        peer.send(&compress(0, 0, 0, blocks[0].1 + 1))
+    });
+    breaks_within_the_stream("COMPRESS beyond", |peer, _| {
+        peer.send(&compress(0, 0, u64::MAX, 4096))
+    });
+    breaks_within_the_stream("COMPRESS with value", |peer, _| peer.send(&compress(7, 0, 0, 4096)));
+    breaks_within_the_stream("REGISTER_REQUEST for RAM block", |peer, _| {
+        peer.send(&register(1, 77, 0, 0))
+    });
+    breaks_within_the_stream("REGISTER_REQUEST beyond", |peer, _| {
+        peer.send(&register(1, 0, 0, u64::MAX))
+    });
+    breaks_within_the_stream("repeat 4000000000", |peer, _| {
+        peer.send(&register(4_000_000_000, 0, 0, 0))
+    });
+}
+
+#[test]
+fn broken_streams_and_frames() {
+    breaks_within_the_stream("QemuFile", |peer, _| {
+        peer.send(&message(wire::QEMU_FILE, 0, &[0; 8]))
+    });
+    breaks_within_the_stream("section type", |peer, _| {
+        peer.send(&message(wire::REGISTER_FINISHED, 1, &[]));
+        let eos = [&0x10_u64.to_be_bytes()[..], b"\x7e\0\0\0\x02\x55"].concat();
+        peer.send(&message(wire::QEMU_FILE, 0, &eos));
+    });
+    breaks_within_the_stream("cut", |peer, blocks| {
+        peer.send(&message(wire::REGISTER_FINISHED, 1, &[]));
+        let total = stream_head(blocks).len() as u64 + 8;
+        peer.send(&message(wire::STREAM_END, 1, &total.to_be_bytes()));
+    });
+    breaks_within_the_stream("its stream has 5 bytes", |peer, _| {
+        peer.send(&message(wire::REGISTER_FINISHED, 1, &[]));
+        peer.send(&message(wire::STREAM_END, 1, &5_u64.to_be_bytes()));
+    });
+    breaks_within_the_stream("a message of", |peer, _| {
+        peer.send(&frame_of_length(2, 0, 0, u64::MAX, &[]))
+    });
+    breaks_within_the_stream("frame kind 9", |peer, _| peer.send(&frame(9, 0, 0, &[])));
+    breaks_within_the_stream("closed the connection", |peer, _| {
+        peer.send(&frame_of_length(3, 1, 0, 1 << 20, &[1; 5000]));
+        peer.0.shutdown(std::net::Shutdown::Write).unwrap();
+    });
+    breaks_within_the_stream("gave up", |peer, _| {
+        peer.send(&message(wire::ERROR_TEXT, 1, b"\0the source gave up"));
+    });
+}
+
+/// A destination that a test plays, with one connection.
+fn played(play: impl FnOnce(Peer) + Send + 'static) -> (String, thread::JoinHandle<()>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let uri = format!("rdma:127.0.0.1:{}", listener.local_addr().unwrap().port());
+    (uri, thread::spawn(move || play(Peer::accept(&listener))))
+}
+
+/// Answer a hello and the block list, with as many entries as `count` makes of the right number.
+fn agree(peer: &mut Peer, count: impl FnOnce(usize) -> usize) {
+    peer.frame().unwrap();
+    peer.send(&hello(wire::PRIVATE_DATA));
+    let (kind, list) = peer.message().unwrap();
+    assert_eq!(kind, wire::BLOCK_LIST);
+    let mut entries = Vec::new();
+    let (mut rest, mut blocks) = (&list[1..], 0);
+    while !rest.is_empty() {
+        let (length, name) = (&rest[..8], usize::from(rest[8]));
+        entries.push([&[0; 16][..], length, &[0, 0, 0, 1, 0, 0, 0, 0]].concat());
+        rest = &rest[9 + name..];
+        blocks += 1;
+    }
+    entries.truncate(count(blocks));
+    peer.send(&message(wire::RAM_BLOCKS_RESULT, 1, &entries.concat()));
+}
+
+#[test]
+fn destinations_that_break_off_at_any_step() {
+    let mut pair = Pair::start(&Config::default());
+    pair.source.client.run("migrate-set-parameters", json!({ "max-bandwidth": 16 << 20 }));
+    type Play = Box<dyn FnOnce(Peer) + Send>;
+    let early: Vec<(&str, Play)> = vec![
+        ("", Box::new(drop)),
+        ("", Box::new(|mut peer| drop(peer.frame()))),
+        ("no helper", Box::new(|mut peer| peer.send(&[0x5a; 200]))),
+        ("version 2", Box::new(|mut peer| peer.send(&hello(b"\0\0\0\x02\0\0\0\0")))),
+        ("no helper", Box::new(|mut peer| peer.send(&hello(b"\0\0\0\x01\0\0\0\0")))),
+        (
+            "closed",
+            Box::new(|mut peer| {
+                peer.send(&hello(wire::PRIVATE_DATA));
+                drop(peer.message());
+            }),
+        ),
+        (
+            "0 RAM blocks in answer",
+            Box::new(|mut peer| {
+                agree(&mut peer, |_| 0);
+                drop(peer.message());
+            }),
+        ),
+        (
+            "RAM_BLOCKS_RESULT",
+            Box::new(|mut peer| {
+                peer.send(&hello(wire::PRIVATE_DATA));
+                peer.send(&message(wire::QEMU_FILE, 0, b"surprise"));
+                while peer.frame().is_ok() {}
+            }),
+        ),
+        (
+            "not today",
+            Box::new(|mut peer| {
+                peer.send(&hello(wire::PRIVATE_DATA));
+                peer.send(&message(wire::ERROR_TEXT, 1, b"\x01not today"));
+                while peer.frame().is_ok() {}
+            }),
+        ),
+    ];
+    for (word, play) in early {
+        let (uri, player) = played(play);
+        let error = pair.source.client.refused("migrate", json!({ "uri": uri }));
+        println!("{error}");
+        assert!(error.contains(word), "{word}: {error}");
+        player.join().unwrap();
+        assert_eq!(pair.source.qemu.status(), "running");
+    }
+    let late: Vec<(&str, Play)> = vec![
+        (
+            "closed",
+            Box::new(|mut peer| {
+                agree(&mut peer, |count| count);
+                drop(peer.message());
+            }),
+        ),
+        (
+            "READY",
+            Box::new(|mut peer| {
+                agree(&mut peer, |count| count);
+                peer.send(&message(wire::READY, 1000, &[]));
+                while peer.frame().is_ok() {}
+            }),
+        ),
+        (
+            "confirmed an unfinished",
+            Box::new(|mut peer| {
+                agree(&mut peer, |count| count);
+                peer.send(&message(wire::FINAL_ACK, 1, &[]));
+                while peer.frame().is_ok() {}
+            }),
+        ),
+        (
+            "landed",
+            Box::new(|mut peer| {
+                agree(&mut peer, |count| count);
+                peer.send(&frame(5, 0, u64::MAX, &[]));
+                while peer.frame().is_ok() {}
+            }),
+        ),
+        (
+            "did not say why",
+            Box::new(|mut peer| {
+                agree(&mut peer, |count| count);
+                peer.send(&message(wire::ERROR, 1, &[]));
+                while peer.frame().is_ok() {}
+            }),
+        ),
+    ];
+    for (word, play) in late {
+        let (uri, player) = played(play);
+        // It may fail before or after QEMU has begun.
+        let error = match pair.source.client.execute("migrate", json!({ "uri": uri })) {
+            Ok(_) => {
+                let state = pair.source.await_status(&["failed", "completed"]);
+                assert_eq!(state["status"], "failed");
+                state["error-desc"].as_str().unwrap().to_owned()
+            }
+            Err(error) => error["desc"].as_str().unwrap().to_owned(),
+        };
+        println!("{error}");
+        assert!(error.contains(word), "{word}: {error}");
+        player.join().unwrap();
+        pair.source.helper.await_no_worker();
+        assert_eq!(pair.source.qemu.status(), "running");
+    }
+    pair.source.client.run("migrate-set-parameters", json!({ "max-bandwidth": 1_u64 << 32 }));
+    pair.migrate();
+    pair.verify();
+}
+
+#[test]
+fn a_destination_that_stops_reading() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = Config::default();
+    let mut source = Host::with_helper(&dir, "source", &config, &["--stall-timeout", "1"]);
+    source.qemu.await_guest();
+    source.client.run("migrate-set-parameters", json!({ "max-bandwidth": 1_u64 << 32 }));
+    let (enough, waits) = mpsc::channel::<()>();
+    let (uri, player) = played(move |mut peer| {
+        agree(&mut peer, |count| count);
+        // Until the test has seen the source give up.
+        assert!(waits.recv().is_err());
+    });
+    source.client.run("migrate", json!({ "uri": uri }));
+    let state = source.await_status(&["failed", "completed"]);
+    let error = state["error-desc"].as_str().unwrap();
+    println!("{error}");
+    assert!(error.contains("no progress for 1 s"), "{error}");
+    source.qemu.assert_goes_on();
+    source.helper.await_no_worker();
+    drop(enough);
+    player.join().unwrap();
+    let destination = Host::start(&dir, "destination", &config.clone().incoming());
+    let mut pair = Pair { source, destination, dir };
+    pair.migrate();
+    pair.verify();
+}

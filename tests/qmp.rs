@@ -1,0 +1,335 @@
+//! What a client of the helper sees: QEMU's own QMP, byte for byte, and refusals in its words.
+
+mod support;
+
+use std::{
+    io::{BufRead as _, BufReader, Read as _, Write as _},
+    os::{
+        fd::AsFd as _,
+        unix::net::{UnixListener, UnixStream},
+    },
+};
+
+use rustix::process::Signal;
+use serde_json::{Value, json};
+use support::{Config, Helper, Host, Pair, Qmp, eventually};
+
+/// One host whose QEMU just stands there.
+fn host() -> (tempfile::TempDir, Host) {
+    let dir = tempfile::tempdir().unwrap();
+    let host = Host::start(&dir, "only", &Config { paused: true, ..Config::default() });
+    (dir, host)
+}
+
+#[test]
+fn replies_are_qemus_byte_for_byte() {
+    let (_dir, mut host) = host();
+    for command in
+        ["query-qmp-schema", "query-block", "query-cpus-fast", "query-nonsense", "query-memdev"]
+    {
+        let line = format!("{{\"execute\": \"{command}\", \"id\": {{\"a\": [1, \"é\"]}}}}\r\n");
+        host.qemu.qmp.send(line.as_bytes());
+        host.client.send(line.as_bytes());
+        let (direct, through) = (host.qemu.qmp.reply_line(), host.client.reply_line());
+        assert!(through.ends_with("\r\n"));
+        assert!(direct == through, "{command}: {direct:.200} / {through:.200}");
+    }
+}
+
+#[test]
+fn own_replies_echo_the_id() {
+    let (_dir, mut host) = host();
+    host.client.send(b"{\"execute\": \"query-rdma-migrate-blockers\", \"id\": 1.0e2 }\n");
+    assert_eq!(host.client.reply_line(), "{\"return\": [], \"id\": 1.0e2}\r\n");
+    host.client.send(b"{\"id\": \"x\", \"execute\": \"query-migrate\"}\n");
+    assert_eq!(host.client.reply_line(), "{\"return\": {}, \"id\": \"x\"}\r\n");
+}
+
+#[test]
+fn refusals_are_in_qemus_words_and_the_connection_stays() {
+    let (_dir, mut host) = host();
+    let client = &mut host.client;
+    for (sent, expected) in [
+        ("foo bar", "JSON parse error"),
+        ("{\"execute\": }", "JSON parse error"),
+        ("[]", "QMP input must be a JSON object"),
+        ("{\"execute\": 5}", "QMP input member 'execute' must be a string"),
+        ("{\"execute\": \"nonsense\"}", "The command nonsense has not been found"),
+        (
+            "{\"execute\": \"migrate\", \"arguments\": {\"uri\": 5}}",
+            "Invalid parameter type for 'uri', expected: string",
+        ),
+        (
+            "{\"execute\": \"migrate\", \"arguments\": {\"uri\": \"rdma:h:1\", \"typo\": 1}}",
+            "Parameter 'typo' is unexpected",
+        ),
+        (
+            "{\"execute\": \"query-rdma-helper\", \"arguments\": {\"typo\": 1}}",
+            "Parameter 'typo' is unexpected",
+        ),
+        (
+            "{\"execute\": \"query-rdma-migrate-blockers\", \"arguments\": {\"typo\": 1}}",
+            "Parameter 'typo' is unexpected",
+        ),
+        ("{\"execute\": \"migrate\", \"arguments\": {\"uri\": \"rdma:host\"}}", "no port"),
+        (
+            "{\"execute\": \"migrate\", \"arguments\": {\"uri\": \"rdma:no-such-host.invalid:1\"}}",
+            "Cannot resolve 'no-such-host.invalid'",
+        ),
+        (
+            "{\"execute\": \"migrate-incoming\", \"arguments\": {\"uri\": \"rdma:127.0.0.1:1\"}}",
+            "incoming",
+        ),
+    ] {
+        client.send(format!("{sent}\n").as_bytes());
+        let line = client.reply_line();
+        let reply: Value = serde_json::from_str(&line).unwrap();
+        let desc = reply["error"]["desc"].as_str().unwrap_or_default();
+        println!("{sent} -> {desc}");
+        assert!(desc.contains(expected), "{sent}: {line}");
+    }
+    // A port that nobody listens on.
+    let uri = format!("rdma:127.0.0.1:{}", support::free_port());
+    let error = client.refused("migrate", json!({ "uri": uri }));
+    println!("{uri} -> {error}");
+    assert!(
+        error.contains(&uri[5..])
+            && error.contains("refused")
+            && error.contains("migrate-incoming"),
+        "{error}"
+    );
+    let state = client.run("query-migrate", json!({}));
+    assert_eq!(
+        (state["status"].as_str(), state["error-desc"].as_str()),
+        (Some("failed"), Some(error.as_str()))
+    );
+    assert_eq!(client.run("query-status", json!({}))["status"], "prelaunch");
+    host.helper.await_no_worker();
+}
+
+#[test]
+fn what_excludes_rdma_is_refused_at_once() {
+    let (_dir, mut host) = host();
+    for capability in ["multifd", "postcopy-ram", "x-ignore-shared"] {
+        host.client.capability(capability, true);
+        let error = host.client.refused("migrate", json!({ "uri": "rdma:127.0.0.1:1" }));
+        println!("{error}");
+        assert!(error.contains(capability) && error.contains("off"), "{error}");
+        let blockers = host.client.run("query-rdma-migrate-blockers", json!({}));
+        assert!(blockers[0]["reason"].as_str().unwrap().contains(capability), "{blockers}");
+        host.client.capability(capability, false);
+    }
+    assert_eq!(host.client.run("query-rdma-migrate-blockers", json!({})), json!([]));
+}
+
+#[test]
+fn one_migration_at_a_time() {
+    let mut pair = Pair::start(&Config::default());
+    pair.source.client.run("migrate-set-parameters", json!({ "max-bandwidth": 8 << 20 }));
+    let uri = pair.listen();
+    let error = pair.destination.client.refused("migrate-incoming", json!({ "uri": uri }));
+    assert!(error.contains("already"), "{error}");
+    pair.source.client.run("migrate", json!({ "uri": uri }));
+    for other in [uri.as_str(), "unix:/nonexistent"] {
+        let error = pair.source.client.refused("migrate", json!({ "uri": other }));
+        assert_eq!(error, "There's a migration process in progress");
+    }
+    let text = pair.source.client.hmp(&format!("migrate -d {uri}"));
+    assert_eq!(text, "Error: There's a migration process in progress\r\n");
+    pair.source.client.run("migrate-set-parameters", json!({ "max-bandwidth": 1_u64 << 32 }));
+    pair.source.await_status(&["completed"]);
+    pair.verify();
+}
+
+#[test]
+fn half_a_command_then_silence_harms_nobody() {
+    let (_dir, mut host) = host();
+    host.client.send(b"{\"execute\": \"query-st");
+    // Events still come.
+    host.qemu.qmp.run("cont", json!({}));
+    host.client.await_event("RESUME", |_| true);
+    host.client.send(b"atus\"}\n");
+    assert!(host.client.reply_line().contains("running"));
+}
+
+#[test]
+fn a_command_of_64_mib_is_refused_in_bounds() {
+    let (_dir, mut host) = host();
+    host.client.send(b"{\"execute\": \"");
+    let piece = vec![b'x'; 1 << 20];
+    for _ in 0..64 {
+        host.client.send(&piece);
+    }
+    host.client.send(b"\"}\n{\"execute\": \"query-status\"}\n");
+    assert!(host.client.reply_line().contains("JSON parse error"));
+    assert!(host.client.reply_line().contains("prelaunch"));
+    let peak = support::helper::peak_rss(host.helper.pid());
+    assert!(peak < 48 << 20, "{} KiB", peak >> 10);
+}
+
+#[test]
+fn a_client_must_negotiate_and_may_come_again() {
+    let (_dir, host) = host();
+    let Host { client, helper, qemu: _qemu } = host;
+    drop(client);
+    for _ in 0..3 {
+        let mut client = Qmp::connect_raw(&helper.socket);
+        assert!(client.greeting.contains("\"QMP\"") && client.greeting.ends_with("\r\n"));
+        assert!(!client.greeting.contains("oob"), "{}", client.greeting);
+        let error = client.execute("query-status", json!({})).unwrap_err();
+        assert_eq!(error["class"], "CommandNotFound");
+        client.run("qmp_capabilities", json!({}));
+        client.run("query-status", json!({}));
+        let error = client.refused("qmp_capabilities", json!({}));
+        assert!(error.contains("already complete"), "{error}");
+    }
+}
+
+#[test]
+fn descriptors_pass_with_their_command() {
+    let (_dir, mut host) = host();
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    // Two commands in one go; the descriptor belongs to the second.
+    host.client.send(b"{\"execute\": \"query-status\"}\n");
+    host.client.send_with_fd(
+        b"{\"execute\": \"getfd\", \"arguments\": {\"fdname\": \"mine\"}}\n",
+        theirs.as_fd(),
+    );
+    drop(theirs);
+    assert!(host.client.reply_line().contains("prelaunch"));
+    assert_eq!(host.client.reply_line(), "{\"return\": {}}\r\n");
+    let file = std::fs::File::open("/dev/null").unwrap();
+    host.client.send_with_fd(
+        b"{\"execute\": \"add-fd\", \"arguments\": {\"fdset-id\": 7}}\n",
+        file.as_fd(),
+    );
+    assert!(host.client.reply_line().contains("\"fdset-id\": 7"));
+    let error = host.client.refused("getfd", json!({ "fdname": "none" }));
+    assert!(error.contains("SCM_RIGHTS"), "{error}");
+    // QEMU's own migration into that descriptor: not ours to touch.
+    host.client.run("migrate", json!({ "uri": "fd:mine" }));
+    let mut magic = [0; 4];
+    (&ours).read_exact(&mut magic).unwrap();
+    assert_eq!(&magic, b"QEVM");
+    drop(ours);
+    let state = host.await_status(&["failed"]);
+    assert!(state["error-desc"].as_str().is_some(), "{state}");
+}
+
+#[test]
+fn other_migrations_are_qemus() {
+    let (dir, mut host) = host();
+    let path = dir.path().join("state");
+    host.client.capability("events", true);
+    host.client.run("migrate", json!({ "uri": format!("exec:cat > {}", path.display()) }));
+    let end = host.await_status(&["completed"]);
+    assert_eq!(end, host.qemu.qmp.run("query-migrate", json!({})));
+    assert_eq!(host.client.migration_states(), ["setup", "active", "device", "completed"]);
+}
+
+/// The session with a QEMU that a test plays: every line, in its order, and nothing of our own.
+#[test]
+fn unknown_events_and_fields_keep_their_place() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("played");
+    let listener = UnixListener::bind(&path).unwrap();
+    let played = std::thread::spawn(move || {
+        let (stream, _) = listener.accept().unwrap();
+        let mut lines = BufReader::new(stream.try_clone().unwrap()).lines();
+        let say = |line: &str| (&stream).write_all(format!("{line}\r\n").as_bytes()).unwrap();
+        say(r#"{"event": "EARLY", "timestamp": {"seconds": -1, "microseconds": -1}}"#);
+        say(
+            r#"{"QMP": {"version": {"qemu": {"major": 99}}, "capabilities": ["oob", "new"]}, "x": 1}"#,
+        );
+        assert!(lines.next().unwrap().unwrap().contains("qmp_capabilities"));
+        say(r#"{"return": {}, "id": "qemu-rdma-helper-0"}"#);
+        let command = lines.next().unwrap().unwrap();
+        assert_eq!(command, r#"{ "execute" : "query-x",   "id": 7}"#);
+        say(
+            r#"{"event": "NEW_EVENT", "data": {"b": 1,   "a": 1e3}, "timestamp": {"seconds": 1, "microseconds": 2}}"#,
+        );
+        say(r#"{"id": 7, "error": {"class": "NewClass", "desc": "d", "more": null}}"#);
+        say(
+            r#"{"event": "MIGRATION", "data": {"status": "new-state"}, "timestamp": {"seconds": 1, "microseconds": 3}}"#,
+        );
+        lines.next();
+    });
+    let helper = Helper::attach(dir.path(), "played", &path, &[]);
+    let mut client = Qmp::connect_raw(&helper.socket);
+    let greeting: Value = serde_json::from_str(&client.greeting).unwrap();
+    assert_eq!(
+        greeting,
+        json!({"QMP": {"version": {"qemu": {"major": 99}}, "capabilities": ["new"]}, "x": 1})
+    );
+    client.run("qmp_capabilities", json!({}));
+    client.send(b"{ \"execute\" : \"query-x\",   \"id\": 7}\n");
+    let lines: Vec<_> = (0..3).map(|_| client.line().unwrap()).collect();
+    assert_eq!(
+        lines,
+        [
+            "{\"event\": \"NEW_EVENT\", \"data\": {\"b\": 1,   \"a\": 1e3}, \"timestamp\": {\"seconds\": 1, \"microseconds\": 2}}\r\n",
+            "{\"id\": 7, \"error\": {\"class\": \"NewClass\", \"desc\": \"d\", \"more\": null}}\r\n",
+            "{\"event\": \"MIGRATION\", \"data\": {\"status\": \"new-state\"}, \"timestamp\": {\"seconds\": 1, \"microseconds\": 3}}\r\n",
+        ]
+    );
+    drop(client);
+    drop(helper);
+    played.join().unwrap();
+}
+
+#[test]
+fn a_client_that_does_not_read_stalls_nobody() {
+    let (dir, host) = host();
+    let Host { client, helper, mut qemu } = host;
+    drop(client);
+    let mut lazy = Qmp::connect(&helper.socket);
+    // Far more replies than all buffers hold.
+    while lazy.try_send(b"{\"execute\": \"query-qmp-schema\"}\n") && helper.log().is_empty() {}
+    drop(lazy);
+    let mut client = Qmp::connect(&helper.socket);
+    assert_eq!(client.run("query-status", json!({}))["status"], "prelaunch");
+    assert_eq!(qemu.status(), "prelaunch");
+    drop(dir);
+}
+
+#[test]
+fn the_end_of_qemu_is_told_after_all_that_it_said() {
+    let (_dir, mut host) = host();
+    host.client.send(b"{\"execute\": \"quit\"}\n");
+    let mut lines = Vec::new();
+    while let Some(line) = host.client.line() {
+        lines.push(line);
+    }
+    // In the order in which QEMU says them.
+    assert!(lines.iter().any(|line| line == "{\"return\": {}}\r\n"), "{lines:?}");
+    assert!(lines.iter().any(|line| line.contains("SHUTDOWN")), "{lines:?}");
+    let status = eventually("the helper's end", || host.helper.child.try_wait().unwrap());
+    assert!(status.success());
+    assert!(!host.helper.socket.exists());
+}
+
+#[test]
+fn a_stale_socket_is_replaced_and_a_live_one_is_not() {
+    let (dir, mut host) = host();
+    let socket = host.helper.socket.clone();
+    let attach = |qemu: std::path::PathBuf| {
+        let mut command = std::process::Command::new(support::helper::BINARY);
+        command.args(["attach", "--qemu-qmp"]).arg(qemu).arg("--qmp").arg(&socket);
+        command
+    };
+    let output = attach(host.qemu.spare_socket()).output().unwrap();
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{error}");
+    assert!(error.contains("Address already in use") || error.contains("in use"), "{error}");
+    host.helper.signal(Signal::KILL);
+    eventually("its end", || host.helper.child.try_wait().unwrap());
+    assert!(host.helper.socket.exists());
+    let mut again = attach(host.qemu.helper_socket());
+    let mut again = again.stderr(std::process::Stdio::null()).spawn().unwrap();
+    let mut client = Qmp::connect(&host.helper.socket);
+    client.run("query-rdma-helper", json!({}));
+    drop(client);
+    drop(dir);
+    again.kill().unwrap();
+    again.wait().unwrap();
+}
