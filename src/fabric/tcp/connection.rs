@@ -51,6 +51,8 @@ struct Shared {
     posted: AtomicU64,
     landed: AtomicU64,
     failed: AtomicBool,
+    /// Some thread ran into a time bound: what the others see then is its consequence.
+    stalled: AtomicBool,
     /// With `changed`: signals that `landed` or `failed` changed.
     change: Mutex<()>,
     changed: Condvar,
@@ -74,13 +76,25 @@ impl Shared {
     fn failure(&self, error: io::Error) -> FabricError {
         match error.kind() {
             // The bound of SO_SNDTIMEO or TCP_USER_TIMEOUT.
-            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => {
-                FabricError::Stalled(self.stall_timeout)
-            }
+            io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => self.stall(),
             io::ErrorKind::BrokenPipe
             | io::ErrorKind::ConnectionReset
-            | io::ErrorKind::ConnectionAborted => FabricError::Closed,
+            | io::ErrorKind::ConnectionAborted => self.end(),
             _ => FabricError::Host { call: "The connection to the peer", source: error },
+        }
+    }
+
+    fn stall(&self) -> FabricError {
+        self.stalled.store(true, Ordering::Relaxed);
+        FabricError::Stalled(self.stall_timeout)
+    }
+
+    /// Why the connection has ended.
+    fn end(&self) -> FabricError {
+        if self.stalled.load(Ordering::Relaxed) {
+            FabricError::Stalled(self.stall_timeout)
+        } else {
+            FabricError::Closed
         }
     }
 
@@ -117,7 +131,7 @@ impl Shared {
         let mut guard = Self::lock(&self.change);
         loop {
             if self.failed.load(Ordering::Relaxed) {
-                return Err(FabricError::Closed);
+                return Err(self.end());
             }
             let landed = self.landed();
             if self.posted() - landed <= in_flight {
@@ -128,7 +142,7 @@ impl Shared {
                 .wait_timeout(guard, self.stall_timeout)
                 .unwrap_or_else(PoisonError::into_inner);
             if timeout.timed_out() && self.landed() == landed {
-                return Err(FabricError::Stalled(self.stall_timeout));
+                return Err(self.stall());
             }
             guard = next;
         }
@@ -163,6 +177,7 @@ impl TcpConnection {
             posted: AtomicU64::new(0),
             landed: AtomicU64::new(0),
             failed: AtomicBool::new(false),
+            stalled: AtomicBool::new(false),
             change: Mutex::default(),
             changed: Condvar::new(),
             stall_timeout,
@@ -384,7 +399,7 @@ impl TcpReceiver {
                     .map_err(|error| self.shared.transfer_failure(&region, error))?
             };
             if landed == 0 {
-                return Err(FabricError::Closed);
+                return Err(self.shared.end());
             }
             at += landed as u64;
             self.received += landed as u64;
@@ -411,7 +426,7 @@ impl TcpReceiver {
                         .map_err(|errno| self.shared.failure(errno.into()))?
                         .0;
                 if received == 0 {
-                    return Err(FabricError::Closed);
+                    return Err(self.shared.end());
                 }
                 self.end = received;
             }

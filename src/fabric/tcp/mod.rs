@@ -95,8 +95,9 @@ fn set_options(stream: &TcpStream, stall_timeout: Duration) -> io::Result<()> {
     sockopt::set_socket_keepalive(stream, true)?;
     sockopt::set_tcp_keepidle(stream, Duration::from_secs(5))?;
     sockopt::set_tcp_keepintvl(stream, Duration::from_secs(5))?;
-    // Behind the other bounds, which say better what happened.
-    let milliseconds = u32::try_from(2 * stall_timeout.as_millis()).unwrap_or(u32::MAX);
+    // Well behind the other bounds, which say better what happened: `sendfile` may run into
+    // SO_SNDTIMEO twice, first with a part of its bytes sent.
+    let milliseconds = u32::try_from(4 * stall_timeout.as_millis()).unwrap_or(u32::MAX);
     sockopt::set_tcp_user_timeout(stream, milliseconds)?;
     Ok(())
 }
