@@ -2,7 +2,7 @@
 //!
 //! Owns the order of events of a migration (`docs/architecture.md`, ordering rules). Knows nothing
 //! of QMP: the relay tells it what QEMU and the client said, in [`messages`]. One thread runs the
-//! state machine ([`outgoing`] or [`incoming`]); data threads take QEMU's stream and the peer's
+//! state machine (`outgoing` or `incoming`); data threads take QEMU's stream and the peer's
 //! messages, and tell it what happens.
 
 mod agreement;

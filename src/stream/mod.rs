@@ -2,7 +2,7 @@
 //!
 //! [`Rewriter`] is the source's side: it takes RAM records out and says what to write instead.
 //! [`Landing`] is the destination's: it passes the rest on to QEMU and knows where RAM ends. Both
-//! are fed bytes cut anywhere, do no I/O, and stand on one grammar ([`parser`]). Precopy streams
+//! are fed bytes cut anywhere, do no I/O, and stand on one grammar (`parser`). Precopy streams
 //! of QEMU 7.2 to 10.0 are understood (`migration/savevm.c`, `migration/ram.c`); whatever has no
 //! length that can be known is refused by name.
 

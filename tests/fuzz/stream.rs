@@ -1,0 +1,142 @@
+//! Any bytes as migration stream: both readers stay within what the stream said, cuts change
+//! nothing, and what the rewriter puts out is a stream.
+#![no_main]
+
+use std::convert::Infallible;
+
+use libfuzzer_sys::fuzz_target;
+use qemu_rdma_helper::stream::{
+    BlockRange, Inlet, Landing, Limits, Outlet, Rewriter, StreamBlock, Travel,
+};
+
+#[derive(Default)]
+struct Source {
+    /// Bit n: block n (modulo 8) stays in the stream.
+    in_stream: u8,
+    blocks: Vec<StreamBlock>,
+    messages: Vec<Vec<u8>>,
+    hook_open: bool,
+    ranges: Vec<(bool, BlockRange)>,
+}
+
+impl Source {
+    fn range(&mut self, zero: bool, range: BlockRange) {
+        assert!(self.hook_open);
+        let length = self.blocks[range.block as usize].length;
+        assert!(range.length > 0 && range.offset % 4096 == 0 && range.length % 4096 == 0);
+        assert!(range.offset < length && range.length <= length - range.offset);
+        match self.ranges.last_mut() {
+            // A cut may end a range early.
+            Some((last_zero, last))
+                if *last_zero == zero
+                    && last.block == range.block
+                    && last.offset + last.length == range.offset =>
+            {
+                last.length += range.length;
+            }
+            _ => self.ranges.push((zero, range)),
+        }
+    }
+}
+
+impl Outlet for Source {
+    type Error = Infallible;
+
+    fn ram_blocks(&mut self, blocks: &[StreamBlock]) -> Result<Vec<Travel>, Infallible> {
+        self.blocks = blocks.to_vec();
+        let travel = |index: usize| match self.in_stream >> (index % 8) & 1 {
+            0 => Travel::Written,
+            _ => Travel::InStream,
+        };
+        Ok((0..blocks.len()).map(travel).collect())
+    }
+
+    fn stream(&mut self, bytes: &[u8]) -> Result<(), Infallible> {
+        assert!(!self.hook_open);
+        if self.messages.is_empty() {
+            self.messages.push(Vec::new());
+        }
+        self.messages.last_mut().unwrap().extend_from_slice(bytes);
+        Ok(())
+    }
+
+    fn hook(&mut self) -> Result<(), Infallible> {
+        self.hook_open = true;
+        self.messages.push(Vec::new());
+        Ok(())
+    }
+
+    fn write(&mut self, range: BlockRange) -> Result<(), Infallible> {
+        self.range(false, range);
+        Ok(())
+    }
+
+    fn zero(&mut self, range: BlockRange) -> Result<(), Infallible> {
+        self.range(true, range);
+        Ok(())
+    }
+
+    fn finished(&mut self) -> Result<(), Infallible> {
+        self.hook_open = false;
+        Ok(())
+    }
+}
+
+#[derive(Default)]
+struct Destination {
+    ram_ends: usize,
+}
+
+impl Inlet for Destination {
+    type Error = Infallible;
+
+    fn ram_blocks(&mut self, _: &[StreamBlock]) -> Result<(), Infallible> {
+        Ok(())
+    }
+
+    fn stream(&mut self, _: &[u8]) -> Result<(), Infallible> {
+        Ok(())
+    }
+
+    fn hook(&mut self) -> Result<(), Infallible> {
+        Ok(())
+    }
+
+    fn ram_end(&mut self) -> Result<(), Infallible> {
+        self.ram_ends += 1;
+        Ok(())
+    }
+}
+
+/// Rewrite `stream` in pieces of `size`; was it accepted to the end?
+fn rewrite(stream: &[u8], size: usize, in_stream: u8) -> (Source, bool) {
+    let mut source = Source { in_stream, ..Source::default() };
+    let mut rewriter = Rewriter::new(Limits::default());
+    let fed = stream.chunks(size).all(|piece| rewriter.push(piece, &mut source).is_ok());
+    let whole = fed && rewriter.flush(&mut source).is_ok() && rewriter.finish().is_ok();
+    (source, whole)
+}
+
+fuzz_target!(|input: &[u8]| {
+    let [size, in_stream, stream @ ..] = input else { return };
+    let (source, whole) = rewrite(stream, usize::MAX, *in_stream);
+    let (cut, cut_whole) = rewrite(stream, usize::from(*size) + 1, *in_stream);
+    assert_eq!(whole, cut_whole);
+    if whole {
+        assert_eq!(source.ranges, cut.ranges);
+        assert_eq!(source.messages.concat(), cut.messages.concat());
+        let mut destination = Destination::default();
+        let mut landing = Landing::default();
+        for message in &source.messages {
+            landing.push(message, &mut destination).unwrap();
+        }
+        landing.finish().unwrap();
+        assert_eq!(destination.ram_ends, 1);
+    }
+    // Hostile bytes straight at the destination.
+    let mut landing = Landing::default();
+    let mut destination = Destination::default();
+    if stream.chunks(usize::from(*size) + 1).all(|it| landing.push(it, &mut destination).is_ok()) {
+        let _ = landing.finish();
+    }
+});
