@@ -127,7 +127,11 @@ impl Source {
             return Err(QmpError::generic(format!("{}; {}", blocker.reason, blocker.cure)));
         }
         let options = self.context.options(&mut qemu).await?;
-        self.view.send_modify(|view| view.pin_all = options.pin_all);
+        let total = blocks.iter().map(|block| block.length).sum();
+        self.view.send_modify(|view| {
+            view.pin_all = options.pin_all;
+            view.begin(total);
+        });
         let (ours, theirs) = worker::migration_socket().map_err(generic)?;
         let order =
             Order::Outgoing { address: address.clone(), blocks: super::listed(&blocks), options };

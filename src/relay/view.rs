@@ -1,5 +1,6 @@
 //! What a client sees of a migration of ours: `query-migrate`, `info migrate`, the event.
 
+use qapi::qmp::MigrationStats;
 use serde_json::{Value, json};
 
 use super::schema::{RDMA_MIGRATION_THROUGHPUT, RdmaCapabilityState, RdmaFabric};
@@ -62,6 +63,30 @@ impl View {
             pin_all: false,
             max_bandwidth: 0,
         }
+    }
+
+    /// Before QEMU has said anything of a migration of `total` bytes of RAM.
+    pub fn begin(&mut self, total: u64) {
+        let total = i64::try_from(total).unwrap_or(i64::MAX);
+        self.ram = json!(MigrationStats {
+            dirty_pages_rate: 0,
+            dirty_sync_count: 0,
+            dirty_sync_missed_zero_copy: 0,
+            downtime_bytes: 0,
+            duplicate: 0,
+            mbps: 0.0,
+            multifd_bytes: 0,
+            normal: 0,
+            normal_bytes: 0,
+            page_size: 4096,
+            pages_per_second: 0,
+            postcopy_bytes: 0,
+            postcopy_requests: 0,
+            precopy_bytes: 0,
+            remaining: total,
+            total,
+            transferred: 0,
+        });
     }
 
     /// RAM throughput of the whole migration, its set-up not counted, in 10^6 bit/s.
