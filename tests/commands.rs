@@ -10,7 +10,7 @@ use std::{
 use rustix::process::Signal;
 use serde_json::json;
 use support::{
-    Config, Host, Memory, Pair,
+    Config, Helper, Host, Memory, Pair,
     helper::{BINARY, signal_process},
 };
 
@@ -165,4 +165,26 @@ fn check_finds_what_would_fail() {
         out.contains("fail") && out.contains("cure: start QEMU with -object memory-backend-memfd"),
         "{out}"
     );
+}
+
+/// A manager may have made QEMU's socket: who made it is not QEMU then, and is told.
+#[test]
+fn the_process_can_be_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = Config { paused: true, ..Config::default() };
+    let mut host = Host::start(&dir, "only", &config);
+    let helper = |name: &str, pid: u32| {
+        let pid = pid.to_string();
+        Helper::attach(dir.path(), name, &host.qemu.spare_socket(), &["--pid", &pid])
+    };
+    let told = helper("told", host.qemu.pid());
+    let blockers = |helper: &Helper| {
+        support::Qmp::connect(&helper.socket).run("query-rdma-migrate-blockers", json!({}))
+    };
+    assert_eq!(blockers(&told), json!([]));
+    drop(told);
+    let wrong = helper("wrong", std::process::id());
+    println!("{}", blockers(&wrong));
+    assert_ne!(blockers(&wrong), json!([]));
+    assert_eq!(host.qemu.status(), "prelaunch");
 }

@@ -178,11 +178,37 @@ fn with_compressed_pages_of_qemu_7_2() {
 }
 
 #[test]
-fn from_qemu_7_2_to_10_0() {
-    let machine = "pc-i440fx-7.2";
-    let old = Config { version: "7.2", machine, ..Config::default() };
-    let mut pair = Pair::start(&old);
-    pair.new_destination(&Config { version: "10.0", ..old }, "newer");
+fn between_qemu_7_2_and_10_0() {
+    for (from, to) in [("7.2", "10.0"), ("10.0", "7.2")] {
+        let config = Config { version: from, machine: "pc-i440fx-7.2", ..Config::default() };
+        let mut pair = Pair::start(&config);
+        pair.new_destination(&Config { version: to, ..config }, "other");
+        pair.migrate();
+        pair.verify();
+    }
+}
+
+/// A DIMM that was plugged while the guest ran: the destination has it from the start.
+#[test]
+fn a_dimm_that_was_hot_plugged() {
+    let slots = Config { devices: vec!["-m 192,slots=2,maxmem=1G".into()], ..Config::default() };
+    let mut pair = Pair::start(&slots);
+    let mut with_dimm = slots;
+    for option in [
+        "-object memory-backend-memfd,id=late,size=64M,share=on",
+        "-device pc-dimm,id=dimm,memdev=late",
+    ] {
+        with_dimm.devices.push(option.into());
+    }
+    pair.new_destination(&with_dimm, "with-dimm");
+    let backend = json!({
+        "qom-type": "memory-backend-memfd", "id": "late", "size": 64 << 20, "share": true
+    });
+    pair.source.client.run("object-add", backend);
+    let dimm = json!({ "driver": "pc-dimm", "id": "dimm", "memdev": "late" });
+    pair.source.client.run("device_add", dimm);
+    let info = pair.source.client.run("query-rdma-helper", json!({}));
+    assert!(info["blocks"].to_string().contains("late"), "{info}");
     pair.migrate();
     pair.verify();
 }

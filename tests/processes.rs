@@ -79,6 +79,22 @@ fn the_destinations_worker_is_killed() {
     migrates_after_all(pair, &config);
 }
 
+/// With QEMU's return path open, its end is one more thing that has to go well.
+#[test]
+fn the_destinations_worker_is_killed_with_return_path() {
+    let config = Config::default();
+    let mut pair = Pair::start(&config);
+    for host in [&mut pair.source, &mut pair.destination] {
+        host.client.capability("return-path", true);
+    }
+    in_mid_transfer(&mut pair);
+    signal_process(pair.destination.helper.await_worker(), Signal::KILL);
+    failed(&mut pair, &["closed the connection"]);
+    destination_is_gone(&mut pair);
+    pair.source.client.capability("return-path", false);
+    migrates_after_all(pair, &config);
+}
+
 #[test]
 fn the_sources_worker_is_killed() {
     let config = Config::default();
@@ -247,24 +263,30 @@ fn cancelled_at_pre_switchover() {
 }
 
 /// Without a return path the source's QEMU is done before the destination has loaded: the guest
-/// comes back when the destination says that it never ran.
+/// comes back when the destination says that it never ran. With one QEMU itself waits for it.
 #[test]
 fn the_destination_fails_after_the_source_completed() {
-    let config = Config::default();
-    let mut pair = Pair::start(&config);
-    let other = Config { devices: vec!["-device virtio-serial-pci".into()], ..config.clone() };
-    // A device that only the source has: its state has nowhere to go.
-    pair.source = Host::start(&pair.dir, "with-device", &other);
-    pair.source.client.capability("events", true);
-    pair.source.qemu.await_guest();
-    slow(&mut pair, 4096);
-    let uri = pair.listen();
-    pair.source.client.run("migrate", json!({ "uri": uri }));
-    failed(&mut pair, &["destination's QEMU"]);
-    let states = pair.source.client.migration_states();
-    assert!(!states.contains(&"completed".to_owned()), "{states:?}");
-    assert_eq!(states.last().unwrap(), "failed");
-    migrates_after_all(pair, &other);
+    for return_path in [false, true] {
+        let config = Config::default();
+        let mut pair = Pair::start(&config);
+        let other = Config { devices: vec!["-device virtio-serial-pci".into()], ..config.clone() };
+        // A device that only the source has: its state has nowhere to go.
+        pair.source = Host::start(&pair.dir, "with-device", &other);
+        pair.source.qemu.await_guest();
+        for host in [&mut pair.source, &mut pair.destination] {
+            host.client.capability("events", true);
+            host.client.capability("return-path", return_path);
+        }
+        slow(&mut pair, 4096);
+        let uri = pair.listen();
+        pair.source.client.run("migrate", json!({ "uri": uri }));
+        failed(&mut pair, &["destination's QEMU"]);
+        let states = pair.source.client.migration_states();
+        assert!(!states.contains(&"completed".to_owned()), "{states:?}");
+        assert_eq!(states.last().unwrap(), "failed");
+        pair.source.client.capability("return-path", false);
+        migrates_after_all(pair, &other);
+    }
 }
 
 /// The same with a QEMU that stays after the failure.

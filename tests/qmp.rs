@@ -110,7 +110,7 @@ fn refusals_are_in_qemus_words_and_the_connection_stays() {
 #[test]
 fn what_excludes_rdma_is_refused_at_once() {
     let (_dir, mut host) = host();
-    for capability in ["multifd", "postcopy-ram", "x-ignore-shared"] {
+    for capability in ["multifd", "postcopy-ram", "x-ignore-shared", "dirty-bitmaps"] {
         host.client.capability(capability, true);
         let error = host.client.refused("migrate", json!({ "uri": "rdma:127.0.0.1:1" }));
         println!("{error}");
@@ -120,6 +120,27 @@ fn what_excludes_rdma_is_refused_at_once() {
         host.client.capability(capability, false);
     }
     assert_eq!(host.client.run("query-rdma-migrate-blockers", json!({})), json!([]));
+}
+
+/// The state of such a device begins before RAM and has no length that can be known.
+#[test]
+fn a_device_with_state_of_unknown_length_is_a_blocker() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = [
+        "-m 192,maxmem=1G",
+        "-object memory-backend-memfd,id=more,size=64M,share=on",
+        "-device virtio-mem-pci,id=growing,memdev=more",
+    ];
+    let devices = options.map(str::to_owned).to_vec();
+    let mut host = Host::start(&dir, "only", &Config { devices, ..Config::default() });
+    let blockers = host.client.run("query-rdma-migrate-blockers", json!({}));
+    let blocker = &blockers[0];
+    assert!(blocker["reason"].as_str().unwrap().contains("growing (virtio-mem-pci)"), "{blockers}");
+    assert!(blocker["cure"].as_str().unwrap().contains("device_del"), "{blockers}");
+    let error = host.client.refused("migrate", json!({ "uri": "rdma:127.0.0.1:1" }));
+    println!("{error}");
+    assert!(error.contains("growing"), "{error}");
+    host.qemu.assert_goes_on();
 }
 
 #[test]
