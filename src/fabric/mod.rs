@@ -58,13 +58,13 @@ pub enum FabricError {
         source: io::Error,
     },
     /// The peer closed the connection.
-    #[error("The peer closed the connection")]
+    #[error("The peer closed the connection; its helper's log says why")]
     Closed,
     /// The peer takes or sends nothing although something is due.
     #[error("The peer made no progress for {} s; is its host alive and the link up?", .0.as_secs())]
     Stalled(Duration),
     /// Bytes that are no frame.
-    #[error("Malformed frame from the peer: {0}")]
+    #[error("Malformed frame from the peer: {0}; is it a helper of this version?")]
     Malformed(String),
     /// A one-sided operation outside what was registered.
     #[error("The peer wrote where it may not: {0}")]

@@ -14,7 +14,7 @@ pub enum MigrationError {
     #[error(transparent)]
     Region(#[from] RegionError),
     /// The peer sent bytes that are no message, or a message at the wrong time.
-    #[error("The peer broke the protocol: {0}")]
+    #[error("The peer broke the protocol: {0}; is it a helper of this version?")]
     Peer(String),
     /// The peer is honest, and the two can't migrate.
     #[error("{0}")]

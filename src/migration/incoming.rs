@@ -147,7 +147,7 @@ impl Incoming {
                 state.fail_here(MigrationError::Aborted(reason), context)
             }
             (state, Event::RelayGone) => {
-                let reason = "The destination's helper is gone".to_owned();
+                let reason = "The destination's helper is gone; start it beside a new QEMU there, and migrate again".to_owned();
                 state.fail_here(MigrationError::Aborted(reason), context)
             }
             (state, Event::Served(Err(MigrationError::Qemu(text)))) => {

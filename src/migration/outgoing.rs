@@ -132,7 +132,9 @@ impl Outgoing {
                 Self::fail(state.link(), error, context, events)
             }
             (state, Event::RelayGone) => {
-                let error = MigrationError::Aborted("The source's helper is gone".into());
+                let error = MigrationError::Aborted(
+                    "The source's helper is gone; start it again there, and migrate again".into(),
+                );
                 Self::fail(state.link(), error, context, events)
             }
             (state, Event::Order(order)) => {

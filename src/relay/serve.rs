@@ -136,8 +136,8 @@ impl Relay {
                 accepted = socket.listener.accept(), if self.client.is_none() => {
                     self.accept(accepted.map(|(stream, _)| stream));
                 }
-                _ = terminate.recv() => break Some("The helper was told to end (SIGTERM)"),
-                _ = interrupt.recv() => break Some("The helper was told to end (SIGINT)"),
+                _ = terminate.recv() => break Some("The helper was told to end (SIGTERM); start it again to migrate"),
+                _ = interrupt.recv() => break Some("The helper was told to end (SIGINT); start it again to migrate"),
             }
         };
         self.end(reason).await;

@@ -43,7 +43,7 @@ pub(super) mod flag {
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum StreamError {
     /// The bytes follow no grammar that is known.
-    #[error("Malformed migration stream at byte {at}: {why}")]
+    #[error("Malformed migration stream at byte {at}: {why}; is its QEMU one of 7.2 to 10.0?")]
     Malformed {
         /// Offset in the stream.
         at: u64,

@@ -39,7 +39,7 @@ pub enum WireError {
         why: String,
     },
     /// A message that is well formed and out of turn, or names what does not exist.
-    #[error("The peer misbehaved: {0}")]
+    #[error("{0}")]
     Misbehaved(String),
     /// An honest peer with which no migration is possible.
     #[error("{0}")]

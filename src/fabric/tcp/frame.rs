@@ -55,6 +55,18 @@ impl Header {
     }
 }
 
+/// Say what the end of a connection means before the greeting is whole.
+fn went(error: io::Error) -> io::Error {
+    match error.kind() {
+        kind @ io::ErrorKind::UnexpectedEof => {
+            io::Error::new(kind, "the peer closed the connection without an answer")
+        }
+        // What a read timeout gives.
+        io::ErrorKind::WouldBlock => io::ErrorKind::TimedOut.into(),
+        _ => error,
+    }
+}
+
 /// Send the greeting.
 pub fn write_hello(mut stream: &TcpStream, private_data: &[u8]) -> io::Result<()> {
     let header = Header::new(HELLO, 0, MAGIC, private_data.len() as u64);
@@ -65,7 +77,7 @@ pub fn write_hello(mut stream: &TcpStream, private_data: &[u8]) -> io::Result<()
 pub fn read_hello(mut stream: &TcpStream) -> io::Result<Vec<u8>> {
     let invalid = |what| io::Error::new(io::ErrorKind::InvalidData, what);
     let mut header = Header::new(0, 0, 0, 0);
-    stream.read_exact(header.as_mut_bytes())?;
+    stream.read_exact(header.as_mut_bytes()).map_err(went)?;
     if header.kind.get() != HELLO || header.address.get() != MAGIC {
         return Err(invalid("the peer is no helper with the tcp fabric"));
     }
@@ -75,6 +87,6 @@ pub fn read_hello(mut stream: &TcpStream) -> io::Result<Vec<u8>> {
     }
     let mut private_data = [0; PRIVATE_DATA_MAX];
     let private_data = &mut private_data[..length as usize];
-    stream.read_exact(private_data)?;
+    stream.read_exact(private_data).map_err(went)?;
     Ok(private_data.to_vec())
 }
