@@ -3,7 +3,10 @@
 mod support;
 
 use std::{
+    collections::BTreeMap,
+    fs,
     io::Read as _,
+    path::{Path, PathBuf},
     process::{Command, Output, Stdio},
 };
 
@@ -187,4 +190,19 @@ fn the_process_can_be_told() {
     println!("{}", blockers(&wrong));
     assert_ne!(blockers(&wrong), json!([]));
     assert_eq!(host.qemu.status(), "prelaunch");
+}
+
+/// docs/man is what `qemu-rdma-helper man docs/man` writes.
+#[test]
+fn the_man_pages_are_the_help_texts() {
+    let dir = tempfile::tempdir().unwrap();
+    assert!(run(&["man", dir.path().to_str().unwrap()]).status.success());
+    let kept = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/man");
+    let pages = |dir: &Path| -> BTreeMap<_, _> {
+        let page = |path: PathBuf| {
+            (path.file_name().unwrap().to_owned(), fs::read_to_string(path).unwrap())
+        };
+        fs::read_dir(dir).unwrap().map(|entry| page(entry.unwrap().path())).collect()
+    };
+    assert_eq!(pages(&kept), pages(dir.path()));
 }

@@ -4,6 +4,7 @@ mod attach;
 mod check;
 mod client;
 mod hmp;
+mod man;
 mod migrate;
 mod worker;
 
@@ -43,6 +44,9 @@ enum Command {
     /// One migration's worker process; started by `attach`.
     #[command(hide = true)]
     Worker,
+    /// Write the man pages into a directory.
+    #[command(hide = true)]
+    Man(man::Args),
 }
 
 impl Cli {
@@ -56,6 +60,7 @@ impl Cli {
                 log(LevelFilter::INFO);
                 block_on(attach::run(args))
             }
+            Command::Man(args) => man::run(&args),
             Command::Worker => {
                 log(LevelFilter::INFO);
                 worker::run()
