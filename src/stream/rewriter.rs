@@ -237,6 +237,11 @@ impl<O: Outlet> Rewriting<'_, O> {
         if self.state.held.len() >= HELD_MAX {
             self.close_hook()?;
         }
+        // Held from its first byte on: the run may be let go of between the pieces of the record,
+        // and no HOOK may come between those.
+        if self.state.run.is_some() && !self.state.hook_open {
+            self.open_hook()?;
+        }
         let Some((word, mut rest)) = raw.split_first_chunk::<8>() else { return Ok(()) };
         let word = u64::from_be_bytes(*word);
         if word & flag::CONTINUE == 0 {

@@ -252,6 +252,31 @@ fn byte_by_byte_asks_the_same() {
     assert_eq!(rewrite(&stream, &cuts).unwrap().asked, rewrite(&stream, &[]).unwrap().asked);
 }
 
+/// Whenever QEMU pauses, what was gathered goes on; no record is torn by that.
+#[test]
+fn a_flush_at_any_cut_changes_no_byte() {
+    let stream = Build::with_blocks(&[("pc.ram", 4 << 20), ("rom", 8192)])
+        .part()
+        .page(8192, Some("pc.ram"), 2)
+        .page(0, Some("rom"), 3)
+        .zero(0, Some("pc.ram"))
+        .end_of_section()
+        .last()
+        .end_of_section()
+        .raw(&[0])
+        .0;
+    let whole = rewrite(&stream, &[]).unwrap();
+    for cut in 0..stream.len() {
+        let mut recorder = Recorder { in_stream: vec!["rom"], ..Recorder::default() };
+        let mut rewriter = Rewriter::new(Limits::default());
+        rewriter.push(&stream[..cut], &mut recorder).unwrap();
+        rewriter.flush(&mut recorder).unwrap();
+        rewriter.push(&stream[cut..], &mut recorder).unwrap();
+        rewriter.finish().unwrap();
+        assert_eq!(recorder.asked, whole.asked, "cut at {cut}");
+    }
+}
+
 #[test]
 fn runs_end_at_their_limit() {
     let mut build = Build::with_blocks(&[("pc.ram", 4 << 20)]).part();

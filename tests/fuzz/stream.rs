@@ -112,8 +112,11 @@ impl Inlet for Destination {
 fn rewrite(stream: &[u8], size: usize, in_stream: u8) -> (Source, bool) {
     let mut source = Source { in_stream, ..Source::default() };
     let mut rewriter = Rewriter::new(Limits::default());
-    let fed = stream.chunks(size).all(|piece| rewriter.push(piece, &mut source).is_ok());
-    let whole = fed && rewriter.flush(&mut source).is_ok() && rewriter.finish().is_ok();
+    let fed = stream.chunks(size).all(|piece| {
+        // As when QEMU pauses behind each.
+        rewriter.push(piece, &mut source).is_ok() && rewriter.flush(&mut source).is_ok()
+    });
+    let whole = fed && rewriter.finish().is_ok();
     (source, whole)
 }
 
