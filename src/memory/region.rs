@@ -6,7 +6,7 @@ use std::{
 };
 
 use rustix::{
-    fs::{FallocateFlags, SeekFrom, fallocate, fstat, fstatfs, seek, sendfile},
+    fs::{SeekFrom, fstat, fstatfs, seek, sendfile},
     io::{Errno, pread, pwrite},
 };
 
@@ -17,6 +17,9 @@ const HUGETLBFS_MAGIC: u64 = 0x958458f6;
 
 /// Zeroes are looked for in pieces of this size.
 const PIECE: usize = 64 << 10;
+
+/// What is written over what is not zero.
+static ZEROES: [u8; PIECE] = [0; PIECE];
 
 /// Why a file can't serve as a RAM block's memory.
 #[derive(Debug, thiserror::Error)]
@@ -187,29 +190,22 @@ impl Region {
             ));
         }
         match &self.access {
-            Access::File => self.punch(self.offset + offset, length),
-            Access::Mapping(mapping) => self.zero_mapped(mapping, offset, length),
+            // Most zero ranges were never touched: SEEK_DATA says so without making them exist.
+            Access::File => match seek(&self.file, SeekFrom::Data(self.offset + offset)) {
+                Ok(data) => {
+                    let hole = (data - self.offset - offset).min(length);
+                    self.zero_data(offset + hole, length - hole)
+                }
+                Err(Errno::NXIO) => Ok(()),
+                Err(error) => Err(error.into()),
+            },
+            Access::Mapping(_) => self.zero_data(offset, length),
         }
     }
 
-    /// Release `length` bytes at `at` in the file if any of them are allocated.
-    ///
-    /// Most zero ranges were never touched: SEEK_DATA says so without making them exist.
-    fn punch(&self, at: u64, length: u64) -> io::Result<()> {
-        match seek(&self.file, SeekFrom::Data(at)) {
-            Ok(data) if data >= at + length => Ok(()),
-            Err(Errno::NXIO) => Ok(()),
-            Ok(data) => {
-                let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-                Ok(fallocate(&self.file, flags, data, at + length - data)?)
-            }
-            Err(error) => Err(error.into()),
-        }
-    }
-
-    /// Zero what is not zero; read(2) of a hole allocates nothing, a look through the mapping
-    /// would take a huge page.
-    fn zero_mapped(&self, mapping: &Mapping, offset: u64, length: u64) -> io::Result<()> {
+    /// Zero what is not zero. Nothing is released: the memory may have been allocated on purpose.
+    /// read(2) of a hole allocates nothing; a look through a mapping would.
+    fn zero_data(&self, offset: u64, length: u64) -> io::Result<()> {
         let mut piece = [0; PIECE];
         let mut done = 0;
         while done < length {
@@ -219,7 +215,10 @@ impl Region {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
             if piece[..got].iter().any(|byte| *byte != 0) {
-                mapping.zero(offset + done, got)?;
+                match &self.access {
+                    Access::File => self.write_at(&ZEROES[..got], offset + done)?,
+                    Access::Mapping(mapping) => mapping.zero(offset + done, got)?,
+                }
             }
             done += got as u64;
         }
@@ -267,13 +266,16 @@ mod tests {
     }
 
     #[test]
-    fn zero_keeps_holes_and_releases_pages() {
+    fn zero_keeps_holes_and_what_was_allocated() {
         let region = Region::new("ram", memfd(1 << 20), 0, 1 << 20).unwrap();
         region.zero(0, 1 << 20).unwrap();
         assert_eq!(allocated(&region), 0);
         region.write_at(&[1; 16384], 65536).unwrap();
         region.zero(65536 + 4096, 8192).unwrap();
-        assert_eq!(allocated(&region), 8192);
+        assert_eq!(allocated(&region), 16384);
+        // Beyond the data there is nothing to zero.
+        region.zero(0, 1 << 16).unwrap();
+        assert_eq!(allocated(&region), 16384);
         let mut bytes = vec![9; 16384];
         pread(&region.file, &mut bytes, 65536).unwrap();
         assert_eq!(bytes, [vec![1; 4096], vec![0; 8192], vec![1; 4096]].concat());
