@@ -23,7 +23,10 @@ impl Source {
     fn range(&mut self, zero: bool, range: BlockRange) {
         assert!(self.hook_open);
         let length = self.blocks[range.block as usize].length;
-        assert!(range.length > 0 && range.offset % 4096 == 0 && range.length % 4096 == 0);
+        assert!(
+            range.length > 0
+                && [range.offset, range.length].iter().all(|it| it.is_multiple_of(4096))
+        );
         assert!(range.offset < length && range.length <= length - range.offset);
         match self.ranges.last_mut() {
             // A cut may end a range early.
