@@ -236,6 +236,33 @@ fn memory_that_was_never_touched_stays_a_hole() {
     assert!(transferred < 64 << 20, "{} MiB were transferred", transferred >> 20);
 }
 
+/// Memory that was allocated on purpose stays allocated, zero pages or not.
+#[test]
+fn preallocated_memory_stays_allocated() {
+    let memory = "-object memory-backend-memfd,id=early,size=64M,share=on,prealloc=on";
+    let devices = vec![
+        "-m 192,slots=2,maxmem=1G".into(),
+        memory.into(),
+        "-device pc-dimm,id=dimm,memdev=early".into(),
+    ];
+    let mut pair = Pair::start(&Config { devices, ..Config::default() });
+    pair.migrate();
+    let allocated = memory::allocated(&mut pair.destination.qemu, "early");
+    assert_eq!(allocated, 64 << 20);
+    pair.verify();
+}
+
+/// A backend that no device uses is no part of the guest.
+#[test]
+fn unused_memory_backends_are_not_migrated() {
+    let config = Config::default();
+    let mut pair = Pair::start(&config);
+    let unused = json!({ "qom-type": "memory-backend-memfd", "id": "idle", "size": 32 << 20, "share": true });
+    pair.source.client.run("object-add", unused);
+    pair.migrate();
+    pair.verify();
+}
+
 #[test]
 fn to_and_fro_through_the_same_helpers_clients_come_and_go() {
     let config = Config::default();

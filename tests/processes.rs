@@ -4,7 +4,7 @@ mod support;
 
 use rustix::process::Signal;
 use serde_json::{Value, json};
-use support::{Config, Guest, Helper, Host, Pair, Qmp, eventually, helper::signal_process};
+use support::{Config, Guest, Helper, Host, Pair, Proxy, Qmp, eventually, helper::signal_process};
 
 /// A guest that writes faster than it can be sent, and time to do something meanwhile.
 fn slow(pair: &mut Pair, mib_per_second: u64) {
@@ -117,6 +117,7 @@ fn the_sources_worker_is_killed_at_pre_switchover() {
     pair.source.await_status(&["pre-switchover"]);
     signal_process(pair.source.helper.await_worker(), Signal::KILL);
     failed(&mut pair, &["worker process died"]);
+    pair.source.client.await_event("MIGRATION", |data| data["status"] == "failed");
     let states = pair.source.client.migration_states();
     assert_eq!(states.last().unwrap(), "failed", "{states:?}");
     pair.source.client.capability("pause-before-switchover", false);
@@ -306,4 +307,112 @@ fn the_destination_fails_and_stays() {
     assert!(state["error-desc"].as_str().unwrap().contains("load of migration"), "{state}");
     pair.destination.helper.await_no_worker();
     migrates_after_all(pair, &other);
+}
+
+/// At the very end: the destination's guest runs, and the source does not know it yet.
+fn at_the_very_end(return_path: bool) -> (Pair, Proxy) {
+    let mut pair = Pair::start(&Config::default());
+    let runs_by_itself = Config { incoming: true, ..Config::default() };
+    pair.destination = Host::start(&pair.dir, "runs", &runs_by_itself);
+    for host in [&mut pair.source, &mut pair.destination] {
+        host.client.capability("return-path", return_path);
+    }
+    pair.source.client.capability("pause-before-switchover", true);
+    let uri = pair.listen();
+    let proxy = Proxy::start(uri.rsplit(':').next().unwrap().parse().unwrap());
+    let uri = format!("rdma:127.0.0.1:{}", proxy.port);
+    pair.source.client.run("migrate", json!({ "uri": uri }));
+    pair.source.await_status(&["pre-switchover"]);
+    proxy.hold_messages();
+    pair.source.client.run("migrate-continue", json!({ "state": "pre-switchover" }));
+    eventually("the destination's guest to run", || {
+        (pair.destination.qemu.status() == "running").then_some(())
+    });
+    assert_ne!(pair.source.status(), "completed");
+    (pair, proxy)
+}
+
+/// The guest runs at the destination and nowhere else.
+#[track_caller]
+fn runs_only_at_the_destination(pair: &mut Pair) {
+    pair.destination.qemu.assert_goes_on();
+    assert_eq!(pair.source.qemu.status(), "postmigrate");
+}
+
+#[track_caller]
+fn stays_stopped(pair: &mut Pair) {
+    let end = pair.source.await_status(&["failed", "completed", "cancelled"]);
+    let text = end["error-desc"].as_str().unwrap_or_default();
+    println!("error-desc: {text}");
+    assert_eq!(end["status"], "failed", "{end}");
+    assert!(text.contains("stays stopped here") && text.contains("look there"), "{text}");
+    runs_only_at_the_destination(pair);
+    pair.source.helper.await_no_worker();
+}
+
+#[test]
+fn the_link_is_lost_at_the_very_end() {
+    for return_path in [false, true] {
+        let (mut pair, proxy) = at_the_very_end(return_path);
+        proxy.cut();
+        stays_stopped(&mut pair);
+        pair.destination.await_status(&["completed"]);
+    }
+}
+
+#[test]
+fn the_sources_worker_is_killed_at_the_very_end() {
+    for return_path in [false, true] {
+        let (mut pair, _proxy) = at_the_very_end(return_path);
+        signal_process(pair.source.helper.await_worker(), Signal::KILL);
+        stays_stopped(&mut pair);
+    }
+}
+
+#[test]
+fn cancelled_at_the_very_end() {
+    for return_path in [false, true] {
+        let (mut pair, _proxy) = at_the_very_end(return_path);
+        pair.source.client.run("migrate_cancel", json!({}));
+        stays_stopped(&mut pair);
+    }
+}
+
+#[test]
+fn the_sources_relay_is_killed_at_the_very_end() {
+    let (mut pair, proxy) = at_the_very_end(true);
+    let worker = pair.source.helper.await_worker();
+    pair.source.helper.kill();
+    proxy.cut();
+    eventually("the worker to end", || {
+        (!std::path::Path::new(&format!("/proc/{worker}")).exists()).then_some(())
+    });
+    runs_only_at_the_destination(&mut pair);
+}
+
+/// The destination's processes die when its guest may run: it goes on there, or it is known not to.
+#[test]
+fn the_destinations_worker_is_killed_at_the_very_end() {
+    let (mut pair, _proxy) = at_the_very_end(true);
+    signal_process(pair.destination.helper.await_worker(), Signal::KILL);
+    stays_stopped(&mut pair);
+}
+
+/// While QEMU waits there, it does not notice that nobody takes its stream any more.
+#[test]
+fn the_sources_relay_is_killed_at_pre_switchover() {
+    let config = Config::default();
+    let mut pair = Pair::start(&config);
+    pair.source.client.capability("pause-before-switchover", true);
+    let uri = pair.listen();
+    pair.source.client.run("migrate", json!({ "uri": uri }));
+    pair.source.await_status(&["pre-switchover"]);
+    pair.source.helper.kill();
+    eventually("the guest to run", || (pair.source.qemu.status() == "running").then_some(()));
+    pair.source.qemu.assert_goes_on();
+    let socket = pair.source.qemu.helper_socket();
+    pair.source.helper = Helper::attach(pair.dir.path(), "source", &socket, &[]);
+    pair.source.client = Qmp::connect(&pair.source.helper.socket);
+    pair.source.client.capability("pause-before-switchover", false);
+    migrates_after_all(pair, &config);
 }

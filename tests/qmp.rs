@@ -262,8 +262,9 @@ fn unknown_events_and_fields_keep_their_place() {
         say(
             r#"{"QMP": {"version": {"qemu": {"major": 99}}, "capabilities": ["oob", "new"]}, "x": 1}"#,
         );
-        assert!(lines.next().unwrap().unwrap().contains("qmp_capabilities"));
-        say(r#"{"return": {}, "id": "qemu-rdma-helper-0"}"#);
+        let command: Value = serde_json::from_str(&lines.next().unwrap().unwrap()).unwrap();
+        assert_eq!(command["execute"], "qmp_capabilities");
+        say(&json!({ "return": {}, "id": command["id"] }).to_string());
         let command = lines.next().unwrap().unwrap();
         assert_eq!(command, r#"{ "execute" : "query-x",   "id": 7}"#);
         say(
@@ -353,4 +354,87 @@ fn a_stale_socket_is_replaced_and_a_live_one_is_not() {
     drop(dir);
     again.kill().unwrap();
     again.wait().unwrap();
+}
+
+/// What QEMU answers with more or fewer replies than there were commands never mixes with what the
+/// helper itself asks.
+#[test]
+fn nobody_gets_anothers_reply() {
+    let (_dir, mut host) = host();
+    for _ in 0..5 {
+        host.client.send(b"{\"execute\": \"query-status\", \"x\": \"\xff\"}\n");
+        host.client.send(b"{\"execute\": \"query-migrate\", \"id\": 1}\n");
+        host.client.send(b"{\"execute\": \"query-status\", \"x\": 1, \"id\": 2}\n");
+        host.client.send(b"{\"execute\": \"query-name\", \"id\": 3}\n");
+        let replies: Vec<Value> =
+            (0..4).map(|_| serde_json::from_str(&host.client.reply_line()).unwrap()).collect();
+        let ids: Vec<_> = replies.iter().map(|reply| reply["id"].clone()).collect();
+        assert_eq!(ids, [Value::Null, json!(1), json!(2), json!(3)], "{replies:#?}");
+        assert!(replies[0]["error"].is_object() && replies[3]["return"].is_object());
+    }
+}
+
+/// A command below the limit, of the kind that costs most to read.
+#[test]
+fn a_command_of_15_mib_is_read_in_bounds() {
+    let (_dir, mut host) = host();
+    let zeroes = "0,".repeat(7 << 20);
+    let command =
+        format!("{{\"execute\": \"query-status\", \"arguments\": {{\"x\": [{zeroes}0]}}}}\n");
+    host.client.send(command.as_bytes());
+    let reply = host.client.reply_line();
+    assert!(reply.contains("too many values"), "{reply}");
+    let text = "x".repeat(15 << 20);
+    let arguments = format!("{{\"x\": \"{text}\"}}");
+    let command = format!("{{\"execute\": \"migrate\", \"arguments\": {arguments}}}\n");
+    host.client.send(command.as_bytes());
+    let reply = host.client.reply_line();
+    assert!(reply.contains("have more than 262144 bytes"), "{reply}");
+    let peak = support::helper::peak_rss(host.helper.pid());
+    assert!(peak < 100 << 20, "{} MiB", peak >> 20);
+    assert_eq!(host.client.run("query-status", json!({}))["status"], "prelaunch");
+}
+
+/// A migration that is refused because of another one does not show in its place.
+#[test]
+fn a_refused_migration_leaves_the_others_state() {
+    let mut pair = Pair::start(&Config::default());
+    // QEMU's own migration at both ends, after a refused one of ours.
+    for uri in ["rdma:nowhere", "rdma:256.0.0.1:1"] {
+        pair.destination.client.refused("migrate-incoming", json!({ "uri": uri }));
+    }
+    let uri = format!("tcp:127.0.0.1:{}", support::free_port());
+    pair.destination.client.run("migrate-incoming", json!({ "uri": uri }));
+    pair.source.client.run("migrate-set-parameters", json!({ "max-bandwidth": 8 << 20 }));
+    pair.source.client.run("migrate", json!({ "uri": uri }));
+    pair.source.client.refused("migrate", json!({ "uri": "rdma:127.0.0.1:1" }));
+    assert_ne!(pair.source.status(), "failed");
+    pair.source.client.run("migrate-set-parameters", json!({ "max-bandwidth": 1_u64 << 32 }));
+    pair.source.await_status(&["completed"]);
+    pair.destination.await_status(&["completed"]);
+    let why = pair.source.client.refused("migrate", json!({ "uri": "rdma:127.0.0.1:1" }));
+    assert!(why.contains("previous migration"), "{why}");
+    assert_eq!(pair.source.status(), "completed");
+    pair.verify();
+}
+
+#[test]
+fn another_client_is_told_that_it_has_to_wait() {
+    let (dir, host) = host();
+    for (path, command) in [(&host.helper.socket, "check"), (&host.qemu.helper_socket(), "check")] {
+        let output = std::process::Command::new(support::helper::BINARY)
+            .args([command, "--qemu-qmp", path.to_str().unwrap()])
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert!(text.contains("end its other client first"), "{text}");
+    }
+    let second = dir.path().join("second.qmp");
+    let output = std::process::Command::new(support::helper::BINARY)
+        .args(["attach", "--qemu-qmp", host.qemu.helper_socket().to_str().unwrap()])
+        .args(["--qmp", second.to_str().unwrap()])
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && text.contains("is another client attached?"), "{text}");
 }

@@ -1,6 +1,6 @@
 //! A client of a QMP server, for the commands that are one.
 
-use std::path::Path;
+use std::{path::Path, time::Duration};
 
 use anyhow::{Context as _, bail};
 use qemu_rdma_helper::qmp::{Execute, ITEM_MAX, QmpError, envelope::FromQemu};
@@ -11,7 +11,11 @@ use tokio::{
         UnixStream,
         unix::{OwnedReadHalf, OwnedWriteHalf},
     },
+    time::timeout,
 };
+
+/// How long a server may take to greet.
+const GREETING: Duration = Duration::from_secs(5);
 
 /// A connection.
 pub struct Client {
@@ -29,10 +33,11 @@ impl Client {
         let pid = qemu_rdma_helper::qemu::peer_pid(&stream).with_context(failed)?;
         let (read, commands) = stream.into_split();
         let mut client = Self { lines: BufReader::new(read), commands, pid };
-        let greeting = client.line().await.with_context(failed)?;
-        if greeting.is_empty() {
-            bail!("{} has another client; end it first", path.display());
-        }
+        // A QMP server serves one client, and lets the next wait without a word.
+        let greeting = match timeout(GREETING, client.line()).await {
+            Ok(greeting) => greeting.with_context(failed)?,
+            Err(_) => bail!("{} does not answer; end its other client first", path.display()),
+        };
         match FromQemu::read(&greeting) {
             Ok(FromQemu::Other(greeting)) if greeting.get("QMP").is_some() => {}
             _ => bail!("{} is no QMP socket", path.display()),

@@ -208,12 +208,6 @@ pub trait Receiver: Send {
     /// [`FabricError::Closed`] at the peer's orderly end; any error ends the connection.
     fn receive(&mut self, message: &mut Vec<u8>) -> Result<()>;
 
-    /// Bound the wait of [`Receiver::receive`]; `None` waits for ever, as at first.
-    ///
-    /// # Errors
-    /// The system's.
-    fn set_timeout(&mut self, timeout: Option<Duration>) -> Result<()>;
-
     /// Bytes of the peer's writes that have landed here; 0 where a device does it unseen.
     fn landed(&self) -> u64;
 

@@ -105,10 +105,11 @@ pub fn connect(
 
 /// Name the blocks and read the answer.
 fn list_blocks(
-    link: &Link,
+    link: &Arc<Link>,
     receiver: &mut LinkReceiver,
     blocks: Vec<Block>,
 ) -> Result<Vec<AgreedBlock>> {
+    let _deadline = link.deadline(TIMEOUT);
     let names = listed(&blocks);
     let lists = names.chunks(BLOCKS_PER_LIST);
     let count = lists.len();
@@ -116,7 +117,6 @@ fn list_blocks(
         let last = index + 1 == count;
         link.send(&Message::BlockList { blocks: list.to_vec(), last })?;
     }
-    receiver.set_timeout(Some(TIMEOUT))?;
     let mut buffer = Vec::new();
     let entries = match receiver.next(link, &mut buffer)? {
         Message::RamBlocksResult(entries) => entries,
@@ -125,7 +125,6 @@ fn list_blocks(
         }
         other => return Err(unexpected(&other, "RAM_BLOCKS_RESULT")),
     };
-    receiver.set_timeout(None)?;
     if entries.len() != blocks.len() {
         let why = format!("{} RAM blocks in answer to {}", entries.len(), blocks.len());
         return Err(MigrationError::Peer(why));
@@ -224,12 +223,12 @@ pub fn accept(request: Box<dyn Request>, own: &[Block], options: &Options) -> Re
 
 /// Read the source's list, and put the own blocks into its order.
 fn compare(
-    link: &Link,
+    link: &Arc<Link>,
     receiver: &mut LinkReceiver,
     own: &[Block],
     keys: &[Option<(Arc<Region>, RemoteKey)>],
 ) -> Result<(Vec<AcceptedBlock>, BlockTable)> {
-    receiver.set_timeout(Some(TIMEOUT))?;
+    let _deadline = link.deadline(TIMEOUT);
     let mut source = Vec::new();
     let mut buffer = Vec::new();
     loop {
@@ -248,7 +247,6 @@ fn compare(
             other => return Err(unexpected(&other, "BLOCK_LIST")),
         }
     }
-    receiver.set_timeout(None)?;
     let order = blocks::compare(&source, &listed(own), |index| keys[index].is_some())?;
     let block = |index: usize| AcceptedBlock {
         name: own[index].name.clone(),

@@ -7,14 +7,16 @@ use super::{
     error::MigrationError,
     link::{Link, LinkReceiver},
     outgoing::Event,
+    return_path::WholeMessages,
 };
 use crate::wire::Message;
 
 /// Receive until the connection ends.
 pub fn receive(mut receiver: LinkReceiver, link: &Link, qemu: &UnixStream, events: &Sender<Event>) {
     let mut buffer = Vec::new();
+    let mut return_path = WholeMessages::default();
     let error = loop {
-        match receive_one(&mut receiver, link, qemu, &mut buffer) {
+        match receive_one(&mut receiver, link, qemu, &mut return_path, &mut buffer) {
             Ok(false) => {}
             // The receiver is gone only when the migration has ended.
             Ok(true) => drop(events.send(Event::Acknowledged)),
@@ -29,12 +31,13 @@ fn receive_one(
     receiver: &mut LinkReceiver,
     link: &Link,
     qemu: &UnixStream,
+    return_path: &mut WholeMessages,
     buffer: &mut Vec<u8>,
 ) -> Result<bool> {
     match receiver.next(link, buffer)? {
         Message::QemuFile(bytes) => {
             // QEMU closes its end when it has cancelled or failed; it needs no words then.
-            let _ = (&*qemu).write_all(bytes);
+            let _ = (&*qemu).write_all(&return_path.push(bytes)?);
             link.consumed()?;
             Ok(false)
         }

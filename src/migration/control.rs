@@ -6,6 +6,8 @@ use std::{
     sync::{Mutex, PoisonError},
 };
 
+use rustix::net::SendFlags;
+
 use super::messages::{LINE_MAX, Order, Report};
 use crate::qmp::socket;
 
@@ -62,12 +64,19 @@ impl Reports {
         Self(Mutex::new(socket))
     }
 
-    /// Send one. A relay that is gone is noticed where orders are read.
+    /// Send one. A relay that is gone is noticed where orders are read. Figures are dropped while
+    /// the relay is too busy to take them: the state machine must not wait for it.
     pub fn send(&self, report: &Report) {
         let Ok(mut line) = serde_json::to_vec(report) else { return };
         line.push(b'\n');
         let socket = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let mut rest = line.as_slice();
+        if matches!(report, Report::Progress(_)) {
+            match rustix::net::send(&*socket, rest, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
+                Ok(sent) => rest = &rest[sent..],
+                Err(_) => return,
+            }
+        }
         while !rest.is_empty() {
             match socket::send(&*socket, rest, &[]) {
                 Ok(sent) => rest = &rest[sent..],

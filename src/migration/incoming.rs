@@ -5,7 +5,6 @@ use std::{
     os::unix::net::UnixStream,
     sync::{
         Arc,
-        atomic::Ordering,
         mpsc::{Receiver, Sender},
     },
     thread,
@@ -16,6 +15,7 @@ use tracing::warn;
 
 use super::{
     Block, Result, Verdict,
+    commitment::Commitment,
     control::Reports,
     error::MigrationError,
     landing, lifetime,
@@ -58,6 +58,10 @@ enum Incoming {
     Receiving(Arc<Link>),
     /// QEMU loads what is left of the stream.
     Loading(Arc<Link>),
+    /// Something failed after QEMU got bytes behind RAM: whether its guest runs is QEMU's verdict.
+    Judging(Arc<Link>, MigrationError),
+    /// The relay is gone in that phase: QEMU gets all of the stream, and nobody knows its verdict.
+    Orphaned(Arc<Link>, MigrationError),
     /// It is over.
     Ended(Verdict),
 }
@@ -66,7 +70,7 @@ enum Incoming {
 struct Context {
     qemu: Arc<UnixStream>,
     reports: Arc<Reports>,
-    statistics: Arc<Statistics>,
+    commitment: Arc<Commitment>,
     listening: Handle,
 }
 
@@ -84,7 +88,7 @@ pub fn run(
     let listener = match fabric.listen(address) {
         Ok(listener) => listener,
         Err(error) => {
-            return Verdict::failed(error.into(), true, None).tell(&reports, &statistics);
+            return Verdict::failed(error.into(), true, None).tell(&reports, &statistics, drop);
         }
     };
     reports.send(&Report::Listening { address: listener.address().clone() });
@@ -92,7 +96,7 @@ pub fn run(
     let context = Context {
         qemu: qemu.clone(),
         reports: reports.clone(),
-        statistics: statistics.clone(),
+        commitment: Arc::default(),
         listening: listener.handle(),
     };
     let serving = landing::Context {
@@ -100,6 +104,7 @@ pub fn run(
         blocks,
         options,
         statistics: statistics.clone(),
+        commitment: context.commitment.clone(),
         events: sender.clone(),
     };
     thread::spawn(move || {
@@ -113,9 +118,10 @@ pub fn run(
             state => Ok(state),
         }
     });
-    verdict.tell(&reports, &statistics);
-    // QEMU notices only now. It fails only when QEMU has closed its end.
-    let _ = context.qemu.shutdown(Shutdown::Both);
+    verdict.tell(&reports, &statistics, |_| {
+        // It fails only when QEMU has closed its end.
+        let _ = context.qemu.shutdown(Shutdown::Both);
+    });
 }
 
 impl Incoming {
@@ -130,7 +136,7 @@ impl Incoming {
                 context.reports.send(&Report::StreamEnded);
                 Self::Loading(link)
             }
-            (Self::Loading(link), Event::Order(Order::QemuCompleted)) => {
+            (Self::Loading(link) | Self::Judging(link, _), Event::Order(Order::QemuCompleted)) => {
                 // A source that is gone can't be told, and its guest is here now.
                 if let Err(error) = link.send(&Message::FinalAck) {
                     warn!(%error, "the source could not be told of the completion");
@@ -139,16 +145,37 @@ impl Incoming {
                 link.close();
                 Self::Ended(Verdict::Done)
             }
+            (
+                Self::Judging(link, error),
+                Event::Order(Order::QemuFailed { guest_never_ran, .. }),
+            ) => Self::Loading(link).fail(error, guest_never_ran, context),
+            (Self::Judging(link, error), Event::RelayGone) => {
+                Self::Loading(link).fail(error, false, context)
+            }
+            (
+                Self::Orphaned(link, error),
+                Event::StreamEnded | Event::Served(_) | Event::Order(_),
+            ) => Self::Loading(link).fail(error, false, context),
+            (state @ (Self::Judging(..) | Self::Orphaned(..)), _) => state,
             (state, Event::Order(Order::QemuFailed { reason, guest_never_ran })) => {
                 let error = MigrationError::Aborted(reason);
                 state.fail(error, guest_never_ran, context)
             }
+            // The relay goes on asking QEMU for its verdict as long as it can.
+            (state, Event::Order(Order::Abort { .. })) if context.commitment.is_past_ram() => state,
             (state, Event::Order(Order::Abort { reason })) => {
                 state.fail_here(MigrationError::Aborted(reason), context)
             }
             (state, Event::RelayGone) => {
                 let reason = "The destination's helper is gone; start it beside a new QEMU there, and migrate again".to_owned();
-                state.fail_here(MigrationError::Aborted(reason), context)
+                let error = MigrationError::Aborted(reason);
+                match state {
+                    Self::Receiving(link) if !context.commitment.withdraw() => {
+                        Self::Orphaned(link, error)
+                    }
+                    Self::Loading(_) => state.fail(error, false, context),
+                    state => state.fail_here(error, context),
+                }
             }
             (state, Event::Served(Err(MigrationError::Qemu(text)))) => {
                 // The relay knows what became of QEMU.
@@ -167,10 +194,17 @@ impl Incoming {
         }
     }
 
-    /// End as failed for a reason of the worker's own.
+    /// End as failed for a reason of the worker's own, or let QEMU decide.
     fn fail_here(self, error: MigrationError, context: &Context) -> Self {
-        let never_ran = !context.statistics.past_ram.load(Ordering::Relaxed);
-        self.fail(error, never_ran, context)
+        match self {
+            Self::Receiving(link) | Self::Loading(link) if !context.commitment.withdraw() => {
+                // A QEMU that lacks a part of the stream fails now. It may have closed its end.
+                let _ = context.qemu.shutdown(Shutdown::Write);
+                context.reports.send(&Report::StreamEnded);
+                Self::Judging(link, error)
+            }
+            state => state.fail(error, context.commitment.withdraw(), context),
+        }
     }
 
     /// End as failed.
@@ -178,6 +212,7 @@ impl Incoming {
         context.listening.close();
         let link = match self {
             Self::Receiving(link) | Self::Loading(link) => Some(link),
+            Self::Judging(link, _) | Self::Orphaned(link, _) => Some(link),
             Self::Listening | Self::Ended(_) => None,
         };
         Self::Ended(Verdict::failed(error, never_ran, link))
@@ -206,6 +241,5 @@ fn relay_verdict(
             return (MigrationError::Aborted(reason), guest_never_ran);
         }
     }
-    let never_ran = !context.statistics.past_ram.load(Ordering::Relaxed);
-    (MigrationError::Qemu(text), never_ran)
+    (MigrationError::Qemu(text), context.commitment.withdraw())
 }

@@ -25,13 +25,16 @@ const READ: usize = 256 << 10;
 /// Stream bytes that are gathered before they are sent.
 const BATCH: usize = 128 << 10;
 
-/// Take QEMU's stream to its end.
+/// Take QEMU's stream to its end. `pass_ram` is asked before the first byte behind the last RAM
+/// section leaves; false ends the stream there.
 pub fn take(
     qemu: &UnixStream,
     link: &Link,
     blocks: Vec<AgreedBlock>,
     statistics: &Statistics,
+    pass_ram: impl FnOnce() -> bool,
 ) -> Result<()> {
+    let mut pass_ram = Some(pass_ram);
     let mut rewriter = Rewriter::new(Limits::default());
     let mut outbound =
         Outbound { link, statistics, agreed: blocks, blocks: Vec::new(), batch: Vec::new() };
@@ -52,9 +55,8 @@ pub fn take(
             break;
         }
         rewriter.push(&buffer[..received], &mut outbound).map_err(rewriting)?;
-        if rewriter.ram_ended() {
-            // Before the first of these bytes leaves.
-            statistics.past_ram.store(true, Relaxed);
+        if rewriter.ram_ended() && pass_ram.take().is_some_and(|pass_ram| !pass_ram()) {
+            return Err(MigrationError::Aborted("The migration has failed already".into()));
         }
         if outbound.batch.len() >= BATCH {
             outbound.send_batch()?;

@@ -6,6 +6,7 @@ use std::{
     os::unix::net::UnixStream,
     sync::{Arc, atomic::Ordering::Relaxed, mpsc::Sender},
     thread,
+    time::Duration,
 };
 
 use tracing::{info, warn};
@@ -13,8 +14,10 @@ use tracing::{info, warn};
 use super::{
     Block, Result,
     agreement::{self, Accepted},
+    commitment::Commitment,
     error::MigrationError,
     incoming::Event,
+    link::Deadline,
     messages::Options,
     return_path,
     statistics::Statistics,
@@ -24,6 +27,10 @@ use crate::{
     stream::{Inlet, Landing, PushError, StreamBlock},
     wire::{Message, RegisterResult},
 };
+
+/// How long a source may take from the agreement to its first bytes. Its QEMU is asked to migrate
+/// then.
+const FIRST_BYTES: Duration = Duration::from_secs(60);
 
 /// What the thread needs.
 pub struct Context {
@@ -35,6 +42,8 @@ pub struct Context {
     pub options: Options,
     /// Counters.
     pub statistics: Arc<Statistics>,
+    /// Whether QEMU may get what is behind RAM.
+    pub commitment: Arc<Commitment>,
     /// Where to say what happens.
     pub events: Sender<Event>,
 }
@@ -78,14 +87,17 @@ struct Receiving<'a> {
     hook_open: bool,
     /// QEMU was given something.
     begun: bool,
+    /// Until then: the source must begin by it.
+    deadline: Option<Deadline>,
     /// Nothing may follow.
     ended: bool,
 }
 
 impl<'a> Receiving<'a> {
     fn new(accepted: Accepted, context: &'a Context) -> Self {
+        let deadline = Some(accepted.link.deadline(FIRST_BYTES));
         let parser = Landing::default();
-        Self { accepted, context, parser, hook_open: false, begun: false, ended: false }
+        Self { accepted, context, parser, hook_open: false, begun: false, deadline, ended: false }
     }
 
     /// Receive until the connection ends. What ends it after STREAM_END is no error.
@@ -166,6 +178,7 @@ impl<'a> Receiving<'a> {
     fn stream(&mut self, bytes: &[u8]) -> Result<()> {
         if !self.begun {
             self.begun = true;
+            self.deadline = None;
             let (link, qemu) = (self.accepted.link.clone(), self.context.qemu.clone());
             thread::spawn(move || return_path::forward(&qemu, &link));
         }
@@ -254,7 +267,10 @@ impl Inlet for Feed<'_> {
         // All writes have landed: the source's REGISTER_FINISHED was behind them. From here on
         // the guest may come to run, and nobody writes its memory from outside any more.
         self.receiving.receiver.revoke();
-        self.context.statistics.past_ram.store(true, Relaxed);
-        Ok(())
+        if self.context.commitment.pass_ram() {
+            Ok(())
+        } else {
+            Err(MigrationError::Aborted("The migration has failed already".into()))
+        }
     }
 }

@@ -1,7 +1,8 @@
 //! Messages over a connection: who may send, and what was consumed.
 
 use std::{
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc},
+    thread,
     time::Duration,
 };
 
@@ -30,6 +31,13 @@ pub struct Link {
     /// What the peer was granted.
     grants: Mutex<credit::Receiver>,
     stall_timeout: Duration,
+    /// The time limit that ended the connection.
+    expired: Mutex<Option<Duration>>,
+}
+
+/// Ends the connection when its time is over, unless it is dropped before.
+pub struct Deadline {
+    _pending: mpsc::Sender<()>,
 }
 
 /// The receiving side.
@@ -56,8 +64,22 @@ impl Link {
             changed: Condvar::new(),
             grants: Mutex::new(credit::Receiver::new(receiving)),
             stall_timeout,
+            expired: Mutex::default(),
         };
         (Arc::new(link), LinkReceiver(receiver))
+    }
+
+    /// Give the peer so long, however busy it is meanwhile.
+    pub fn deadline(self: &Arc<Self>, limit: Duration) -> Deadline {
+        let (pending, done) = mpsc::channel();
+        let link = self.clone();
+        thread::spawn(move || {
+            if done.recv_timeout(limit) == Err(mpsc::RecvTimeoutError::Timeout) {
+                *lock(&link.expired) = Some(limit);
+                link.close();
+            }
+        });
+        Deadline { _pending: pending }
     }
 
     /// Send a message, once the peer has a buffer for it if it needs one.
@@ -147,7 +169,10 @@ impl LinkReceiver {
     /// When the connection is lost or the peer breaks the protocol.
     pub fn next<'b>(&mut self, link: &Link, buffer: &'b mut Vec<u8>) -> Result<Message<'b>> {
         loop {
-            self.0.receive(buffer)?;
+            self.0.receive(buffer).map_err(|error| match (error, *lock(&link.expired)) {
+                (FabricError::Closed, Some(limit)) => FabricError::Stalled(limit),
+                (error, _) => error,
+            })?;
             let Message::Ready(repeat) = Message::decode(buffer)? else { break };
             lock(&link.granted).ready(repeat)?;
             link.changed.notify_all();
@@ -157,14 +182,6 @@ impl LinkReceiver {
             lock(&link.grants).received()?;
         }
         Ok(message)
-    }
-
-    /// Bound the wait for a message.
-    ///
-    /// # Errors
-    /// The system's.
-    pub fn set_timeout(&mut self, timeout: Option<Duration>) -> Result<()> {
-        Ok(self.0.set_timeout(timeout)?)
     }
 
     /// Bytes of the peer's writes that have landed here.

@@ -1,6 +1,8 @@
 //! What the relay and a worker tell each other: one JSON object a line over a socketpair, with the
 //! file descriptors that belong to it attached to its first byte.
 
+use std::path::PathBuf;
+
 use serde::{Deserialize, Serialize};
 
 /// Longest line that either side accepts, in bytes.
@@ -64,6 +66,8 @@ pub enum Order {
     Outgoing {
         /// The destination's helper.
         address: Address,
+        /// QEMU's QMP socket, for a worker whose relay is gone.
+        qemu_qmp: PathBuf,
         /// QEMU's RAM blocks.
         blocks: Vec<Block>,
         /// Options.
@@ -130,6 +134,9 @@ pub enum Report {
     Agreed,
     /// Sent about once a second, and whenever the state changes: also the sign of life.
     Progress(Progress),
+    /// Outgoing, sent before the first byte behind the last RAM section leaves: from here on the
+    /// guest may come to run at the destination.
+    PastRam,
     /// Incoming: every byte of the stream was handed to QEMU, all RAM has landed and remote access
     /// is revoked. The relay watches QEMU for `completed` and answers with
     /// [`Order::QemuCompleted`] or [`Order::QemuFailed`].

@@ -7,6 +7,7 @@
 
 mod agreement;
 mod answers;
+mod commitment;
 mod control;
 mod error;
 mod incoming;
@@ -14,8 +15,9 @@ mod intake;
 mod landing;
 mod link;
 pub mod messages;
+mod orphan;
 mod outgoing;
-mod return_path;
+pub(crate) mod return_path;
 mod statistics;
 pub mod worker;
 
@@ -66,14 +68,16 @@ impl Verdict {
         Self::Failed { error, guest_never_ran: guest_never_ran || peer_knows, link }
     }
 
-    /// Tell the relay, which has to know before QEMU notices anything; then the peer.
-    fn tell(self, reports: &Reports, statistics: &Statistics) {
+    /// Tell the relay, which has to know before QEMU notices anything; then let QEMU go, by
+    /// `end_qemu`, which gets whether the guest certainly never ran; then tell the peer.
+    fn tell(self, reports: &Reports, statistics: &Statistics, end_qemu: impl FnOnce(bool)) {
         let progress = statistics.progress();
         match self {
             Self::Done => reports.send(&Report::Done(progress)),
             Self::Failed { error, guest_never_ran, link } => {
                 let reason = error.to_string();
                 reports.send(&Report::Failed { reason, guest_never_ran, progress });
+                end_qemu(guest_never_ran);
                 if let Some(link) = link {
                     link.end(&error, guest_never_ran);
                 }

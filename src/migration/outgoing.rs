@@ -1,8 +1,10 @@
 //! The source's side: QEMU's stream in, RAM and the rest of the stream out.
 
 use std::{
+    cell::Cell,
     net::Shutdown,
     os::unix::net::UnixStream,
+    path::PathBuf,
     sync::{
         Arc,
         atomic::Ordering,
@@ -18,11 +20,13 @@ use super::{
     Block, Result, Verdict,
     agreement::{self, Agreement},
     answers,
+    commitment::Commitment,
     control::Reports,
     error::MigrationError,
     intake, lifetime,
     link::Link,
     messages::{Address, Options, Order, Report},
+    orphan, return_path,
     statistics::Statistics,
 };
 use crate::{
@@ -61,11 +65,22 @@ enum Outgoing {
     Ended(Verdict),
 }
 
+/// How QEMU is reached.
+pub struct Qemu {
+    /// The worker's end of its migration socket.
+    pub migration: UnixStream,
+    /// Its QMP socket, which is the relay's as long as there is one.
+    pub qmp: PathBuf,
+}
+
 /// What all states need.
 struct Context {
     qemu: Arc<UnixStream>,
+    /// The relay is gone.
+    orphaned: Cell<bool>,
     reports: Arc<Reports>,
     statistics: Arc<Statistics>,
+    commitment: Arc<Commitment>,
     events: Sender<Event>,
 }
 
@@ -75,15 +90,17 @@ pub fn run(
     address: Address,
     blocks: Vec<Block>,
     options: Options,
-    qemu: UnixStream,
+    qemu: Qemu,
     reports: Arc<Reports>,
     (sender, events): (Sender<Event>, Receiver<Event>),
 ) {
     let statistics = Statistics::new(fabric.name());
     let context = Context {
-        qemu: Arc::new(qemu),
+        qemu: Arc::new(qemu.migration),
+        orphaned: Cell::new(false),
         reports: reports.clone(),
         statistics: statistics.clone(),
+        commitment: Arc::default(),
         events: sender.clone(),
     };
     thread::spawn(move || {
@@ -98,7 +115,20 @@ pub fn run(
             Outgoing::Ended(verdict) => Err(verdict),
             state => Ok(state),
         });
-    verdict.tell(&reports, &statistics);
+    verdict.tell(&reports, &statistics, |guest_never_ran| {
+        if guest_never_ran {
+            // QEMU takes the end of its socket for a failure: the guest runs on. It fails only
+            // when QEMU has closed its end.
+            let _ = context.qemu.shutdown(Shutdown::Both);
+            if context.orphaned.get()
+                && let Err(error) = orphan::release_guest(&qemu.qmp)
+            {
+                warn!(%error, "QEMU could not be asked whether its guest waits");
+            }
+        } else {
+            return_path::settle(&context.qemu);
+        }
+    });
 }
 
 impl Outgoing {
@@ -131,7 +161,11 @@ impl Outgoing {
                 let error = MigrationError::Aborted(reason);
                 Self::fail(state.link(), error, context, events)
             }
+            // The guest may be running at the destination: the verdict is waited for, so that
+            // QEMU gets to know how it ends.
+            (state, Event::RelayGone) if context.commitment.is_past_ram() => state,
             (state, Event::RelayGone) => {
+                context.orphaned.set(true);
                 let error = MigrationError::Aborted(
                     "The source's helper is gone; start it again there, and migrate again".into(),
                 );
@@ -162,8 +196,16 @@ impl Outgoing {
         thread::spawn(move || answers::receive(receiver, &answering, &qemu, &events));
         let (qemu, events) = (context.qemu.clone(), context.events.clone());
         let (taking, statistics) = (link.clone(), context.statistics.clone());
+        let (commitment, reports) = (context.commitment.clone(), context.reports.clone());
+        let pass_ram = move || {
+            let passed = commitment.pass_ram();
+            if passed {
+                reports.send(&Report::PastRam);
+            }
+            passed
+        };
         thread::spawn(move || {
-            let taken = intake::take(&qemu, &taking, blocks, &statistics);
+            let taken = intake::take(&qemu, &taking, blocks, &statistics, pass_ram);
             // As above: nobody waits for it any more.
             let _ = events.send(Event::StreamTaken(taken));
         });
@@ -172,22 +214,21 @@ impl Outgoing {
         Self::Streaming(link)
     }
 
-    /// End as failed. QEMU is told by the end of its socket: the guest runs on.
+    /// End as failed.
     fn fail(
         link: Option<Arc<Link>>,
         error: MigrationError,
         context: &Context,
         events: &Receiver<Event>,
     ) -> Self {
-        // It fails only when QEMU has closed its end.
-        let _ = context.qemu.shutdown(Shutdown::Both);
         let error = last_words(&error, events).unwrap_or(error);
-        let never_ran = !context.statistics.past_ram.load(Ordering::Relaxed);
+        let never_ran = context.commitment.withdraw();
         Self::Ended(Verdict::failed(error, never_ran, link))
     }
 }
 
-/// When the connection was closed, the peer may have said why before.
+/// When the connection was closed, the peer may have said why before, or another thread of ours
+/// know it.
 fn last_words(error: &MigrationError, events: &Receiver<Event>) -> Option<MigrationError> {
     if !matches!(error, MigrationError::Fabric(FabricError::Closed)) {
         return None;
@@ -195,7 +236,11 @@ fn last_words(error: &MigrationError, events: &Receiver<Event>) -> Option<Migrat
     let deadline = Instant::now() + LAST_WORDS;
     loop {
         match events.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-            Ok(Event::PeerFailed(error)) => return Some(error),
+            Ok(Event::PeerFailed(error) | Event::StreamTaken(Err(error)))
+                if !matches!(error, MigrationError::Fabric(FabricError::Closed)) =>
+            {
+                return Some(error);
+            }
             Ok(_) => {}
             Err(_) => return None,
         }

@@ -1,18 +1,118 @@
-//! The destination's second data thread: QEMU's return path, back to the source.
+//! QEMU's return path: from the destination's QEMU back to the source's.
+//!
+//! Its messages are `u16 type, u16 length, data` (`source_return_path_thread` of
+//! `migration/migration.c`).
 
-use std::os::unix::net::UnixStream;
+use std::{
+    io::{Read as _, Write as _},
+    net::Shutdown,
+    os::unix::net::UnixStream,
+    time::{Duration, Instant},
+};
 
 use rustix::net::{RecvFlags, recv};
 
-use super::link::Link;
+use super::{Result, error::MigrationError, link::Link};
 use crate::wire::Message;
 
-/// Forward until QEMU closes its end, or the connection is lost: whoever feeds QEMU notices that.
+/// Longest data of a message in bytes (the buffer of QEMU's reader).
+const DATA_MAX: usize = 512;
+
+/// Bytes of type and length.
+const HEAD: usize = 4;
+
+/// MIG_RP_MSG_SHUT without error: the destination is done.
+const SHUT: [u8; 8] = [0, 1, 0, 4, 0, 0, 0, 0];
+
+/// How long QEMU may take to write the rest of its stream.
+const REST: Duration = Duration::from_secs(15);
+
+/// The destination's side: forward until QEMU closes its end, or the connection is lost: whoever
+/// feeds QEMU notices that.
 pub fn forward(qemu: &UnixStream, link: &Link) {
     let mut buffer = [0; 4096];
     while let Ok((received @ 1.., _)) = recv(qemu, &mut buffer, RecvFlags::empty()) {
         if link.send(&Message::QemuFile(&buffer[..received])).is_err() {
             return;
         }
+    }
+}
+
+/// The source's side: hands on whole messages only, so that QEMU can be told the end at any time.
+#[derive(Debug, Default)]
+pub struct WholeMessages {
+    rest: Vec<u8>,
+}
+
+impl WholeMessages {
+    /// The messages that are complete with `bytes`, one behind the other.
+    ///
+    /// # Errors
+    /// One is longer than QEMU can read.
+    pub fn push(&mut self, bytes: &[u8]) -> Result<Vec<u8>> {
+        self.rest.extend_from_slice(bytes);
+        let mut end = 0;
+        while let Some(head) = self.rest.get(end..end + HEAD) {
+            let length = usize::from(u16::from_be_bytes([head[2], head[3]]));
+            if length > DATA_MAX {
+                let why = format!("a return-path message of {length} bytes");
+                return Err(MigrationError::Peer(why));
+            }
+            if self.rest.len() < end + HEAD + length {
+                break;
+            }
+            end += HEAD + length;
+        }
+        Ok(self.rest.drain(..end).collect())
+    }
+}
+
+/// Let the source's QEMU end its migration as done, without its guest running again: the guest may
+/// be running at the destination.
+///
+/// A QEMU that waits for the return path's end would take the end of its socket for a failure and
+/// run its guest; so would one that can't write the rest of its stream.
+pub fn settle(mut qemu: &UnixStream) {
+    // It fails where QEMU has closed its end, and is done.
+    let _ = qemu.write_all(&SHUT);
+    let deadline = Instant::now() + REST;
+    let mut rest = [0; 16384];
+    while Instant::now() < deadline && qemu.set_read_timeout(Some(Duration::from_secs(1))).is_ok() {
+        match qemu.read(&mut rest) {
+            Ok(0) => break,
+            Ok(_) => {}
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+            Err(_) => break,
+        }
+    }
+    let _ = qemu.shutdown(Shutdown::Both);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_come_whole_whatever_the_cut() {
+        let pong = [0, 2, 0, 4, 0, 0, 0, 1];
+        let stream = [pong, SHUT].concat();
+        for cut in 0..stream.len() {
+            let mut messages = WholeMessages::default();
+            let first = messages.push(&stream[..cut]).unwrap();
+            assert_eq!(first.len(), cut / 8 * 8);
+            assert_eq!([first, messages.push(&stream[cut..]).unwrap()].concat(), stream);
+        }
+        assert!(WholeMessages::default().push(&[0, 2, 0xff, 0xff]).is_err());
+    }
+
+    #[test]
+    fn settling_reads_to_the_end_and_says_shut() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        theirs.write_all(&[7; 100_000]).unwrap();
+        theirs.shutdown(Shutdown::Write).unwrap();
+        settle(&ours);
+        let mut said = Vec::new();
+        theirs.read_to_end(&mut said).unwrap();
+        assert_eq!(said, SHUT);
     }
 }

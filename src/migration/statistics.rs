@@ -3,7 +3,7 @@
 use std::{
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
     time::Instant,
 };
@@ -25,9 +25,6 @@ pub struct Statistics {
     pub ram_landed: AtomicU64,
     /// Milliseconds to the agreed block lists.
     pub setup_ms: AtomicU64,
-    /// Bytes behind the last RAM section were passed on: from here the destination's guest may
-    /// come to run.
-    pub past_ram: AtomicBool,
 }
 
 impl Statistics {
@@ -41,7 +38,6 @@ impl Statistics {
             ram_posted: AtomicU64::new(0),
             ram_landed: AtomicU64::new(0),
             setup_ms: AtomicU64::new(0),
-            past_ram: AtomicBool::new(false),
         })
     }
 

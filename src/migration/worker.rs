@@ -54,11 +54,12 @@ fn start(order: Order, fds: Vec<OwnedFd>, orders: Orders, reports: &Arc<Reports>
     let qemu = UnixStream::from(fds.next().ok_or_else(|| misuse("no migration socket"))?);
     let reports = reports.clone();
     match order {
-        Order::Outgoing { address, blocks, options } => {
+        Order::Outgoing { address, qemu_qmp, blocks, options } => {
             let blocks = take_blocks(blocks, fds)?;
             let fabric = fabric(&options);
             let (sender, events) = mpsc::channel();
             forward(orders, sender.clone(), outgoing::Event::Order, || outgoing::Event::RelayGone);
+            let qemu = outgoing::Qemu { migration: qemu, qmp: qemu_qmp };
             outgoing::run(fabric, address, blocks, options, qemu, reports, (sender, events));
         }
         Order::Incoming { address, blocks, options } => {

@@ -15,8 +15,10 @@ pub struct Blocker {
 }
 
 /// Capabilities that change what the stream contains or who sends RAM.
-const CAPABILITIES: [&str; 8] = [
+const CAPABILITIES: [&str; 9] = [
     "background-snapshot",
+    // Block migration, until 9.0.
+    "block",
     "dirty-bitmaps",
     "mapped-ram",
     "multifd",

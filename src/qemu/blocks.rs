@@ -82,7 +82,8 @@ async fn rows(qmp: &mut impl Execute) -> Result<Vec<Row>, QemuError> {
     };
     let rows = ramblock_text::rows(&text);
     let mut rows = rows.map_err(|why| QemuError::Answer { command: COMMAND, why })?;
-    rows.retain(|row| row.used > 0);
+    // Without a name: a backend that no device uses, which QEMU does not migrate.
+    rows.retain(|row| row.used > 0 && !row.name.is_empty());
     if rows.is_empty() {
         return Err(QemuError::Answer { command: COMMAND, why: "no RAM block".into() });
     }

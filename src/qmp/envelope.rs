@@ -2,7 +2,7 @@
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use serde::Deserialize;
+use serde::{Deserialize, de::IgnoredAny};
 use serde_json::{Map, Value, json, value::RawValue};
 
 use super::QmpError;
@@ -12,18 +12,25 @@ use super::QmpError;
 pub struct Command {
     /// The command's name.
     pub name: String,
-    /// Its arguments.
-    pub arguments: Map<String, Value>,
+    /// Its arguments, unread: they may be many, and are nobody's business unless the command is
+    /// ours.
+    arguments: Option<Box<RawValue>>,
     /// Its id, exactly as the client wrote it.
     pub id: Option<Box<RawValue>>,
 }
 
 #[derive(Deserialize)]
-struct RawCommand {
-    execute: Option<Value>,
-    arguments: Option<Value>,
-    id: Option<Box<RawValue>>,
+struct RawCommand<'a> {
+    #[serde(borrow)]
+    execute: Option<&'a RawValue>,
+    #[serde(borrow)]
+    arguments: Option<&'a RawValue>,
+    #[serde(borrow)]
+    id: Option<&'a RawValue>,
 }
+
+/// Longest arguments of a command of ours, in bytes.
+const ARGUMENTS_MAX: usize = 256 << 10;
 
 /// Why a command is not read.
 #[derive(Debug, PartialEq, Eq)]
@@ -40,21 +47,47 @@ impl Command {
     /// # Errors
     /// When it is none.
     pub fn read(bytes: &[u8]) -> Result<Self, Unread> {
-        let raw = match serde_json::from_slice::<RawCommand>(bytes) {
-            Ok(raw) => raw,
+        // What is skipped is not looked at, and QEMU answers one line of other bytes with several
+        // errors.
+        let text = std::str::from_utf8(bytes).map_err(|_| Unread::NoJson)?;
+        match serde_json::from_str::<RawCommand>(text) {
+            Ok(raw) => Self::from_raw(&raw),
             Err(_) => {
                 let normal = double_quoted(bytes);
-                serde_json::from_slice::<Value>(&normal).map_err(|_| Unread::NoJson)?;
-                serde_json::from_slice(&normal).map_err(|_| Unread::NoCommand)?
+                serde_json::from_slice::<IgnoredAny>(&normal).map_err(|_| Unread::NoJson)?;
+                let raw = serde_json::from_slice(&normal).map_err(|_| Unread::NoCommand)?;
+                Self::from_raw(&raw)
             }
+        }
+    }
+
+    fn from_raw(raw: &RawCommand<'_>) -> Result<Self, Unread> {
+        let name = raw.execute.and_then(|name| serde_json::from_str(name.get()).ok());
+        let name = name.ok_or(Unread::NoCommand)?;
+        if raw.arguments.is_some_and(|arguments| !arguments.get().starts_with('{')) {
+            return Err(Unread::NoCommand);
+        }
+        Ok(Self {
+            name,
+            arguments: raw.arguments.map(ToOwned::to_owned),
+            id: raw.id.map(ToOwned::to_owned),
+        })
+    }
+
+    /// Read its arguments.
+    ///
+    /// # Errors
+    /// For a client: they are too long for any command of ours.
+    pub fn arguments(&self) -> Result<Map<String, Value>, QmpError> {
+        let Some(arguments) = &self.arguments else { return Ok(Map::new()) };
+        let too_long = || {
+            let desc =
+                format!("The arguments of '{}' have more than {ARGUMENTS_MAX} bytes", self.name);
+            QmpError::generic(desc)
         };
-        let Some(Value::String(name)) = raw.execute else { return Err(Unread::NoCommand) };
-        let arguments = match raw.arguments {
-            Some(Value::Object(arguments)) => arguments,
-            None => Map::new(),
-            Some(_) => return Err(Unread::NoCommand),
-        };
-        Ok(Self { name, arguments, id: raw.id })
+        let text = Some(arguments.get()).filter(|text| text.len() <= ARGUMENTS_MAX);
+        let text = text.ok_or_else(too_long)?;
+        serde_json::from_str(text).map_err(|error| QmpError::generic(error.to_string()))
     }
 }
 
@@ -198,8 +231,9 @@ mod tests {
         )
         .unwrap();
         assert_eq!(command.name, "migrate");
-        assert_eq!(command.arguments["uri"], "r\"d'ma");
-        assert_eq!(command.arguments["x"], "it's");
+        let arguments = command.arguments().unwrap();
+        assert_eq!(arguments["uri"], "r\"d'ma");
+        assert_eq!(arguments["x"], "it's");
     }
 
     #[test]

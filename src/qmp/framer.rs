@@ -12,16 +12,24 @@ pub enum Framed {
     Value(Vec<u8>),
     /// A line that begins with no bracket.
     Malformed,
-    /// A value or a line longer than [`ITEM_MAX`]; it was dropped up to the end of a line.
+    /// A value or a line longer than [`ITEM_MAX`], or one beyond QEMU's own limits; it was dropped
+    /// up to the end of a line.
     TooLong,
 }
+
+/// Most commas, colons and brackets in a value. QEMU takes 2^21 tokens (`MAX_TOKEN_COUNT` of
+/// `qobject/json-streamer.c`), values included, and answers what follows with an error a token.
+const PUNCTUATION_MAX: usize = 1 << 20;
+
+/// Most brackets in brackets (`MAX_NESTING` there).
+const DEPTH_MAX: usize = 1 << 10;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum State {
     /// Between values.
     Between,
     /// In a value, this deep, in a string with this quote, behind a backslash.
-    Value { depth: usize, quote: Option<u8>, escaped: bool },
+    Value { depth: usize, punctuation: usize, quote: Option<u8>, escaped: bool },
     /// Behind a value: the end of its line belongs to it.
     Behind,
     /// In a line that is no value.
@@ -58,7 +66,13 @@ impl Framer {
             if let Some(framed) = self.step(byte) {
                 return Some((framed, self.base));
             }
-            if self.scanned > ITEM_MAX {
+            let beyond = match self.state {
+                State::Value { depth, punctuation, .. } => {
+                    depth > DEPTH_MAX || punctuation > PUNCTUATION_MAX
+                }
+                _ => false,
+            };
+            if beyond || self.scanned > ITEM_MAX {
                 self.cut();
                 self.state = State::Dropping;
             }
@@ -90,7 +104,9 @@ impl Framer {
             State::Between => {
                 self.cut();
                 self.state = match byte {
-                    b'{' | b'[' => State::Value { depth: 1, quote: None, escaped: false },
+                    b'{' | b'[' => {
+                        State::Value { depth: 1, punctuation: 1, quote: None, escaped: false }
+                    }
                     _ => State::Garbage,
                 };
             }
@@ -102,13 +118,16 @@ impl Framer {
                     *quote = None;
                 }
             }
-            State::Value { depth, quote, .. } => match byte {
-                b'"' | b'\'' => *quote = Some(byte),
-                b'{' | b'[' => *depth += 1,
-                b'}' | b']' if *depth == 1 => self.state = State::Behind,
-                b'}' | b']' => *depth -= 1,
-                _ => {}
-            },
+            State::Value { depth, punctuation, quote, .. } => {
+                *punctuation += usize::from(b",:{}[]".contains(&byte));
+                match byte {
+                    b'"' | b'\'' => *quote = Some(byte),
+                    b'{' | b'[' => *depth += 1,
+                    b'}' | b']' if *depth == 1 => self.state = State::Behind,
+                    b'}' | b']' => *depth -= 1,
+                    _ => {}
+                }
+            }
             State::Behind => {
                 let blank = byte == b' ' || byte == b'\r' || byte == b'\t';
                 if blank {

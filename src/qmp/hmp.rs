@@ -15,6 +15,8 @@ pub enum Line {
     MigrateIncoming(Address),
     /// `migrate_set_capability x-rdma-pin-all on|off`: a name that QEMU no longer has.
     PinAll(String),
+    /// `migrate_cancel`.
+    Cancel,
     /// `info migrate`.
     InfoMigrate,
     /// One that is ours and wrong.
@@ -45,6 +47,7 @@ pub fn parse(line: &str) -> Result<Line, QmpError> {
             Target::Other => Line::Other,
         },
         ("migrate_set_capability", ["x-rdma-pin-all", state]) => Line::PinAll((*state).to_owned()),
+        ("migrate_cancel", []) => Line::Cancel,
         ("info", ["migrate"]) => Line::InfoMigrate,
         _ => Line::Other,
     })

@@ -62,7 +62,8 @@ pub async fn recv_async(
     socket.async_io(Interest::READABLE, || recv(socket, buf, fds)).await
 }
 
-/// Send all of `bytes` on a tokio socket, with `fds` attached to the first.
+/// Send all of `bytes` on a tokio socket, with `fds` attached to the first; more than fit into one
+/// `sendmsg` to the next ones.
 ///
 /// # Errors
 /// As [`send`].
@@ -71,11 +72,12 @@ pub async fn send_all_async(
     mut bytes: &[u8],
     fds: &[BorrowedFd<'_>],
 ) -> io::Result<()> {
-    let mut fds = fds;
+    let mut batches = fds.chunks(FDS_MAX).peekable();
     while !bytes.is_empty() {
-        let sent = socket.async_io(Interest::WRITABLE, || send(socket, bytes, fds)).await?;
+        let batch = batches.next().unwrap_or_default();
+        let now = if batches.peek().is_some() { &bytes[..1] } else { bytes };
+        let sent = socket.async_io(Interest::WRITABLE, || send(socket, now, batch)).await?;
         bytes = &bytes[sent..];
-        fds = &[];
     }
     Ok(())
 }

@@ -62,10 +62,8 @@ impl Destination {
         let prepared = self.prepare(address, exit_on_error).await;
         let (result, worker) = match prepared {
             Ok((value, worker)) => (Ok(value), Some(worker)),
-            Err(error) => {
-                self.fail(error.desc.clone());
-                (Err(error), None)
-            }
+            // QEMU knows nothing of it, and neither does the client's view.
+            Err(error) => (Err(error), None),
         };
         // A client that is gone needs no reply; the migration is waited for nevertheless.
         let _ = reply.send(result);
@@ -126,7 +124,10 @@ impl Destination {
             arguments.insert("exit-on-error".into(), exit.into());
         }
         match qemu.execute("migrate-incoming", Value::Object(arguments)).await {
-            Ok(value) => Ok((value, worker)),
+            Ok(value) => {
+                self.view.send_modify(|view| view.phase = Phase::Running);
+                Ok((value, worker))
+            }
             Err(error) => {
                 // QEMU keeps what it did not use.
                 let _ = qemu.execute("closefd", json!({ "fdname": FDNAME })).await;
@@ -143,6 +144,8 @@ impl Destination {
             let awaited = heard.stream_ended && !heard.judged;
             let poll = sleep(if awaited { POLL.0 } else { POLL.1 });
             tokio::select! {
+                // Reports first: they may have waited while QEMU was asked something.
+                biased;
                 report = worker.report() => {
                     last_report = Instant::now();
                     match report {
@@ -155,7 +158,7 @@ impl Destination {
                             return Ok(());
                         }
                         Some(Report::Failed { reason, .. }) => return Err(reason),
-                        Some(Report::Agreed | Report::Listening { .. }) => {}
+                        Some(Report::Agreed | Report::Listening { .. } | Report::PastRam) => {}
                         None => return Err(WORKER_DIED.into()),
                     }
                 }
@@ -199,10 +202,15 @@ impl Destination {
         }
     }
 
-    /// QEMU is gone: the source must know whether its guest may run again.
+    /// QEMU is gone, or just its session: the source must know whether its guest may run again.
     async fn qemu_gone(&self, heard: Heard, worker: &mut Worker) -> String {
-        let reason = "The destination's QEMU is gone; look at its log".to_owned();
-        let guest_never_ran = !heard.resumed;
+        let (reason, exited) = if self.context.process.exits().await {
+            ("The destination's QEMU is gone; look at its log".to_owned(), true)
+        } else {
+            let lost = "The QMP session with the destination's QEMU was lost; look at its log";
+            (lost.to_owned(), false)
+        };
+        let guest_never_ran = exited && !heard.resumed;
         worker.order(&Order::QemuFailed { reason: reason.clone(), guest_never_ran }).await;
         // Unless the worker knows better: QEMU may have ended because the migration had failed.
         loop {

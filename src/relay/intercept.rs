@@ -17,7 +17,7 @@ use crate::{
 pub enum Intercepted {
     /// Migrate to this address.
     Migrate(Address),
-    /// A migration over another transport, QEMU's own: ours no longer shows.
+    /// A migration over another transport, in or out, is QEMU's own: ours no longer shows.
     MigrateOther,
     /// Wait for a migration at this address.
     MigrateIncoming {
@@ -26,6 +26,8 @@ pub enum Intercepted {
         /// The client's `exit-on-error` (9.1).
         exit_on_error: Option<bool>,
     },
+    /// `migrate_cancel`: QEMU's business, unless it comes too late.
+    Cancel,
     /// `query-migrate`.
     QueryMigrate,
     /// `migrate-set-capabilities` with `x-rdma-pin-all`; these are the list with QEMU's name.
@@ -38,18 +40,46 @@ pub enum Intercepted {
     Monitor(Line),
 }
 
+/// Commands that may be ours.
+const OURS: [&str; 8] = [
+    "human-monitor-command",
+    "migrate",
+    "migrate-incoming",
+    "migrate-set-capabilities",
+    "migrate_cancel",
+    "query-migrate",
+    "query-rdma-helper",
+    "query-rdma-migrate-blockers",
+];
+
 /// Look at a command; `None` if it is QEMU's.
 ///
 /// # Errors
 /// The reply to a command that is ours and wrong, in QEMU's words.
 pub fn intercept(command: &Command) -> Result<Option<Intercepted>, QmpError> {
-    let arguments = &command.arguments;
+    if !OURS.contains(&command.name.as_str()) {
+        return Ok(None);
+    }
+    let arguments = &match command.arguments() {
+        Ok(arguments) => arguments,
+        // Whatever is that long is no migration over rdma:.
+        Err(_) if command.name == "human-monitor-command" => return Ok(None),
+        Err(error) => return Err(error),
+    };
     Ok(Some(match command.name.as_str() {
         "migrate" => match uri::target(arguments)? {
             Target::Rdma(address) => {
                 only(arguments, &["uri", "channels", "detach", "resume", "blk", "inc"])?;
                 if boolean(arguments, "resume")? == Some(true) {
                     return Err(QmpError::generic("A migration over rdma: can't be resumed"));
+                }
+                for storage in ["blk", "inc"] {
+                    if boolean(arguments, storage)? == Some(true) {
+                        return Err(QmpError::generic(format!(
+                            "Parameter '{storage}' can't be combined with rdma:; copy the disks \
+                             with blockdev-mirror, or share them"
+                        )));
+                    }
                 }
                 Intercepted::Migrate(address)
             }
@@ -61,8 +91,9 @@ pub fn intercept(command: &Command) -> Result<Option<Intercepted>, QmpError> {
                 let exit_on_error = boolean(arguments, "exit-on-error")?;
                 Intercepted::MigrateIncoming { address, exit_on_error }
             }
-            Target::Other => return Ok(None),
+            Target::Other => Intercepted::MigrateOther,
         },
+        "migrate_cancel" if arguments.is_empty() => Intercepted::Cancel,
         "query-migrate" if arguments.is_empty() => Intercepted::QueryMigrate,
         "migrate-set-capabilities" => match with_qemus_name(arguments) {
             Some(capabilities) => Intercepted::SetCapabilities(capabilities),
@@ -84,7 +115,9 @@ pub fn intercept(command: &Command) -> Result<Option<Intercepted>, QmpError> {
 fn monitor(arguments: &Map<String, Value>) -> Option<Intercepted> {
     let line = arguments.get("command-line")?.as_str()?;
     match hmp::parse(line) {
-        Ok(Line::Other) if line.split_whitespace().next() == Some("migrate") => {
+        Ok(Line::Other)
+            if matches!(line.split_whitespace().next(), Some("migrate" | "migrate_incoming")) =>
+        {
             Some(Intercepted::MigrateOther)
         }
         Ok(Line::Other) => None,
@@ -163,7 +196,6 @@ mod tests {
     fn the_rest_is_qemus() {
         for text in [
             r#"{"execute": "query-status"}"#,
-            r#"{"execute": "migrate-incoming", "arguments": {"uri": "tcp:h:1"}}"#,
             r#"{"execute": "migrate-set-capabilities", "arguments": {"capabilities": [{"capability": "rdma-pin-all", "state": true}]}}"#,
             r#"{"execute": "migrate-set-capabilities", "arguments": {"capabilities": 7}}"#,
             r#"{"execute": "query-migrate", "arguments": {"x": 1}}"#,
@@ -174,8 +206,18 @@ mod tests {
         }
         let tcp = r#"{"execute": "migrate", "arguments": {"uri": "tcp:h:1", "whatever": 1}}"#;
         assert_eq!(ask(tcp).unwrap(), Some(Intercepted::MigrateOther));
+        let incoming = r#"{"execute": "migrate-incoming", "arguments": {"uri": "tcp:h:1"}}"#;
+        assert_eq!(ask(incoming).unwrap(), Some(Intercepted::MigrateOther));
         let wrong = r#"{"execute": "migrate", "arguments": {"uri": 5}}"#;
         assert_eq!(ask(wrong).unwrap(), Some(Intercepted::MigrateOther));
+    }
+
+    #[test]
+    fn storage_migration_is_refused() {
+        let blk = r#"{"execute": "migrate", "arguments": {"uri": "rdma:h:1", "blk": true}}"#;
+        assert!(refusal(blk).starts_with("Parameter 'blk' can't be combined"));
+        let off = r#"{"execute": "migrate", "arguments": {"uri": "rdma:h:1", "inc": false}}"#;
+        assert_eq!(ask(off).unwrap(), Some(Intercepted::Migrate(address())));
     }
 
     #[test]

@@ -9,6 +9,7 @@ mod client;
 mod destination;
 mod helper_commands;
 mod intercept;
+mod process;
 pub mod schema;
 mod serve;
 mod session;
@@ -19,6 +20,7 @@ mod worker;
 use std::{
     io,
     path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
 
@@ -29,6 +31,7 @@ use crate::{
     qemu::{blockers, blocks::RamBlock},
     qmp::{Execute as _, QmpError},
 };
+use process::Process;
 use session::{Qemu, Session};
 
 /// A worker that reports nothing for so long has hung.
@@ -102,8 +105,10 @@ pub async fn attach(options: AttachOptions) -> Result<(), RelayError> {
     let qemu_error = |source| RelayError::Qemu { path: options.qemu_qmp.clone(), source };
     let Session { qemu, said, greeting, pid } =
         Session::connect(&options.qemu_qmp).await.map_err(qemu_error)?;
-    let context =
-        Context { qemu, pid: options.pid.unwrap_or(pid), stall_timeout: options.stall_timeout };
+    let pid = options.pid.unwrap_or(pid);
+    let process = Arc::new(Process::open(pid));
+    let (qemu_qmp, stall_timeout) = (options.qemu_qmp.clone(), options.stall_timeout);
+    let context = Context { qemu, qemu_qmp, pid, process, stall_timeout };
     let serve_error = |source| RelayError::Serve { path: options.qmp.clone(), source };
     let socket = ServedSocket::bind(&options.qmp).await.map_err(serve_error)?;
     serve::Relay::new(context, greeting).run(socket, said).await.map_err(RelayError::Start)
@@ -113,7 +118,9 @@ pub async fn attach(options: AttachOptions) -> Result<(), RelayError> {
 #[derive(Clone)]
 struct Context {
     qemu: Qemu,
+    qemu_qmp: PathBuf,
     pid: u32,
+    process: Arc<Process>,
     stall_timeout: Duration,
 }
 

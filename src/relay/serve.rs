@@ -45,12 +45,20 @@ type Reply = Result<Value, QmpError>;
 struct Migration {
     events: mpsc::Sender<QemuEvent>,
     view: watch::Receiver<View>,
+    /// What was shown before, and goes on to be if this one does not begin.
+    before: Option<View>,
     task: JoinHandle<()>,
 }
 
 impl Migration {
     fn runs(&self) -> bool {
         !self.task.is_finished()
+    }
+
+    /// What a client sees.
+    fn shown(&self) -> Option<View> {
+        let view = self.view.borrow();
+        if view.shows() { Some(view.clone()) } else { self.before.clone() }
     }
 
     fn tell(&self, event: QemuEvent) {
@@ -223,10 +231,7 @@ impl Relay {
         let line = match status {
             Some(status) => {
                 self.tell(&QemuEvent::Migration);
-                match self.migration_event(&status, line) {
-                    Some(line) => line,
-                    None => return,
-                }
+                self.migration_event(&status, line)
             }
             None => line,
         };
@@ -243,23 +248,25 @@ impl Relay {
     }
 
     /// What the client gets of a MIGRATION event while a migration of ours runs.
-    fn migration_event(&mut self, status: &str, line: Vec<u8>) -> Option<Vec<u8>> {
-        let Some(source) = self.source.as_ref().filter(|source| source.runs()) else {
-            return Some(line);
-        };
+    fn migration_event(&mut self, status: &str, line: Vec<u8>) -> Vec<u8> {
+        let Some(source) = self.source.as_ref() else { return line };
         let phase = source.view.borrow().phase.clone();
         match (status, phase) {
             // Until the destination has confirmed it, or the worker has said why.
-            ("completed" | "failed", Phase::Running) if self.held.is_none() => {
+            ("completed" | "failed", Phase::Running) if self.held.is_none() && source.runs() => {
                 self.held = Some(Vec::new());
-                Some(line)
+                line
             }
-            // QEMU was cancelled by us because the worker failed.
-            ("cancelling", Phase::Failed(_)) => None,
+            // QEMU's word comes behind the verdict.
+            ("completed", Phase::Failed(_)) => {
+                envelope::event("MIGRATION", &json!({ "status": "failed" }))
+            }
+            (_, _) if !source.runs() => line,
+            // The relay cancelled it because it failed.
             ("cancelled", Phase::Failed(_)) => {
-                Some(envelope::event("MIGRATION", &json!({ "status": "failed" })))
+                envelope::event("MIGRATION", &json!({ "status": "failed" }))
             }
-            _ => Some(line),
+            _ => line,
         }
     }
 
@@ -302,7 +309,9 @@ impl Relay {
             Framed::Value(bytes) => bytes,
             Framed::Malformed => return self.refuse("JSON parse error, expecting value"),
             Framed::TooLong => {
-                return self.refuse(&format!("JSON parse error, more than {ITEM_MAX} bytes"));
+                return self.refuse(&format!(
+                    "JSON parse error, more than {ITEM_MAX} bytes or too many values"
+                ));
             }
         };
         let command = match Command::read(&bytes) {
@@ -319,6 +328,12 @@ impl Relay {
             Ok(Some(Intercepted::MigrateOther)) => {
                 // A migration of ours that is over no longer shows.
                 self.source.take_if(|source| !source.runs());
+                self.destination.take_if(|destination| !destination.runs());
+                self.forward(bytes, fds);
+            }
+            Ok(Some(Intercepted::Cancel | Intercepted::Monitor(Line::Cancel)))
+                if !self.is_past_ram() =>
+            {
                 self.forward(bytes, fds);
             }
             Ok(Some(intercepted)) => {
@@ -327,6 +342,17 @@ impl Relay {
             Ok(None) => self.forward(bytes, fds),
             Err(error) => self.send(envelope::reply(&Err(error), id.as_deref())),
         }
+    }
+
+    /// The guest of a migration that runs may have come to run at the destination.
+    fn is_past_ram(&self) -> bool {
+        self.source.as_ref().is_some_and(|source| source.runs() && source.view.borrow().past_ram)
+    }
+
+    /// Cancel a migration whose guest may run at the destination: QEMU itself would run it here.
+    fn cancel_late(&self) -> impl Future<Output = Reply> + Send + use<> {
+        self.tell(&QemuEvent::Abort("The migration was cancelled at its very end".to_owned()));
+        async { Ok(json!({})) }
     }
 
     /// A command that is QEMU's.
@@ -346,7 +372,8 @@ impl Relay {
     fn negotiate(&mut self, command: Option<Command>) {
         let name = command.as_ref().map(|command| command.name.as_str()).unwrap_or_default();
         let id = command.as_ref().and_then(|command| command.id.as_deref());
-        let enable = command.as_ref().and_then(|command| command.arguments.get("enable"));
+        let arguments = command.as_ref().and_then(|command| command.arguments().ok());
+        let enable = arguments.as_ref().and_then(|arguments| arguments.get("enable"));
         let enabled = enable.and_then(Value::as_array).map_or(0, Vec::len);
         let result = if name == "qmp_capabilities" && enabled == 0 {
             Ok(json!({}))
@@ -376,6 +403,7 @@ impl Relay {
             Intercepted::MigrateIncoming { address, exit_on_error } => {
                 answer_with(self.migrate_incoming(address, exit_on_error), id)
             }
+            Intercepted::Cancel => answer_with(self.cancel_late(), id),
             Intercepted::QueryMigrate => answer_with(query_migrate(context, view), id),
             Intercepted::SetCapabilities(arguments) => answer_with(
                 async move {
@@ -414,6 +442,7 @@ impl Relay {
                     id,
                 )
             }
+            Line::Cancel => answer_with(as_text(self.cancel_late()), id),
             Line::InfoMigrate => answer_with(info_migrate(context, self.view()), id),
             Line::Wrong(error) => answer_with(as_text(async move { Err(error) }), id),
             Line::Other => answer_with(async { Ok(json!("")) }, id),
@@ -422,8 +451,7 @@ impl Relay {
 
     /// What a client sees of the migration that concerns it: the last one of ours.
     fn view(&self) -> Option<View> {
-        let migration = self.source.as_ref().or(self.destination.as_ref())?;
-        Some(migration.view.borrow().clone())
+        [&self.source, &self.destination].into_iter().flatten().find_map(Migration::shown)
     }
 
     fn migrate(&mut self, address: Address) -> impl Future<Output = Reply> + Send + use<> {
@@ -442,7 +470,8 @@ impl Relay {
                 view,
             };
             let task = tokio::spawn(source.run(address, reply));
-            self.source = Some(Migration { events, view: view_receiver, task });
+            let before = self.source.as_ref().and_then(Migration::shown);
+            self.source = Some(Migration { events, view: view_receiver, before, task });
         }
         flatten(result)
     }
@@ -463,7 +492,8 @@ impl Relay {
             let context = self.context.clone();
             let destination = Destination { context, events: event_receiver, view };
             let task = tokio::spawn(destination.run(address, exit_on_error, reply));
-            self.destination = Some(Migration { events, view: view_receiver, task });
+            let before = self.destination.as_ref().and_then(Migration::shown);
+            self.destination = Some(Migration { events, view: view_receiver, before, task });
         }
         flatten(result)
     }

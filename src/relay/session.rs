@@ -1,6 +1,7 @@
 //! The session with QEMU: the client's commands and the relay's own, one behind the other.
 
 use std::{
+    hash::{BuildHasher as _, Hasher as _, RandomState},
     io,
     os::fd::{AsFd as _, OwnedFd},
     path::Path,
@@ -8,12 +9,14 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use serde_json::{Value, json};
 use tokio::{
     net::UnixStream,
     sync::{mpsc, oneshot},
+    time::timeout,
 };
 use tracing::{debug, warn};
 
@@ -21,6 +24,9 @@ use crate::{
     qemu,
     qmp::{Execute, ITEM_MAX, QmpError, envelope::FromQemu, socket},
 };
+
+/// How long QEMU may take to greet.
+const GREETING: Duration = Duration::from_secs(5);
 
 /// Requests and events that may wait; whoever has more to say waits too.
 const QUEUE: usize = 256;
@@ -33,8 +39,8 @@ struct Request {
 }
 
 enum Waiter {
-    /// A command of the relay's own.
-    Own(oneshot::Sender<Vec<u8>>),
+    /// A command of the relay's own, with its id.
+    Own(String, oneshot::Sender<Vec<u8>>),
     /// This client's: its reply keeps its place among the events.
     Client(u64),
 }
@@ -48,11 +54,13 @@ pub enum Said {
     Reply(u64, Vec<u8>),
 }
 
-/// Executes commands in the session. QEMU answers in the order in which they are sent, so replies
-/// need no matching; ids are only there to tell people in a trace whose command it was.
+/// Executes commands in the session. QEMU answers in the order in which they are sent; the ids of
+/// the relay's own make sure that no reply of a client's is taken for one of them, or for another's.
 #[derive(Clone)]
 pub struct Qemu {
     requests: mpsc::Sender<Request>,
+    /// Begins the ids of the relay's own commands; no client can guess it.
+    own_id: Arc<str>,
     next_id: Arc<AtomicU64>,
 }
 
@@ -79,9 +87,10 @@ impl Session {
         let stream = Arc::new(stream);
         let mut lines = Lines::new(stream.clone());
         let greeting = loop {
-            let Some(line) = lines.next().await? else {
-                return Err(invalid("it closed the connection; is another client attached?"));
-            };
+            // QEMU serves one client a socket, and lets the next wait without a word.
+            let another = || invalid("it does not answer; is another client attached?");
+            let line = timeout(GREETING, lines.next()).await.map_err(|_| another())??;
+            let Some(line) = line else { return Err(another()) };
             match FromQemu::read(&line) {
                 Ok(FromQemu::Other(greeting)) if greeting.get("QMP").is_some() => break greeting,
                 // Events may come before the greeting.
@@ -93,10 +102,13 @@ impl Session {
         let (waiting, waiters) = mpsc::channel(QUEUE);
         let (say, said) = mpsc::channel(QUEUE);
         tokio::spawn(write(stream, to_write, waiting));
-        tokio::spawn(read(lines, waiters, say));
-        let mut qemu = Qemu { requests, next_id: Arc::default() };
-        qemu.execute("qmp_capabilities", Value::Null)
+        let random = RandomState::new().build_hasher().finish();
+        let own_id: Arc<str> = format!("qemu-rdma-helper-{random:016x}-").into();
+        tokio::spawn(read(lines, Replies { waiters, next: None, own_id: own_id.clone() }, say));
+        let mut qemu = Qemu { requests, own_id, next_id: Arc::default() };
+        timeout(GREETING, qemu.execute("qmp_capabilities", Value::Null))
             .await
+            .map_err(|_| invalid("it does not answer as QMP does"))?
             .map_err(|error| invalid(&format!("it refused to negotiate: {error}")))?;
         Ok(Self { qemu, said, greeting, pid })
     }
@@ -131,14 +143,14 @@ impl Qemu {
         arguments: Value,
         fds: Vec<OwnedFd>,
     ) -> Result<Value, QmpError> {
-        let id = format!("qemu-rdma-helper-{}", self.next_id.fetch_add(1, Ordering::Relaxed));
-        let mut request = json!({ "execute": command, "id": id });
+        let id = format!("{}{}", self.own_id, self.next_id.fetch_add(1, Ordering::Relaxed));
+        let mut request = json!({ "execute": command, "id": &id });
         if !arguments.is_null() {
             request["arguments"] = arguments;
         }
         let (waiter, reply) = oneshot::channel();
         let line = format!("{request}\r\n").into_bytes();
-        let request = Request { line, fds, waiter: Waiter::Own(waiter) };
+        let request = Request { line, fds, waiter: Waiter::Own(id, waiter) };
         self.requests.send(request).await.map_err(|_| QmpError::connection_lost())?;
         let line = reply.await.map_err(|_| QmpError::connection_lost())?;
         match FromQemu::read(&line) {
@@ -173,8 +185,37 @@ async fn write(
     }
 }
 
+/// Who waits for replies, in the order of the commands.
+struct Replies {
+    waiters: mpsc::Receiver<Waiter>,
+    next: Option<Waiter>,
+    own_id: Arc<str>,
+}
+
+impl Replies {
+    /// Who waits for a reply with this id. QEMU may answer one line of a client's with more than
+    /// one error, and those have no id.
+    fn waiter(&mut self, id: Option<&str>) -> Option<Waiter> {
+        loop {
+            let waiter = self.next.take().or_else(|| self.waiters.try_recv().ok())?;
+            let own_reply = id.is_some_and(|id| id.starts_with(&*self.own_id));
+            match waiter {
+                Waiter::Client(_) if !own_reply => return Some(waiter),
+                Waiter::Own(ref own, _) if Some(own.as_str()) == id => return Some(waiter),
+                // One more reply to what was answered: its own is still to come.
+                Waiter::Own(..) if !own_reply => {
+                    self.next = Some(waiter);
+                    return None;
+                }
+                // It was not answered, and will not be.
+                Waiter::Client(_) | Waiter::Own(..) => {}
+            }
+        }
+    }
+}
+
 /// Hand the relay's own replies to their waiters, and say the rest.
-async fn read(mut lines: Lines, mut waiters: mpsc::Receiver<Waiter>, say: mpsc::Sender<Said>) {
+async fn read(mut lines: Lines, mut replies: Replies, say: mpsc::Sender<Said>) {
     loop {
         let line = match lines.next().await {
             Ok(Some(line)) => line,
@@ -182,15 +223,15 @@ async fn read(mut lines: Lines, mut waiters: mpsc::Receiver<Waiter>, say: mpsc::
             Err(error) => return warn!(%error, "the session with QEMU failed"),
         };
         let said = match FromQemu::read(&line) {
-            Ok(FromQemu::Reply { .. }) => match waiters.try_recv() {
-                Ok(Waiter::Client(client)) => Said::Reply(client, line),
-                Ok(Waiter::Own(waiter)) => {
+            Ok(FromQemu::Reply { id, .. }) => match replies.waiter(id.as_deref()) {
+                Some(Waiter::Client(client)) => Said::Reply(client, line),
+                Some(Waiter::Own(_, waiter)) => {
                     // Whoever does not wait any more does not want it.
                     let _ = waiter.send(line);
                     continue;
                 }
-                Err(_) => {
-                    warn!("a reply of QEMU that nobody waits for");
+                None => {
+                    debug!("a reply of QEMU that nobody waits for");
                     continue;
                 }
             },

@@ -1,6 +1,6 @@
 //! The relay's side of an outgoing migration.
 
-use std::time::Duration;
+use std::{net::Shutdown, os::unix::net::UnixStream as StdUnixStream, time::Duration};
 
 use serde_json::{Value, json};
 use tokio::{
@@ -16,7 +16,10 @@ use super::{
     worker::{self, Worker},
 };
 use crate::{
-    migration::messages::{Address, Order, Progress, Report},
+    migration::{
+        messages::{Address, Order, Progress, Report},
+        return_path,
+    },
     qemu::{blockers, blocks},
     qmp::{Execute as _, QmpError, envelope},
 };
@@ -67,15 +70,24 @@ pub struct Source {
     pub view: watch::Sender<View>,
 }
 
+/// A migration that QEMU has begun.
+struct Begun {
+    worker: Worker,
+    /// The worker's end of QEMU's migration socket: QEMU does not notice the worker's end by
+    /// itself, so that the relay decides what it is told.
+    socket: StdUnixStream,
+}
+
 /// How the worker ended.
 enum Outcome {
     Done,
+    /// It told QEMU.
     Failed {
         reason: String,
         guest_never_ran: bool,
     },
-    /// It does not say.
-    Hung {
+    /// It is dead, or as good as.
+    Silent {
         reason: String,
     },
     /// QEMU is gone; there is nobody to tell.
@@ -86,22 +98,29 @@ impl Source {
     /// Run it; `reply` is the result of the client's `migrate`.
     pub async fn run(mut self, address: Address, reply: oneshot::Sender<Result<Value, QmpError>>) {
         let prepared = self.prepare(&address).await;
-        let (result, worker) = match prepared {
-            Ok((value, worker)) => (Ok(value), Some(worker)),
+        let (result, begun) = match prepared {
+            Ok((value, begun)) => (Ok(value), Some(begun)),
             Err(error) => {
-                self.view.send_modify(|view| view.phase = Phase::Failed(error.desc.clone()));
+                self.view.send_modify(|view| view.refuse(&error.desc));
                 (Err(error), None)
             }
         };
         // A client that is gone needs no reply; its migration goes on, as QEMU's would.
         let _ = reply.send(result);
-        let Some(mut worker) = worker else { return };
+        let Some(Begun { mut worker, socket }) = begun else { return };
         let outcome = self.follow(&mut worker).await;
         match outcome {
             Outcome::Done => self.confirm().await,
-            Outcome::Hung { reason } => {
+            Outcome::Silent { reason } => {
                 worker.kill().await;
-                self.fail(reason, false).await;
+                let guest_never_ran = !self.view.borrow().past_ram;
+                if guest_never_ran {
+                    // It fails only when QEMU has closed its end.
+                    let _ = socket.shutdown(Shutdown::Both);
+                } else {
+                    tokio::task::spawn_blocking(move || return_path::settle(&socket));
+                }
+                self.fail(reason, guest_never_ran).await;
             }
             Outcome::Failed { reason, guest_never_ran } => {
                 self.fail(reason, guest_never_ran).await;
@@ -116,12 +135,19 @@ impl Source {
     }
 
     /// Connect a worker to the destination, and start QEMU's migration into it.
-    async fn prepare(&mut self, address: &Address) -> Result<(Value, Worker), QmpError> {
+    async fn prepare(&mut self, address: &Address) -> Result<(Value, Begun), QmpError> {
         let mut qemu = self.qemu();
         let state = qemu.execute("query-migrate", Value::Null).await?;
         if state["status"].as_str().is_some_and(|status| UNDER_WAY.contains(&status)) {
             return Err(QmpError::generic("There's a migration process in progress"));
         }
+        let guest = qemu.execute("query-status", Value::Null).await?;
+        if guest["status"] == "postmigrate" {
+            let why = "Can't migrate the vm that was paused due to previous migration";
+            return Err(QmpError::generic(why));
+        }
+        // From here on a failure is this migration's.
+        self.view.send_modify(|view| view.phase = Phase::Connecting);
         let blocks = blocks::find(&mut qemu, self.context.pid).await.map_err(generic)?;
         if let Some(blocker) = blockers::find(&mut qemu, &blocks).await?.first() {
             return Err(QmpError::generic(format!("{}; {}", blocker.reason, blocker.cure)));
@@ -133,11 +159,15 @@ impl Source {
             view.begin(total);
         });
         let (ours, theirs) = worker::migration_socket().map_err(generic)?;
-        let order =
-            Order::Outgoing { address: address.clone(), blocks: super::listed(&blocks), options };
+        let order = Order::Outgoing {
+            address: address.clone(),
+            qemu_qmp: self.context.qemu_qmp.clone(),
+            blocks: super::listed(&blocks),
+            options,
+        };
         let fds = worker::order_fds(&ours, &blocks);
         let mut worker = Worker::start(&order, &fds).await.map_err(generic)?;
-        drop((ours, blocks));
+        drop(blocks);
         match timeout(AGREEMENT, self.await_agreement(&mut worker)).await {
             Ok(result) => result?,
             Err(_) => {
@@ -150,7 +180,10 @@ impl Source {
         qemu.execute_with("getfd", json!({ "fdname": FDNAME }), vec![theirs]).await?;
         let migrate = json!({ "uri": format!("fd:{FDNAME}") });
         match qemu.execute("migrate", migrate).await {
-            Ok(value) => Ok((value, worker)),
+            Ok(value) => {
+                self.view.send_modify(|view| view.phase = Phase::Running);
+                Ok((value, Begun { worker, socket: ours.into() }))
+            }
             Err(error) => {
                 // QEMU keeps what it did not use.
                 let _ = qemu.execute("closefd", json!({ "fdname": FDNAME })).await;
@@ -182,6 +215,8 @@ impl Source {
         loop {
             let deadline = ended.as_ref().map(|(since, _)| *since + VERDICT);
             tokio::select! {
+                // Reports first: they may have waited while QEMU was asked something.
+                biased;
                 report = worker.report() => {
                     heard = Instant::now();
                     match report {
@@ -196,11 +231,11 @@ impl Source {
                             self.view.send_modify(|view| view.progress = progress);
                             return Outcome::Failed { reason, guest_never_ran };
                         }
+                        Some(Report::PastRam) => {
+                            self.view.send_modify(|view| view.past_ram = true);
+                        }
                         Some(_) => {}
-                        None => return Outcome::Failed {
-                            reason: WORKER_DIED.into(),
-                            guest_never_ran: false,
-                        },
+                        None => return Outcome::Silent { reason: WORKER_DIED.into() },
                     }
                 }
                 event = self.events.recv() => match event {
@@ -216,12 +251,12 @@ impl Source {
                 },
                 () = sleep_until(deadline.unwrap_or(heard)), if deadline.is_some() => {
                     let reason = ended.map(|(_, why)| why).unwrap_or_default();
-                    return Outcome::Hung { reason };
+                    return Outcome::Silent { reason };
                 }
                 _ = seconds.tick() => {
                     if heard.elapsed() > HEARTBEAT {
-                        let reason = "The source's worker hung and was killed".to_owned();
-                        return Outcome::Hung { reason };
+                        let reason = "The source's worker hung and was killed; migrate again".to_owned();
+                        return Outcome::Silent { reason };
                     }
                     self.look_for_end(&mut ended).await;
                     self.second(&mut last).await;
@@ -293,12 +328,15 @@ impl Source {
     /// The migration failed: let QEMU end it, and the guest run on.
     async fn fail(&mut self, reason: String, guest_never_ran: bool) {
         warn!(%reason, "migration failed");
-        let status = self.end_qemus_migration(&reason).await;
+        let status = self.end_qemus_migration(&reason, guest_never_ran).await;
         let phase = match status.as_deref() {
             Ok("cancelled") if !matches!(self.view.borrow().phase, Phase::Failed(_)) => {
                 Phase::Cancelled
             }
             Ok("completed") => Phase::Failed(self.roll_back(reason, guest_never_ran).await),
+            Ok(status) if UNDER_WAY.contains(&status) && !guest_never_ran => {
+                Phase::Failed(stays_stopped(&reason))
+            }
             _ => Phase::Failed(reason),
         };
         self.view.send_modify(|view| view.phase = phase);
@@ -312,7 +350,11 @@ impl Source {
     }
 
     /// Wait until QEMU's migration is over; returns its last state.
-    async fn end_qemus_migration(&mut self, reason: &str) -> Result<String, QmpError> {
+    async fn end_qemus_migration(
+        &mut self,
+        reason: &str,
+        guest_never_ran: bool,
+    ) -> Result<String, QmpError> {
         let mut qemu = self.qemu();
         let begun = Instant::now();
         let mut cancelled = false;
@@ -325,7 +367,9 @@ impl Source {
             if !UNDER_WAY.contains(&status.as_str()) || begun.elapsed() > END {
                 return Ok(status);
             }
-            if begun.elapsed() > NOTICE && status != "cancelling" && !cancelled {
+            // Cancelled, QEMU would run its guest.
+            let may_cancel = guest_never_ran && status != "cancelling" && !cancelled;
+            if may_cancel && begun.elapsed() > NOTICE {
                 cancelled = true;
                 // From here on the relay shows QEMU's `cancelled` as the failure that it is.
                 self.view.send_modify(|view| view.phase = Phase::Failed(reason.to_owned()));
@@ -339,10 +383,7 @@ impl Source {
     /// certain that it never ran there. Returns the error text.
     async fn roll_back(&mut self, reason: String, guest_never_ran: bool) -> String {
         if !guest_never_ran {
-            return format!(
-                "{reason}. The guest stays stopped here, because it may be running at the \
-                 destination: look there, and 'cont' here only if it is not"
-            );
+            return stays_stopped(&reason);
         }
         match self.run_again().await {
             Ok(()) => reason,
@@ -370,6 +411,13 @@ impl Source {
 /// What is said when there is no worker to say it.
 pub(super) const WORKER_DIED: &str =
     "The helper's worker process died; see its messages in the helper's log, and migrate again";
+
+fn stays_stopped(reason: &str) -> String {
+    format!(
+        "{reason}. The guest stays stopped here, because it may be running at the destination: \
+         look there, and 'cont' here only if it is not"
+    )
+}
 
 fn generic(error: impl std::fmt::Display) -> QmpError {
     QmpError::generic(error.to_string())

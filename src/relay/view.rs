@@ -12,8 +12,12 @@ use crate::{
 /// Where a migration stands.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum Phase {
-    /// It is being prepared, or runs.
+    /// Not more than asked for; QEMU may refuse it because of another one. It does not show.
     #[default]
+    Asked,
+    /// Connecting to the destination; QEMU knows nothing of it. It does not show yet.
+    Connecting,
+    /// QEMU's migration runs.
     Running,
     /// The destination's QEMU completed.
     Confirmed,
@@ -49,6 +53,8 @@ pub struct View {
     pub pin_all: bool,
     /// Parameter `max-bandwidth` in bytes per second.
     pub max_bandwidth: u64,
+    /// The guest may have come to run at the destination.
+    pub past_ram: bool,
 }
 
 impl View {
@@ -62,6 +68,19 @@ impl View {
             ram: Value::Null,
             pin_all: false,
             max_bandwidth: 0,
+            past_ram: false,
+        }
+    }
+
+    /// It is, or was, a migration that a client should see.
+    pub fn shows(&self) -> bool {
+        !matches!(self.phase, Phase::Asked | Phase::Connecting)
+    }
+
+    /// It did not begin. Only what came as far as connecting counts as a migration that failed.
+    pub fn refuse(&mut self, why: &str) {
+        if self.phase == Phase::Connecting {
+            self.phase = Phase::Failed(why.to_owned());
         }
     }
 
@@ -116,6 +135,10 @@ impl View {
     pub fn overlay(&self, reply: &mut Value) {
         let status = reply["status"].as_str().unwrap_or("none").to_owned();
         match &self.phase {
+            // QEMU knows better: its guest is here.
+            Phase::Failed(_) if self.side == Side::Destination && status == "completed" => {}
+            // The relay cancels it because it failed, and QEMU is not done with that.
+            Phase::Failed(_) if self.side == Side::Source && status == "cancelling" => {}
             Phase::Failed(reason) => {
                 reply["status"] = "failed".into();
                 reply["error-desc"] = reason.as_str().into();
@@ -131,7 +154,11 @@ impl View {
                     reply.remove("error-desc");
                 }
             }
-            Phase::Running | Phase::Confirmed | Phase::Cancelled => {}
+            Phase::Asked
+            | Phase::Connecting
+            | Phase::Running
+            | Phase::Confirmed
+            | Phase::Cancelled => {}
         }
         if self.side == Side::Destination {
             return;
@@ -212,7 +239,7 @@ mod tests {
             connections: 1,
             ..Progress::default()
         };
-        View { progress, mbps: 12.5, ..View::new(side) }
+        View { phase: Phase::Running, progress, mbps: 12.5, ..View::new(side) }
     }
 
     fn reply() -> Value {

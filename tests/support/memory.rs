@@ -32,6 +32,10 @@ fn blocks(qemu: &mut Qemu) -> Vec<Block> {
     let mut blocks = Vec::new();
     for line in table.lines().skip(1).filter(|line| !line.trim().is_empty()) {
         let words: Vec<&str> = line.split_whitespace().collect();
+        // A backend that no device uses has no name, and is no part of the guest.
+        if words[1] == "KiB" || words[1] == "MiB" {
+            continue;
+        }
         let hex = |word: &str| u64::from_str_radix(word.trim_start_matches("0x"), 16).unwrap();
         let (name, length) = (words[0].to_owned(), hex(words[4]));
         let address = match words.get(6) {

@@ -3,6 +3,7 @@
 
 pub mod helper;
 pub mod memory;
+pub mod proxy;
 pub mod qemu;
 pub mod qmp;
 pub mod wire;
@@ -18,6 +19,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 pub use helper::Helper;
+pub use proxy::Proxy;
 pub use qemu::{Config, Guest, Memory, Qemu};
 pub use qmp::Qmp;
 

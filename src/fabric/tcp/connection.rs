@@ -8,7 +8,7 @@ use std::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use rustix::{
@@ -53,6 +53,9 @@ struct Shared {
     failed: AtomicBool,
     /// Some thread ran into a time bound: what the others see then is its consequence.
     stalled: AtomicBool,
+    begun: Instant,
+    /// When the peer last took something, in milliseconds since `begun`.
+    heard: AtomicU64,
     /// With `changed`: signals that `landed` or `failed` changed.
     change: Mutex<()>,
     changed: Condvar,
@@ -89,23 +92,24 @@ impl Shared {
         FabricError::Stalled(self.stall_timeout)
     }
 
-    /// Why the connection has ended.
+    /// Why the connection has ended. The system says only once that the time was over, and may say
+    /// it to a `sendfile` that had sent something, which then returns no error; so a peer that had
+    /// long taken nothing counts as stalled too.
     fn end(&self) -> FabricError {
-        if self.stalled.load(Ordering::Relaxed) {
+        let now = self.begun.elapsed().as_millis() as u64;
+        let silent = now.saturating_sub(self.heard.load(Ordering::Relaxed));
+        let long = Duration::from_millis(silent) > self.stall_timeout / 2;
+        if self.stalled.load(Ordering::Relaxed) || long && self.posted() > self.landed() {
             FabricError::Stalled(self.stall_timeout)
         } else {
             FabricError::Closed
         }
     }
 
-    /// What an error of a transfer between the socket and `region` means.
-    fn transfer_failure(&self, region: &Region, error: io::Error) -> FabricError {
-        match self.failure(error) {
-            FabricError::Host { source, .. } => {
-                FabricError::Memory { block: region.name().to_owned(), source }
-            }
-            other => other,
-        }
+    /// The peer took something, or nothing was due.
+    fn progress(&self) {
+        let now = self.begun.elapsed().as_millis() as u64;
+        self.heard.store(now, Ordering::Relaxed);
     }
 
     /// Send all of `bytes`; `more` follows at once.
@@ -160,6 +164,16 @@ impl Shared {
     }
 }
 
+/// A failure of a transfer between the socket and `region`: what is not the socket's is memory's.
+fn of_region(region: &Region, failure: FabricError) -> FabricError {
+    match failure {
+        FabricError::Host { source, .. } => {
+            FabricError::Memory { block: region.name().to_owned(), source }
+        }
+        other => other,
+    }
+}
+
 /// A connection before its halves go to their threads.
 pub(super) struct TcpConnection {
     shared: Arc<Shared>,
@@ -178,6 +192,8 @@ impl TcpConnection {
             landed: AtomicU64::new(0),
             failed: AtomicBool::new(false),
             stalled: AtomicBool::new(false),
+            begun: Instant::now(),
+            heard: AtomicU64::new(0),
             change: Mutex::default(),
             changed: Condvar::new(),
             stall_timeout,
@@ -243,6 +259,9 @@ impl Poster for TcpPoster {
         if shared.posted() - shared.landed() > WINDOW {
             shared.wait_in_flight(WINDOW)?;
         }
+        if shared.posted() == shared.landed() {
+            shared.progress();
+        }
         // Before the first byte leaves: the peer's LANDED may overtake the end of this call.
         shared.posted.fetch_add(length, Ordering::Relaxed);
         let address = remote.address.wrapping_add(offset);
@@ -253,7 +272,7 @@ impl Poster for TcpPoster {
         while offset < end {
             let sent = region
                 .send_to(shared.stream.as_fd(), offset, (end - offset).min(SENDFILE_MAX) as usize)
-                .map_err(|error| shared.transfer_failure(region, error))?;
+                .map_err(|error| of_region(region, shared.failure(error)))?;
             offset += sent as u64;
         }
         Ok(())
@@ -308,13 +327,6 @@ impl Receiver for TcpReceiver {
         result
     }
 
-    fn set_timeout(&mut self, timeout: Option<Duration>) -> Result<()> {
-        self.shared
-            .stream
-            .set_read_timeout(timeout)
-            .map_err(|source| FabricError::Host { call: "Setting a timeout", source })
-    }
-
     fn landed(&self) -> u64 {
         self.received
     }
@@ -362,6 +374,7 @@ impl TcpReceiver {
             )));
         }
         self.shared.landed.store(landed, Ordering::Relaxed);
+        self.shared.progress();
         self.shared.signal();
         Ok(())
     }
@@ -390,13 +403,13 @@ impl TcpReceiver {
                 let take = left.min(ready);
                 region
                     .write_at(&self.ahead[self.next..self.next + take], at)
-                    .map_err(|error| self.shared.transfer_failure(&region, error))?;
+                    .map_err(|error| of_region(&region, self.shared.failure(error)))?;
                 self.next += take;
                 take
             } else {
                 region
                     .receive_from(self.shared.stream.as_fd(), &mut self.pipe, at, left)
-                    .map_err(|error| self.shared.transfer_failure(&region, error))?
+                    .map_err(|error| of_region(&region, self.shared.failure(error)))?
             };
             if landed == 0 {
                 return Err(self.shared.end());

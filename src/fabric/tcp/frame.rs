@@ -3,6 +3,7 @@
 use std::{
     io::{self, Read, Write},
     net::TcpStream,
+    time::Instant,
 };
 
 use zerocopy::{
@@ -73,11 +74,27 @@ pub fn write_hello(mut stream: &TcpStream, private_data: &[u8]) -> io::Result<()
     stream.write_all(&[header.as_bytes(), private_data].concat())
 }
 
-/// Receive the greeting; not a byte more is read.
-pub fn read_hello(mut stream: &TcpStream) -> io::Result<Vec<u8>> {
+/// Fill `to` before the deadline, however slowly the peer sends.
+fn read_exact_by(mut stream: &TcpStream, mut to: &mut [u8], deadline: Instant) -> io::Result<()> {
+    while !to.is_empty() {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        stream.set_read_timeout(Some(left))?;
+        match stream.read(to).map_err(went)? {
+            0 => return Err(went(io::ErrorKind::UnexpectedEof.into())),
+            read => to = &mut to[read..],
+        }
+    }
+    stream.set_read_timeout(None)
+}
+
+/// Receive the greeting before the deadline; not a byte more is read.
+pub fn read_hello(stream: &TcpStream, deadline: Instant) -> io::Result<Vec<u8>> {
     let invalid = |what| io::Error::new(io::ErrorKind::InvalidData, what);
     let mut header = Header::new(0, 0, 0, 0);
-    stream.read_exact(header.as_mut_bytes()).map_err(went)?;
+    read_exact_by(stream, header.as_mut_bytes(), deadline)?;
     if header.kind.get() != HELLO || header.address.get() != MAGIC {
         return Err(invalid("the peer is no helper with the tcp fabric"));
     }
@@ -87,6 +104,6 @@ pub fn read_hello(mut stream: &TcpStream) -> io::Result<Vec<u8>> {
     }
     let mut private_data = [0; PRIVATE_DATA_MAX];
     let private_data = &mut private_data[..length as usize];
-    stream.read_exact(private_data).map_err(went)?;
+    read_exact_by(stream, private_data, deadline)?;
     Ok(private_data.to_vec())
 }

@@ -8,10 +8,10 @@ use std::{
         mpsc::{self, SyncSender},
     },
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
 
 use super::{connection::TcpConnection, frame, resolve};
 use crate::{
@@ -24,6 +24,9 @@ const GREETING_MAX: usize = 16;
 
 /// How long a client may take to greet.
 const GREETING_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// How long to wait after a failed accept, of a host that lacks descriptors for example.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Listens on every address that the given one resolves to.
 pub(super) struct TcpFabricListener {
@@ -98,9 +101,14 @@ fn accept_clients(socket: &TcpListener, sender: &SyncSender<TcpRequest>, stall_t
         let (stream, peer) = match socket.accept() {
             Ok(client) => client,
             Err(error) if error.kind() == std::io::ErrorKind::ConnectionAborted => continue,
-            Err(error) => {
-                debug!(%error, "no longer listening");
+            Err(error) if error.kind() == std::io::ErrorKind::InvalidInput => {
+                debug!("no longer listening");
                 return;
+            }
+            Err(error) => {
+                warn!(%error, "a client could not connect");
+                thread::sleep(ACCEPT_PAUSE);
+                continue;
             }
         };
         if greeting.fetch_add(1, Ordering::Relaxed) >= GREETING_MAX {
@@ -123,9 +131,7 @@ fn accept_clients(socket: &TcpListener, sender: &SyncSender<TcpRequest>, stall_t
 /// Read the client's greeting.
 fn greet(stream: TcpStream, stall_timeout: Duration) -> std::io::Result<TcpRequest> {
     let peer = stream.peer_addr()?.to_string();
-    stream.set_read_timeout(Some(GREETING_TIMEOUT))?;
-    let private_data = frame::read_hello(&stream)?;
-    stream.set_read_timeout(None)?;
+    let private_data = frame::read_hello(&stream, Instant::now() + GREETING_TIMEOUT)?;
     Ok(TcpRequest { stream, peer, private_data, stall_timeout })
 }
 

@@ -47,11 +47,8 @@ impl Fabric for Tcp {
         let deadline = Instant::now() + timeout;
         let stream = connect_any(address, deadline)?;
         let connect = |source| FabricError::Connect { address: address.clone(), source };
-        let left = deadline.saturating_duration_since(Instant::now());
-        stream.set_read_timeout(Some(left.max(Duration::from_millis(1)))).map_err(connect)?;
         frame::write_hello(&stream, private_data).map_err(connect)?;
-        let reply = frame::read_hello(&stream).map_err(connect)?;
-        stream.set_read_timeout(None).map_err(connect)?;
+        let reply = frame::read_hello(&stream, deadline).map_err(connect)?;
         Ok((reply, Box::new(connection::TcpConnection::new(stream, self.stall_timeout)?)))
     }
 }
@@ -95,9 +92,8 @@ fn set_options(stream: &TcpStream, stall_timeout: Duration) -> io::Result<()> {
     sockopt::set_socket_keepalive(stream, true)?;
     sockopt::set_tcp_keepidle(stream, Duration::from_secs(5))?;
     sockopt::set_tcp_keepintvl(stream, Duration::from_secs(5))?;
-    // Well behind the other bounds, which say better what happened: `sendfile` may run into
-    // SO_SNDTIMEO twice, first with a part of its bytes sent.
-    let milliseconds = u32::try_from(4 * stall_timeout.as_millis()).unwrap_or(u32::MAX);
+    // It bounds unacknowledged data, and keepalive too.
+    let milliseconds = u32::try_from(stall_timeout.as_millis()).unwrap_or(u32::MAX);
     sockopt::set_tcp_user_timeout(stream, milliseconds)?;
     Ok(())
 }
