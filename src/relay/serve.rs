@@ -1,11 +1,13 @@
 //! The relay's loop: QEMU's events, the client's commands, what migrations have to say.
 
+mod execute;
+
 use std::{io, os::fd::OwnedFd, time::Duration};
 
-use serde_json::{Value, json, value::RawValue};
+use serde_json::{Value, json};
 use tokio::{
     signal::unix::{SignalKind, signal},
-    sync::{mpsc, oneshot, watch},
+    sync::{mpsc, watch},
     task::{JoinError, JoinHandle},
     time::timeout,
 };
@@ -14,22 +16,15 @@ use tracing::{info, warn};
 use super::{
     Context, Output, QemuEvent, ServedSocket,
     client::{Client, FromClient},
-    destination::Destination,
-    helper_commands,
     intercept::{Intercepted, intercept},
     session::Said,
-    source::Source,
-    view::{Phase, Side, View},
+    view::{Phase, View},
 };
-use crate::{
-    migration::messages::Address,
-    qmp::{
-        Execute as _, ITEM_MAX, QmpError,
-        envelope::{self, Command, FromQemu, Unread},
-        framer::Framed,
-        hmp::{self, Line},
-        monitor_line,
-    },
+use crate::qmp::{
+    ITEM_MAX, QmpError,
+    envelope::{self, Command, FromQemu, Unread},
+    framer::Framed,
+    hmp::Line,
 };
 
 /// Events and lines that may wait for a migration's task.
@@ -349,12 +344,6 @@ impl Relay {
         self.source.as_ref().is_some_and(|source| source.runs() && source.view.borrow().past_ram)
     }
 
-    /// Cancel a migration whose guest may run at the destination: QEMU itself would run it here.
-    fn cancel_late(&self) -> impl Future<Output = Reply> + Send + use<> {
-        self.tell(&QemuEvent::Abort("The migration was cancelled at its very end".to_owned()));
-        async { Ok(json!({})) }
-    }
-
     /// A command that is QEMU's.
     fn forward(&mut self, bytes: Vec<u8>, fds: Vec<OwnedFd>) {
         let (qemu, client) = (self.context.qemu.clone(), self.client_number);
@@ -389,151 +378,6 @@ impl Relay {
         let line = envelope::reply(&result, id);
         self.send(line);
     }
-
-    /// Execute a command that is ours.
-    fn execute(
-        &mut self,
-        intercepted: Intercepted,
-        id: Option<Box<RawValue>>,
-    ) -> JoinHandle<Vec<u8>> {
-        let context = self.context.clone();
-        let view = self.view();
-        match intercepted {
-            Intercepted::Migrate(address) => answer_with(self.migrate(address), id),
-            Intercepted::MigrateIncoming { address, exit_on_error } => {
-                answer_with(self.migrate_incoming(address, exit_on_error), id)
-            }
-            Intercepted::Cancel => answer_with(self.cancel_late(), id),
-            Intercepted::QueryMigrate => answer_with(query_migrate(context, view), id),
-            Intercepted::SetCapabilities(arguments) => answer_with(
-                async move {
-                    let mut qemu = context.qemu;
-                    qemu.execute("migrate-set-capabilities", arguments).await
-                },
-                id,
-            ),
-            Intercepted::QueryHelper => {
-                answer_with(async move { helper_commands::query_helper(&context).await }, id)
-            }
-            Intercepted::QueryBlockers => {
-                answer_with(async move { helper_commands::query_blockers(&context).await }, id)
-            }
-            Intercepted::Monitor(line) => self.monitor(line, id),
-            // Forwarded before.
-            Intercepted::MigrateOther => answer_with(async { Ok(json!({})) }, id),
-        }
-    }
-
-    /// A line of the human monitor: the same, and text as reply.
-    fn monitor(&mut self, line: Line, id: Option<Box<RawValue>>) -> JoinHandle<Vec<u8>> {
-        let context = self.context.clone();
-        match line {
-            Line::Migrate(address) => answer_with(as_text(self.migrate(address)), id),
-            Line::MigrateIncoming(address) => {
-                answer_with(as_text(self.migrate_incoming(address, None)), id)
-            }
-            Line::PinAll(state) => {
-                let mut qemu = context.qemu;
-                answer_with(
-                    async move {
-                        let line = format!("migrate_set_capability rdma-pin-all {state}");
-                        monitor_line(&mut qemu, &line).await.map(Value::String)
-                    },
-                    id,
-                )
-            }
-            Line::Cancel => answer_with(as_text(self.cancel_late()), id),
-            Line::InfoMigrate => answer_with(info_migrate(context, self.view()), id),
-            Line::Wrong(error) => answer_with(as_text(async move { Err(error) }), id),
-            Line::Other => answer_with(async { Ok(json!("")) }, id),
-        }
-    }
-
-    /// What a client sees of the migration that concerns it: the last one of ours.
-    fn view(&self) -> Option<View> {
-        [&self.source, &self.destination].into_iter().flatten().find_map(Migration::shown)
-    }
-
-    fn migrate(&mut self, address: Address) -> impl Future<Output = Reply> + Send + use<> {
-        let (reply, result) = oneshot::channel();
-        if self.source.as_ref().is_some_and(Migration::runs) {
-            let error = QmpError::generic("There's a migration process in progress");
-            // The receiver is right here.
-            let _ = reply.send(Err(error));
-        } else {
-            let (events, event_receiver) = mpsc::channel(QUEUE);
-            let (view, view_receiver) = watch::channel(View::new(Side::Source));
-            let source = Source {
-                context: self.context.clone(),
-                events: event_receiver,
-                output: self.output_sender.clone(),
-                view,
-            };
-            let task = tokio::spawn(source.run(address, reply));
-            let before = self.source.as_ref().and_then(Migration::shown);
-            self.source = Some(Migration { events, view: view_receiver, before, task });
-        }
-        flatten(result)
-    }
-
-    fn migrate_incoming(
-        &mut self,
-        address: Address,
-        exit_on_error: Option<bool>,
-    ) -> impl Future<Output = Reply> + Send + use<> {
-        let (reply, result) = oneshot::channel();
-        if self.destination.as_ref().is_some_and(Migration::runs) {
-            let error = QmpError::generic("The incoming migration has already been started");
-            // The receiver is right here.
-            let _ = reply.send(Err(error));
-        } else {
-            let (events, event_receiver) = mpsc::channel(QUEUE);
-            let (view, view_receiver) = watch::channel(View::new(Side::Destination));
-            let context = self.context.clone();
-            let destination = Destination { context, events: event_receiver, view };
-            let task = tokio::spawn(destination.run(address, exit_on_error, reply));
-            let before = self.destination.as_ref().and_then(Migration::shown);
-            self.destination = Some(Migration { events, view: view_receiver, before, task });
-        }
-        flatten(result)
-    }
-}
-
-/// The result of a migration's start.
-async fn flatten(result: oneshot::Receiver<Reply>) -> Reply {
-    result.await.unwrap_or_else(|_| Err(QmpError::generic("The migration's task failed")))
-}
-
-/// The monitor's form of a result: nothing, or the error as text.
-async fn as_text(result: impl Future<Output = Reply> + Send) -> Reply {
-    Ok(match result.await {
-        Ok(_) => json!(""),
-        Err(error) => json!(hmp::error_text(&error)),
-    })
-}
-
-fn answer_with(
-    result: impl Future<Output = Reply> + Send + 'static,
-    id: Option<Box<RawValue>>,
-) -> JoinHandle<Vec<u8>> {
-    tokio::spawn(async move { envelope::reply(&result.await, id.as_deref()) })
-}
-
-async fn query_migrate(context: Context, view: Option<View>) -> Reply {
-    let mut qemu = context.qemu;
-    let mut reply = qemu.execute("query-migrate", Value::Null).await?;
-    if let Some(view) = view {
-        view.overlay(&mut reply);
-    }
-    Ok(reply)
-}
-
-async fn info_migrate(context: Context, view: Option<View>) -> Reply {
-    let mut qemu = context.qemu.clone();
-    let text = monitor_line(&mut qemu, "info migrate").await?;
-    let Some(view) = view else { return Ok(text.into()) };
-    let reply = query_migrate(context, Some(view.clone())).await?;
-    Ok(view.overlay_text(&text, &reply).into())
 }
 
 /// The reply to the current command, once it is there.

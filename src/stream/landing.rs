@@ -1,6 +1,9 @@
 //! The destination's side: the rewritten stream goes to QEMU without the hooks.
 
-use super::parser::{Item, Parser, Payload, PushError, StreamBlock, StreamError, Taker};
+use super::{
+    error::{PushError, StreamError},
+    parser::{Item, Parser, Payload, StreamBlock, Taker},
+};
 
 /// Carries out what [`Landing`] finds, in the order of the calls.
 pub trait Inlet {

@@ -6,12 +6,15 @@
 //! of QEMU 7.2 to 10.0 are understood (`migration/savevm.c`, `migration/ram.c`); whatever has no
 //! length that can be known is refused by name.
 
+mod error;
+mod fields;
 mod landing;
 mod parser;
 mod rewriter;
 #[cfg(test)]
 mod tests;
 
+pub use error::{PushError, StreamError};
 pub use landing::{Inlet, Landing};
-pub use parser::{PushError, StreamBlock, StreamError};
+pub use parser::StreamBlock;
 pub use rewriter::{BlockRange, Limits, Outlet, Rewriter, Travel};

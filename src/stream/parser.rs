@@ -2,6 +2,10 @@
 
 use std::collections::HashMap;
 
+use super::{
+    error::{PushError, StreamError},
+    fields::{FIELD_MAX, Fields},
+};
 use crate::wire::BLOCKS_MAX;
 
 /// The target's page size: 4 KiB on x86.
@@ -9,9 +13,6 @@ pub const PAGE: u64 = 4096;
 
 /// Longest item that has to be seen whole, in bytes: a record's or a command's head with a name.
 const ITEM_MAX: usize = 2048;
-
-/// Longest data of a command, and longest machine type, in bytes.
-const FIELD_MAX: usize = 1024;
 
 /// Section types (QEMU_VM_* of `migration/savevm.h`).
 mod section {
@@ -37,47 +38,6 @@ pub(super) mod flag {
     pub const HOOK: u64 = 0x080;
     pub const COMPRESS_PAGE: u64 = 0x100;
     pub const MULTIFD_FLUSH: u64 = 0x200;
-}
-
-/// What is wrong with a stream.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum StreamError {
-    /// The bytes follow no grammar that is known.
-    #[error("Malformed migration stream at byte {at}: {why}; is its QEMU one of 7.2 to 10.0?")]
-    Malformed {
-        /// Offset in the stream.
-        at: u64,
-        /// What was met.
-        why: String,
-    },
-    /// A section whose end can't be found.
-    #[error(
-        "The guest's state contains section '{0}', whose length can't be known; remove the device \
-         or feature behind it (vfio, virtio-mem, dirty bitmaps) or migrate over tcp:"
-    )]
-    UnknownSection(String),
-    /// A feature of the stream that excludes this way of migrating.
-    #[error("The stream uses {0}, which can't be combined with rdma:; turn it off")]
-    Unsupported(&'static str),
-    /// The stream ended too early.
-    #[error("the stream was cut after {at} bytes, {phase}")]
-    Cut {
-        /// Bytes that came.
-        at: u64,
-        /// Where that is.
-        phase: &'static str,
-    },
-}
-
-/// An error of the stream, or of whoever takes its content.
-#[derive(Debug, thiserror::Error)]
-pub enum PushError<E> {
-    /// The stream's.
-    #[error(transparent)]
-    Stream(StreamError),
-    /// The taker's.
-    #[error("{0}")]
-    Taker(E),
 }
 
 /// A RAM block, as the stream's block list names it.
@@ -304,7 +264,7 @@ impl Parser {
 
     /// The item at the front of `bytes`, or `None` if more of it must come.
     fn find(&mut self, bytes: &[u8]) -> Result<Option<Found>, StreamError> {
-        let mut fields = Fields { bytes, next: 0 };
+        let mut fields = Fields::new(bytes);
         let other = |fields: &Fields<'_>, next| {
             Some(Found { size: fields.next, item: Item::Other, payload: 0, next })
         };
@@ -564,59 +524,5 @@ impl Parser {
             )));
         }
         Ok(Some(block))
-    }
-}
-
-/// Reads fields from the front of bytes; `None` when they are not all there.
-struct Fields<'a> {
-    bytes: &'a [u8],
-    next: usize,
-}
-
-impl<'a> Fields<'a> {
-    fn take(&mut self, length: usize) -> Option<&'a [u8]> {
-        let taken = self.bytes.get(self.next..self.next.checked_add(length)?)?;
-        self.next += length;
-        Some(taken)
-    }
-
-    fn array<const N: usize>(&mut self) -> Option<[u8; N]> {
-        self.take(N)?.try_into().ok()
-    }
-
-    fn skip(&mut self, length: usize) -> Option<()> {
-        self.take(length).map(|_| ())
-    }
-
-    fn u8(&mut self) -> Option<u8> {
-        self.array().map(u8::from_be_bytes)
-    }
-
-    fn u16(&mut self) -> Option<u16> {
-        self.array().map(u16::from_be_bytes)
-    }
-
-    fn u32(&mut self) -> Option<u32> {
-        self.array().map(u32::from_be_bytes)
-    }
-
-    fn u64(&mut self) -> Option<u64> {
-        self.array().map(u64::from_be_bytes)
-    }
-
-    /// `u8` length, then the string.
-    fn string(&mut self) -> Option<&'a [u8]> {
-        let length = self.u8()?;
-        self.take(length.into())
-    }
-
-    /// `u32` length, then as many bytes; returns the length, even while the bytes are missing
-    /// if it is too long ever to be honest.
-    fn long_string(&mut self) -> Option<usize> {
-        let length = self.u32()? as usize;
-        if length <= FIELD_MAX {
-            self.skip(length)?;
-        }
-        Some(length)
     }
 }

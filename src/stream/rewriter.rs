@@ -1,7 +1,8 @@
 //! The source's side: RAM records become writes, the rest goes on.
 
-use super::parser::{
-    Item, PAGE, Parser, Payload, PushError, StreamBlock, StreamError, Taker, flag,
+use super::{
+    error::{PushError, StreamError},
+    parser::{Item, PAGE, Parser, Payload, StreamBlock, Taker, flag},
 };
 
 /// Most bytes of in-stream records that are held back while writes are under way.
