@@ -106,12 +106,22 @@ impl Session {
         let own_id: Arc<str> = format!("qemu-rdma-helper-{random:016x}-").into();
         tokio::spawn(read(lines, Replies { waiters, next: None, own_id: own_id.clone() }, say));
         let mut qemu = Qemu { requests, own_id, next_id: Arc::default() };
-        timeout(GREETING, qemu.execute("qmp_capabilities", Value::Null))
+        timeout(GREETING, negotiate(&mut qemu))
             .await
             .map_err(|_| invalid("it does not answer as QMP does"))?
             .map_err(|error| invalid(&format!("it refused to negotiate: {error}")))?;
         Ok(Self { qemu, said, greeting, pid })
     }
+}
+
+/// Negotiate, and see that it lasts: a QEMU that is just starting may take the session for opened
+/// twice, greet twice, and expect another negotiation then.
+async fn negotiate(qemu: &mut Qemu) -> Result<(), QmpError> {
+    qemu.execute("qmp_capabilities", Value::Null).await?;
+    if qemu.execute("query-version", Value::Null).await.is_err() {
+        qemu.execute("qmp_capabilities", Value::Null).await?;
+    }
+    Ok(())
 }
 
 fn invalid(why: &str) -> io::Error {
@@ -235,6 +245,10 @@ async fn read(mut lines: Lines, mut replies: Replies, say: mpsc::Sender<Said>) {
                     continue;
                 }
             },
+            Ok(FromQemu::Other(greeting)) if greeting.get("QMP").is_some() => {
+                debug!("QEMU greets again");
+                continue;
+            }
             Ok(FromQemu::Event { .. } | FromQemu::Other(_)) => Said::Event(line),
             Err(error) => {
                 warn!(%error, "a line of QEMU that is no JSON object");

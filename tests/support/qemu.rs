@@ -147,24 +147,44 @@ pub struct Qemu {
     pub child: Child,
     pub qmp: Qmp,
     pub config: Config,
+    log: Log,
     name: String,
     dir: PathBuf,
+}
+
+/// What a QEMU printed; shown when its test fails.
+struct Log(PathBuf);
+
+impl Log {
+    fn read(&self) -> String {
+        fs::read_to_string(&self.0).unwrap_or_default()
+    }
+}
+
+impl Drop for Log {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("--- {}:\n{}", self.0.display(), self.read());
+        }
+    }
 }
 
 impl Qemu {
     #[track_caller]
     pub fn start(dir: &Path, name: &str, config: &Config) -> Self {
-        let log = File::create(dir.join(format!("{name}.log"))).unwrap();
+        let log = Log(dir.join(format!("{name}.log")));
+        let output = File::create(&log.0).unwrap();
         let child = Command::new(cache(&format!("bin/qemu-{}", config.version)))
             .args(config.arguments(dir, name))
             .stdin(Stdio::null())
-            .stdout(log.try_clone().unwrap())
-            .stderr(log)
+            .stdout(output.try_clone().unwrap())
+            .stderr(output)
             .spawn()
             .unwrap();
         let socket = dir.join(format!("{name}.test.qemu"));
         let qmp = Qmp::connect(&socket);
-        Self { child, qmp, config: config.clone(), name: name.to_owned(), dir: dir.to_owned() }
+        let (name, dir) = (name.to_owned(), dir.to_owned());
+        Self { child, qmp, config: config.clone(), log, name, dir }
     }
 
     pub fn pid(&self) -> u32 {
@@ -182,7 +202,7 @@ impl Qemu {
     }
 
     pub fn log(&self) -> String {
-        fs::read_to_string(self.dir.join(format!("{}.log", self.name))).unwrap_or_default()
+        self.log.read()
     }
 
     pub fn console(&self) -> String {
@@ -251,9 +271,6 @@ impl Drop for Qemu {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
-        if std::thread::panicking() {
-            eprintln!("--- log of QEMU '{}':\n{}", self.name, self.log());
-        }
         for word in self.config.arguments(&self.dir, &self.name) {
             if let Some((_, path)) = word.split_once("mem-path=") {
                 let _ = fs::remove_file(path);

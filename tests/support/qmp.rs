@@ -26,6 +26,10 @@ impl Qmp {
     pub fn connect(path: &Path) -> Self {
         let mut qmp = Self::connect_raw(path);
         qmp.run("qmp_capabilities", json!({}));
+        // A QEMU that is just starting may greet twice, and begins anew then.
+        if qmp.execute("query-version", json!({})).is_err() {
+            qmp.run("qmp_capabilities", json!({}));
+        }
         qmp
     }
 
@@ -77,10 +81,11 @@ impl Qmp {
         loop {
             let line = self.line().expect("the server hung up");
             let value: Value = serde_json::from_str(&line).unwrap();
-            if value.get("event").is_none() {
+            if value.get("event").is_some() {
+                self.events.push(value);
+            } else if value.get("QMP").is_none() {
                 return line;
             }
-            self.events.push(value);
         }
     }
 
