@@ -25,6 +25,10 @@ pub struct Args {
     #[arg(long, value_name = "SECONDS", default_value_t = 30,
           value_parser = clap::value_parser!(u64).range(1..=86400))]
     stall_timeout: u64,
+    /// Seconds without any sign of life of the peer's RDMA device after which it counts as lost
+    #[arg(long, value_name = "SECONDS", default_value_t = 5,
+          value_parser = clap::value_parser!(u64).range(1..=86400))]
+    peer_timeout: u64,
     /// QEMU's process, if a manager made its QMP socket
     #[arg(long, value_name = "PID", value_parser = clap::value_parser!(u32).range(1..))]
     pid: Option<u32>,
@@ -48,6 +52,7 @@ pub async fn run(args: Args) -> anyhow::Result<u8> {
             Fabric::Tcp => FabricChoice::Tcp,
         },
         stall_timeout: Duration::from_secs(args.stall_timeout),
+        peer_timeout: Duration::from_secs(args.peer_timeout),
         pid: args.pid,
     })
     .await?;

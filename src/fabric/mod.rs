@@ -8,8 +8,16 @@
 //! [`Receiver`], and a [`Handle`] ends it from anywhere.
 
 pub mod tcp;
+#[cfg(feature = "verbs")]
+pub mod verbs;
 
-use std::{io, sync::Arc, time::Duration};
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs as _},
+    ops::Range,
+    sync::Arc,
+    time::Duration,
+};
 
 use crate::{memory::Region, migration::messages::Address};
 
@@ -49,6 +57,30 @@ pub enum FabricError {
         /// errno.
         source: io::Error,
     },
+    /// RDMA can't be used.
+    #[error("This host can't do RDMA: {0}")]
+    Unavailable(String),
+    /// Guest memory can't be registered with the device.
+    #[error(
+        "Cannot register {mib} MiB of RAM block '{block}': {source}; raise the memlock limit \
+         ('ulimit -l unlimited', LimitMEMLOCK=infinity in the service)"
+    )]
+    Pin {
+        /// The block.
+        block: String,
+        /// How much, in MiB.
+        mib: u64,
+        /// errno.
+        source: io::Error,
+    },
+    /// The peer's device acknowledges nothing.
+    #[error("The peer's host does not answer for {} s; is it alive and the link up?", .0.as_secs())]
+    Unreachable(Duration),
+    /// The device says that a request failed.
+    #[error(
+        "The RDMA device failed a request (status {0} of ibv_poll_cq(3)); see the kernel's log"
+    )]
+    Device(u32),
     /// A system call failed.
     #[error("{call} failed: {source}")]
     Host {
@@ -88,6 +120,22 @@ pub fn devices() -> Vec<String> {
     names
 }
 
+/// The addresses of a host and port.
+fn resolve(address: &Address) -> Result<Vec<SocketAddr>> {
+    let failed = |source| FabricError::Resolve { host: address.host.clone(), source };
+    let found: Vec<_> = if address.host.is_empty() {
+        // QEMU's "any address"; a host without IPv6 has only the second.
+        let any = [IpAddr::from(Ipv6Addr::UNSPECIFIED), IpAddr::from(Ipv4Addr::UNSPECIFIED)];
+        any.map(|ip| SocketAddr::new(ip, address.port)).to_vec()
+    } else {
+        (address.host.as_str(), address.port).to_socket_addrs().map_err(failed)?.collect()
+    };
+    if found.is_empty() {
+        return Err(failed(io::Error::new(io::ErrorKind::NotFound, "no address")));
+    }
+    Ok(found)
+}
+
 /// Result of a fabric operation.
 pub type Result<T> = std::result::Result<T, FabricError>;
 
@@ -96,7 +144,7 @@ pub type Result<T> = std::result::Result<T, FabricError>;
 pub struct RemoteKey {
     /// Address of the region's first byte in the owner's terms.
     pub address: u64,
-    /// Never 0, which means "not registered" on the wire (specification, REGISTER_RESULT).
+    /// 0 means "not registered yet" (specification, REGISTER_RESULT).
     pub rkey: u32,
 }
 
@@ -155,12 +203,6 @@ pub trait Request: Send {
 
 /// An established connection.
 pub trait Connection: Send {
-    /// Allow the peer to write into `region`.
-    ///
-    /// # Errors
-    /// When the device can't register it.
-    fn register(&mut self, region: Arc<Region>) -> Result<RemoteKey>;
-
     /// Take the two halves.
     fn split(self: Box<Self>) -> (Arc<dyn Poster>, Box<dyn Receiver>);
 
@@ -182,7 +224,20 @@ pub trait Poster: Send + Sync {
     ///
     /// # Errors
     /// When the connection is lost.
-    fn write(&self, region: &Region, offset: u64, length: u64, remote: RemoteKey) -> Result<()>;
+    fn write(
+        &self,
+        region: &Arc<Region>,
+        offset: u64,
+        length: u64,
+        remote: RemoteKey,
+    ) -> Result<()>;
+
+    /// Get all of `region` ready to be written from, where the fabric pins memory. Without this it
+    /// is done as needed.
+    ///
+    /// # Errors
+    /// When the device can't register it.
+    fn pin(&self, region: &Arc<Region>) -> Result<()>;
 
     /// Wait until every posted write has landed.
     ///
@@ -210,6 +265,20 @@ pub trait Receiver: Send {
 
     /// Bytes of the peer's writes that have landed here; 0 where a device does it unseen.
     fn landed(&self) -> u64;
+
+    /// Name `region` to the peer: where its first byte is, and the key to all of it where the
+    /// fabric need not pin it. Else the key is 0 until [`Receiver::register`].
+    ///
+    /// # Errors
+    /// When it can't be mapped.
+    fn announce(&mut self, region: &Arc<Region>) -> Result<RemoteKey>;
+
+    /// Allow the peer to write into `range` of `region`. The address is still that of the region's
+    /// first byte.
+    ///
+    /// # Errors
+    /// When the device can't register it.
+    fn register(&mut self, region: &Arc<Region>, range: Range<u64>) -> Result<RemoteKey>;
 
     /// Withdraw the peer's access to every registered region (ordering rule 5). When it returns,
     /// no write can land any more.

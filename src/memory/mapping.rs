@@ -48,6 +48,11 @@ impl Mapping {
         Ok(unsafe { self.start.as_ptr().add(at) })
     }
 
+    /// Where `length` bytes at `offset` are.
+    pub(super) fn pointer(&self, offset: u64, length: usize) -> io::Result<NonNull<u8>> {
+        NonNull::new(self.at(offset, length)?).ok_or_else(|| io::ErrorKind::InvalidInput.into())
+    }
+
     /// Send up to `length` bytes from `offset` on a stream socket.
     pub(super) fn send_to(
         &self,

@@ -3,6 +3,8 @@
 use std::{
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
+    ptr::NonNull,
+    sync::OnceLock,
 };
 
 use rustix::{
@@ -67,6 +69,8 @@ pub struct Region {
     offset: u64,
     length: u64,
     access: Access,
+    /// For devices; made when one asks.
+    mapping: OnceLock<Mapping>,
 }
 
 impl Region {
@@ -86,15 +90,35 @@ impl Region {
         }
         let f_type = fstatfs(&file).map_err(host("fstatfs"))?.f_type;
         let access = if f_type.cast_unsigned() == HUGETLBFS_MAGIC {
-            let length = usize::try_from(length).map_err(|_| host("mmap")(Errno::OVERFLOW))?;
-            let mapping = Mapping::new(file.as_fd(), offset, length).map_err(|source| {
-                RegionError::Host { name: name.to_owned(), call: "mmap", source }
+            let mapping = map(&file, offset, length).map_err(|source| RegionError::Host {
+                name: name.to_owned(),
+                call: "mmap",
+                source,
             })?;
             Access::Mapping(mapping)
         } else {
             Access::File
         };
-        Ok(Self { name: name.to_owned(), file, offset, length, access })
+        let (name, mapping) = (name.to_owned(), OnceLock::new());
+        Ok(Self { name, file, offset, length, access, mapping })
+    }
+
+    /// Where `length` bytes at `offset` are mapped, as long as this exists, and how many bytes.
+    /// For devices that move bytes by themselves.
+    ///
+    /// # Errors
+    /// When they are beyond the block, or the file can't be mapped.
+    pub fn mapped(&self, offset: u64, length: u64) -> io::Result<(NonNull<u8>, usize)> {
+        let length = usize::try_from(length).map_err(|_| io::ErrorKind::InvalidInput)?;
+        self.at(offset, length)?;
+        let mapping = match (&self.access, self.mapping.get()) {
+            (Access::Mapping(mapping), _) | (Access::File, Some(mapping)) => mapping,
+            (Access::File, None) => {
+                let mapping = map(&self.file, self.offset, self.length)?;
+                self.mapping.get_or_init(|| mapping)
+            }
+        };
+        Ok((mapping.pointer(offset, length)?, length))
     }
 
     /// The RAM block's name.
@@ -224,6 +248,11 @@ impl Region {
         }
         Ok(())
     }
+}
+
+fn map(file: &OwnedFd, offset: u64, length: u64) -> io::Result<Mapping> {
+    let length = usize::try_from(length).map_err(|_| io::ErrorKind::InvalidInput)?;
+    Mapping::new(file.as_fd(), offset, length)
 }
 
 #[cfg(test)]

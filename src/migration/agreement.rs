@@ -1,6 +1,6 @@
 //! Before anything moves: versions, and that both sides have the same RAM blocks.
 
-use std::{sync::Arc, time::Duration};
+use std::{ops::Range, sync::Arc, time::Duration};
 
 use super::{
     Block, Result,
@@ -13,7 +13,7 @@ use crate::{
     memory::Region,
     wire::{
         BLOCKS_MAX, Compress, Extension, ListedBlock, Message, PrivateData, RamBlockEntry,
-        WireError,
+        Register, WireError,
         blocks::{self, BlockTable},
         credit::Flow,
     },
@@ -52,6 +52,21 @@ pub struct AgreedBlock {
 }
 
 impl AgreedBlock {
+    /// Its index on the wire.
+    pub fn index(&self) -> u32 {
+        self.index
+    }
+
+    /// The request to be let into these bytes of it, which begin at a chunk.
+    pub fn register(&self, range: Range<u64>) -> Message<'static> {
+        Message::RegisterRequest(vec![Register {
+            key: (self.base + range.start).into(),
+            index: self.index.into(),
+            padding: 0.into(),
+            chunks: ((range.end - range.start).div_ceil(blocks::CHUNK) - 1).into(),
+        }])
+    }
+
     /// The message that `length` bytes at `offset` are zero.
     pub fn compress(&self, offset: u64, length: u64) -> Message<'static> {
         Message::Compress(Compress {
@@ -94,7 +109,7 @@ pub fn connect(
     let theirs = extension(&PrivateData::decode(&reply)?)?;
     let (sending, receiving) = (Flow::Window(theirs.window), Flow::Window(OURS.window));
     let (link, mut receiver) = Link::new(connection, sending, receiving, options.stall_timeout());
-    match list_blocks(&link, &mut receiver, blocks) {
+    match list_blocks(&link, &mut receiver, blocks, options) {
         Ok(blocks) => Ok(Agreement { link, receiver, blocks }),
         Err(error) => {
             link.end(&error, true);
@@ -108,14 +123,20 @@ fn list_blocks(
     link: &Arc<Link>,
     receiver: &mut LinkReceiver,
     blocks: Vec<Block>,
+    options: &Options,
 ) -> Result<Vec<AgreedBlock>> {
-    let _deadline = link.deadline(TIMEOUT);
+    let total = blocks.iter().map(|block| block.length).sum();
+    let _deadline = link.deadline(TIMEOUT + options.pinning(total));
     let names = listed(&blocks);
     let lists = names.chunks(BLOCKS_PER_LIST);
     let count = lists.len();
     for (index, list) in lists.enumerate() {
         let last = index + 1 == count;
         link.send(&Message::BlockList { blocks: list.to_vec(), last })?;
+    }
+    // While the destination does the same.
+    if options.pin_all {
+        blocks.iter().filter_map(|block| block.region.as_ref()).try_for_each(|it| link.pin(it))?;
     }
     let mut buffer = Vec::new();
     let entries = match receiver.next(link, &mut buffer)? {
@@ -134,11 +155,11 @@ fn list_blocks(
 
 fn agreed(index: usize, block: Block, entry: &RamBlockEntry) -> Result<AgreedBlock> {
     let (base, rkey) = (entry.offset.get(), entry.remote_rkey.get());
+    let remote = RemoteKey { address: entry.remote_host_addr.get(), rkey };
     if base.checked_add(block.length).is_none() {
         return Err(MigrationError::Peer(format!("RAM block '{}' at {base:#x}", block.name)));
     }
-    let remote = RemoteKey { address: entry.remote_host_addr.get(), rkey };
-    let writable = rkey != 0 && entry.length.get() == block.length;
+    let writable = (rkey, remote.address) != (0, 0) && entry.length.get() == block.length;
     let target = block.region.filter(|_| writable).map(|region| (region, remote));
     let index = index as u32;
     Ok(AgreedBlock { name: block.name, length: block.length, target, index, base })
@@ -198,17 +219,10 @@ pub fn accept(request: Box<dyn Request>, own: &[Block], options: &Options) -> Re
     let theirs = PrivateData::decode(request.private_data())?;
     let window = extension(&theirs)?.window;
     let ours = PrivateData { pin_all: theirs.pin_all, extension: Some(OURS) };
-    let mut connection = request.accept(&ours.encode())?;
-    let mut keys = Vec::with_capacity(own.len());
-    for block in own {
-        keys.push(match &block.region {
-            Some(region) => Some((region.clone(), connection.register(region.clone())?)),
-            None => None,
-        });
-    }
+    let connection = request.accept(&ours.encode())?;
     let (sending, receiving) = (Flow::Window(window), Flow::Window(OURS.window));
     let (link, mut receiver) = Link::new(connection, sending, receiving, options.stall_timeout());
-    match compare(&link, &mut receiver, own, &keys) {
+    match compare(&link, &mut receiver, own, ours.pin_all) {
         Ok((blocks, table)) => {
             let accepted = Accepted { link, receiver, blocks, table };
             accepted.link.send(&Message::RamBlocksResult(accepted.entries()))?;
@@ -221,13 +235,35 @@ pub fn accept(request: Box<dyn Request>, own: &[Block], options: &Options) -> Re
     }
 }
 
-/// Read the source's list, and put the own blocks into its order.
+/// Read the source's list, put the own blocks into its order, and let it into them.
 fn compare(
     link: &Arc<Link>,
     receiver: &mut LinkReceiver,
     own: &[Block],
-    keys: &[Option<(Arc<Region>, RemoteKey)>],
+    pin: bool,
 ) -> Result<(Vec<AcceptedBlock>, BlockTable)> {
+    let source = read_lists(link, receiver)?;
+    let writable = |index: usize| own[index].region.is_some();
+    let order = blocks::compare(&source, &listed(own), writable)?;
+    let table = BlockTable::new(order.iter().map(|index| own[*index].length))?;
+    let mut target = |region: &Arc<Region>| {
+        let key = if pin {
+            receiver.register(region, 0..region.length())
+        } else {
+            receiver.announce(region)
+        };
+        key.map(|key| (region.clone(), key))
+    };
+    let mut blocks = Vec::with_capacity(order.len());
+    for Block { name, length, region } in order.into_iter().map(|index| &own[index]) {
+        let target = region.as_ref().map(&mut target).transpose()?;
+        blocks.push(AcceptedBlock { name: name.clone(), length: *length, target });
+    }
+    Ok((blocks, table))
+}
+
+/// Read the source's block list.
+fn read_lists(link: &Arc<Link>, receiver: &mut LinkReceiver) -> Result<Vec<ListedBlock>> {
     let _deadline = link.deadline(TIMEOUT);
     let mut source = Vec::new();
     let mut buffer = Vec::new();
@@ -241,22 +277,13 @@ fn compare(
                 }
                 link.consumed()?;
                 if last {
-                    break;
+                    return Ok(source);
                 }
             }
             other => return Err(unexpected(&other, "BLOCK_LIST")),
         }
     }
-    let order = blocks::compare(&source, &listed(own), |index| keys[index].is_some())?;
-    let block = |index: usize| AcceptedBlock {
-        name: own[index].name.clone(),
-        length: own[index].length,
-        target: keys[index].clone(),
-    };
-    let table = BlockTable::new(order.iter().map(|index| own[*index].length))?;
-    Ok((order.into_iter().map(block).collect(), table))
 }
-
 impl From<WireError> for MigrationError {
     fn from(error: WireError) -> Self {
         match error {

@@ -1,6 +1,10 @@
 //! What comes back from the destination: credits, QEMU's return path, and the verdict.
 
-use std::{io::Write as _, os::unix::net::UnixStream, sync::mpsc::Sender};
+use std::{
+    io::Write as _,
+    os::unix::net::UnixStream,
+    sync::mpsc::{Sender, SyncSender},
+};
 
 use super::{
     Result, agreement,
@@ -9,14 +13,20 @@ use super::{
     outgoing::Event,
     return_path::WholeMessages,
 };
-use crate::wire::Message;
+use crate::wire::{Message, RegisterResult};
 
 /// Receive until the connection ends.
-pub fn receive(mut receiver: LinkReceiver, link: &Link, qemu: &UnixStream, events: &Sender<Event>) {
+pub fn receive(
+    mut receiver: LinkReceiver,
+    link: &Link,
+    qemu: &UnixStream,
+    registered: &SyncSender<RegisterResult>,
+    events: &Sender<Event>,
+) {
     let mut buffer = Vec::new();
     let mut return_path = WholeMessages::default();
     let error = loop {
-        match receive_one(&mut receiver, link, qemu, &mut return_path, &mut buffer) {
+        match receive_one(&mut receiver, link, qemu, registered, &mut return_path, &mut buffer) {
             Ok(false) => {}
             // The receiver is gone only when the migration has ended.
             Ok(true) => drop(events.send(Event::Acknowledged)),
@@ -31,6 +41,7 @@ fn receive_one(
     receiver: &mut LinkReceiver,
     link: &Link,
     qemu: &UnixStream,
+    registered: &SyncSender<RegisterResult>,
     return_path: &mut WholeMessages,
     buffer: &mut Vec<u8>,
 ) -> Result<bool> {
@@ -42,6 +53,11 @@ fn receive_one(
             Ok(false)
         }
         Message::FinalAck => Ok(true),
+        // One is asked for at a time.
+        Message::RegisterResult(result) => match registered.try_send(result) {
+            Ok(()) => Ok(false),
+            Err(_) => Err(MigrationError::Peer("a REGISTER_RESULT that nobody asked for".into())),
+        },
         Message::ErrorText { text, guest_never_ran } => {
             Err(MigrationError::PeerFailed { text: text.to_owned(), guest_never_ran })
         }

@@ -11,7 +11,8 @@ use rustix::{
 };
 
 use super::{
-    Result, agreement::AgreedBlock, error::MigrationError, link::Link, statistics::Statistics,
+    Result, agreement::AgreedBlock, error::MigrationError, keys::Keys, link::Link,
+    statistics::Statistics,
 };
 use crate::{
     stream::{BlockRange, Limits, Outlet, PushError, Rewriter, StreamBlock, Travel},
@@ -31,13 +32,14 @@ pub fn take(
     qemu: &UnixStream,
     link: &Link,
     blocks: Vec<AgreedBlock>,
+    keys: Keys,
     statistics: &Statistics,
     pass_ram: impl FnOnce() -> bool,
 ) -> Result<()> {
     let mut pass_ram = Some(pass_ram);
     let mut rewriter = Rewriter::new(Limits::default());
     let mut outbound =
-        Outbound { link, statistics, agreed: blocks, blocks: Vec::new(), batch: Vec::new() };
+        Outbound { link, statistics, agreed: blocks, keys, blocks: Vec::new(), batch: Vec::new() };
     let mut buffer = vec![0; READ];
     loop {
         let received = match recv(qemu, &mut *buffer, RecvFlags::DONTWAIT) {
@@ -83,6 +85,7 @@ struct Outbound<'a> {
     link: &'a Link,
     statistics: &'a Statistics,
     agreed: Vec<AgreedBlock>,
+    keys: Keys,
     /// Index in `agreed` by the stream's block index.
     blocks: Vec<usize>,
     /// Stream bytes that were not sent yet. At most a read's worth and what the rewriter held.
@@ -104,11 +107,12 @@ impl Outbound<'_> {
         self.statistics.ram_posted.store(posted, Relaxed);
         self.statistics.ram_landed.store(landed, Relaxed);
     }
+}
 
-    fn agreed(&self, block: u32) -> Result<&AgreedBlock> {
-        let agreed = self.blocks.get(block as usize).and_then(|index| self.agreed.get(*index));
-        agreed.ok_or_else(|| MigrationError::Stream(format!("RAM block {block} was not announced")))
-    }
+/// The agreed block of a block of the stream.
+fn find<'a>(blocks: &[usize], agreed: &'a [AgreedBlock], block: u32) -> Result<&'a AgreedBlock> {
+    let agreed = blocks.get(block as usize).and_then(|index| agreed.get(*index));
+    agreed.ok_or_else(|| MigrationError::Stream(format!("RAM block {block} was not announced")))
 }
 
 impl Outlet for Outbound<'_> {
@@ -157,9 +161,9 @@ impl Outlet for Outbound<'_> {
     }
 
     fn write(&mut self, range: BlockRange) -> Result<()> {
-        let block = self.agreed(range.block)?;
-        match &block.target {
-            Some((region, remote)) => self.link.write(region, range.offset, range.length, *remote),
+        let block = find(&self.blocks, &self.agreed, range.block)?;
+        match self.keys.key(self.link, block, range.offset)? {
+            Some((region, remote)) => self.link.write(&region, range.offset, range.length, remote),
             None => {
                 Err(MigrationError::Stream(format!("RAM block '{}' is not mapped", block.name)))
             }
@@ -167,7 +171,7 @@ impl Outlet for Outbound<'_> {
     }
 
     fn zero(&mut self, range: BlockRange) -> Result<()> {
-        let block = self.agreed(range.block)?;
+        let block = find(&self.blocks, &self.agreed, range.block)?;
         self.link.send(&block.compress(range.offset, range.length))?;
         self.statistics.zero_bytes.fetch_add(range.length, Relaxed);
         Ok(())

@@ -3,6 +3,7 @@
 use std::{
     io::Write as _,
     net::Shutdown,
+    ops::Range,
     os::unix::net::UnixStream,
     sync::{Arc, atomic::Ordering::Relaxed, mpsc::Sender},
     thread,
@@ -23,7 +24,8 @@ use super::{
     statistics::Statistics,
 };
 use crate::{
-    fabric::{FabricError, Listener},
+    fabric::{FabricError, Listener, RemoteKey},
+    memory::Region,
     stream::{Inlet, Landing, PushError, StreamBlock},
     wire::{Message, RegisterResult},
 };
@@ -131,16 +133,12 @@ impl<'a> Receiving<'a> {
                     let why = format!("{} requests in one REGISTER_REQUEST", requests.len());
                     return Err(MigrationError::Peer(why));
                 };
-                let (index, _) = self.accepted.table.register(request)?;
-                self.region(index)?;
-                let (rkey, host_addr) = self.accepted.blocks[index]
-                    .target
-                    .as_ref()
-                    .map_or((0, 0), |(_, key)| (key.rkey, key.address));
+                let (index, range) = self.accepted.table.register(request)?;
+                let key = self.register(index, range)?;
                 let result = RegisterResult {
-                    rkey: rkey.into(),
+                    rkey: key.rkey.into(),
                     padding: 0.into(),
-                    host_addr: host_addr.into(),
+                    host_addr: key.address.into(),
                 };
                 self.accepted.link.send(&Message::RegisterResult(result))?;
             }
@@ -166,11 +164,22 @@ impl<'a> Receiving<'a> {
     }
 
     /// The memory of a block that the source may write.
-    fn region(&self, index: usize) -> Result<&crate::memory::Region> {
+    fn region(&self, index: usize) -> Result<&Arc<Region>> {
         let block = &self.accepted.blocks[index];
         match &block.target {
             Some((region, _)) => Ok(region),
             None => Err(MigrationError::Peer(format!("RAM block '{}' is not shared", block.name))),
+        }
+    }
+
+    /// Let the source into a range of a block, unless it may write all of it.
+    fn register(&mut self, index: usize, range: Range<u64>) -> Result<RemoteKey> {
+        match &self.accepted.blocks[index].target {
+            Some((_, whole)) if whole.rkey != 0 => Ok(*whole),
+            _ => {
+                let region = self.region(index)?.clone();
+                self.accepted.receiver.register(&region, range)
+            }
         }
     }
 

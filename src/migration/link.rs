@@ -1,6 +1,7 @@
 //! Messages over a connection: who may send, and what was consumed.
 
 use std::{
+    ops::Range,
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc},
     thread,
     time::Duration,
@@ -17,8 +18,8 @@ use crate::{
 };
 
 /// Buffers for control messages that a helper offers: enough that zero ranges and stream bytes
-/// need no round trip, 32 MiB of them at the most.
-pub const WINDOW: u16 = 64;
+/// need no round trip, 8 MiB of them at the most.
+pub const WINDOW: u16 = 16;
 
 /// The sending side of a connection, shared by the threads of a worker.
 pub struct Link {
@@ -127,8 +128,27 @@ impl Link {
     ///
     /// # Errors
     /// When the connection is lost.
-    pub fn write(&self, region: &Region, offset: u64, length: u64, to: RemoteKey) -> Result<()> {
+    pub fn write(
+        &self,
+        region: &Arc<Region>,
+        offset: u64,
+        length: u64,
+        to: RemoteKey,
+    ) -> Result<()> {
         Ok(self.poster.write(region, offset, length, to)?)
+    }
+
+    /// Get all of a region ready to be written from; see [`Poster::pin`].
+    ///
+    /// # Errors
+    /// When the device can't register it.
+    pub fn pin(&self, region: &Arc<Region>) -> Result<()> {
+        Ok(self.poster.pin(region)?)
+    }
+
+    /// How long a transfer that is due may make no progress.
+    pub fn stall_timeout(&self) -> Duration {
+        self.stall_timeout
     }
 
     /// Wait until all writes have landed.
@@ -187,6 +207,22 @@ impl LinkReceiver {
     /// Bytes of the peer's writes that have landed here.
     pub fn landed(&self) -> u64 {
         self.0.landed()
+    }
+
+    /// Name a region to the peer; see [`Receiver::announce`].
+    ///
+    /// # Errors
+    /// When it can't be mapped.
+    pub fn announce(&mut self, region: &Arc<Region>) -> Result<RemoteKey> {
+        Ok(self.0.announce(region)?)
+    }
+
+    /// Let the peer write into `range` of `region`; see [`Receiver::register`].
+    ///
+    /// # Errors
+    /// When the device can't register it.
+    pub fn register(&mut self, region: &Arc<Region>, range: Range<u64>) -> Result<RemoteKey> {
+        Ok(self.0.register(region, range)?)
     }
 
     /// Withdraw the peer's access to memory.

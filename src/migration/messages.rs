@@ -1,7 +1,7 @@
 //! What the relay and a worker tell each other: one JSON object a line over a socketpair, with the
 //! file descriptors that belong to it attached to its first byte.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
@@ -47,6 +47,16 @@ pub struct Block {
     pub file_offset: Option<u64>,
 }
 
+/// What carries RAM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum FabricKind {
+    /// TCP.
+    Tcp,
+    /// RDMA.
+    Verbs,
+}
+
 /// What the client set that matters to the worker.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -55,6 +65,19 @@ pub struct Options {
     pub pin_all: bool,
     /// Seconds without any progress of a transfer that is due, after which the peer counts as lost.
     pub stall_timeout: u64,
+    /// Seconds without any sign of life of the peer's RDMA device.
+    pub peer_timeout: u64,
+    /// What carries RAM.
+    pub fabric: FabricKind,
+}
+
+impl Options {
+    /// How much longer than usual the agreement may take because both sides register `bytes` of
+    /// memory first: 64 MiB a second are possible even in an emulated machine.
+    pub fn pinning(&self, bytes: u64) -> Duration {
+        let pins = self.pin_all && self.fabric == FabricKind::Verbs;
+        Duration::from_secs(if pins { bytes >> 26 } else { 0 })
+    }
 }
 
 /// Relay to worker.

@@ -12,6 +12,7 @@ mod control;
 mod error;
 mod incoming;
 mod intake;
+mod keys;
 mod landing;
 mod link;
 pub mod messages;

@@ -8,7 +8,7 @@ use std::{
     sync::{
         Arc,
         atomic::Ordering,
-        mpsc::{Receiver, Sender},
+        mpsc::{self, Receiver, Sender},
     },
     thread,
     time::{Duration, Instant},
@@ -23,7 +23,9 @@ use super::{
     commitment::Commitment,
     control::Reports,
     error::MigrationError,
-    intake, lifetime,
+    intake,
+    keys::Keys,
+    lifetime,
     link::Link,
     messages::{Address, Options, Order, Report},
     orphan, return_path,
@@ -193,7 +195,8 @@ impl Outgoing {
         context.statistics.set_up();
         let (qemu, events) = (context.qemu.clone(), context.events.clone());
         let answering = link.clone();
-        thread::spawn(move || answers::receive(receiver, &answering, &qemu, &events));
+        let (registered, results) = mpsc::sync_channel(1);
+        thread::spawn(move || answers::receive(receiver, &answering, &qemu, &registered, &events));
         let (qemu, events) = (context.qemu.clone(), context.events.clone());
         let (taking, statistics) = (link.clone(), context.statistics.clone());
         let (commitment, reports) = (context.commitment.clone(), context.reports.clone());
@@ -205,7 +208,8 @@ impl Outgoing {
             passed
         };
         thread::spawn(move || {
-            let taken = intake::take(&qemu, &taking, blocks, &statistics, pass_ram);
+            let taken =
+                intake::take(&qemu, &taking, blocks, Keys::new(results), &statistics, pass_ram);
             // As above: nobody waits for it any more.
             let _ = events.send(Event::StreamTaken(taken));
         });

@@ -7,14 +7,18 @@ use std::{
     time::Duration,
 };
 
+#[cfg(feature = "verbs")]
+use super::link::WINDOW;
 use super::{
     Block, Result,
     control::{Orders, Reports},
     error::MigrationError,
     incoming,
-    messages::{self, Options, Order, Report},
+    messages::{self, FabricKind, Options, Order, Report},
     outgoing,
 };
+#[cfg(feature = "verbs")]
+use crate::fabric::verbs::{Timeouts, Verbs};
 use crate::{
     fabric::{Fabric, tcp::Tcp},
     memory::Region,
@@ -56,7 +60,7 @@ fn start(order: Order, fds: Vec<OwnedFd>, orders: Orders, reports: &Arc<Reports>
     match order {
         Order::Outgoing { address, qemu_qmp, blocks, options } => {
             let blocks = take_blocks(blocks, fds)?;
-            let fabric = fabric(&options);
+            let fabric = fabric(&options)?;
             let (sender, events) = mpsc::channel();
             forward(orders, sender.clone(), outgoing::Event::Order, || outgoing::Event::RelayGone);
             let qemu = outgoing::Qemu { migration: qemu, qmp: qemu_qmp };
@@ -64,7 +68,7 @@ fn start(order: Order, fds: Vec<OwnedFd>, orders: Orders, reports: &Arc<Reports>
         }
         Order::Incoming { address, blocks, options } => {
             let blocks = take_blocks(blocks, fds)?;
-            let fabric = fabric(&options);
+            let fabric = fabric(&options)?;
             let (sender, events) = mpsc::channel();
             forward(orders, sender.clone(), incoming::Event::Order, || incoming::Event::RelayGone);
             incoming::run(&*fabric, &address, blocks, options, qemu, reports, (sender, events));
@@ -74,8 +78,18 @@ fn start(order: Order, fds: Vec<OwnedFd>, orders: Orders, reports: &Arc<Reports>
     Ok(())
 }
 
-fn fabric(options: &Options) -> Arc<dyn Fabric> {
-    Arc::new(Tcp { stall_timeout: options.stall_timeout() })
+fn fabric(options: &Options) -> Result<Arc<dyn Fabric>> {
+    let stall = options.stall_timeout();
+    match options.fabric {
+        FabricKind::Tcp => Ok(Arc::new(Tcp { stall_timeout: stall })),
+        #[cfg(feature = "verbs")]
+        FabricKind::Verbs => {
+            let timeouts = Timeouts { stall, peer: Duration::from_secs(options.peer_timeout) };
+            Ok(Arc::new(Verbs { timeouts, window: WINDOW }))
+        }
+        #[cfg(not(feature = "verbs"))]
+        FabricKind::Verbs => Err(MigrationError::Aborted("This build has no verbs".into())),
+    }
 }
 
 /// Hand orders to the state machine, from a thread of their own.

@@ -7,6 +7,7 @@ use super::{
     schema::{RdmaFabric, RdmaHelperBlock, RdmaHelperInfo, RdmaMigrateBlocker},
 };
 use crate::{
+    migration::messages::FabricKind,
     qemu::{
         blockers,
         blocks::{self, RamBlock},
@@ -36,7 +37,10 @@ pub async fn query_helper(context: &Context) -> Result<Value, QmpError> {
     });
     let info = RdmaHelperInfo {
         version: env!("CARGO_PKG_VERSION").into(),
-        fabric: RdmaFabric::tcp,
+        fabric: match context.fabric() {
+            FabricKind::Tcp => RdmaFabric::tcp,
+            FabricKind::Verbs => RdmaFabric::verbs,
+        },
         devices: crate::fabric::devices(),
         qemu: format!("{}.{}.{}", number("major"), number("minor"), number("micro")),
         pid: context.pid,

@@ -27,7 +27,8 @@ use std::{
 use serde_json::Value;
 
 use crate::{
-    migration::messages::{self, Options},
+    fabric,
+    migration::messages::{self, FabricKind, Options},
     qemu::{blockers, blocks::RamBlock},
     qmp::{Execute as _, QmpError},
 };
@@ -59,6 +60,8 @@ pub struct AttachOptions {
     pub fabric: FabricChoice,
     /// How long a transfer that is due may make no progress.
     pub stall_timeout: Duration,
+    /// How long the peer's RDMA device may give no sign of life.
+    pub peer_timeout: Duration,
     /// QEMU's process, where the socket does not tell.
     pub pid: Option<u32>,
 }
@@ -89,6 +92,11 @@ pub enum RelayError {
     /// Not in this build.
     #[error("This build has no 'verbs' fabric; use --fabric tcp")]
     NoVerbs,
+    /// Not on this host.
+    #[error(
+        "This host has no RDMA device; load its driver ('rdma link' shows it), or use --fabric tcp"
+    )]
+    NoDevice,
     /// The runtime could not be set up.
     #[error("Cannot start: {0}")]
     Start(#[source] io::Error),
@@ -99,16 +107,20 @@ pub enum RelayError {
 /// # Errors
 /// When it can't attach or serve.
 pub async fn attach(options: AttachOptions) -> Result<(), RelayError> {
-    if options.fabric == FabricChoice::Verbs {
+    if options.fabric == FabricChoice::Verbs && !cfg!(feature = "verbs") {
         return Err(RelayError::NoVerbs);
+    }
+    if options.fabric == FabricChoice::Verbs && fabric::devices().is_empty() {
+        return Err(RelayError::NoDevice);
     }
     let qemu_error = |source| RelayError::Qemu { path: options.qemu_qmp.clone(), source };
     let Session { qemu, said, greeting, pid } =
         Session::connect(&options.qemu_qmp).await.map_err(qemu_error)?;
     let pid = options.pid.unwrap_or(pid);
     let process = Arc::new(Process::open(pid));
-    let (qemu_qmp, stall_timeout) = (options.qemu_qmp.clone(), options.stall_timeout);
-    let context = Context { qemu, qemu_qmp, pid, process, stall_timeout };
+    let (qemu_qmp, fabric) = (options.qemu_qmp.clone(), options.fabric);
+    let (stall_timeout, peer_timeout) = (options.stall_timeout, options.peer_timeout);
+    let context = Context { qemu, qemu_qmp, pid, process, fabric, stall_timeout, peer_timeout };
     let serve_error = |source| RelayError::Serve { path: options.qmp.clone(), source };
     let socket = ServedSocket::bind(&options.qmp).await.map_err(serve_error)?;
     serve::Relay::new(context, greeting).run(socket, said).await.map_err(RelayError::Start)
@@ -121,16 +133,32 @@ struct Context {
     qemu_qmp: PathBuf,
     pid: u32,
     process: Arc<Process>,
+    fabric: FabricChoice,
     stall_timeout: Duration,
+    peer_timeout: Duration,
 }
 
 impl Context {
+    /// What carries the next migration.
+    fn fabric(&self) -> FabricKind {
+        match self.fabric {
+            FabricChoice::Tcp => FabricKind::Tcp,
+            FabricChoice::Verbs => FabricKind::Verbs,
+            FabricChoice::Auto if cfg!(feature = "verbs") && !fabric::devices().is_empty() => {
+                FabricKind::Verbs
+            }
+            FabricChoice::Auto => FabricKind::Tcp,
+        }
+    }
+
     /// What the client set in QEMU that matters to a worker.
     async fn options(&self, qemu: &mut Qemu) -> Result<Options, QmpError> {
         let capabilities = qemu.execute("query-migrate-capabilities", Value::Null).await?;
         Ok(Options {
             pin_all: blockers::is_on(&capabilities, "rdma-pin-all"),
             stall_timeout: self.stall_timeout.as_secs().max(1),
+            peer_timeout: self.peer_timeout.as_secs().max(1),
+            fabric: self.fabric(),
         })
     }
 }

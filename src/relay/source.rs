@@ -159,6 +159,7 @@ impl Source {
             view.begin(total);
         });
         let (ours, theirs) = worker::migration_socket().map_err(generic)?;
+        let agreement = AGREEMENT + options.pinning(total);
         let order = Order::Outgoing {
             address: address.clone(),
             qemu_qmp: self.context.qemu_qmp.clone(),
@@ -168,7 +169,7 @@ impl Source {
         let fds = worker::order_fds(&ours, &blocks);
         let mut worker = Worker::start(&order, &fds).await.map_err(generic)?;
         drop(blocks);
-        match timeout(AGREEMENT, self.await_agreement(&mut worker)).await {
+        match timeout(agreement, self.await_agreement(&mut worker)).await {
             Ok(result) => result?,
             Err(_) => {
                 let why = format!(

@@ -46,6 +46,11 @@ pub fn cache(path: &str) -> PathBuf {
     path
 }
 
+/// The address that migrations go to: one of an RDMA device's where there is one.
+pub fn address() -> String {
+    std::env::var("QEMU_RDMA_HELPER_TEST_ADDRESS").unwrap_or_else(|_| "127.0.0.1".into())
+}
+
 /// A port that was free a moment ago.
 pub fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
@@ -119,7 +124,7 @@ impl Pair {
 
     /// Let the destination listen; returns the address.
     pub fn listen(&mut self) -> String {
-        let uri = format!("rdma:127.0.0.1:{}", free_port());
+        let uri = format!("rdma:{}:{}", address(), free_port());
         self.destination.client.run("migrate-incoming", json!({ "uri": uri }));
         uri
     }

@@ -13,6 +13,9 @@ use std::{
 /// Kind of the tcp fabric's frames that carry a control message (docs/protocol.md).
 const SEND: u32 = 2;
 
+/// The one control message that may pass (specification: type 2).
+const READY: [u8; 4] = [0, 0, 0, 2];
+
 /// Forwards one connection, frame by frame.
 pub struct Proxy {
     pub port: u16,
@@ -46,7 +49,8 @@ impl Proxy {
         proxy
     }
 
-    /// The destination's control messages reach the source no more. That writes have landed does.
+    /// The destination's control messages reach the source no more. READY, and that writes have
+    /// landed, does.
     pub fn hold_messages(&self) {
         self.holding.store(true, Ordering::SeqCst);
     }
@@ -72,7 +76,9 @@ fn forward(mut from: TcpStream, mut into: TcpStream, holding: &AtomicBool) -> Op
         // LANDED and FLUSH have no payload, whatever else is in their header.
         frame.resize(24 + usize::try_from(length).unwrap(), 0);
         from.read_exact(&mut frame[24..]).ok()?;
-        if kind != SEND || !holding.load(Ordering::SeqCst) {
+        // READY lets the source go on to the end.
+        let held = kind == SEND && frame[28..32] != READY;
+        if !held || !holding.load(Ordering::SeqCst) {
             into.write_all(&frame).ok()?;
         }
     }

@@ -3,6 +3,7 @@
 use std::{
     io,
     net::{Shutdown, TcpStream},
+    ops::Range,
     os::fd::AsFd,
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
@@ -177,7 +178,6 @@ fn of_region(region: &Region, failure: FabricError) -> FabricError {
 /// A connection before its halves go to their threads.
 pub(super) struct TcpConnection {
     shared: Arc<Shared>,
-    regions: Vec<Arc<Region>>,
     pipe: Pipe,
 }
 
@@ -198,26 +198,16 @@ impl TcpConnection {
             changed: Condvar::new(),
             stall_timeout,
         };
-        Ok(Self { shared: Arc::new(shared), regions: Vec::new(), pipe: Pipe::new().map_err(host)? })
+        Ok(Self { shared: Arc::new(shared), pipe: Pipe::new().map_err(host)? })
     }
 }
 
 impl Connection for TcpConnection {
-    fn register(&mut self, region: Arc<Region>) -> Result<RemoteKey> {
-        self.regions.push(region);
-        let rkey = u32::try_from(self.regions.len()).map_err(|_| FabricError::Host {
-            call: "Registering memory",
-            source: io::ErrorKind::OutOfMemory.into(),
-        })?;
-        // A region's addresses are offsets in it: it need not be mapped to be written.
-        Ok(RemoteKey { address: 0, rkey })
-    }
-
     fn split(self: Box<Self>) -> (Arc<dyn Poster>, Box<dyn Receiver>) {
         let poster = TcpPoster { shared: self.shared.clone() };
         let receiver = TcpReceiver {
             shared: self.shared,
-            regions: self.regions,
+            regions: Vec::new(),
             pipe: self.pipe,
             ahead: vec![0; READ_AHEAD].into_boxed_slice(),
             next: 0,
@@ -250,7 +240,7 @@ impl Poster for TcpPoster {
 
     fn write(
         &self,
-        region: &Region,
+        region: &Arc<Region>,
         mut offset: u64,
         length: u64,
         remote: RemoteKey,
@@ -275,6 +265,10 @@ impl Poster for TcpPoster {
                 .map_err(|error| of_region(region, shared.failure(error)))?;
             offset += sent as u64;
         }
+        Ok(())
+    }
+
+    fn pin(&self, _region: &Arc<Region>) -> Result<()> {
         Ok(())
     }
 
@@ -329,6 +323,24 @@ impl Receiver for TcpReceiver {
 
     fn landed(&self) -> u64 {
         self.received
+    }
+
+    fn announce(&mut self, region: &Arc<Region>) -> Result<RemoteKey> {
+        let known = self.regions.iter().position(|known| Arc::ptr_eq(known, region));
+        let index = known.unwrap_or_else(|| {
+            self.regions.push(region.clone());
+            self.regions.len() - 1
+        });
+        let rkey = u32::try_from(index + 1).map_err(|_| FabricError::Host {
+            call: "Registering memory",
+            source: io::ErrorKind::OutOfMemory.into(),
+        })?;
+        // A region's addresses are offsets in it: it need not be mapped to be written.
+        Ok(RemoteKey { address: 0, rkey })
+    }
+
+    fn register(&mut self, region: &Arc<Region>, _range: Range<u64>) -> Result<RemoteKey> {
+        self.announce(region)
     }
 
     fn revoke(&mut self) {

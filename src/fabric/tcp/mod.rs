@@ -13,13 +13,13 @@ mod tests;
 
 use std::{
     io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, ToSocketAddrs},
+    net::TcpStream,
     time::{Duration, Instant},
 };
 
 use rustix::net::sockopt;
 
-use super::{Connection, Fabric, FabricError, Listener, Result};
+use super::{Connection, Fabric, FabricError, Listener, Result, resolve};
 use crate::migration::messages::Address;
 
 /// The `tcp` fabric.
@@ -51,22 +51,6 @@ impl Fabric for Tcp {
         let reply = frame::read_hello(&stream, deadline).map_err(connect)?;
         Ok((reply, Box::new(connection::TcpConnection::new(stream, self.stall_timeout)?)))
     }
-}
-
-/// The addresses of a host and port.
-fn resolve(address: &Address) -> Result<Vec<SocketAddr>> {
-    let failed = |source| FabricError::Resolve { host: address.host.clone(), source };
-    let found: Vec<_> = if address.host.is_empty() {
-        // QEMU's "any address"; a host without IPv6 has only the second.
-        let any = [IpAddr::from(Ipv6Addr::UNSPECIFIED), IpAddr::from(Ipv4Addr::UNSPECIFIED)];
-        any.map(|ip| SocketAddr::new(ip, address.port)).to_vec()
-    } else {
-        (address.host.as_str(), address.port).to_socket_addrs().map_err(failed)?.collect()
-    };
-    if found.is_empty() {
-        return Err(failed(io::Error::new(io::ErrorKind::NotFound, "no address")));
-    }
-    Ok(found)
 }
 
 /// Connect to the first address of `address` that answers.

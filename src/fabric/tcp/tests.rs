@@ -56,12 +56,12 @@ fn pair() -> (Box<dyn Connection>, Box<dyn Connection>) {
 #[test]
 fn writes_land_before_the_message_that_follows() {
     use std::os::unix::fs::FileExt as _;
-    let (source, mut destination) = pair();
+    let (source, destination) = pair();
     let (from, from_file) = region("from");
     let (to, to_file) = region("to");
-    let key = destination.register(to).unwrap();
     let (source, (poster, mut source_receiver)) = (source.handle(), source.split());
     let (_answers, mut receiver) = destination.split();
+    let key = receiver.announce(&to).unwrap();
     for page in [0_u64, 3, 4, 700, 2047] {
         from_file.write_all_at(&[page as u8 | 1; 4096], page * 4096).unwrap();
     }
@@ -101,13 +101,13 @@ fn refuses_writes_outside_what_is_registered() {
         ("beyond", RemoteKey { address: u64::MAX - 4095, rkey: 1 }, 0, 8192),
     ];
     for (expected, key, offset, length) in cases {
-        let (source, mut destination) = pair();
+        let (source, destination) = pair();
         let (from, _) = region("from");
         let (to, _) = region("to");
-        destination.register(to).unwrap();
         let (poster, _receiver) = source.split();
         poster.write(&from, offset, length, key).unwrap();
         let (_poster, mut receiver) = destination.split();
+        receiver.announce(&to).unwrap();
         let error = receiver.receive(&mut Vec::new()).unwrap_err();
         assert!(matches!(error, FabricError::RemoteAccess(_)), "{error}");
         assert!(error.to_string().contains(expected), "{error}");
@@ -116,12 +116,12 @@ fn refuses_writes_outside_what_is_registered() {
 
 #[test]
 fn refuses_writes_after_revocation() {
-    let (source, mut destination) = pair();
+    let (source, destination) = pair();
     let (from, _) = region("from");
     let (to, to_file) = region("to");
     from.write_at(&[1; 4096], 0).unwrap();
-    let key = destination.register(to).unwrap();
     let (_poster, mut receiver) = destination.split();
+    let key = receiver.announce(&to).unwrap();
     receiver.revoke();
     source.split().0.write(&from, 0, 4096, key).unwrap();
     let error = receiver.receive(&mut Vec::new()).unwrap_err();

@@ -1,0 +1,391 @@
+//! The connection manager: identifiers and their events.
+
+use std::{
+    io,
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
+    os::fd::BorrowedFd,
+    ptr::{self, NonNull},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use libc::{sockaddr, sockaddr_in, sockaddr_in6};
+use rdma_sys::{
+    rdma_cm_event_type as kind, rdma_cm_id, rdma_conn_param, rdma_event_channel, rdma_port_space,
+};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    fs::{OFlags, fcntl_getfl, fcntl_setfl},
+};
+
+use super::library::{Library, check};
+use crate::fabric::{FabricError, Result};
+
+/// RDMA_OPTION_ID (rdma/rdma_user_cm.h) and its options.
+const OPTION_ID: i32 = 0;
+const OPTION_REUSEADDR: i32 = 1;
+const OPTION_ACK_TIMEOUT: i32 = 3;
+
+/// Connections that may wait to be accepted.
+const BACKLOG: i32 = 5;
+
+/// Retries of the transport: the most that the field holds.
+const RETRIES: u8 = 7;
+
+/// A retry count of 7 is "for ever": a peer between two buffers is no error.
+const RNR_RETRIES: u8 = 7;
+
+/// What happened to an identifier.
+pub(super) struct Event {
+    /// `rdma_cm_event_type`.
+    pub(super) kind: kind::Type,
+    /// 0, -errno, or the reason of a rejection.
+    pub(super) status: i32,
+    /// The peer's, in events that establish a connection.
+    pub(super) private_data: Vec<u8>,
+    /// The new connection's, in a request.
+    pub(super) request: Option<Id>,
+}
+
+/// Where events arrive.
+pub(super) struct EventChannel {
+    raw: NonNull<rdma_event_channel>,
+    library: &'static Library,
+}
+
+// SAFETY: the channel is a descriptor; librdmacm's functions on it may be called from any thread.
+unsafe impl Send for EventChannel {}
+// SAFETY: as for `Send`: two threads that take events each get other ones.
+unsafe impl Sync for EventChannel {}
+
+impl EventChannel {
+    pub(super) fn new() -> Result<Arc<Self>> {
+        let library = Library::get()?;
+        // SAFETY: no preconditions.
+        let raw = unsafe { (library.rdma_create_event_channel)() };
+        let Some(raw) = NonNull::new(raw) else {
+            let why = io::Error::last_os_error();
+            return Err(FabricError::Unavailable(format!(
+                "the connection manager can't be reached ({why}); is the module rdma_ucm loaded, \
+                 and is there a device ('rdma link')?"
+            )));
+        };
+        let channel = Self { raw, library };
+        let nonblocking = fcntl_getfl(channel.fd())
+            .and_then(|flags| fcntl_setfl(channel.fd(), flags | OFlags::NONBLOCK));
+        nonblocking.map_err(|errno| FabricError::Host { call: "fcntl", source: errno.into() })?;
+        Ok(Arc::new(channel))
+    }
+
+    /// Readable when there are events.
+    pub(super) fn fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the descriptor is open as long as the channel exists.
+        unsafe { BorrowedFd::borrow_raw(self.raw.as_ref().fd) }
+    }
+
+    /// The next event, if there is one.
+    pub(super) fn next(self: &Arc<Self>) -> Result<Option<Event>> {
+        let mut raw = ptr::null_mut();
+        // SAFETY: the channel is alive; `raw` is written on success.
+        let result = unsafe { (self.library.rdma_get_cm_event)(self.raw.as_ptr(), &mut raw) };
+        match check("rdma_get_cm_event", result) {
+            Err(FabricError::Host { source, .. }) if source.kind() == io::ErrorKind::WouldBlock => {
+                return Ok(None);
+            }
+            other => other?,
+        }
+        // SAFETY: it is an event that was not acknowledged yet.
+        let event = unsafe { &*raw };
+        let mut private_data = Vec::new();
+        if matches!(
+            event.event,
+            kind::RDMA_CM_EVENT_CONNECT_REQUEST | kind::RDMA_CM_EVENT_ESTABLISHED
+        ) {
+            // SAFETY: events of these kinds carry connection parameters of a connected service.
+            let parameters = unsafe { &event.param.conn };
+            if !parameters.private_data.is_null() {
+                let length = usize::from(parameters.private_data_len);
+                // SAFETY: so many bytes are there as long as the event is not acknowledged.
+                let bytes = unsafe {
+                    std::slice::from_raw_parts(parameters.private_data.cast::<u8>(), length)
+                };
+                private_data.extend_from_slice(bytes);
+            }
+        }
+        let request = NonNull::new(event.id)
+            .filter(|_| event.event == kind::RDMA_CM_EVENT_CONNECT_REQUEST)
+            .map(|raw| Id { raw, channel: self.clone() });
+        let event = Event { kind: event.event, status: event.status, private_data, request };
+        // SAFETY: acknowledged once, and not used any more.
+        check("rdma_ack_cm_event", unsafe { (self.library.rdma_ack_cm_event)(raw) })?;
+        Ok(Some(event))
+    }
+
+    /// Wait for an event. `None`: the time was over, or `wake` became readable.
+    pub(super) fn wait(
+        self: &Arc<Self>,
+        wake: Option<BorrowedFd<'_>>,
+        deadline: Option<Instant>,
+    ) -> Result<Option<Event>> {
+        loop {
+            if let Some(event) = self.next()? {
+                return Ok(Some(event));
+            }
+            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            let mut fds = vec![PollFd::from_borrowed_fd(self.fd(), PollFlags::IN)];
+            fds.extend(wake.map(|wake| PollFd::from_borrowed_fd(wake, PollFlags::IN)));
+            wait_for(&mut fds, left)?;
+            let woken = fds.get(1).is_some_and(|wake| !wake.revents().is_empty());
+            if woken || left.is_some_and(|left| left.is_zero()) {
+                return Ok(None);
+            }
+        }
+    }
+}
+
+impl Drop for EventChannel {
+    fn drop(&mut self) {
+        // SAFETY: every identifier on it held it, so none is left.
+        unsafe { (self.library.rdma_destroy_event_channel)(self.raw.as_ptr()) };
+    }
+}
+
+/// poll(2) that an interruption does not end; whoever called looks again.
+pub(super) fn wait_for(fds: &mut [PollFd<'_>], limit: Option<Duration>) -> Result<()> {
+    let limit = limit.map(|limit| Timespec {
+        tv_sec: i64::try_from(limit.as_secs()).unwrap_or(i64::MAX),
+        tv_nsec: limit.subsec_nanos().into(),
+    });
+    match poll(fds, limit.as_ref()) {
+        Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+        Err(errno) => Err(FabricError::Host { call: "poll", source: errno.into() }),
+    }
+}
+
+/// A socket address in C's form.
+enum CAddress {
+    V4(sockaddr_in),
+    V6(sockaddr_in6),
+}
+
+impl CAddress {
+    fn new(address: SocketAddr) -> Self {
+        match address {
+            SocketAddr::V4(address) => Self::V4(sockaddr_in {
+                sin_family: libc::AF_INET as libc::sa_family_t,
+                sin_port: address.port().to_be(),
+                sin_addr: libc::in_addr { s_addr: u32::from(*address.ip()).to_be() },
+                sin_zero: [0; 8],
+            }),
+            SocketAddr::V6(address) => Self::V6(sockaddr_in6 {
+                sin6_family: libc::AF_INET6 as libc::sa_family_t,
+                sin6_port: address.port().to_be(),
+                sin6_flowinfo: address.flowinfo(),
+                sin6_addr: libc::in6_addr { s6_addr: address.ip().octets() },
+                sin6_scope_id: address.scope_id(),
+            }),
+        }
+    }
+
+    fn as_mut_ptr(&mut self) -> *mut sockaddr {
+        match self {
+            Self::V4(address) => ptr::from_mut(address).cast(),
+            Self::V6(address) => ptr::from_mut(address).cast(),
+        }
+    }
+}
+
+/// An identifier: what a socket is to TCP.
+pub(super) struct Id {
+    raw: NonNull<rdma_cm_id>,
+    channel: Arc<EventChannel>,
+}
+
+// SAFETY: librdmacm locks what its functions change; the fields that are read here are set before
+// an identifier is shared.
+unsafe impl Send for Id {}
+// SAFETY: as for `Send`.
+unsafe impl Sync for Id {}
+
+impl Id {
+    pub(super) fn new(channel: &Arc<EventChannel>) -> Result<Self> {
+        let mut raw = ptr::null_mut();
+        // SAFETY: the channel is alive, and held by the identifier.
+        let result = unsafe {
+            (channel.library.rdma_create_id)(
+                channel.raw.as_ptr(),
+                &mut raw,
+                ptr::null_mut(),
+                rdma_port_space::RDMA_PS_TCP,
+            )
+        };
+        check("rdma_create_id", result)?;
+        let raw = NonNull::new(raw).ok_or(FabricError::Closed)?;
+        Ok(Self { raw, channel: channel.clone() })
+    }
+
+    pub(super) fn library(&self) -> &'static Library {
+        self.channel.library
+    }
+
+    pub(super) fn channel(&self) -> &Arc<EventChannel> {
+        &self.channel
+    }
+
+    pub(super) fn as_ptr(&self) -> *mut rdma_cm_id {
+        self.raw.as_ptr()
+    }
+
+    /// The device that the address resolution, or the request, has found.
+    pub(super) fn context(&self) -> Result<NonNull<rdma_sys::ibv_context>> {
+        // SAFETY: the identifier is alive.
+        let context = unsafe { self.raw.as_ref().verbs };
+        NonNull::new(context).ok_or_else(|| FabricError::Unavailable("no device was found".into()))
+    }
+
+    /// Take events from a channel of its own from now on.
+    pub(super) fn migrate(mut self, channel: &Arc<EventChannel>) -> Result<Self> {
+        // SAFETY: both are alive; the old channel is released behind this.
+        let result =
+            unsafe { (self.library().rdma_migrate_id)(self.as_ptr(), channel.raw.as_ptr()) };
+        check("rdma_migrate_id", result)?;
+        self.channel = channel.clone();
+        Ok(self)
+    }
+
+    fn set_option(&self, option: i32, value: &mut [u8]) -> Result<()> {
+        // SAFETY: the option's value is as long as its type says.
+        let result = unsafe {
+            (self.library().rdma_set_option)(
+                self.as_ptr(),
+                OPTION_ID,
+                option,
+                value.as_mut_ptr().cast(),
+                value.len(),
+            )
+        };
+        check("rdma_set_option", result)
+    }
+
+    /// Bind, and listen.
+    pub(super) fn listen(&self, address: SocketAddr) -> Result<()> {
+        self.set_option(OPTION_REUSEADDR, &mut 1_i32.to_ne_bytes())?;
+        let mut address = CAddress::new(address);
+        // SAFETY: a proper address that the call copies.
+        let bound = unsafe { (self.library().rdma_bind_addr)(self.as_ptr(), address.as_mut_ptr()) };
+        check("rdma_bind_addr", bound)?;
+        // SAFETY: the identifier is alive and bound.
+        check("rdma_listen", unsafe { (self.library().rdma_listen)(self.as_ptr(), BACKLOG) })
+    }
+
+    /// The address at the other end.
+    pub(super) fn peer(&self) -> Option<SocketAddr> {
+        // SAFETY: the identifier is alive; the union's members all begin with the family.
+        let address = unsafe { &self.raw.as_ref().route.addr.dst_addr_union };
+        // SAFETY: any bytes are a family.
+        match i32::from(unsafe { address.dst_addr.sa_family }) {
+            libc::AF_INET => {
+                // SAFETY: that is what the family says.
+                let v4 = unsafe { address.dst_sin };
+                let ip = Ipv4Addr::from(u32::from_be(v4.sin_addr.s_addr));
+                Some((ip, u16::from_be(v4.sin_port)).into())
+            }
+            libc::AF_INET6 => {
+                // SAFETY: that is what the family says.
+                let v6 = unsafe { address.dst_sin6 };
+                Some((Ipv6Addr::from(v6.sin6_addr.s6_addr), u16::from_be(v6.sin6_port)).into())
+            }
+            _ => None,
+        }
+    }
+
+    /// The port that it is bound to.
+    pub(super) fn port(&self) -> u16 {
+        // SAFETY: the identifier is alive.
+        u16::from_be(unsafe { (self.library().rdma_get_src_port)(self.as_ptr()) })
+    }
+
+    /// Begin to resolve an address.
+    pub(super) fn resolve_address(&self, address: SocketAddr, limit: Duration) -> Result<()> {
+        let mut address = CAddress::new(address);
+        // SAFETY: a proper address that the call copies; no source address is asked for.
+        let result = unsafe {
+            (self.library().rdma_resolve_addr)(
+                self.as_ptr(),
+                ptr::null_mut(),
+                address.as_mut_ptr(),
+                milliseconds(limit),
+            )
+        };
+        check("rdma_resolve_addr", result)
+    }
+
+    /// Begin to resolve the route to the address.
+    pub(super) fn resolve_route(&self, limit: Duration) -> Result<()> {
+        // SAFETY: the identifier is alive; a wrong state is an error.
+        let result =
+            unsafe { (self.library().rdma_resolve_route)(self.as_ptr(), milliseconds(limit)) };
+        check("rdma_resolve_route", result)
+    }
+
+    /// Let the transport give up on a peer that acknowledges nothing within about `limit`.
+    pub(super) fn set_peer_timeout(&self, limit: Duration) -> Result<()> {
+        // 4.096 us * 2^value a try (InfiniBand specification, 9.7.6.1.3). Devices may take longer.
+        let each = limit.as_nanos() / (u128::from(RETRIES) + 1) / 4096;
+        let value = each.max(1).ilog2().min(31) as u8;
+        self.set_option(OPTION_ACK_TIMEOUT, &mut [value])
+    }
+
+    /// Begin to connect.
+    pub(super) fn connect(&self, private_data: &[u8]) -> Result<()> {
+        let mut parameters = parameters(private_data);
+        // SAFETY: the private data outlives the call, which copies it.
+        let result = unsafe { (self.library().rdma_connect)(self.as_ptr(), &mut parameters) };
+        check("rdma_connect", result)
+    }
+
+    /// Begin to accept a request.
+    pub(super) fn accept(&self, private_data: &[u8]) -> Result<()> {
+        let mut parameters = parameters(private_data);
+        // SAFETY: as in `connect`.
+        let result = unsafe { (self.library().rdma_accept)(self.as_ptr(), &mut parameters) };
+        check("rdma_accept", result)
+    }
+
+    /// Turn a request down.
+    pub(super) fn reject(&self) {
+        // SAFETY: the identifier is alive. It fails when the peer has gone.
+        unsafe { (self.library().rdma_reject)(self.as_ptr(), ptr::null(), 0) };
+    }
+
+    /// End the connection: whatever is posted is flushed, and the peer is told.
+    pub(super) fn disconnect(&self) {
+        // SAFETY: the identifier is alive. It fails when there is no connection any more.
+        unsafe { (self.library().rdma_disconnect)(self.as_ptr()) };
+    }
+}
+
+impl Drop for Id {
+    fn drop(&mut self) {
+        // SAFETY: its queue pair held it, so it is gone, and all its events were acknowledged.
+        unsafe { (self.library().rdma_destroy_id)(self.as_ptr()) };
+    }
+}
+
+fn milliseconds(limit: Duration) -> i32 {
+    i32::try_from(limit.as_millis()).unwrap_or(i32::MAX)
+}
+
+fn parameters(private_data: &[u8]) -> rdma_conn_param {
+    rdma_conn_param {
+        private_data: private_data.as_ptr().cast(),
+        private_data_len: u8::try_from(private_data.len()).unwrap_or(u8::MAX),
+        responder_resources: 0,
+        initiator_depth: 0,
+        flow_control: 0,
+        retry_count: RETRIES,
+        rnr_retry_count: RNR_RETRIES,
+        srq: 0,
+        qp_num: 0,
+    }
+}

@@ -1,0 +1,147 @@
+//! RDMA: libibverbs and librdmacm.
+//!
+//! A reliable connected queue pair carries control messages as SEND and guest RAM as RDMA WRITE,
+//! straight from and into the guests' memory. Owns every call of the libraries, and with
+//! `memory/` the only `unsafe` of the project. Knows nothing of what messages mean.
+#![allow(unsafe_code)]
+
+mod buffers;
+mod cm;
+mod connection;
+mod library;
+mod listener;
+mod objects;
+
+use std::{
+    io,
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
+
+use rdma_sys::rdma_cm_event_type as kind;
+
+use self::{
+    cm::{Event, EventChannel, Id},
+    connection::VerbsConnection,
+};
+use super::{Connection, Fabric, FabricError, Listener, Result, resolve};
+use crate::migration::messages::Address;
+
+/// How long things may take.
+#[derive(Debug, Clone, Copy)]
+pub struct Timeouts {
+    /// Without progress of a transfer that is due.
+    pub stall: Duration,
+    /// Without any sign of life of the peer's device.
+    pub peer: Duration,
+}
+
+impl Timeouts {
+    /// Silence after which the peer is asked for a sign of life.
+    fn keep_alive(&self) -> Duration {
+        self.peer / 5
+    }
+
+    /// What is left of `peer` for the transport's retries.
+    fn acknowledgement(&self) -> Duration {
+        self.peer - self.keep_alive()
+    }
+}
+
+/// The `verbs` fabric.
+#[derive(Debug, Clone)]
+pub struct Verbs {
+    /// Time limits.
+    pub timeouts: Timeouts,
+    /// Control messages that each side has buffers for, beside those that need no credit.
+    pub window: u16,
+}
+
+impl Fabric for Verbs {
+    fn name(&self) -> &'static str {
+        "verbs"
+    }
+
+    fn listen(&self, address: &Address) -> Result<Box<dyn Listener>> {
+        Ok(Box::new(listener::VerbsListener::bind(address, self.clone())?))
+    }
+
+    fn connect(
+        &self,
+        address: &Address,
+        private_data: &[u8],
+        timeout: Duration,
+    ) -> Result<(Vec<u8>, Box<dyn Connection>)> {
+        let deadline = Instant::now() + timeout;
+        let mut last = FabricError::Connect {
+            address: address.clone(),
+            source: io::ErrorKind::TimedOut.into(),
+        };
+        for candidate in resolve(address)? {
+            match self.connect_to(address, candidate, private_data, deadline) {
+                Ok(connected) => return Ok(connected),
+                Err(error) => last = error,
+            }
+        }
+        Err(last)
+    }
+}
+
+impl Verbs {
+    fn connect_to(
+        &self,
+        address: &Address,
+        candidate: SocketAddr,
+        private_data: &[u8],
+        deadline: Instant,
+    ) -> Result<(Vec<u8>, Box<dyn Connection>)> {
+        let channel = EventChannel::new()?;
+        let id = Id::new(&channel)?;
+        let left = || deadline.saturating_duration_since(Instant::now());
+        let expect = |wanted| expect(&channel, wanted, address, deadline);
+        let no_device = |error| match error {
+            FabricError::Host { source, .. } => no_route(address, &source),
+            other => other,
+        };
+        id.resolve_address(candidate, left()).map_err(no_device)?;
+        expect(kind::RDMA_CM_EVENT_ADDR_RESOLVED)?;
+        id.resolve_route(left()).map_err(no_device)?;
+        expect(kind::RDMA_CM_EVENT_ROUTE_RESOLVED)?;
+        id.set_peer_timeout(self.timeouts.acknowledgement())?;
+        let connection = VerbsConnection::new(id, self.window, self.timeouts)?;
+        connection.id().connect(private_data)?;
+        let established = expect(kind::RDMA_CM_EVENT_ESTABLISHED)?;
+        Ok((established.private_data, Box::new(connection)))
+    }
+}
+
+fn no_route(address: &Address, source: &io::Error) -> FabricError {
+    FabricError::Unavailable(format!(
+        "no RDMA device leads to {address} ({source}); check 'rdma link', the address, and the \
+         route to it ('ip route get')"
+    ))
+}
+
+/// Wait for the one event that is to come next.
+fn expect(
+    channel: &std::sync::Arc<EventChannel>,
+    wanted: kind::Type,
+    address: &Address,
+    deadline: Instant,
+) -> Result<Event> {
+    let failed = |error: io::ErrorKind| {
+        Err(FabricError::Connect { address: address.clone(), source: error.into() })
+    };
+    let Some(event) = channel.wait(None, Some(deadline))? else {
+        return failed(io::ErrorKind::TimedOut);
+    };
+    match event.kind {
+        kind if kind == wanted => Ok(event),
+        kind::RDMA_CM_EVENT_ADDR_ERROR | kind::RDMA_CM_EVENT_ROUTE_ERROR => {
+            Err(no_route(address, &io::Error::from_raw_os_error(event.status.abs())))
+        }
+        kind::RDMA_CM_EVENT_REJECTED => failed(io::ErrorKind::ConnectionRefused),
+        kind::RDMA_CM_EVENT_UNREACHABLE => failed(io::ErrorKind::HostUnreachable),
+        _ => failed(io::ErrorKind::ConnectionAborted),
+    }
+}

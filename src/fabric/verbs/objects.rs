@@ -1,0 +1,411 @@
+//! Verbs objects: a type each, which keeps what it depends on alive.
+
+use std::{
+    any::Any,
+    io,
+    mem::MaybeUninit,
+    os::fd::BorrowedFd,
+    ptr::{self, NonNull},
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+};
+
+use rdma_sys::{
+    ibv_access_flags, ibv_comp_channel, ibv_cq, ibv_mr, ibv_pd, ibv_poll_cq, ibv_post_recv,
+    ibv_post_send, ibv_qp_cap, ibv_qp_init_attr, ibv_qp_type, ibv_recv_wr, ibv_req_notify_cq,
+    ibv_send_flags, ibv_send_wr, ibv_sge, ibv_wc, ibv_wc_status, ibv_wr_opcode,
+};
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+
+use super::{
+    buffers::Buffers,
+    cm::Id,
+    library::{Library, check, check_errno},
+};
+use crate::{
+    fabric::{FabricError, RemoteKey, Result},
+    memory::Region,
+};
+
+/// The handle of an object, or what errno says.
+fn created<T>(call: &'static str, raw: *mut T) -> Result<NonNull<T>> {
+    NonNull::new(raw).ok_or_else(|| FabricError::Host { call, source: io::Error::last_os_error() })
+}
+
+/// A protection domain.
+pub(super) struct ProtectionDomain {
+    raw: NonNull<ibv_pd>,
+    library: &'static Library,
+}
+
+// SAFETY: libibverbs' objects may be used from any thread (ibv_fork_init(3) and others demand
+// nothing more); so for the types below.
+unsafe impl Send for ProtectionDomain {}
+// SAFETY: as for `Send`.
+unsafe impl Sync for ProtectionDomain {}
+
+impl ProtectionDomain {
+    /// On the device of `id`, which librdmacm keeps open until the process ends.
+    pub(super) fn new(id: &Id) -> Result<Arc<Self>> {
+        let library = id.library();
+        // SAFETY: the device is open.
+        let raw = unsafe { (library.ibv_alloc_pd)(id.context()?.as_ptr()) };
+        Ok(Arc::new(Self { raw: created("ibv_alloc_pd", raw)?, library }))
+    }
+}
+
+impl Drop for ProtectionDomain {
+    fn drop(&mut self) {
+        // SAFETY: what was made in it held it, so nothing is left.
+        unsafe { (self.library.ibv_dealloc_pd)(self.raw.as_ptr()) };
+    }
+}
+
+/// What a device may do with memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Access {
+    /// Send it.
+    Read,
+    /// Receive messages into it.
+    Receive,
+    /// Let the peer write it.
+    RemoteWrite,
+}
+
+impl Access {
+    fn flags(self) -> i32 {
+        let flags = match self {
+            Self::Read => 0,
+            Self::Receive => ibv_access_flags::IBV_ACCESS_LOCAL_WRITE.0,
+            // Remote writing needs local writing too (ibv_reg_mr(3)).
+            Self::RemoteWrite => {
+                ibv_access_flags::IBV_ACCESS_LOCAL_WRITE.0
+                    | ibv_access_flags::IBV_ACCESS_REMOTE_WRITE.0
+            }
+        };
+        flags.cast_signed()
+    }
+}
+
+/// Memory that is registered with a device, and pinned.
+pub(super) struct MemoryRegion {
+    raw: NonNull<ibv_mr>,
+    domain: Arc<ProtectionDomain>,
+    /// Keeps it mapped.
+    _memory: Arc<dyn Any + Send + Sync>,
+}
+
+// SAFETY: see `ProtectionDomain`.
+unsafe impl Send for MemoryRegion {}
+// SAFETY: as for `Send`.
+unsafe impl Sync for MemoryRegion {}
+
+impl MemoryRegion {
+    fn new(
+        domain: &Arc<ProtectionDomain>,
+        memory: Arc<dyn Any + Send + Sync>,
+        (address, length): (NonNull<u8>, usize),
+        access: Access,
+    ) -> io::Result<Self> {
+        // SAFETY: the range belongs to `memory`, which is held as long as this.
+        let raw = unsafe {
+            (domain.library.ibv_reg_mr)(
+                domain.raw.as_ptr(),
+                address.as_ptr().cast(),
+                length,
+                access.flags(),
+            )
+        };
+        let raw = NonNull::new(raw).ok_or_else(io::Error::last_os_error)?;
+        Ok(Self { raw, domain: domain.clone(), _memory: memory })
+    }
+
+    /// Register message buffers.
+    pub(super) fn of_buffers(
+        domain: &Arc<ProtectionDomain>,
+        buffers: &Arc<Buffers>,
+        access: Access,
+    ) -> Result<Self> {
+        let range = buffers.range();
+        Self::new(domain, buffers.clone(), range, access)
+            .map_err(|source| FabricError::Host { call: "ibv_reg_mr", source })
+    }
+
+    /// Register `length` bytes at `offset` of a RAM block.
+    pub(super) fn of_region(
+        domain: &Arc<ProtectionDomain>,
+        region: &Arc<Region>,
+        (offset, length): (u64, u64),
+        access: Access,
+    ) -> Result<Self> {
+        let failed = |source| FabricError::Pin {
+            block: region.name().to_owned(),
+            mib: length.div_ceil(1 << 20),
+            source,
+        };
+        let range = region.mapped(offset, length).map_err(failed)?;
+        Self::new(domain, region.clone(), range, access).map_err(failed)
+    }
+
+    /// For work requests here.
+    pub(super) fn lkey(&self) -> u32 {
+        // SAFETY: alive; the key never changes.
+        unsafe { self.raw.as_ref().lkey }
+    }
+
+    /// For the peer. It is in the caller's hands that the address is the whole block's.
+    pub(super) fn remote_key(&self, block: u64) -> RemoteKey {
+        // SAFETY: as for `lkey`.
+        RemoteKey { address: block, rkey: unsafe { self.raw.as_ref().rkey } }
+    }
+}
+
+impl Drop for MemoryRegion {
+    fn drop(&mut self) {
+        // SAFETY: it was registered once; work requests that still name it fail.
+        unsafe { (self.domain.library.ibv_dereg_mr)(self.raw.as_ptr()) };
+    }
+}
+
+/// Says when a queue has completions.
+struct CompletionChannel {
+    raw: NonNull<ibv_comp_channel>,
+    library: &'static Library,
+}
+
+impl CompletionChannel {
+    fn new(id: &Id) -> Result<Self> {
+        let library = id.library();
+        // SAFETY: the device is open.
+        let raw = unsafe { (library.ibv_create_comp_channel)(id.context()?.as_ptr()) };
+        let channel = Self { raw: created("ibv_create_comp_channel", raw)?, library };
+        let nonblocking = fcntl_getfl(channel.fd())
+            .and_then(|flags| fcntl_setfl(channel.fd(), flags | OFlags::NONBLOCK));
+        nonblocking.map_err(|errno| FabricError::Host { call: "fcntl", source: errno.into() })?;
+        Ok(channel)
+    }
+
+    fn fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the descriptor is open as long as the channel exists.
+        unsafe { BorrowedFd::borrow_raw(self.raw.as_ref().fd) }
+    }
+}
+
+impl Drop for CompletionChannel {
+    fn drop(&mut self) {
+        // SAFETY: its queue is gone: it is declared, and so dropped, before this.
+        unsafe { (self.library.ibv_destroy_comp_channel)(self.raw.as_ptr()) };
+    }
+}
+
+/// A completion.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Completion {
+    /// Of the work request.
+    pub(super) id: u64,
+    /// `ibv_wc_status`.
+    pub(super) status: ibv_wc_status::Type,
+    /// Bytes received.
+    pub(super) length: u32,
+}
+
+/// A completion queue with a channel of its own.
+pub(super) struct CompletionQueue {
+    raw: NonNull<ibv_cq>,
+    /// Notifications that were taken and not acknowledged.
+    notified: AtomicU32,
+    channel: CompletionChannel,
+}
+
+// SAFETY: see `ProtectionDomain`.
+unsafe impl Send for CompletionQueue {}
+// SAFETY: as for `Send`.
+unsafe impl Sync for CompletionQueue {}
+
+impl CompletionQueue {
+    pub(super) fn new(id: &Id, size: u32) -> Result<Self> {
+        let channel = CompletionChannel::new(id)?;
+        // SAFETY: device and channel are alive.
+        let raw = unsafe {
+            (id.library().ibv_create_cq)(
+                id.context()?.as_ptr(),
+                size.cast_signed(),
+                ptr::null_mut(),
+                channel.raw.as_ptr(),
+                0,
+            )
+        };
+        let raw = created("ibv_create_cq", raw)?;
+        Ok(Self { raw, notified: AtomicU32::new(0), channel })
+    }
+
+    /// The next completion, if there is one.
+    pub(super) fn poll(&self) -> Result<Option<Completion>> {
+        let mut completion = MaybeUninit::<ibv_wc>::uninit();
+        // SAFETY: the queue is alive, and there is room for the one that is asked for.
+        let found = unsafe { ibv_poll_cq(self.raw.as_ptr(), 1, completion.as_mut_ptr()) };
+        match found {
+            0 => Ok(None),
+            1 => {
+                // SAFETY: one was written.
+                let wc = unsafe { completion.assume_init() };
+                Ok(Some(Completion { id: wc.wr_id, status: wc.status, length: wc.byte_len }))
+            }
+            errno => Err(check_errno("ibv_poll_cq", errno).err().unwrap_or(FabricError::Closed)),
+        }
+    }
+
+    /// Make [`CompletionQueue::fd`] readable at the next completion. What came before does not: poll
+    /// once more behind this.
+    pub(super) fn arm(&self) -> Result<()> {
+        let mut queue = ptr::null_mut();
+        let mut context = ptr::null_mut();
+        let library = self.channel.library;
+        // SAFETY: the channel is alive, and does not block.
+        while unsafe {
+            (library.ibv_get_cq_event)(self.channel.raw.as_ptr(), &mut queue, &mut context)
+        } == 0
+        {
+            self.notified.fetch_add(1, Ordering::Relaxed);
+        }
+        // SAFETY: the queue is alive.
+        check_errno("ibv_req_notify_cq", unsafe { ibv_req_notify_cq(self.raw.as_ptr(), 0) })
+    }
+
+    pub(super) fn fd(&self) -> BorrowedFd<'_> {
+        self.channel.fd()
+    }
+}
+
+impl Drop for CompletionQueue {
+    fn drop(&mut self) {
+        let library = self.channel.library;
+        // SAFETY: so many notifications were taken; the queue pair, which held this, is gone.
+        unsafe {
+            (library.ibv_ack_cq_events)(self.raw.as_ptr(), *self.notified.get_mut());
+            (library.ibv_destroy_cq)(self.raw.as_ptr());
+        }
+    }
+}
+
+/// How much a queue pair may hold.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Depth {
+    pub(super) send: u32,
+    pub(super) receive: u32,
+}
+
+/// One range of registered memory.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Local {
+    pub(super) address: u64,
+    pub(super) length: u32,
+    pub(super) lkey: u32,
+}
+
+/// A reliable connected queue pair.
+pub(super) struct QueuePair {
+    pub(super) sent: CompletionQueue,
+    pub(super) received: CompletionQueue,
+    pub(super) domain: Arc<ProtectionDomain>,
+    pub(super) id: Id,
+}
+
+impl QueuePair {
+    /// For the connection of `id`.
+    pub(super) fn new(id: Id, depth: Depth) -> Result<Self> {
+        let domain = ProtectionDomain::new(&id)?;
+        let sent = CompletionQueue::new(&id, depth.send)?;
+        let received = CompletionQueue::new(&id, depth.receive)?;
+        let mut attributes = ibv_qp_init_attr {
+            qp_context: ptr::null_mut(),
+            send_cq: sent.raw.as_ptr(),
+            recv_cq: received.raw.as_ptr(),
+            srq: ptr::null_mut(),
+            cap: ibv_qp_cap {
+                max_send_wr: depth.send,
+                max_recv_wr: depth.receive,
+                max_send_sge: 1,
+                max_recv_sge: 1,
+                max_inline_data: 0,
+            },
+            qp_type: ibv_qp_type::IBV_QPT_RC,
+            sq_sig_all: 0,
+        };
+        // SAFETY: all that the attributes name is alive, and is held by what is returned.
+        let result = unsafe {
+            (id.library().rdma_create_qp)(id.as_ptr(), domain.raw.as_ptr(), &mut attributes)
+        };
+        check("rdma_create_qp", result)?;
+        Ok(Self { sent, received, domain, id })
+    }
+
+    fn raw(&self) -> *mut rdma_sys::ibv_qp {
+        // SAFETY: the identifier is alive, and has had its queue pair since `new`.
+        unsafe { (*self.id.as_ptr()).qp }
+    }
+
+    fn post(&self, request: &mut ibv_send_wr, local: Option<Local>) -> Result<()> {
+        let mut element = local.map(element);
+        if let Some(element) = &mut element {
+            request.sg_list = element;
+            request.num_sge = 1;
+        }
+        let mut bad = ptr::null_mut();
+        // SAFETY: the request and its element outlive the call; the memory that it names is kept
+        // registered by the caller until the completion.
+        check_errno("ibv_post_send", unsafe { ibv_post_send(self.raw(), request, &mut bad) })
+    }
+
+    /// Send a message.
+    pub(super) fn send(&self, id: u64, local: Local) -> Result<()> {
+        self.post(&mut request(id, ibv_wr_opcode::IBV_WR_SEND, true), Some(local))
+    }
+
+    /// Write into the peer's memory; without `local`, nothing, which the peer acknowledges.
+    pub(super) fn write(
+        &self,
+        id: u64,
+        local: Option<Local>,
+        to: RemoteKey,
+        signalled: bool,
+    ) -> Result<()> {
+        let mut request = request(id, ibv_wr_opcode::IBV_WR_RDMA_WRITE, signalled);
+        request.wr.rdma = rdma_sys::rdma_t { remote_addr: to.address, rkey: to.rkey };
+        self.post(&mut request, local)
+    }
+
+    /// Offer a buffer for a message.
+    pub(super) fn receive(&self, id: u64, local: Local) -> Result<()> {
+        let mut element = element(local);
+        let mut request =
+            ibv_recv_wr { wr_id: id, next: ptr::null_mut(), sg_list: &mut element, num_sge: 1 };
+        let mut bad = ptr::null_mut();
+        // SAFETY: as in `post`.
+        check_errno("ibv_post_recv", unsafe { ibv_post_recv(self.raw(), &mut request, &mut bad) })
+    }
+}
+
+impl Drop for QueuePair {
+    fn drop(&mut self) {
+        // SAFETY: the identifier has a queue pair; the queues that it uses go after this.
+        unsafe { (self.id.library().rdma_destroy_qp)(self.id.as_ptr()) };
+    }
+}
+
+fn element(local: Local) -> ibv_sge {
+    ibv_sge { addr: local.address, length: local.length, lkey: local.lkey }
+}
+
+fn request(id: u64, opcode: ibv_wr_opcode::Type, signalled: bool) -> ibv_send_wr {
+    // SAFETY: all of it are integers and pointers, for which zero is a value.
+    let mut request: ibv_send_wr = unsafe { std::mem::zeroed() };
+    request.wr_id = id;
+    request.opcode = opcode;
+    if signalled {
+        request.send_flags = ibv_send_flags::IBV_SEND_SIGNALED.0;
+    }
+    request
+}
