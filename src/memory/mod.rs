@@ -6,7 +6,9 @@
 
 mod mapping;
 mod pipe;
+mod ranges;
 mod region;
 
 pub use pipe::Pipe;
+pub use ranges::{CHUNK, Ranges};
 pub use region::{Region, RegionError};

@@ -2,27 +2,25 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, mpsc::Receiver},
+    sync::{
+        Arc,
+        mpsc::{Receiver, RecvTimeoutError},
+    },
 };
 
 use super::{Result, agreement::AgreedBlock, link::Link};
 use crate::{
     fabric::{FabricError, RemoteKey},
-    memory::Region,
+    memory::{Ranges, Region},
     wire::RegisterResult,
 };
-
-/// Bytes that are registered at once. A registration costs a round trip and the pinning of its
-/// pages, so it is much more than version 1's chunk of 1 MiB; and it gives holes in it their
-/// memory, so it is not more than that.
-const RANGE: u64 = 16 << 20;
 
 /// The keys that are known.
 pub struct Keys {
     /// REGISTER_RESULTs, as they arrive.
     results: Receiver<RegisterResult>,
-    /// By the block's index and the range's number.
-    known: HashMap<(u32, u64), RemoteKey>,
+    /// By the block's index.
+    known: HashMap<u32, Ranges<RemoteKey>>,
 }
 
 impl Keys {
@@ -45,22 +43,19 @@ impl Keys {
         if whole.rkey != 0 {
             return Ok(Some((region.clone(), *whole)));
         }
-        let number = offset / RANGE;
-        let place = (block.index(), number);
-        if let Some(key) = self.known.get(&place) {
+        let known = self.known.entry(block.index()).or_default();
+        if let Some(key) = known.get(offset) {
             return Ok(Some((region.clone(), *key)));
         }
-        let start = number * RANGE;
-        link.send(&block.register(start..block.length.min(start + RANGE)))?;
+        let range = known.wanted(offset, block.length);
+        link.send(&block.register(range.clone()))?;
         let result =
             self.results.recv_timeout(link.stall_timeout()).map_err(|error| match error {
-                std::sync::mpsc::RecvTimeoutError::Timeout => {
-                    FabricError::Stalled(link.stall_timeout())
-                }
-                std::sync::mpsc::RecvTimeoutError::Disconnected => FabricError::Closed,
+                RecvTimeoutError::Timeout => FabricError::Stalled(link.stall_timeout()),
+                RecvTimeoutError::Disconnected => FabricError::Closed,
             })?;
         let key = RemoteKey { address: result.host_addr.get(), rkey: result.rkey.get() };
-        self.known.insert(place, key);
+        known.insert(range, key);
         Ok(Some((region.clone(), key)))
     }
 }

@@ -4,8 +4,7 @@ use std::{collections::HashMap, ops::Range};
 
 use super::{BLOCKS_MAX, Compress, ListedBlock, Register, WireError};
 
-/// Bytes of a chunk, counted from its block's start (RDMA_REG_CHUNK_SHIFT 20).
-pub const CHUNK: u64 = 1 << 20;
+pub use crate::memory::CHUNK;
 
 /// Find each block of `source` among `own`, the destination's.
 ///

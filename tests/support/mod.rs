@@ -136,6 +136,9 @@ impl Pair {
         self.source.client.run("migrate", json!({ "uri": uri }));
         let end = self.source.await_status(&["completed", "failed", "cancelled"]);
         assert_eq!(end["status"], "completed", "{end}");
+        let info = self.source.client.run("query-rdma-helper", json!({}));
+        let rdma = std::env::var_os("QEMU_RDMA_HELPER_TEST_ADDRESS").is_some();
+        assert_eq!(info["fabric"], if rdma { "verbs" } else { "tcp" });
         end
     }
 

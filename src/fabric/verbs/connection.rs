@@ -24,7 +24,7 @@ use super::{
 };
 use crate::{
     fabric::{Connection, FabricError, Handle, Poster, Receiver, RemoteKey, Result},
-    memory::Region,
+    memory::{Ranges, Region},
 };
 
 /// Work requests that may be outstanding (QEMU's RDMA_SIGNALED_SEND_MAX).
@@ -42,10 +42,6 @@ const SEND_BUFFERS: usize = 8;
 
 /// Messages that may arrive without a credit: READY, answers, errors.
 const UNCREDITED: u16 = 16;
-
-/// Bytes of guest memory that are registered at once where it is not pinned at the start. Large
-/// enough for the cost of a registration not to count, small enough to leave most holes alone.
-const RANGE: u64 = 16 << 20;
 
 /// How long the last words may take.
 const FAREWELL: Duration = Duration::from_secs(1);
@@ -69,8 +65,8 @@ struct Sending {
     /// Posted behind the last signalled one.
     unsignalled: Batch,
     outstanding: u32,
-    /// Guest memory that is registered for sending, by region and range.
-    local: HashMap<(usize, u64), MemoryRegion>,
+    /// Guest memory that is registered for sending, by region.
+    local: HashMap<usize, Ranges<MemoryRegion>>,
     /// Guest memory that is registered as a whole.
     pinned: HashMap<usize, MemoryRegion>,
 }
@@ -218,28 +214,20 @@ impl Shared {
         if sending.outstanding == 0 { self.post_nothing(&mut sending) } else { Ok(()) }
     }
 
-    /// The local key for `length` bytes at `offset` of `region`.
-    fn lkey(
-        &self,
-        sending: &mut Sending,
-        region: &Arc<Region>,
-        offset: u64,
-        length: u64,
-    ) -> Result<u32> {
+    /// The local key for a write from `offset` of `region`, which crosses no chunk.
+    fn lkey(&self, sending: &mut Sending, region: &Arc<Region>, offset: u64) -> Result<u32> {
         let identity = identity(region);
         if let Some(whole) = sending.pinned.get(&identity) {
             return Ok(whole.lkey());
         }
-        let range = offset / RANGE;
-        if let Some(part) = sending.local.get(&(identity, range)) {
+        let ranges = sending.local.entry(identity).or_default();
+        if let Some(part) = ranges.get(offset) {
             return Ok(part.lkey());
         }
-        debug_assert!((offset + length).div_ceil(RANGE) == range + 1, "writes cross no range");
-        let start = range * RANGE;
-        let extent = (start, RANGE.min(region.length() - start));
-        let part = MemoryRegion::of_region(&self.pair.domain, region, extent, Access::Read)?;
+        let range = ranges.wanted(offset, region.length());
+        let part = MemoryRegion::of_region(&self.pair.domain, region, &range, Access::Read)?;
         let lkey = part.lkey();
-        sending.local.insert((identity, range), part);
+        ranges.insert(range, part);
         Ok(lkey)
     }
 }
@@ -382,7 +370,7 @@ impl Poster for VerbsPoster {
             address: address.as_ptr() as u64,
             length: u32::try_from(length)
                 .map_err(|_| memory(std::io::ErrorKind::InvalidInput.into()))?,
-            lkey: shared.lkey(sending, region, offset, length as u64)?,
+            lkey: shared.lkey(sending, region, offset)?,
         };
         let to = RemoteKey { address: remote.address.wrapping_add(offset), ..remote };
         shared.posted.fetch_add(length as u64, Ordering::Relaxed);
@@ -390,8 +378,8 @@ impl Poster for VerbsPoster {
     }
 
     fn pin(&self, region: &Arc<Region>) -> Result<()> {
-        let (domain, extent) = (&self.shared.pair.domain, (0, region.length()));
-        let whole = MemoryRegion::of_region(domain, region, extent, Access::Read)?;
+        let (domain, all) = (&self.shared.pair.domain, 0..region.length());
+        let whole = MemoryRegion::of_region(domain, region, &all, Access::Read)?;
         lock(&self.shared.sending).pinned.insert(identity(region), whole);
         Ok(())
     }
@@ -455,9 +443,8 @@ impl Receiver for VerbsReceiver {
         if let Some(known) = self.registered.get(&key) {
             return Ok(known.remote_key(block));
         }
-        let extent = (range.start, range.end - range.start);
         let (domain, access) = (&self.shared.pair.domain, Access::RemoteWrite);
-        let part = MemoryRegion::of_region(domain, region, extent, access)?;
+        let part = MemoryRegion::of_region(domain, region, &range, access)?;
         let remote = part.remote_key(block);
         self.registered.insert(key, part);
         Ok(remote)

@@ -4,6 +4,7 @@ use std::{
     any::Any,
     io,
     mem::MaybeUninit,
+    ops::Range,
     os::fd::BorrowedFd,
     ptr::{self, NonNull},
     sync::{
@@ -133,19 +134,20 @@ impl MemoryRegion {
             .map_err(|source| FabricError::Host { call: "ibv_reg_mr", source })
     }
 
-    /// Register `length` bytes at `offset` of a RAM block.
+    /// Register a range of a RAM block.
     pub(super) fn of_region(
         domain: &Arc<ProtectionDomain>,
         region: &Arc<Region>,
-        (offset, length): (u64, u64),
+        range: &Range<u64>,
         access: Access,
     ) -> Result<Self> {
+        let length = range.end - range.start;
         let failed = |source| FabricError::Pin {
             block: region.name().to_owned(),
             mib: length.div_ceil(1 << 20),
             source,
         };
-        let range = region.mapped(offset, length).map_err(failed)?;
+        let range = region.mapped(range.start, length).map_err(failed)?;
         Self::new(domain, region.clone(), range, access).map_err(failed)
     }
 

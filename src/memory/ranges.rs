@@ -1,0 +1,109 @@
+//! Ranges of a block that are registered as they are needed.
+
+use std::{collections::BTreeMap, ops::Range};
+
+/// Bytes of a chunk, counted from its block's start (RDMA_REG_CHUNK_SHIFT 20). Ranges are whole
+/// chunks, save at the block's end, and no write crosses into another chunk.
+pub const CHUNK: u64 = 1 << 20;
+
+/// Largest range in bytes. Beyond, the cost of a registration no longer counts.
+pub const RANGE_MAX: u64 = 64 << 20;
+
+/// Ranges without overlap, each with what it was registered as.
+///
+/// They grow as readahead does. A registration costs a round trip and more, so ranges should be
+/// large; but it gives the holes in it memory, so where little is written they should be small. A
+/// range that continues its predecessor is twice as long, any other is one chunk.
+#[derive(Debug)]
+pub struct Ranges<T> {
+    /// By their starts; with their ends.
+    ranges: BTreeMap<u64, (u64, T)>,
+}
+
+impl<T> Default for Ranges<T> {
+    fn default() -> Self {
+        Self { ranges: BTreeMap::new() }
+    }
+}
+
+impl<T> Ranges<T> {
+    /// What the range that contains `offset` was registered as.
+    pub fn get(&self, offset: u64) -> Option<&T> {
+        let (_, (end, registered)) = self.ranges.range(..=offset).next_back()?;
+        (offset < *end).then_some(registered)
+    }
+
+    /// The range to register for `offset` of a block of `length` bytes, which no range contains.
+    pub fn wanted(&self, offset: u64, length: u64) -> Range<u64> {
+        let start = offset / CHUNK * CHUNK;
+        let before = self.ranges.range(..=start).next_back();
+        let size = match before {
+            Some((before, (end, _))) if *end == start => (2 * (end - before)).min(RANGE_MAX),
+            _ => CHUNK,
+        };
+        let next = self.ranges.range(start..).next().map_or(length, |(next, _)| *next);
+        start..start.saturating_add(size).min(next).min(length)
+    }
+
+    /// A range was registered.
+    pub fn insert(&mut self, range: Range<u64>, registered: T) {
+        self.ranges.insert(range.start, (range.end, registered));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn a_run_is_registered_in_ever_larger_ranges() {
+        let mut ranges = Ranges::default();
+        let mut sizes = Vec::new();
+        let length = (1 << 40) + 4096;
+        let mut offset = 0;
+        while offset < 300 << 20 {
+            let range = ranges.wanted(offset, length);
+            assert_eq!(range.start, offset);
+            sizes.push((range.end - range.start) >> 20);
+            offset = range.end;
+            ranges.insert(range, ());
+        }
+        assert_eq!(sizes, [1, 2, 4, 8, 16, 32, 64, 64, 64, 64]);
+        assert_eq!(ranges.wanted(1 << 40, length), 1 << 40..length);
+        assert_eq!(ranges.wanted((900 << 20) + 4096, length), 900 << 20..901 << 20);
+    }
+
+    proptest! {
+        /// Whatever is asked for in blocks of up to 16 TiB: ranges contain it, are whole chunks,
+        /// stay in the block, and never overlap.
+        #[test]
+        fn ranges_never_overlap(
+            pages in 1_u64..=(16 << 40) / 4096,
+            offsets in prop::collection::vec((any::<prop::sample::Index>(), 0..8_u64), 1..200),
+        ) {
+            let length = pages * 4096;
+            let mut ranges = Ranges::<usize>::default();
+            let mut all: Vec<Range<u64>> = Vec::new();
+            for (start, run) in offsets {
+                let start = start.index(pages as usize) as u64 * 4096;
+                for offset in (0..=run).map(|chunk| start + chunk * CHUNK).filter(|it| *it < length) {
+                    match ranges.get(offset) {
+                        Some(index) => prop_assert!(all[*index].contains(&offset)),
+                        None => {
+                            let range = ranges.wanted(offset, length);
+                            prop_assert!(range.contains(&offset) && range.end <= length);
+                            prop_assert!(range.start.is_multiple_of(CHUNK));
+                            prop_assert!(range.end.is_multiple_of(CHUNK) || range.end == length);
+                            prop_assert!(range.end - range.start <= RANGE_MAX);
+                            prop_assert!(all.iter().all(|it| it.end <= range.start || range.end <= it.start));
+                            ranges.insert(range.clone(), all.len());
+                            all.push(range);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
