@@ -6,10 +6,10 @@ use super::{
     Block, Result,
     error::MigrationError,
     link::{Link, LinkReceiver, WINDOW},
-    messages::{Address, Options},
+    messages::{Address, FabricKind, Options},
 };
 use crate::{
-    fabric::{Fabric, RemoteKey, Request},
+    fabric::{Connection, Fabric, RemoteKey, Request},
     memory::Region,
     wire::{
         BLOCKS_MAX, Compress, Extension, ListedBlock, Message, PrivateData, RamBlockEntry,
@@ -21,6 +21,9 @@ use crate::{
 
 /// How long each side waits for the other's next step of the agreement.
 const TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long a stock QEMU may take to let the return path in (it waits as long itself).
+const RETURN_PATH: Duration = Duration::from_secs(5);
 
 /// Blocks in one BLOCK_LIST: of 264 bytes each at the most, they fit into a message.
 const BLOCKS_PER_LIST: usize = 1024;
@@ -34,7 +37,15 @@ pub struct Agreement {
     /// For receiving.
     pub receiver: LinkReceiver,
     /// The source's blocks.
-    pub blocks: Vec<AgreedBlock>,
+    pub blocks: SourceBlocks,
+}
+
+/// The source's blocks, and what the destination has said of them.
+pub enum SourceBlocks {
+    /// A helper has the same, and said where.
+    Agreed(Vec<AgreedBlock>),
+    /// A stock QEMU is asked behind the stream's block list.
+    Unnamed(Vec<Block>),
 }
 
 /// One of the source's blocks.
@@ -52,13 +63,39 @@ pub struct AgreedBlock {
 }
 
 impl AgreedBlock {
-    /// Its index on the wire.
-    pub fn index(&self) -> u32 {
-        self.index
+    /// A block of which the destination has not said where it is.
+    pub fn unplaced(block: &Block, index: u32) -> Self {
+        let nowhere = RemoteKey { address: 0, rkey: 0 };
+        let target = block.region.clone().map(|region| (region, nowhere));
+        Self { name: block.name.clone(), length: block.length, target, index, base: 0 }
+    }
+
+    /// The destination has said where it is.
+    ///
+    /// # Errors
+    /// It has another length there.
+    pub fn place(&mut self, entry: &RamBlockEntry) -> Result<()> {
+        let (base, length) = (entry.offset.get(), entry.length.get());
+        if base.checked_add(self.length).is_none() {
+            return Err(MigrationError::Peer(format!("RAM block '{}' at {base:#x}", self.name)));
+        }
+        self.base = base;
+        if let Some((_, key)) = &mut self.target {
+            if length != self.length {
+                return Err(MigrationError::Incompatible(format!(
+                    "RAM block '{}' has {} bytes at the source and {length} at the destination; \
+                     start both QEMUs with the same machine type, memory and devices",
+                    self.name, self.length
+                )));
+            }
+            let (address, rkey) = (entry.remote_host_addr.get(), entry.remote_rkey.get());
+            *key = RemoteKey { address, rkey };
+        }
+        Ok(())
     }
 
     /// The request to be let into these bytes of it, which begin at a chunk.
-    pub fn register(&self, range: Range<u64>) -> Message<'static> {
+    pub fn register(&self, range: &Range<u64>) -> Message<'static> {
         Message::RegisterRequest(vec![Register {
             key: (self.base + range.start).into(),
             index: self.index.into(),
@@ -83,15 +120,21 @@ fn listed(blocks: &[Block]) -> Vec<ListedBlock> {
     blocks.iter().map(listed).collect()
 }
 
-/// The extension that a peer must have.
-fn extension(private_data: &PrivateData) -> Result<Extension> {
-    private_data.extension.ok_or_else(|| {
-        MigrationError::Incompatible(
-            "The peer is no helper (it lacks the protocol's extension); start \
-             'qemu-rdma-helper attach' beside its QEMU"
-                .into(),
-        )
-    })
+/// The window of a helper's extension; `None` for a stock QEMU, which speaks only RDMA.
+fn window(private_data: &PrivateData, options: &Options) -> Result<Option<u16>> {
+    match private_data.extension {
+        Some(extension) => Ok(Some(extension.window)),
+        None if options.fabric == FabricKind::Verbs => Ok(None),
+        None => Err(no_helper()),
+    }
+}
+
+fn no_helper() -> MigrationError {
+    MigrationError::Incompatible(
+        "The peer is no helper (it lacks the protocol's extension); start \
+         'qemu-rdma-helper attach' beside its QEMU"
+            .into(),
+    )
 }
 
 /// The source: connect, name the blocks, learn where they go.
@@ -106,16 +149,38 @@ pub fn connect(
 ) -> Result<Agreement> {
     let ours = PrivateData { pin_all: options.pin_all, extension: Some(OURS) };
     let (reply, connection) = fabric.connect(address, &ours.encode(), TIMEOUT)?;
-    let theirs = extension(&PrivateData::decode(&reply)?)?;
-    let (sending, receiving) = (Flow::Window(theirs.window), Flow::Window(OURS.window));
+    let Some(window) = window(&PrivateData::decode(&reply)?, options)? else {
+        let (link, receiver) = Link::stock(connection, Flow::Lockstep, options.stall_timeout());
+        return Ok(Agreement { link, receiver, blocks: SourceBlocks::Unnamed(blocks) });
+    };
+    let (sending, receiving) = (Flow::Window(window), Flow::Window(OURS.window));
     let (link, mut receiver) = Link::new(connection, sending, receiving, options.stall_timeout());
     match list_blocks(&link, &mut receiver, blocks, options) {
-        Ok(blocks) => Ok(Agreement { link, receiver, blocks }),
+        Ok(blocks) => Ok(Agreement { link, receiver, blocks: SourceBlocks::Agreed(blocks) }),
         Err(error) => {
             link.end(&error, true);
             Err(error)
         }
     }
+}
+
+/// A stock destination: another connection, for the return path.
+///
+/// # Errors
+/// When it takes none.
+pub fn connect_again(
+    fabric: &dyn Fabric,
+    address: &Address,
+    options: &Options,
+) -> Result<Box<dyn Connection>> {
+    let ours = PrivateData { pin_all: options.pin_all, extension: None };
+    let connected = fabric.connect(address, &ours.encode(), RETURN_PATH);
+    connected.map(|(_, connection)| connection).map_err(|error| {
+        MigrationError::Incompatible(format!(
+            "The destination's QEMU takes no return path ({error}); set the capability \
+             return-path at both ends, or at none"
+        ))
+    })
 }
 
 /// Name the blocks and read the answer.
@@ -217,7 +282,7 @@ impl Accepted {
 /// When it is no helper, or does not have the same blocks; it was told then.
 pub fn accept(request: Box<dyn Request>, own: &[Block], options: &Options) -> Result<Accepted> {
     let theirs = PrivateData::decode(request.private_data())?;
-    let window = extension(&theirs)?.window;
+    let window = window(&theirs, options)?.ok_or_else(no_helper)?;
     let ours = PrivateData { pin_all: theirs.pin_all, extension: Some(OURS) };
     let connection = request.accept(&ours.encode())?;
     let (sending, receiving) = (Flow::Window(window), Flow::Window(OURS.window));

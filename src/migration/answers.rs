@@ -12,21 +12,22 @@ use super::{
     link::{Link, LinkReceiver},
     outgoing::Event,
     return_path::WholeMessages,
+    targets::Answer,
 };
-use crate::wire::{Message, RegisterResult};
+use crate::wire::Message;
 
 /// Receive until the connection ends.
 pub fn receive(
     mut receiver: LinkReceiver,
     link: &Link,
     qemu: &UnixStream,
-    registered: &SyncSender<RegisterResult>,
+    answers: &SyncSender<Answer>,
     events: &Sender<Event>,
 ) {
     let mut buffer = Vec::new();
     let mut return_path = WholeMessages::default();
     let error = loop {
-        match receive_one(&mut receiver, link, qemu, registered, &mut return_path, &mut buffer) {
+        match receive_one(&mut receiver, link, qemu, answers, &mut return_path, &mut buffer) {
             Ok(false) => {}
             // The receiver is gone only when the migration has ended.
             Ok(true) => drop(events.send(Event::Acknowledged)),
@@ -36,12 +37,48 @@ pub fn receive(
     let _ = events.send(Event::PeerFailed(error));
 }
 
+/// One is asked for at a time.
+fn hand_on(answers: &SyncSender<Answer>, answer: Answer) -> Result<bool> {
+    match answers.try_send(answer) {
+        Ok(()) => Ok(false),
+        Err(_) => Err(MigrationError::Peer("an answer that nobody asked for".into())),
+    }
+}
+
+/// Receive a stock destination's return path from its own connection until that ends; how the
+/// migration ends is not decided by it.
+pub fn receive_return_path(
+    mut receiver: LinkReceiver,
+    link: &Link,
+    qemu: &UnixStream,
+    events: &Sender<Event>,
+) {
+    let mut buffer = Vec::new();
+    let mut return_path = WholeMessages::default();
+    loop {
+        let received = match receiver.next(link, &mut buffer) {
+            Ok(Message::QemuFile(bytes)) => return_path.push(bytes),
+            _ => return,
+        };
+        let whole = match received {
+            Ok(whole) => whole,
+            // The receiver is gone only when the migration has ended.
+            Err(error) => return drop(events.send(Event::PeerFailed(error))),
+        };
+        // QEMU closes its end when it has cancelled or failed; it needs no words then.
+        let _ = (&*qemu).write_all(&whole);
+        if link.consumed().is_err() {
+            return;
+        }
+    }
+}
+
 /// Handle one message; true for the final acknowledgement.
 fn receive_one(
     receiver: &mut LinkReceiver,
     link: &Link,
     qemu: &UnixStream,
-    registered: &SyncSender<RegisterResult>,
+    answers: &SyncSender<Answer>,
     return_path: &mut WholeMessages,
     buffer: &mut Vec<u8>,
 ) -> Result<bool> {
@@ -53,11 +90,8 @@ fn receive_one(
             Ok(false)
         }
         Message::FinalAck => Ok(true),
-        // One is asked for at a time.
-        Message::RegisterResult(result) => match registered.try_send(result) {
-            Ok(()) => Ok(false),
-            Err(_) => Err(MigrationError::Peer("a REGISTER_RESULT that nobody asked for".into())),
-        },
+        Message::RegisterResult(result) => hand_on(answers, Answer::Registered(result)),
+        Message::RamBlocksResult(entries) => hand_on(answers, Answer::Blocks(entries)),
         Message::ErrorText { text, guest_never_ran } => {
             Err(MigrationError::PeerFailed { text: text.to_owned(), guest_never_ran })
         }

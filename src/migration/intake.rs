@@ -3,17 +3,14 @@
 //! One thread does it all: it reads no faster than the fabric takes RAM, and that is what keeps
 //! QEMU's bandwidth estimate, and with it `downtime-limit`, true.
 
-use std::{collections::HashMap, os::unix::net::UnixStream, sync::atomic::Ordering::Relaxed};
+use std::{os::unix::net::UnixStream, sync::atomic::Ordering::Relaxed};
 
 use rustix::{
     io::Errno,
     net::{RecvFlags, recv},
 };
 
-use super::{
-    Result, agreement::AgreedBlock, error::MigrationError, keys::Keys, link::Link,
-    statistics::Statistics,
-};
+use super::{Result, error::MigrationError, link::Link, statistics::Statistics, targets::Targets};
 use crate::{
     stream::{BlockRange, Limits, Outlet, PushError, Rewriter, StreamBlock, Travel},
     wire::{Message, PAYLOAD_MAX},
@@ -31,15 +28,13 @@ const BATCH: usize = 128 << 10;
 pub fn take(
     qemu: &UnixStream,
     link: &Link,
-    blocks: Vec<AgreedBlock>,
-    keys: Keys,
+    targets: Targets,
     statistics: &Statistics,
     pass_ram: impl FnOnce() -> bool,
 ) -> Result<()> {
     let mut pass_ram = Some(pass_ram);
     let mut rewriter = Rewriter::new(Limits::default());
-    let mut outbound =
-        Outbound { link, statistics, agreed: blocks, keys, blocks: Vec::new(), batch: Vec::new() };
+    let mut outbound = Outbound { link, statistics, targets, batch: Vec::new() };
     let mut buffer = vec![0; READ];
     loop {
         let received = match recv(qemu, &mut *buffer, RecvFlags::DONTWAIT) {
@@ -84,10 +79,7 @@ fn rewriting(error: PushError<MigrationError>) -> MigrationError {
 struct Outbound<'a> {
     link: &'a Link,
     statistics: &'a Statistics,
-    agreed: Vec<AgreedBlock>,
-    keys: Keys,
-    /// Index in `agreed` by the stream's block index.
-    blocks: Vec<usize>,
+    targets: Targets,
     /// Stream bytes that were not sent yet. At most a read's worth and what the rewriter held.
     batch: Vec<u8>,
 }
@@ -109,46 +101,11 @@ impl Outbound<'_> {
     }
 }
 
-/// The agreed block of a block of the stream.
-fn find<'a>(blocks: &[usize], agreed: &'a [AgreedBlock], block: u32) -> Result<&'a AgreedBlock> {
-    let agreed = blocks.get(block as usize).and_then(|index| agreed.get(*index));
-    agreed.ok_or_else(|| MigrationError::Stream(format!("RAM block {block} was not announced")))
-}
-
 impl Outlet for Outbound<'_> {
     type Error = MigrationError;
 
     fn ram_blocks(&mut self, blocks: &[StreamBlock]) -> Result<Vec<Travel>> {
-        let by_name: HashMap<_, _> = self
-            .agreed
-            .iter()
-            .enumerate()
-            .map(|(index, block)| (block.name.as_str(), index))
-            .collect();
-        let mut indices = Vec::with_capacity(blocks.len());
-        let mut travels = Vec::with_capacity(blocks.len());
-        for block in blocks {
-            let Some(&index) = by_name.get(block.name.as_str()) else {
-                return Err(MigrationError::Incompatible(format!(
-                    "QEMU migrates RAM block '{}', which it did not have when the migration was \
-                     prepared; start the migration again",
-                    block.name
-                )));
-            };
-            let agreed = &self.agreed[index];
-            let written = agreed.target.is_some();
-            if written && agreed.length != block.length {
-                return Err(MigrationError::Incompatible(format!(
-                    "RAM block '{}' has {} bytes and had {} when the migration was prepared; \
-                     start the migration again",
-                    block.name, block.length, agreed.length
-                )));
-            }
-            indices.push(index);
-            travels.push(if written { Travel::Written } else { Travel::InStream });
-        }
-        self.blocks = indices;
-        Ok(travels)
+        self.targets.name(blocks)
     }
 
     fn stream(&mut self, bytes: &[u8]) -> Result<()> {
@@ -161,23 +118,19 @@ impl Outlet for Outbound<'_> {
     }
 
     fn write(&mut self, range: BlockRange) -> Result<()> {
-        let block = find(&self.blocks, &self.agreed, range.block)?;
-        match self.keys.key(self.link, block, range.offset)? {
-            Some((region, remote)) => self.link.write(&region, range.offset, range.length, remote),
-            None => {
-                Err(MigrationError::Stream(format!("RAM block '{}' is not mapped", block.name)))
-            }
-        }
+        let (region, remote) = self.targets.key(self.link, range.block, range.offset)?;
+        self.link.write(region, range.offset, range.length, remote)
     }
 
     fn zero(&mut self, range: BlockRange) -> Result<()> {
-        let block = find(&self.blocks, &self.agreed, range.block)?;
+        let block = self.targets.block(range.block)?;
         self.link.send(&block.compress(range.offset, range.length))?;
         self.statistics.zero_bytes.fetch_add(range.length, Relaxed);
         Ok(())
     }
 
     fn finished(&mut self) -> Result<()> {
+        self.targets.exchange(self.link)?;
         self.link.drain()?;
         self.link.send(&Message::RegisterFinished)
     }

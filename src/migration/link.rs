@@ -34,6 +34,10 @@ pub struct Link {
     stall_timeout: Duration,
     /// The time limit that ended the connection.
     expired: Mutex<Option<Duration>>,
+    /// The peer is a stock QEMU.
+    stock: bool,
+    /// A stock peer's connection for the return path, which ends with this one.
+    companion: Mutex<Option<Handle>>,
 }
 
 /// Ends the connection when its time is over, unless it is dropped before.
@@ -56,6 +60,25 @@ impl Link {
         receiving: Flow,
         stall_timeout: Duration,
     ) -> (Arc<Self>, LinkReceiver) {
+        Self::with(connection, sending, receiving, stall_timeout, false)
+    }
+
+    /// A link to a stock QEMU, which grants a credit a message.
+    pub fn stock(
+        connection: Box<dyn Connection>,
+        receiving: Flow,
+        stall_timeout: Duration,
+    ) -> (Arc<Self>, LinkReceiver) {
+        Self::with(connection, Flow::Lockstep, receiving, stall_timeout, true)
+    }
+
+    fn with(
+        connection: Box<dyn Connection>,
+        sending: Flow,
+        receiving: Flow,
+        stall_timeout: Duration,
+        stock: bool,
+    ) -> (Arc<Self>, LinkReceiver) {
         let handle = connection.handle();
         let (poster, receiver) = connection.split();
         let link = Self {
@@ -66,6 +89,8 @@ impl Link {
             grants: Mutex::new(credit::Receiver::new(receiving)),
             stall_timeout,
             expired: Mutex::default(),
+            stock,
+            companion: Mutex::default(),
         };
         (Arc::new(link), LinkReceiver(receiver))
     }
@@ -96,9 +121,31 @@ impl Link {
         Ok(self.poster.send(&header, payload)?)
     }
 
+    /// The peer is a stock QEMU: version 1 and nothing more.
+    pub fn is_stock(&self) -> bool {
+        self.stock
+    }
+
+    /// End `companion` together with this.
+    pub fn accompany(&self, companion: &Self) {
+        *lock(&self.companion) = Some(companion.handle.clone());
+    }
+
+    /// Wait until the peer is ready for a message.
+    ///
+    /// # Errors
+    /// As for sending one.
+    pub fn await_ready(&self) -> Result<()> {
+        self.await_credit(|granted| granted.any())
+    }
+
     fn take_credit(&self) -> Result<()> {
+        self.await_credit(credit::Sender::take)
+    }
+
+    fn await_credit(&self, there: impl Fn(&mut credit::Sender) -> bool) -> Result<()> {
         let mut granted = lock(&self.granted);
-        while !granted.take() {
+        while !there(&mut granted) {
             let (next, timeout) = self
                 .changed
                 .wait_timeout(granted, self.stall_timeout)
@@ -116,11 +163,16 @@ impl Link {
     /// # Errors
     /// When the connection is lost.
     pub fn consumed(&self) -> Result<()> {
-        let grant = {
-            let mut grants = lock(&self.grants);
-            grants.consumed();
-            grants.grant()
-        };
+        lock(&self.grants).consumed();
+        self.grant()
+    }
+
+    /// Say READY if that is due: it is at the start of a link with READY for each message.
+    ///
+    /// # Errors
+    /// When the connection is lost.
+    pub fn grant(&self) -> Result<()> {
+        let grant = lock(&self.grants).grant();
         grant.map_or(Ok(()), |repeat| self.send(&Message::Ready(repeat)))
     }
 
@@ -170,15 +222,21 @@ impl Link {
         if !matches!(error, MigrationError::Fabric(_) | MigrationError::PeerFailed { .. }) {
             let text = error.to_string();
             // The peer notices the end in any case.
-            let _ = self.send(&Message::ErrorText { text: &text, guest_never_ran });
+            let _ = self.send(&match self.stock {
+                true => Message::Error,
+                false => Message::ErrorText { text: &text, guest_never_ran },
+            });
             self.poster.finish();
         }
-        self.handle.close();
+        self.close();
     }
 
     /// End the connection.
     pub fn close(&self) {
         self.handle.close();
+        if let Some(companion) = &*lock(&self.companion) {
+            companion.close();
+        }
     }
 }
 

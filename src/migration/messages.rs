@@ -63,6 +63,8 @@ pub enum FabricKind {
 pub struct Options {
     /// Capability `rdma-pin-all`.
     pub pin_all: bool,
+    /// Capability `return-path`.
+    pub return_path: bool,
     /// Seconds without any progress of a transfer that is due, after which the peer counts as lost.
     pub stall_timeout: u64,
     /// Seconds without any sign of life of the peer's RDMA device.

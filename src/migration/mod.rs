@@ -12,7 +12,6 @@ mod control;
 mod error;
 mod incoming;
 mod intake;
-mod keys;
 mod landing;
 mod link;
 pub mod messages;
@@ -20,6 +19,7 @@ mod orphan;
 mod outgoing;
 pub(crate) mod return_path;
 mod statistics;
+mod targets;
 pub mod worker;
 
 use std::{

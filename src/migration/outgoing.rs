@@ -23,17 +23,16 @@ use super::{
     commitment::Commitment,
     control::Reports,
     error::MigrationError,
-    intake,
-    keys::Keys,
-    lifetime,
+    intake, lifetime,
     link::Link,
     messages::{Address, Options, Order, Report},
     orphan, return_path,
     statistics::Statistics,
+    targets::Targets,
 };
 use crate::{
     fabric::{Fabric, FabricError},
-    wire::Message,
+    wire::{Message, credit::Flow},
 };
 
 /// How long to wait for the peer's own words after it closed the connection.
@@ -75,8 +74,43 @@ pub struct Qemu {
     pub qmp: PathBuf,
 }
 
+/// How the destination is reached.
+struct Way {
+    fabric: Arc<dyn Fabric>,
+    address: Address,
+    options: Options,
+}
+
+impl Way {
+    /// A stock destination wants a connection of its own for the return path, if QEMU opens one,
+    /// once it is ready on the first.
+    fn open_return_path(
+        &self,
+        link: &Link,
+        qemu: &Arc<UnixStream>,
+        events: &Sender<Event>,
+    ) -> Result<()> {
+        if !link.is_stock() || !self.options.return_path {
+            return Ok(());
+        }
+        link.await_ready()?;
+        let (connection, stall) = (
+            agreement::connect_again(&*self.fabric, &self.address, &self.options)?,
+            self.options.stall_timeout(),
+        );
+        let (return_path, receiver) = Link::stock(connection, Flow::LockstepAhead, stall);
+        link.accompany(&return_path);
+        let (qemu, events) = (qemu.clone(), events.clone());
+        thread::spawn(move || {
+            answers::receive_return_path(receiver, &return_path, &qemu, &events);
+        });
+        Ok(())
+    }
+}
+
 /// What all states need.
 struct Context {
+    way: Arc<Way>,
     qemu: Arc<UnixStream>,
     /// The relay is gone.
     orphaned: Cell<bool>,
@@ -97,7 +131,9 @@ pub fn run(
     (sender, events): (Sender<Event>, Receiver<Event>),
 ) {
     let statistics = Statistics::new(fabric.name());
+    let way = Arc::new(Way { fabric, address, options });
     let context = Context {
+        way: way.clone(),
         qemu: Arc::new(qemu.migration),
         orphaned: Cell::new(false),
         reports: reports.clone(),
@@ -106,7 +142,7 @@ pub fn run(
         events: sender.clone(),
     };
     thread::spawn(move || {
-        let agreed = agreement::connect(&*fabric, &address, blocks, &options);
+        let agreed = agreement::connect(&*way.fabric, &way.address, blocks, &way.options);
         // The receiver is gone only when the migration has ended otherwise.
         let _ = sender.send(Event::Agreed(agreed));
     });
@@ -142,6 +178,9 @@ impl Outgoing {
             }
             (Self::Streaming(link), Event::StreamTaken(Ok(()))) => {
                 let total = context.statistics.stream_bytes.load(Ordering::Relaxed);
+                if link.is_stock() {
+                    return Self::Confirming(link);
+                }
                 match link.send(&Message::StreamEnd { bytes: total }) {
                     Ok(()) => Self::Confirming(link),
                     Err(error) => Self::fail(Some(link), error, context, events),
@@ -157,6 +196,14 @@ impl Outgoing {
             (Self::Streaming(link), Event::Acknowledged) => {
                 let error = MigrationError::Peer("it confirmed an unfinished migration".into());
                 Self::fail(Some(link), error, context, events)
+            }
+            // All that a stock destination says when it has loaded the guest.
+            (
+                Self::Confirming(link),
+                Event::PeerFailed(MigrationError::Fabric(FabricError::Closed)),
+            ) if link.is_stock() => {
+                link.close();
+                Self::Ended(Verdict::Done)
             }
             (state, Event::PeerFailed(error)) => Self::fail(state.link(), error, context, events),
             (state, Event::Order(Order::Abort { reason })) => {
@@ -195,9 +242,11 @@ impl Outgoing {
         context.statistics.set_up();
         let (qemu, events) = (context.qemu.clone(), context.events.clone());
         let answering = link.clone();
-        let (registered, results) = mpsc::sync_channel(1);
-        thread::spawn(move || answers::receive(receiver, &answering, &qemu, &registered, &events));
-        let (qemu, events) = (context.qemu.clone(), context.events.clone());
+        let (answers, answered) = mpsc::sync_channel(1);
+        thread::spawn(move || answers::receive(receiver, &answering, &qemu, &answers, &events));
+        let targets = Targets::new(blocks, answered, context.way.options.clone());
+        let (qemu, events, way) =
+            (context.qemu.clone(), context.events.clone(), context.way.clone());
         let (taking, statistics) = (link.clone(), context.statistics.clone());
         let (commitment, reports) = (context.commitment.clone(), context.reports.clone());
         let pass_ram = move || {
@@ -208,8 +257,9 @@ impl Outgoing {
             passed
         };
         thread::spawn(move || {
-            let taken =
-                intake::take(&qemu, &taking, blocks, Keys::new(results), &statistics, pass_ram);
+            let taken = way
+                .open_return_path(&taking, &qemu, &events)
+                .and_then(|()| intake::take(&qemu, &taking, targets, &statistics, pass_ram));
             // As above: nobody waits for it any more.
             let _ = events.send(Event::StreamTaken(taken));
         });

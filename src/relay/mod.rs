@@ -156,6 +156,7 @@ impl Context {
         let capabilities = qemu.execute("query-migrate-capabilities", Value::Null).await?;
         Ok(Options {
             pin_all: blockers::is_on(&capabilities, "rdma-pin-all"),
+            return_path: blockers::is_on(&capabilities, "return-path"),
             stall_timeout: self.stall_timeout.as_secs().max(1),
             peer_timeout: self.peer_timeout.as_secs().max(1),
             fabric: self.fabric(),

@@ -11,6 +11,9 @@ use super::WireError;
 pub enum Flow {
     /// Version 1: no credit at first, one by each READY.
     Lockstep,
+    /// The same, with one credit from the start: how QEMU takes a return path, whose first message
+    /// it sends without READY.
+    LockstepAhead,
     /// Between helpers: this many from the start, returned in batches.
     Window(u16),
 }
@@ -18,7 +21,7 @@ pub enum Flow {
 impl Flow {
     fn window(self) -> u32 {
         match self {
-            Self::Lockstep => 1,
+            Self::Lockstep | Self::LockstepAhead => 1,
             Self::Window(window) => window.into(),
         }
     }
@@ -36,6 +39,11 @@ impl Sender {
     pub fn new(flow: Flow) -> Self {
         let credits = if flow == Flow::Lockstep { 0 } else { flow.window() };
         Self { window: flow.window(), credits }
+    }
+
+    /// There is a credit.
+    pub fn any(&self) -> bool {
+        self.credits > 0
     }
 
     /// Take a credit for a message, if there is one.
@@ -80,7 +88,7 @@ impl Receiver {
         let window = flow.window();
         match flow {
             Flow::Lockstep => Self { window, granted: 0, free: 1 },
-            Flow::Window(_) => Self { window, granted: window, free: 0 },
+            Flow::LockstepAhead | Flow::Window(_) => Self { window, granted: window, free: 0 },
         }
     }
 

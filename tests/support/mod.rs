@@ -51,6 +51,11 @@ pub fn address() -> String {
     std::env::var("QEMU_RDMA_HELPER_TEST_ADDRESS").unwrap_or_else(|_| "127.0.0.1".into())
 }
 
+/// Tests run where there is an RDMA device.
+pub fn in_lab() -> bool {
+    std::env::var_os("QEMU_RDMA_HELPER_TEST_ADDRESS").is_some()
+}
+
 /// A port that was free a moment ago.
 pub fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
@@ -137,8 +142,7 @@ impl Pair {
         let end = self.source.await_status(&["completed", "failed", "cancelled"]);
         assert_eq!(end["status"], "completed", "{end}");
         let info = self.source.client.run("query-rdma-helper", json!({}));
-        let rdma = std::env::var_os("QEMU_RDMA_HELPER_TEST_ADDRESS").is_some();
-        assert_eq!(info["fabric"], if rdma { "verbs" } else { "tcp" });
+        assert_eq!(info["fabric"], if in_lab() { "verbs" } else { "tcp" });
         end
     }
 

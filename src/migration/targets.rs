@@ -1,0 +1,191 @@
+//! Where the pages of the stream's blocks go, as the destination says.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc,
+        mpsc::{Receiver, RecvTimeoutError},
+    },
+    time::Duration,
+};
+
+use super::{
+    Block, Result,
+    agreement::{AgreedBlock, SourceBlocks},
+    error::MigrationError,
+    link::Link,
+    messages::Options,
+};
+use crate::{
+    fabric::{FabricError, RemoteKey},
+    memory::{Ranges, Region},
+    stream::{StreamBlock, Travel},
+    wire::{Message, RamBlockEntry, RegisterResult},
+};
+
+/// What the destination answers to a request.
+pub enum Answer {
+    /// REGISTER_RESULT.
+    Registered(RegisterResult),
+    /// RAM_BLOCKS_RESULT.
+    Blocks(Vec<RamBlockEntry>),
+}
+
+/// The blocks, and the keys to them that are known.
+pub struct Targets {
+    blocks: Vec<AgreedBlock>,
+    /// Own blocks that a stock destination has not been asked for yet.
+    unnamed: Option<Vec<Block>>,
+    /// Index in `blocks` by the stream's block index.
+    by_stream: Vec<usize>,
+    /// As they arrive; one is asked for at a time.
+    answers: Receiver<Answer>,
+    /// By index in `blocks`.
+    keys: HashMap<usize, Ranges<RemoteKey>>,
+    options: Options,
+}
+
+impl Targets {
+    /// Before the stream.
+    pub fn new(blocks: SourceBlocks, answers: Receiver<Answer>, options: Options) -> Self {
+        let (blocks, unnamed) = match blocks {
+            SourceBlocks::Agreed(blocks) => (blocks, None),
+            SourceBlocks::Unnamed(blocks) => (Vec::new(), Some(blocks)),
+        };
+        Self { blocks, unnamed, by_stream: Vec::new(), answers, keys: HashMap::new(), options }
+    }
+
+    /// The stream's block list is complete: how does each block travel?
+    ///
+    /// # Errors
+    /// It is not the list that the migration was prepared for.
+    pub fn name(&mut self, blocks: &[StreamBlock]) -> Result<Vec<Travel>> {
+        if let Some(unnamed) = &self.unnamed {
+            self.blocks = in_order(blocks, unnamed);
+        }
+        let by_name: HashMap<_, _> = self
+            .blocks
+            .iter()
+            .enumerate()
+            .map(|(index, block)| (block.name.as_str(), index))
+            .collect();
+        let mut indices = Vec::with_capacity(blocks.len());
+        let mut travels = Vec::with_capacity(blocks.len());
+        for block in blocks {
+            let Some(&index) = by_name.get(block.name.as_str()) else {
+                return Err(MigrationError::Incompatible(format!(
+                    "QEMU migrates RAM block '{}', which it did not have when the migration was \
+                     prepared; start the migration again",
+                    block.name
+                )));
+            };
+            let agreed = &self.blocks[index];
+            let written = agreed.target.is_some();
+            if written && agreed.length != block.length {
+                return Err(MigrationError::Incompatible(format!(
+                    "RAM block '{}' has {} bytes and had {} when the migration was prepared; \
+                     start the migration again",
+                    block.name, block.length, agreed.length
+                )));
+            }
+            indices.push(index);
+            travels.push(if written { Travel::Written } else { Travel::InStream });
+        }
+        self.by_stream = indices;
+        Ok(travels)
+    }
+
+    /// Behind the block list: ask a stock destination for its blocks.
+    ///
+    /// # Errors
+    /// When it does not have the same.
+    pub fn exchange(&mut self, link: &Link) -> Result<()> {
+        if self.unnamed.take().is_none() {
+            return Ok(());
+        }
+        link.send(&Message::RamBlocksRequest)?;
+        if self.options.pin_all {
+            let regions = self.blocks.iter().filter_map(|block| block.target.as_ref());
+            regions.map(|(region, _)| region).try_for_each(|region| link.pin(region))?;
+        }
+        let total = self.blocks.iter().map(|block| block.length).sum();
+        let Answer::Blocks(entries) = self.answer(link, self.options.pinning(total))? else {
+            return Err(MigrationError::Peer("no RAM_BLOCKS_RESULT".into()));
+        };
+        if entries.len() != self.blocks.len() {
+            return Err(MigrationError::Incompatible(format!(
+                "The source has {} RAM blocks and the destination {}; start both QEMUs with the \
+                 same machine type, memory and devices",
+                self.blocks.len(),
+                entries.len()
+            )));
+        }
+        for (block, entry) in self.blocks.iter_mut().zip(&entries) {
+            block.place(entry)?;
+        }
+        Ok(())
+    }
+
+    /// The block of an index in the stream.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn block(&self, index: u32) -> Result<&AgreedBlock> {
+        Ok(&self.blocks[self.index(index)?])
+    }
+
+    fn index(&self, index: u32) -> Result<usize> {
+        let known = self.by_stream.get(index as usize).copied();
+        known.ok_or_else(|| MigrationError::Stream(format!("RAM block {index} was not announced")))
+    }
+
+    /// The memory to write from, and the key for a write to `offset`, which crosses no chunk.
+    ///
+    /// # Errors
+    /// When the connection is lost, or the destination can't register the range.
+    pub fn key(
+        &mut self,
+        link: &Link,
+        index: u32,
+        offset: u64,
+    ) -> Result<(&Arc<Region>, RemoteKey)> {
+        let index = self.index(index)?;
+        let block = &self.blocks[index];
+        let Some((region, whole)) = &block.target else {
+            let why = format!("RAM block '{}' is not mapped", block.name);
+            return Err(MigrationError::Stream(why));
+        };
+        if whole.rkey != 0 {
+            return Ok((region, *whole));
+        }
+        let keys = self.keys.entry(index).or_default();
+        if let Some(key) = keys.get(offset) {
+            return Ok((region, *key));
+        }
+        let range = keys.wanted(offset, block.length);
+        link.send(&block.register(&range))?;
+        let Answer::Registered(result) = self.answer(link, Duration::ZERO)? else {
+            return Err(MigrationError::Peer("no REGISTER_RESULT".into()));
+        };
+        let key = RemoteKey { address: result.host_addr.get(), rkey: result.rkey.get() };
+        self.keys.entry(index).or_default().insert(range, key);
+        Ok((region, key))
+    }
+
+    fn answer(&self, link: &Link, more: Duration) -> Result<Answer> {
+        let limit = link.stall_timeout() + more;
+        self.answers.recv_timeout(limit).map_err(|error| match error {
+            RecvTimeoutError::Timeout => FabricError::Stalled(limit).into(),
+            RecvTimeoutError::Disconnected => FabricError::Closed.into(),
+        })
+    }
+}
+
+/// The own blocks in the order of the stream's list, which is a stock destination's too.
+fn in_order(blocks: &[StreamBlock], own: &[Block]) -> Vec<AgreedBlock> {
+    let find = |(index, block): (usize, &StreamBlock)| {
+        let known = own.iter().find(|known| known.name == block.name)?;
+        Some(AgreedBlock::unplaced(known, index as u32))
+    };
+    blocks.iter().enumerate().filter_map(find).collect()
+}
