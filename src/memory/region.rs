@@ -8,7 +8,7 @@ use std::{
 };
 
 use rustix::{
-    fs::{SeekFrom, fstat, fstatfs, seek, sendfile},
+    fs::{MemfdFlags, SeekFrom, fstat, fstatfs, ftruncate, memfd_create, seek, sendfile},
     io::{Errno, pread, pwrite},
 };
 
@@ -121,6 +121,20 @@ impl Region {
         Ok((mapping.pointer(offset, length)?, length))
     }
 
+    /// Memory of its own for a block whose memory can't be reached.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn staged(name: &str, length: u64) -> Result<Self, RegionError> {
+        let host = |call| {
+            let name = name.to_owned();
+            move |source: Errno| RegionError::Host { name, call, source: source.into() }
+        };
+        let file = memfd_create(name, MemfdFlags::CLOEXEC).map_err(host("memfd_create"))?;
+        ftruncate(&file, length).map_err(host("ftruncate"))?;
+        Self::new(name, file, 0, length)
+    }
+
     /// The RAM block's name.
     pub fn name(&self) -> &str {
         &self.name
@@ -180,6 +194,23 @@ impl Region {
             Access::File => pipe.splice(socket, self.file.as_fd(), at, length),
             Access::Mapping(mapping) => mapping.receive_from(socket, offset, length),
         }
+    }
+
+    /// Read what is at `offset` into all of `bytes`.
+    ///
+    /// # Errors
+    /// The system's; `UnexpectedEof` if the file was truncated.
+    pub fn read_at(&self, mut bytes: &mut [u8], offset: u64) -> io::Result<()> {
+        let mut at = self.at(offset, bytes.len())?;
+        while !bytes.is_empty() {
+            let read = pread(&self.file, &mut *bytes, at)?;
+            if read == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            bytes = &mut bytes[read..];
+            at += read as u64;
+        }
+        Ok(())
     }
 
     /// Write `bytes` at `offset`.
@@ -259,13 +290,11 @@ fn map(file: &OwnedFd, offset: u64, length: u64) -> io::Result<Mapping> {
 mod tests {
     use std::{fs::File, io::Write as _, os::unix::net::UnixStream};
 
-    use rustix::fs::{MemfdFlags, memfd_create};
-
     use super::*;
 
     fn memfd(length: u64) -> OwnedFd {
         let fd = memfd_create("region", MemfdFlags::CLOEXEC).unwrap();
-        rustix::fs::ftruncate(&fd, length).unwrap();
+        ftruncate(&fd, length).unwrap();
         fd
     }
 

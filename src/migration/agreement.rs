@@ -1,6 +1,6 @@
 //! Before anything moves: versions, and that both sides have the same RAM blocks.
 
-use std::{ops::Range, sync::Arc, time::Duration};
+use std::{collections::HashMap, ops::Range, sync::Arc, time::Duration};
 
 use super::{
     Block, Result,
@@ -10,7 +10,8 @@ use super::{
 };
 use crate::{
     fabric::{Connection, Fabric, RemoteKey, Request},
-    memory::Region,
+    memory::{Ranges, Region},
+    stream::StreamBlock,
     wire::{
         BLOCKS_MAX, Compress, Extension, ListedBlock, Message, PrivateData, RamBlockEntry,
         Register, WireError,
@@ -183,6 +184,21 @@ pub fn connect_again(
     })
 }
 
+/// A stock source: let its return path in.
+///
+/// # Errors
+/// When it is something else, or went away.
+pub fn accept_again(request: Box<dyn Request>) -> Result<Box<dyn Connection>> {
+    let theirs = PrivateData::decode(request.private_data())?;
+    if theirs.extension.is_some() {
+        return Err(MigrationError::Peer(
+            "a helper where a stock QEMU's return path belongs".into(),
+        ));
+    }
+    let ours = PrivateData { pin_all: theirs.pin_all, extension: None };
+    Ok(request.accept(&ours.encode())?)
+}
+
 /// Name the blocks and read the answer.
 fn list_blocks(
     link: &Arc<Link>,
@@ -247,6 +263,10 @@ pub struct Accepted {
     pub blocks: Vec<AcceptedBlock>,
     /// Checks the source's ranges in them.
     pub table: BlockTable,
+    /// A stock source has not named its blocks; whether they are to be pinned.
+    unnamed: Option<bool>,
+    /// What a stock source was let into, by block.
+    ranges: HashMap<usize, Ranges<RemoteKey>>,
 }
 
 /// One of the destination's blocks.
@@ -257,9 +277,72 @@ pub struct AcceptedBlock {
     pub length: u64,
     /// Its memory and the key to it; `None` if its pages come in the stream.
     pub target: Option<(Arc<Region>, RemoteKey)>,
+    /// That memory is the worker's, and its content QEMU's by the stream.
+    pub staged: bool,
 }
 
 impl Accepted {
+    /// A stock source, which names its blocks in the stream.
+    fn unnamed(link: Arc<Link>, receiver: LinkReceiver, pin: bool) -> Self {
+        let (blocks, table) = (Vec::new(), BlockTable::default());
+        Self { link, receiver, blocks, table, unnamed: Some(pin), ranges: HashMap::new() }
+    }
+
+    /// The stream's block list is complete: a stock source has named its blocks by it. It writes
+    /// all of them, so those that are not shared get memory here.
+    ///
+    /// # Errors
+    /// When they are not the same as here.
+    pub fn name(&mut self, blocks: &[StreamBlock], own: &[Block]) -> Result<()> {
+        let Some(pin) = self.unnamed.take() else { return Ok(()) };
+        let listed_block =
+            |it: &StreamBlock| ListedBlock { name: it.name.clone(), length: it.length };
+        let source: Vec<_> = blocks.iter().map(listed_block).collect();
+        let fixed = |index: usize| own[index].region.is_some();
+        let order = blocks::compare(&source, &listed(own), fixed)?;
+        self.table = BlockTable::new(source.iter().map(|block| block.length))?;
+        for (own, listed) in order.into_iter().map(|index| &own[index]).zip(&source) {
+            let region = match &own.region {
+                Some(region) => region.clone(),
+                None => Arc::new(Region::staged(&own.name, listed.length)?),
+            };
+            let key = let_in(&mut self.receiver, &region, pin)?;
+            self.blocks.push(AcceptedBlock {
+                name: own.name.clone(),
+                length: listed.length,
+                target: Some((region, key)),
+                staged: own.region.is_none(),
+            });
+        }
+        Ok(())
+    }
+
+    /// Let the source into a range of a block, unless it may write all of it. A stock QEMU asks
+    /// for each chunk, and gets the key of a larger range.
+    ///
+    /// # Errors
+    /// When the device can't register it.
+    pub fn register(&mut self, index: usize, range: Range<u64>) -> Result<RemoteKey> {
+        let block = &self.blocks[index];
+        let Some((region, whole)) = &block.target else {
+            return Err(MigrationError::Peer(format!("RAM block '{}' is not shared", block.name)));
+        };
+        if whole.rkey != 0 {
+            return Ok(*whole);
+        }
+        if !self.link.is_stock() {
+            return self.receiver.register(region, range);
+        }
+        let ranges = self.ranges.entry(index).or_default();
+        if let Some(key) = ranges.get(range.start) {
+            return Ok(*key);
+        }
+        let wanted = ranges.wanted(range.start, block.length);
+        let key = self.receiver.register(region, wanted.clone())?;
+        ranges.insert(wanted, key);
+        Ok(key)
+    }
+
     /// The answer to the source's block list.
     pub fn entries(&self) -> Vec<RamBlockEntry> {
         let entry = |(index, block): (usize, &AcceptedBlock)| {
@@ -282,14 +365,19 @@ impl Accepted {
 /// When it is no helper, or does not have the same blocks; it was told then.
 pub fn accept(request: Box<dyn Request>, own: &[Block], options: &Options) -> Result<Accepted> {
     let theirs = PrivateData::decode(request.private_data())?;
-    let window = window(&theirs, options)?.ok_or_else(no_helper)?;
-    let ours = PrivateData { pin_all: theirs.pin_all, extension: Some(OURS) };
+    let window = window(&theirs, options)?;
+    let ours = PrivateData { pin_all: theirs.pin_all, extension: window.map(|_| OURS) };
     let connection = request.accept(&ours.encode())?;
+    let Some(window) = window else {
+        let (link, receiver) = Link::stock(connection, Flow::Lockstep, options.stall_timeout());
+        return Ok(Accepted::unnamed(link, receiver, ours.pin_all));
+    };
     let (sending, receiving) = (Flow::Window(window), Flow::Window(OURS.window));
     let (link, mut receiver) = Link::new(connection, sending, receiving, options.stall_timeout());
     match compare(&link, &mut receiver, own, ours.pin_all) {
         Ok((blocks, table)) => {
-            let accepted = Accepted { link, receiver, blocks, table };
+            let (unnamed, ranges) = (None, HashMap::new());
+            let accepted = Accepted { link, receiver, blocks, table, unnamed, ranges };
             accepted.link.send(&Message::RamBlocksResult(accepted.entries()))?;
             Ok(accepted)
         }
@@ -311,20 +399,21 @@ fn compare(
     let writable = |index: usize| own[index].region.is_some();
     let order = blocks::compare(&source, &listed(own), writable)?;
     let table = BlockTable::new(order.iter().map(|index| own[*index].length))?;
-    let mut target = |region: &Arc<Region>| {
-        let key = if pin {
-            receiver.register(region, 0..region.length())
-        } else {
-            receiver.announce(region)
-        };
-        key.map(|key| (region.clone(), key))
+    let mut target = |region: &Arc<Region>| -> Result<_> {
+        Ok((region.clone(), let_in(receiver, region, pin)?))
     };
     let mut blocks = Vec::with_capacity(order.len());
     for Block { name, length, region } in order.into_iter().map(|index| &own[index]) {
         let target = region.as_ref().map(&mut target).transpose()?;
-        blocks.push(AcceptedBlock { name: name.clone(), length: *length, target });
+        let (name, length, staged) = (name.clone(), *length, false);
+        blocks.push(AcceptedBlock { name, length, target, staged });
     }
     Ok((blocks, table))
+}
+
+/// Let the peer into a region: all of it, or range by range.
+fn let_in(receiver: &mut LinkReceiver, region: &Arc<Region>, pin: bool) -> Result<RemoteKey> {
+    if pin { receiver.register(region, 0..region.length()) } else { receiver.announce(region) }
 }
 
 /// Read the source's block list.

@@ -1,6 +1,7 @@
 //! The destination's side: a source is let in, RAM lands, QEMU gets the rest.
 
 use std::{
+    cell::Cell,
     net::Shutdown,
     os::unix::net::UnixStream,
     sync::{
@@ -72,6 +73,8 @@ struct Context {
     reports: Arc<Reports>,
     commitment: Arc<Commitment>,
     listening: Handle,
+    /// The source has closed.
+    served: Cell<bool>,
 }
 
 /// Run one to its end.
@@ -98,6 +101,7 @@ pub fn run(
         reports: reports.clone(),
         commitment: Arc::default(),
         listening: listener.handle(),
+        served: Cell::new(false),
     };
     let serving = landing::Context {
         qemu,
@@ -138,10 +142,13 @@ impl Incoming {
             }
             (Self::Loading(link) | Self::Judging(link, _), Event::Order(Order::QemuCompleted)) => {
                 // A source that is gone can't be told, and its guest is here now.
-                if let Err(error) = link.send(&Message::FinalAck) {
+                let told = if link.is_stock() { Ok(()) } else { link.send(&Message::FinalAck) };
+                if let Err(error) = told {
                     warn!(%error, "the source could not be told of the completion");
                 }
-                await_farewell(events);
+                if !context.served.get() {
+                    await_farewell(events);
+                }
                 link.close();
                 Self::Ended(Verdict::Done)
             }
@@ -185,7 +192,10 @@ impl Incoming {
             }
             (state, Event::Served(Err(error))) => state.fail_here(error, context),
             // The source closed before QEMU completed: only QEMU's end decides now.
-            (state, Event::Served(Ok(()))) => state,
+            (state, Event::Served(Ok(()))) => {
+                context.served.set(true);
+                state
+            }
             (state, Event::Order(order)) => {
                 warn!(?order, "an order that means nothing in this state");
                 state

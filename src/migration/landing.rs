@@ -3,7 +3,6 @@
 use std::{
     io::Write as _,
     net::Shutdown,
-    ops::Range,
     os::unix::net::UnixStream,
     sync::{Arc, atomic::Ordering::Relaxed, mpsc::Sender},
     thread,
@@ -16,6 +15,7 @@ use super::{
     Block, Result,
     agreement::{self, Accepted},
     commitment::Commitment,
+    door::Door,
     error::MigrationError,
     incoming::Event,
     link::Deadline,
@@ -24,15 +24,18 @@ use super::{
     statistics::Statistics,
 };
 use crate::{
-    fabric::{FabricError, Listener, RemoteKey},
+    fabric::{FabricError, Listener},
     memory::Region,
-    stream::{Inlet, Landing, PushError, StreamBlock},
+    stream::{Inlet, Landing, PAGE, PushError, Records, StreamBlock},
     wire::{Message, RegisterResult},
 };
 
 /// How long a source may take from the agreement to its first bytes. Its QEMU is asked to migrate
 /// then.
 const FIRST_BYTES: Duration = Duration::from_secs(60);
+
+/// Bytes of records that are gathered before QEMU gets them.
+const BATCH: usize = 256 << 10;
 
 /// What the thread needs.
 pub struct Context {
@@ -53,9 +56,10 @@ pub struct Context {
 /// Serve sources until one has begun to send its stream, then that one to its end.
 ///
 /// Whoever fails before that has changed nothing that matters: the next one is waited for.
-pub fn serve(mut listener: Box<dyn Listener>, context: &Context) -> Result<()> {
+pub fn serve(listener: Box<dyn Listener>, context: &Context) -> Result<()> {
+    let door = Door::open(listener);
     loop {
-        let request = listener.accept()?;
+        let request = door.next()?;
         let peer = request.peer();
         let accepted = match agreement::accept(request, &context.blocks, &context.options) {
             Ok(accepted) => accepted,
@@ -64,7 +68,12 @@ pub fn serve(mut listener: Box<dyn Listener>, context: &Context) -> Result<()> {
                 continue;
             }
         };
-        info!(%peer, "a source connected, and the block lists agree");
+        if accepted.link.is_stock() {
+            info!(%peer, "a stock QEMU connected");
+            door.expect_return_path(accepted.link.clone(), context);
+        } else {
+            info!(%peer, "a source connected, and the block lists agree");
+        }
         context.statistics.set_up();
         // The receiver is gone only when the migration has ended otherwise.
         let _ = context.events.send(Event::Agreed(accepted.link.clone()));
@@ -73,6 +82,7 @@ pub fn serve(mut listener: Box<dyn Listener>, context: &Context) -> Result<()> {
             Err(error) if !receiving.begun => {
                 receiving.accepted.link.end(&error, true);
                 warn!(%peer, %error, "the source went before it sent anything");
+                door.expect_sources();
                 let _ = context.events.send(Event::Withdrawn);
             }
             other => return other,
@@ -105,11 +115,19 @@ impl<'a> Receiving<'a> {
     /// Receive until the connection ends. What ends it after STREAM_END is no error.
     fn run(&mut self) -> Result<()> {
         let mut buffer = Vec::new();
+        let link = self.accepted.link.clone();
+        link.grant()?;
         loop {
-            let link = self.accepted.link.clone();
             match self.accepted.receiver.next(&link, &mut buffer) {
                 Ok(message) => self.message(message)?,
                 Err(MigrationError::Fabric(FabricError::Closed)) if self.ended => return Ok(()),
+                // All that a stock source says at its stream's end.
+                Err(MigrationError::Fabric(FabricError::Closed))
+                    if link.is_stock() && self.context.commitment.is_past_ram() =>
+                {
+                    self.end();
+                    return Ok(());
+                }
                 Err(error) => return Err(error),
             }
             self.context.statistics.ram_landed.store(self.accepted.receiver.landed(), Relaxed);
@@ -134,7 +152,7 @@ impl<'a> Receiving<'a> {
                     return Err(MigrationError::Peer(why));
                 };
                 let (index, range) = self.accepted.table.register(request)?;
-                let key = self.register(index, range)?;
+                let key = self.accepted.register(index, range)?;
                 let result = RegisterResult {
                     rkey: key.rkey.into(),
                     padding: 0.into(),
@@ -150,7 +168,10 @@ impl<'a> Receiving<'a> {
                 self.accepted.link.send(&Message::RamBlocksResult(self.accepted.entries()))?;
             }
             Message::RegisterFinished if self.hook_open => self.hook_open = false,
-            Message::StreamEnd { bytes } if !self.hook_open && !self.ended => self.end(bytes)?,
+            Message::StreamEnd { bytes } if !self.hook_open && !self.ended => {
+                self.check_end(bytes)?;
+                self.end();
+            }
             Message::ErrorText { text, guest_never_ran } => {
                 return Err(MigrationError::PeerFailed { text: text.to_owned(), guest_never_ran });
             }
@@ -172,24 +193,16 @@ impl<'a> Receiving<'a> {
         }
     }
 
-    /// Let the source into a range of a block, unless it may write all of it.
-    fn register(&mut self, index: usize, range: Range<u64>) -> Result<RemoteKey> {
-        match &self.accepted.blocks[index].target {
-            Some((_, whole)) if whole.rkey != 0 => Ok(*whole),
-            _ => {
-                let region = self.region(index)?.clone();
-                self.accepted.receiver.register(&region, range)
-            }
-        }
-    }
-
     /// Bytes of the stream: to QEMU, without the hooks.
     fn stream(&mut self, bytes: &[u8]) -> Result<()> {
         if !self.begun {
             self.begun = true;
             self.deadline = None;
-            let (link, qemu) = (self.accepted.link.clone(), self.context.qemu.clone());
-            thread::spawn(move || return_path::forward(&qemu, &link));
+            // A stock source has a connection of its own for it.
+            if !self.accepted.link.is_stock() {
+                let (link, qemu) = (self.accepted.link.clone(), self.context.qemu.clone());
+                thread::spawn(move || return_path::forward(&qemu, &link));
+            }
         }
         let mut feed = Feed {
             receiving: &mut self.accepted,
@@ -208,20 +221,23 @@ impl<'a> Receiving<'a> {
     }
 
     /// The source says that its stream is complete.
-    fn end(&mut self, bytes: u64) -> Result<()> {
+    fn check_end(&mut self, bytes: u64) -> Result<()> {
         let came = self.context.statistics.stream_bytes.load(Relaxed);
         if came != bytes {
             let why = format!("its stream has {bytes} bytes, and {came} came");
             return Err(MigrationError::Peer(why));
         }
         let parser = std::mem::take(&mut self.parser);
-        parser.finish().map_err(|cut| MigrationError::Peer(cut.to_string()))?;
+        parser.finish().map_err(|cut| MigrationError::Peer(cut.to_string()))
+    }
+
+    /// Nothing more comes.
+    fn end(&mut self) {
         // A QEMU that wants more than the source sent fails instead of waiting for ever. It may
         // have closed its end already.
         let _ = self.context.qemu.shutdown(Shutdown::Write);
         self.ended = true;
         let _ = self.context.events.send(Event::StreamEnded);
-        Ok(())
     }
 }
 
@@ -234,19 +250,46 @@ struct Feed<'a> {
 }
 
 impl Feed<'_> {
-    fn write(&mut self) -> Result<()> {
-        (&*self.context.qemu).write_all(&self.batch).map_err(|error| {
-            MigrationError::Qemu(format!("stopped to read its migration stream ({error})"))
-        })?;
-        self.batch.clear();
+    /// QEMU gets by its stream what a stock source has written to memory of ours.
+    fn hand_over_staged(&mut self) -> Result<()> {
+        let receiving = &*self.receiving;
+        let staged = receiving.blocks.iter().filter(|block| block.staged);
+        for (name, region) in
+            staged.filter_map(|block| Some((&block.name, &block.target.as_ref()?.0)))
+        {
+            let mut records = Records::new(name);
+            let mut page = [0; PAGE as usize];
+            for offset in (0..region.length()).step_by(page.len()) {
+                let memory = |source| FabricError::Memory { block: name.clone(), source };
+                region.read_at(&mut page, offset).map_err(memory)?;
+                records.push(offset, &page, &mut self.batch);
+                if self.batch.len() >= BATCH {
+                    write(&self.context.qemu, &mut self.batch)?;
+                }
+            }
+        }
         Ok(())
     }
+
+    fn write(&mut self) -> Result<()> {
+        write(&self.context.qemu, &mut self.batch)
+    }
+}
+
+/// Write to QEMU's stream what was gathered.
+fn write(mut qemu: &UnixStream, batch: &mut Vec<u8>) -> Result<()> {
+    qemu.write_all(batch).map_err(|error| {
+        MigrationError::Qemu(format!("stopped to read its migration stream ({error})"))
+    })?;
+    batch.clear();
+    Ok(())
 }
 
 impl Inlet for Feed<'_> {
     type Error = MigrationError;
 
     fn ram_blocks(&mut self, blocks: &[StreamBlock]) -> Result<()> {
+        self.receiving.name(blocks, &self.context.blocks)?;
         for block in blocks {
             let known = self.receiving.blocks.iter().find(|known| known.name == block.name);
             match known {
@@ -276,6 +319,7 @@ impl Inlet for Feed<'_> {
         // All writes have landed: the source's REGISTER_FINISHED was behind them. From here on
         // the guest may come to run, and nobody writes its memory from outside any more.
         self.receiving.receiver.revoke();
+        self.hand_over_staged()?;
         if self.context.commitment.pass_ram() {
             Ok(())
         } else {

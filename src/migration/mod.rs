@@ -9,6 +9,7 @@ mod agreement;
 mod answers;
 mod commitment;
 mod control;
+mod door;
 mod error;
 mod incoming;
 mod intake;

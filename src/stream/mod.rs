@@ -10,11 +10,13 @@ mod error;
 mod fields;
 mod landing;
 mod parser;
+mod records;
 mod rewriter;
 #[cfg(test)]
 mod tests;
 
 pub use error::{PushError, StreamError};
 pub use landing::{Inlet, Landing};
-pub use parser::StreamBlock;
+pub use parser::{PAGE, StreamBlock};
+pub use records::Records;
 pub use rewriter::{BlockRange, Limits, Outlet, Rewriter, Travel};

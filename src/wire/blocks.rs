@@ -68,7 +68,7 @@ fn first_missing(source: &[ListedBlock], own: &[ListedBlock]) -> String {
 }
 
 /// The destination's blocks in the source's order, against which the source's ranges are checked.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct BlockTable {
     /// `(offset in the destination's numbering, length)`.
     blocks: Vec<(u64, u64)>,

@@ -1,0 +1,33 @@
+//! RAM records, for memory that has to reach QEMU by its stream.
+
+use super::parser::{PAGE, flag};
+
+/// Makes the records of one block's pages.
+#[derive(Debug)]
+pub struct Records<'a> {
+    name: &'a str,
+    /// The block was named in this run of records.
+    named: bool,
+}
+
+impl<'a> Records<'a> {
+    /// For block `name`, at most 255 bytes long.
+    pub fn new(name: &'a str) -> Self {
+        Self { name, named: false }
+    }
+
+    /// Append the record of the page at `offset`.
+    pub fn push(&mut self, offset: u64, page: &[u8; PAGE as usize], to: &mut Vec<u8>) {
+        let zero = page.iter().all(|byte| *byte == 0);
+        let mut word = offset | if zero { flag::ZERO } else { flag::PAGE };
+        if self.named {
+            word |= flag::CONTINUE;
+        }
+        to.extend_from_slice(&word.to_be_bytes());
+        if !std::mem::replace(&mut self.named, true) {
+            to.push(self.name.len() as u8);
+            to.extend_from_slice(self.name.as_bytes());
+        }
+        if zero { to.push(0) } else { to.extend_from_slice(page) }
+    }
+}
