@@ -5,8 +5,9 @@
 
 mod support;
 
+use rustix::process::Signal;
 use serde_json::json;
-use support::{Config, Guest, Pair, free_port};
+use support::{Config, Guest, Pair, eventually, free_port, helper::signal_process};
 
 /// With and without `rdma-pin-all` and `return-path`.
 const CASES: [(bool, bool); 4] = [(false, false), (false, true), (true, false), (true, true)];
@@ -81,4 +82,134 @@ fn from_stock_qemu_to_helper() {
         pair.verify();
         pair.destination.helper.await_no_worker();
     }
+}
+
+/// QEMU 7.2 takes a return path over RDMA only with postcopy.
+#[test]
+fn with_qemu_7_2_at_both_ends() {
+    if !lab() {
+        return;
+    }
+    let config = Config { version: "7.2", ..config() };
+    for stock in [None, Some("source"), Some("destination")] {
+        println!("stock: {stock:?}");
+        let mut pair = Pair::start(&config);
+        let uri = format!("rdma:{}:{}", support::address(), free_port());
+        let arguments = json!({ "uri": uri });
+        match stock {
+            Some("destination") => {
+                pair.destination.qemu.qmp.run("migrate-incoming", arguments.clone())
+            }
+            _ => pair.destination.client.run("migrate-incoming", arguments.clone()),
+        };
+        match stock {
+            Some("source") => pair.source.qemu.qmp.run("migrate", arguments),
+            _ => pair.source.client.run("migrate", arguments),
+        };
+        let end = pair.source.await_status(&["completed", "failed", "cancelled"]);
+        assert_eq!(end["status"], "completed", "{end}");
+        pair.destination.await_status(&["completed"]);
+        pair.verify();
+    }
+}
+
+/// Registering gives holes memory, so that is bounded by what is written around them.
+#[test]
+fn most_of_the_memory_that_was_never_touched_stays_a_hole() {
+    if !lab() {
+        return;
+    }
+    let mut pair = Pair::start(&Config { mib: 512, ..config() });
+    pair.migrate();
+    let allocated = support::memory::allocated(&mut pair.destination.qemu, "ram0");
+    pair.verify();
+    assert!(allocated < 100 << 20, "{} MiB are allocated at the destination", allocated >> 20);
+}
+
+/// The guest runs at the source, a second migration to a new destination succeeds.
+fn migrates_after_all(mut pair: Pair) {
+    eventually("the guest to run", || (pair.source.qemu.status() == "running").then_some(()));
+    pair.source.qemu.assert_goes_on();
+    pair.source.helper.await_no_worker();
+    let limit = json!({ "max-bandwidth": 1_u64 << 32 });
+    pair.source.client.run("migrate-set-parameters", limit);
+    pair.new_destination(&config(), "second");
+    pair.migrate();
+    pair.verify();
+}
+
+/// Start a migration to `uri`, slowly, and wait until RAM has moved.
+fn in_mid_transfer(pair: &mut Pair, uri: &str) {
+    let limit = json!({ "max-bandwidth": 4 << 20 });
+    pair.source.client.run("migrate-set-parameters", limit);
+    pair.source.client.run("migrate", json!({ "uri": uri }));
+    eventually("RAM to move", || {
+        let state = pair.source.client.run("query-migrate", json!({}));
+        (state["ram"]["transferred"].as_u64().unwrap_or(0) > 1 << 20).then_some(())
+    });
+}
+
+#[test]
+fn a_destination_that_dies() {
+    if !lab() {
+        return;
+    }
+    for stock in [false, true] {
+        let mut pair = Pair::start(&config());
+        let uri = if stock {
+            let uri = format!("rdma:{}:{}", support::address(), free_port());
+            pair.destination.qemu.qmp.run("migrate-incoming", json!({ "uri": uri }));
+            uri
+        } else {
+            pair.listen()
+        };
+        in_mid_transfer(&mut pair, &uri);
+        if stock {
+            pair.destination.qemu.kill();
+        } else {
+            let worker = pair.destination.helper.await_worker();
+            signal_process(worker, Signal::KILL);
+        }
+        let end = pair.source.await_status(&["failed", "completed"]);
+        println!("error-desc: {}", end["error-desc"]);
+        assert_eq!(end["status"], "failed", "{end}");
+        migrates_after_all(pair);
+    }
+}
+
+#[test]
+fn cancelled_with_a_stock_destination() {
+    if !lab() {
+        return;
+    }
+    let mut pair = Pair::start(&config());
+    let uri = format!("rdma:{}:{}", support::address(), free_port());
+    pair.destination.qemu.qmp.run("migrate-incoming", json!({ "uri": uri }));
+    in_mid_transfer(&mut pair, &uri);
+    pair.source.client.run("migrate_cancel", json!({}));
+    pair.source.await_status(&["cancelled"]);
+    eventually("the destination's QEMU to end", || pair.destination.qemu.child.try_wait().unwrap());
+    migrates_after_all(pair);
+}
+
+#[test]
+fn destinations_that_are_not_there() {
+    if !lab() {
+        return;
+    }
+    let mut pair = Pair::start(&config());
+    for (host, words) in
+        [("127.0.0.1", "no RDMA device leads to"), (&*support::address(), "refused")]
+    {
+        let uri = format!("rdma:{host}:{}", free_port());
+        let error = pair.source.client.refused("migrate", json!({ "uri": uri }));
+        println!("{error}");
+        assert!(error.contains(words), "{error}");
+    }
+    let uri = json!({ "uri": "rdma:192.0.2.1:4444" });
+    let error = pair.destination.client.refused("migrate-incoming", uri);
+    println!("{error}");
+    assert!(error.contains("no RDMA device") || error.contains("Cannot listen"), "{error}");
+    pair.migrate();
+    pair.verify();
 }
