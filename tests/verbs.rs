@@ -126,6 +126,28 @@ fn most_of_the_memory_that_was_never_touched_stays_a_hole() {
     assert!(allocated < 100 << 20, "{} MiB are allocated at the destination", allocated >> 20);
 }
 
+/// What a balloon gives back may come back as another page: nothing of it stays registered.
+#[test]
+fn with_a_balloon() {
+    if !lab() {
+        return;
+    }
+    let devices = vec!["-device virtio-balloon-pci".into()];
+    for pin_all in [false, true] {
+        let mut pair = Pair::start(&Config { devices: devices.clone(), ..config() });
+        pair.source.client.capability("rdma-pin-all", pin_all);
+        let uri = pair.listen();
+        in_mid_transfer(&mut pair, &uri);
+        let pinned = support::helper::pinned(pair.source.helper.await_worker());
+        assert!((1..32 << 20).contains(&pinned), "{} MiB are pinned", pinned >> 20);
+        let limit = json!({ "max-bandwidth": 1_u64 << 32 });
+        pair.source.client.run("migrate-set-parameters", limit);
+        let end = pair.source.await_status(&["completed", "failed"]);
+        assert_eq!(end["status"], "completed", "{end}");
+        pair.verify();
+    }
+}
+
 /// The guest runs at the source, a second migration to a new destination succeeds.
 fn migrates_after_all(mut pair: Pair) {
     eventually("the guest to run", || (pair.source.qemu.status() == "running").then_some(()));

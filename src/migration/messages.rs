@@ -65,6 +65,8 @@ pub struct Options {
     pub pin_all: bool,
     /// Capability `return-path`.
     pub return_path: bool,
+    /// The guest's pages may be taken away while it runs (balloon, free page reporting).
+    pub discards: bool,
     /// Seconds without any progress of a transfer that is due, after which the peer counts as lost.
     pub stall_timeout: u64,
     /// Seconds without any sign of life of the peer's RDMA device.

@@ -59,7 +59,7 @@ fn start(order: Order, fds: Vec<OwnedFd>, orders: Orders, reports: &Arc<Reports>
     let reports = reports.clone();
     match order {
         Order::Outgoing { address, qemu_qmp, blocks, options } => {
-            let blocks = take_blocks(blocks, fds)?;
+            let blocks = take_blocks(blocks, fds, &options)?;
             let fabric = fabric(&options)?;
             let (sender, events) = mpsc::channel();
             forward(orders, sender.clone(), outgoing::Event::Order, || outgoing::Event::RelayGone);
@@ -67,7 +67,7 @@ fn start(order: Order, fds: Vec<OwnedFd>, orders: Orders, reports: &Arc<Reports>
             outgoing::run(fabric, address, blocks, options, qemu, reports, (sender, events));
         }
         Order::Incoming { address, blocks, options } => {
-            let blocks = take_blocks(blocks, fds)?;
+            let blocks = take_blocks(blocks, fds, &options)?;
             let fabric = fabric(&options)?;
             let (sender, events) = mpsc::channel();
             forward(orders, sender.clone(), incoming::Event::Order, || incoming::Event::RelayGone);
@@ -114,6 +114,7 @@ fn forward<E: Send + 'static>(
 fn take_blocks(
     blocks: Vec<messages::Block>,
     mut fds: impl Iterator<Item = OwnedFd>,
+    options: &Options,
 ) -> Result<Vec<Block>> {
     blocks
         .into_iter()
@@ -122,7 +123,8 @@ fn take_blocks(
                 Some(offset) => {
                     let lacks = || MigrationError::Aborted(format!("No file for block '{name}'"));
                     let file = fds.next().ok_or_else(lacks)?;
-                    Some(Arc::new(Region::new(&name, file, offset, length)?))
+                    let region = Region::new(&name, file, offset, length)?;
+                    Some(Arc::new(region.discardable(options.discards)))
                 }
                 None => None,
             };

@@ -157,6 +157,8 @@ impl Context {
         Ok(Options {
             pin_all: blockers::is_on(&capabilities, "rdma-pin-all"),
             return_path: blockers::is_on(&capabilities, "return-path"),
+            // There is a balloon if it can be asked how large the guest is.
+            discards: qemu.execute("query-balloon", Value::Null).await.is_ok(),
             stall_timeout: self.stall_timeout.as_secs().max(1),
             peer_timeout: self.peer_timeout.as_secs().max(1),
             fabric: self.fabric(),

@@ -102,8 +102,17 @@ pub fn signal_process(pid: u32, signal: Signal) {
 
 /// The greatest resident set of a process so far, without pages of files that it maps, in bytes.
 pub fn peak_rss(pid: u32) -> u64 {
+    status_bytes(pid, "VmHWM:")
+}
+
+/// Memory that a process has pinned for a device, in bytes.
+pub fn pinned(pid: u32) -> u64 {
+    status_bytes(pid, "VmPin:")
+}
+
+fn status_bytes(pid: u32, field: &str) -> u64 {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    let line = status.lines().find(|line| line.starts_with("VmHWM:"));
+    let line = status.lines().find(|line| line.starts_with(field));
     let kib = line.and_then(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok());
     kib.unwrap_or(0) << 10
 }

@@ -1,11 +1,12 @@
-//! Buffers for control messages, of one size each.
+//! Buffers of one size each, for control messages and for copies of guest memory.
 
 use std::{
     alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error},
+    io,
     ptr::NonNull,
 };
 
-use crate::fabric::MESSAGE_MAX;
+use crate::{fabric::MESSAGE_MAX, memory::Region};
 
 /// Page size: what is pinned should not share pages with anything else.
 const ALIGNMENT: usize = 4096;
@@ -72,6 +73,20 @@ impl Buffers {
             to.add(header.len()).copy_from_nonoverlapping(payload.as_ptr(), payload.len());
         }
         length
+    }
+
+    /// Put `length` bytes of a region into one.
+    pub(super) fn copy(
+        &self,
+        index: usize,
+        region: &Region,
+        offset: u64,
+        length: usize,
+    ) -> io::Result<()> {
+        assert!(length <= MESSAGE_MAX);
+        // SAFETY: within the buffer, initialised, and owned by who calls (see the type).
+        let to = unsafe { std::slice::from_raw_parts_mut(self.buffer(index), length) };
+        region.read_at(to, offset)
     }
 
     /// Take a message out of one.

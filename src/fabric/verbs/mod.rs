@@ -11,6 +11,7 @@ mod connection;
 mod library;
 mod listener;
 mod objects;
+mod sending;
 
 use std::{
     io,
