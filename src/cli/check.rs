@@ -60,9 +60,7 @@ pub async fn run(args: Args) -> anyhow::Result<u8> {
             "load the driver of the RDMA device, or 'rdma link add rxe0 type rxe netdev DEVICE'",
         );
     } else {
-        let devices = devices.join(", ");
-        findings
-            .ok(&format!("RDMA devices: {devices}; migrations use the tcp fabric all the same"));
+        findings.ok(&format!("RDMA devices: {}", devices.join(", ")));
     }
     match getrlimit(Resource::Memlock).current {
         None => findings.ok("memlock: unlimited"),
