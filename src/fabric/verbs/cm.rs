@@ -29,8 +29,9 @@ const OPTION_ACK_TIMEOUT: i32 = 3;
 /// Connections that may wait to be accepted.
 const BACKLOG: i32 = 5;
 
-/// Retries of the transport: the most that the field holds.
-const RETRIES: u8 = 7;
+/// Retries of the transport, as QEMU's. Not 7, the most that the field holds: soft-RoCE takes that
+/// for "for ever" (`drivers/infiniband/sw/rxe/rxe_comp.c`).
+const RETRIES: u8 = 5;
 
 /// A retry count of 7 is "for ever": a peer between two buffers is no error.
 const RNR_RETRIES: u8 = 7;

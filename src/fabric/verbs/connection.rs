@@ -110,10 +110,16 @@ struct VerbsReceiver {
 impl Receiver for VerbsReceiver {
     fn receive(&mut self, message: &mut Vec<u8>) -> Result<()> {
         let result = self.next_message(message);
-        if result.is_err() {
-            self.shared.close();
+        match result {
+            Ok(()) => Ok(()),
+            Err(error) => {
+                // What failed may have been a request, and what came here its consequence.
+                let error =
+                    if matches!(error, FabricError::Closed) { self.shared.cause() } else { error };
+                self.shared.close();
+                Err(error)
+            }
         }
-        result
     }
 
     fn landed(&self) -> u64 {

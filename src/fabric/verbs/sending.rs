@@ -7,7 +7,7 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError, TryLockError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use rdma_sys::ibv_wc_status as status;
@@ -67,6 +67,8 @@ struct Sending {
     /// Posted behind the last signalled one.
     unsignalled: Batch,
     outstanding: u32,
+    /// When nothing was outstanding or something completed, as far as an idle connection looked.
+    quiet_since: Instant,
     /// Guest memory that is registered for sending, by region.
     local: HashMap<usize, Ranges<MemoryRegion>>,
     /// Guest memory that is registered as a whole.
@@ -135,6 +137,7 @@ impl Shared {
             flight: VecDeque::new(),
             unsignalled: Batch::default(),
             outstanding: 0,
+            quiet_since: Instant::now(),
             local: HashMap::new(),
             pinned: HashMap::new(),
             copies: None,
@@ -177,6 +180,11 @@ impl Shared {
             Some(other) => FabricError::Device(other),
             None => FabricError::Closed,
         }
+    }
+
+    /// The same, with what requests say that nobody has looked at yet.
+    pub(super) fn cause(&self) -> FabricError {
+        self.take_sent(&mut lock(&self.sending)).err().unwrap_or_else(|| self.end())
     }
 
     /// A completion with this status: is it a success?
@@ -236,7 +244,7 @@ impl Shared {
             ];
             wait_for(&mut fds, Some(limit))?;
             if fds.iter().all(|fd| fd.revents().is_empty()) && !self.take_sent(sending)? {
-                return Err(FabricError::Stalled(limit));
+                return Err(FabricError::Unreachable(self.timeouts.peer));
             }
         }
     }
@@ -271,7 +279,7 @@ impl Shared {
             sending.copies = Some(Copies::new(&self.pair.domain)?);
         }
         for offset in range.clone().step_by(MESSAGE_MAX) {
-            self.await_sent(sending, self.timeouts.stall, |sending, _| {
+            self.await_sent(sending, self.timeouts.acknowledgement(), |sending, _| {
                 sending.outstanding < SEND_DEPTH
                     && sending.copies.as_ref().is_some_and(|copies| copies.used < COPIES)
             })?;
@@ -301,8 +309,17 @@ impl Shared {
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
             Err(TryLockError::WouldBlock) => return Ok(()),
         };
-        self.take_sent(&mut sending)?;
-        if sending.outstanding == 0 { self.post_nothing(&mut sending) } else { Ok(()) }
+        let heard = self.take_sent(&mut sending)?;
+        if heard || sending.flight.is_empty() {
+            sending.quiet_since = Instant::now();
+        }
+        if sending.flight.is_empty() {
+            self.post_nothing(&mut sending)
+        } else if sending.quiet_since.elapsed() > self.timeouts.acknowledgement() {
+            Err(FabricError::Unreachable(self.timeouts.peer))
+        } else {
+            Ok(())
+        }
     }
 
     /// The local key for a write from `offset` of `region`, which crosses no chunk.
@@ -332,7 +349,7 @@ impl Poster for VerbsPoster {
     fn send(&self, header: &[u8], payload: &[u8]) -> Result<()> {
         let shared = &*self.shared;
         let sending = &mut *lock(&shared.sending);
-        shared.await_sent(sending, shared.timeouts.stall, |sending, _| {
+        shared.await_sent(sending, shared.timeouts.acknowledgement(), |sending, _| {
             !sending.free.is_empty() && sending.outstanding < SEND_DEPTH
         })?;
         let Some(buffer) = sending.free.pop() else { return Err(FabricError::Closed) };
@@ -360,7 +377,7 @@ impl Poster for VerbsPoster {
     ) -> Result<()> {
         let shared = &*self.shared;
         let sending = &mut *lock(&shared.sending);
-        shared.await_sent(sending, shared.timeouts.stall, |sending, in_flight| {
+        shared.await_sent(sending, shared.timeouts.acknowledgement(), |sending, in_flight| {
             sending.outstanding < SEND_DEPTH && in_flight <= WINDOW
         })?;
         if region.is_discardable() {
@@ -393,12 +410,12 @@ impl Poster for VerbsPoster {
         let shared = &*self.shared;
         let sending = &mut *lock(&shared.sending);
         if sending.unsignalled.requests > 0 {
-            shared.await_sent(sending, shared.timeouts.stall, |sending, _| {
+            shared.await_sent(sending, shared.timeouts.acknowledgement(), |sending, _| {
                 sending.outstanding < SEND_DEPTH
             })?;
             shared.post_nothing(sending)?;
         }
-        shared.await_sent(sending, shared.timeouts.stall, |_, in_flight| in_flight == 0)
+        shared.await_sent(sending, shared.timeouts.acknowledgement(), |_, in_flight| in_flight == 0)
     }
 
     fn finish(&self) {
