@@ -71,8 +71,10 @@ impl Config {
     }
 
     fn arguments(&self, dir: &Path, name: &str) -> Vec<String> {
+        let accel = std::env::var("QEMU_RDMA_HELPER_TEST_ACCEL").unwrap_or_default();
+        let accel = if accel.is_empty() { "tcg" } else { &accel };
         let mut line =
-            format!("-accel tcg -nodefaults -no-user-config -display none -m {}", self.mib);
+            format!("-accel {accel} -nodefaults -no-user-config -display none -m {}", self.mib);
         let machine = self.machine;
         let backend = |id: &str, mib: u32| {
             format!("-object memory-backend-memfd,id={id},size={mib}M,share=on")
