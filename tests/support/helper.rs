@@ -8,7 +8,7 @@ use std::{
 
 use rustix::process::{Pid, Signal, kill_process};
 
-use super::eventually;
+use super::{eventually, in_lab};
 
 pub const BINARY: &str = env!("CARGO_BIN_EXE_qemu-rdma-helper");
 
@@ -29,6 +29,8 @@ impl Helper {
         let child = Command::new(BINARY)
             .arg("attach")
             .args(["--qemu-qmp".as_ref(), qemu.as_os_str(), "--qmp".as_ref(), socket.as_os_str()])
+            // Emulated processors may be away for seconds.
+            .args(if in_lab() { &["--peer-timeout", "20"][..] } else { &[] })
             .args(options)
             .env("RUST_LOG", "debug")
             .stdin(Stdio::null())

@@ -24,7 +24,7 @@ pub use qemu::{Config, Guest, Memory, Qemu};
 pub use qmp::Qmp;
 
 /// How long anything may take that is awaited.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Wait until `condition` gives something.
 #[track_caller]
