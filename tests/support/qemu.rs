@@ -146,12 +146,36 @@ impl Config {
 
 /// A running QEMU; killed and reaped in the end.
 pub struct Qemu {
-    pub child: Child,
+    pub child: Process,
     pub qmp: Qmp,
     pub config: Config,
     log: Log,
     name: String,
     dir: PathBuf,
+}
+
+/// A process that does not outlive its test.
+pub struct Process(Child);
+
+impl std::ops::Deref for Process {
+    type Target = Child;
+
+    fn deref(&self) -> &Child {
+        &self.0
+    }
+}
+
+impl std::ops::DerefMut for Process {
+    fn deref_mut(&mut self) -> &mut Child {
+        &mut self.0
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.kill();
+        let _ = self.wait();
+    }
 }
 
 /// What a QEMU printed; shown when its test fails.
@@ -183,6 +207,7 @@ impl Qemu {
             .stderr(output)
             .spawn()
             .unwrap();
+        let child = Process(child);
         let socket = dir.join(format!("{name}.test.qemu"));
         let qmp = Qmp::connect(&socket);
         let (name, dir) = (name.to_owned(), dir.to_owned());
@@ -271,8 +296,6 @@ impl Qemu {
 
 impl Drop for Qemu {
     fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
         for word in self.config.arguments(&self.dir, &self.name) {
             if let Some((_, path)) = word.split_once("mem-path=") {
                 let _ = fs::remove_file(path);
