@@ -49,6 +49,16 @@ fn misuse_is_told_from_failure() {
     assert!(!here || error.contains("no 'verbs' fabric") || error.contains("no RDMA device"));
 }
 
+#[test]
+fn auto_takes_verbs_where_there_is_a_device() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = support::Config { paused: true, ..support::Config::default() };
+    let mut host = support::Host::with_helper(&dir, "auto", &config, &["--fabric", "auto"]);
+    let info = host.client.run("query-rdma-helper", serde_json::json!({}));
+    let none = info["devices"].as_array().unwrap().is_empty();
+    assert_eq!(info["fabric"], if none || cfg!(not(feature = "verbs")) { "tcp" } else { "verbs" });
+}
+
 /// The client of the pair makes room for the command's.
 fn migrate_command(pair: &mut Pair, uri: &str, more: &[&str]) -> Command {
     let Pair { source, .. } = pair;

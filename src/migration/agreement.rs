@@ -26,6 +26,10 @@ const TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a stock QEMU may take to let the return path in (it waits as long itself).
 const RETURN_PATH: Duration = Duration::from_secs(5);
 
+/// How long a block whose memory is not shared may be at a stock source if it is shorter here, in
+/// bytes: QEMU resizes some of its ROMs, and none is nearly as large.
+const STAGED_MAX: u64 = 64 << 20;
+
 /// Blocks in one BLOCK_LIST: of 264 bytes each at the most, they fit into a message.
 const BLOCKS_PER_LIST: usize = 1024;
 
@@ -304,6 +308,12 @@ impl Accepted {
         for (own, listed) in order.into_iter().map(|index| &own[index]).zip(&source) {
             let region = match &own.region {
                 Some(region) => region.clone(),
+                None if listed.length > own.length.max(STAGED_MAX) => {
+                    return Err(MigrationError::Peer(format!(
+                        "RAM block '{}' of {} bytes, which has {} here",
+                        own.name, listed.length, own.length
+                    )));
+                }
                 None => Arc::new(Region::staged(&own.name, listed.length)?),
             };
             let key = let_in(&mut self.receiver, &region, pin)?;

@@ -29,8 +29,7 @@ impl Helper {
         let child = Command::new(BINARY)
             .arg("attach")
             .args(["--qemu-qmp".as_ref(), qemu.as_os_str(), "--qmp".as_ref(), socket.as_os_str()])
-            // Emulated processors may be away for seconds.
-            .args(if in_lab() { &["--peer-timeout", "20"][..] } else { &[] })
+            .args(if options.contains(&"--fabric") { &[] } else { fabric() })
             .args(options)
             .env("RUST_LOG", "debug")
             .stdin(Stdio::null())
@@ -94,6 +93,16 @@ impl Drop for Helper {
         if std::thread::panicking() {
             eprintln!("--- log of the helper at {}:\n{}", self.socket.display(), self.log());
         }
+    }
+}
+
+/// What tests are run on.
+fn fabric() -> &'static [&'static str] {
+    if in_lab() {
+        // Emulated processors may be away for seconds.
+        &["--fabric", "verbs", "--peer-timeout", "20"]
+    } else {
+        &["--fabric", "tcp"]
     }
 }
 
