@@ -34,7 +34,7 @@ pub fn take(
 ) -> Result<()> {
     let mut pass_ram = Some(pass_ram);
     let mut rewriter = Rewriter::new(Limits::default());
-    let mut outbound = Outbound { link, statistics, targets, batch: Vec::new() };
+    let mut outbound = Outbound { link, statistics, targets, zeros: None, batch: Vec::new() };
     let mut buffer = vec![0; READ];
     loop {
         let received = match recv(qemu, &mut *buffer, RecvFlags::DONTWAIT) {
@@ -80,6 +80,8 @@ struct Outbound<'a> {
     link: &'a Link,
     statistics: &'a Statistics,
     targets: Targets,
+    /// Messages up to the end of the last RAM section, if it had zero ranges.
+    zeros: Option<u64>,
     /// Stream bytes that were not sent yet. At most a read's worth and what the rewriter held.
     batch: Vec<u8>,
 }
@@ -114,7 +116,10 @@ impl Outlet for Outbound<'_> {
     }
 
     fn hook(&mut self) -> Result<()> {
-        self.send_batch()
+        self.send_batch()?;
+        // A page of this section may have been zero in the last one. A device writes it when it
+        // likes; the processor that makes zero ranges must have done so before.
+        self.zeros.take().map_or(Ok(()), |messages| self.link.await_consumed(messages))
     }
 
     fn write(&mut self, range: BlockRange) -> Result<()> {
@@ -125,6 +130,7 @@ impl Outlet for Outbound<'_> {
     fn zero(&mut self, range: BlockRange) -> Result<()> {
         let block = self.targets.block(range.block)?;
         self.link.send(&block.compress(range.offset, range.length))?;
+        self.zeros = Some(self.link.messages());
         self.statistics.zero_bytes.fetch_add(range.length, Relaxed);
         Ok(())
     }
@@ -132,6 +138,8 @@ impl Outlet for Outbound<'_> {
     fn finished(&mut self) -> Result<()> {
         self.targets.exchange(self.link)?;
         self.link.drain()?;
-        self.link.send(&Message::RegisterFinished)
+        self.link.send(&Message::RegisterFinished)?;
+        self.zeros = self.zeros.map(|_| self.link.messages());
+        Ok(())
     }
 }

@@ -167,7 +167,10 @@ impl<'a> Receiving<'a> {
             Message::RamBlocksRequest if self.hook_open => {
                 self.accepted.link.send(&Message::RamBlocksResult(self.accepted.entries()))?;
             }
-            Message::RegisterFinished if self.hook_open => self.hook_open = false,
+            Message::RegisterFinished if self.hook_open => {
+                self.hook_open = false;
+                return self.accepted.link.all_consumed();
+            }
             Message::StreamEnd { bytes } if !self.hook_open && !self.ended => {
                 self.check_end(bytes)?;
                 self.end();

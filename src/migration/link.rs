@@ -139,6 +139,20 @@ impl Link {
         self.await_credit(|granted| granted.any())
     }
 
+    /// How many messages have taken a credit so far.
+    pub fn messages(&self) -> u64 {
+        lock(&self.granted).taken()
+    }
+
+    /// Wait until the peer has dealt with the first `messages` of them. It says so at once only
+    /// of REGISTER_FINISHED and what came before.
+    ///
+    /// # Errors
+    /// As for sending one.
+    pub fn await_consumed(&self, messages: u64) -> Result<()> {
+        self.await_credit(|granted| granted.consumed(messages))
+    }
+
     fn take_credit(&self) -> Result<()> {
         self.await_credit(credit::Sender::take)
     }
@@ -165,6 +179,18 @@ impl Link {
     pub fn consumed(&self) -> Result<()> {
         lock(&self.grants).consumed();
         self.grant()
+    }
+
+    /// The same, for a message behind which the peer may wait until all were dealt with.
+    ///
+    /// # Errors
+    /// When the connection is lost.
+    pub fn all_consumed(&self) -> Result<()> {
+        let mut grants = lock(&self.grants);
+        grants.consumed();
+        let grant = grants.grant_all();
+        drop(grants);
+        grant.map_or(Ok(()), |repeat| self.send(&Message::Ready(repeat)))
     }
 
     /// Say READY if that is due: it is at the start of a link with READY for each message.
