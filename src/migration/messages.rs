@@ -88,6 +88,11 @@ impl Options {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "order", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Order {
+    /// Get ready for a migration with this fabric: what it is comes next, in one of the following.
+    Prepare {
+        /// What will carry RAM.
+        fabric: FabricKind,
+    },
     /// Be the source's worker. Descriptors: the worker's end of QEMU's migration socket, then
     /// the blocks' files.
     Outgoing {

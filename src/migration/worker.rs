@@ -18,7 +18,7 @@ use super::{
     outgoing,
 };
 #[cfg(feature = "verbs")]
-use crate::fabric::verbs::{Timeouts, Verbs};
+use crate::fabric::verbs::{self, Timeouts, Verbs};
 use crate::{
     fabric::{Fabric, tcp::Tcp},
     memory::Region,
@@ -39,7 +39,12 @@ impl Options {
 pub fn run(control: UnixStream) -> std::io::Result<()> {
     let reports = Arc::new(Reports::new(control.try_clone()?));
     let mut orders = Orders::new(control);
-    let Some((order, fds)) = orders.next()? else { return Ok(()) };
+    let mut next = orders.next()?;
+    if let Some((Order::Prepare { fabric }, _)) = next {
+        prepare(fabric);
+        next = orders.next()?;
+    }
+    let Some((order, fds)) = next else { return Ok(()) };
     if let Err(error) = start(order, fds, orders, &reports) {
         reports.send(&Report::Failed {
             reason: error.to_string(),
@@ -76,6 +81,16 @@ fn start(order: Order, fds: Vec<OwnedFd>, orders: Orders, reports: &Arc<Reports>
         _ => return Err(misuse("it begins no migration")),
     }
     Ok(())
+}
+
+/// Do what takes time and can be done before anything is known.
+fn prepare(fabric: FabricKind) {
+    #[cfg(feature = "verbs")]
+    if fabric == FabricKind::Verbs {
+        verbs::prepare();
+    }
+    #[cfg(not(feature = "verbs"))]
+    let _ = fabric;
 }
 
 fn fabric(options: &Options) -> Result<Arc<dyn Fabric>> {

@@ -136,6 +136,7 @@ impl Source {
 
     /// Connect a worker to the destination, and start QEMU's migration into it.
     async fn prepare(&mut self, address: &Address) -> Result<(Value, Begun), QmpError> {
+        let mut worker = Worker::start(self.context.fabric()).await.map_err(generic)?;
         let mut qemu = self.qemu();
         let state = qemu.execute("query-migrate", Value::Null).await?;
         if state["status"].as_str().is_some_and(|status| UNDER_WAY.contains(&status)) {
@@ -167,7 +168,7 @@ impl Source {
             options,
         };
         let fds = worker::order_fds(&ours, &blocks);
-        let mut worker = Worker::start(&order, &fds).await.map_err(generic)?;
+        worker.begin(&order, &fds).await.map_err(generic)?;
         drop(blocks);
         match timeout(agreement, self.await_agreement(&mut worker)).await {
             Ok(result) => result?,

@@ -6,10 +6,12 @@ use std::{
     ptr::NonNull,
 };
 
+use rustix::mm::{Advice, madvise};
+
 use crate::{fabric::MESSAGE_MAX, memory::Region};
 
-/// Page size: what is pinned should not share pages with anything else.
-const ALIGNMENT: usize = 4096;
+/// Size of a huge page: what is pinned should not share pages with anything else.
+const ALIGNMENT: usize = 2 << 20;
 
 /// So many buffers of [`MESSAGE_MAX`] bytes each.
 pub(super) struct Buffers {
@@ -37,6 +39,11 @@ impl Buffers {
         // SAFETY: the size is not zero.
         let start = unsafe { alloc_zeroed(layout(count)) };
         let Some(start) = NonNull::new(start) else { handle_alloc_error(layout(count)) };
+        // Pinned page by page otherwise, of which there are thousands. A kernel without them says
+        // no, and that is well too.
+        // SAFETY: advice about the allocation, whose content it does not change.
+        let _ =
+            unsafe { madvise(start.as_ptr().cast(), count * MESSAGE_MAX, Advice::LinuxHugepage) };
         Self { start, count }
     }
 

@@ -58,6 +58,11 @@ pub struct Verbs {
     pub window: u16,
 }
 
+/// Load the libraries, and the devices' drivers with them. Who needs them gets to know if it fails.
+pub fn prepare() {
+    drop(EventChannel::new());
+}
+
 impl Fabric for Verbs {
     fn name(&self) -> &'static str {
         "verbs"
