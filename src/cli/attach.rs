@@ -5,6 +5,8 @@ use std::{path::PathBuf, time::Duration};
 use clap::ValueEnum;
 use qemu_rdma_helper::relay::{self, AttachOptions, FabricChoice};
 
+use super::migrate::parse_size;
+
 /// Stand beside a running QEMU and serve QMP in its place.
 ///
 /// QEMU must have been started with '-qmp unix:PATH,server=on,wait=off', and its memory must be
@@ -29,6 +31,10 @@ pub struct Args {
     #[arg(long, value_name = "SECONDS", default_value_t = 5,
           value_parser = clap::value_parser!(u64).range(1..=86400))]
     peer_timeout: u64,
+    /// Guest RAM that may be pinned at a time for RDMA, such as 2g: a bare number is MiB, at least
+    /// 16. Without it all of it may be
+    #[arg(long, value_name = "SIZE", value_parser = parse_pin_limit)]
+    pin_limit: Option<u64>,
     /// QEMU's process, if a manager made its QMP socket
     #[arg(long, value_name = "PID", value_parser = clap::value_parser!(u32).range(1..))]
     pid: Option<u32>,
@@ -39,6 +45,16 @@ enum Fabric {
     Auto,
     Verbs,
     Tcp,
+}
+
+/// What writes that are on their way need, with room for ranges to come and go.
+const PIN_LIMIT_MIN: u64 = 16 << 20;
+
+fn parse_pin_limit(text: &str) -> Result<u64, String> {
+    match parse_size(text)? {
+        limit if limit < PIN_LIMIT_MIN => Err("it is less than 16 MiB".into()),
+        limit => Ok(limit),
+    }
 }
 
 /// Run until QEMU is gone or a signal comes.
@@ -53,6 +69,7 @@ pub async fn run(args: Args) -> anyhow::Result<u8> {
         },
         stall_timeout: Duration::from_secs(args.stall_timeout),
         peer_timeout: Duration::from_secs(args.peer_timeout),
+        pin_limit: args.pin_limit,
         pid: args.pid,
     })
     .await?;

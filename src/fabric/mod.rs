@@ -210,6 +210,15 @@ pub trait Connection: Send {
     fn handle(&self) -> Handle;
 }
 
+/// Pinned memory, and what it has cost.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Pinned {
+    /// Bytes that are pinned now.
+    pub bytes: u64,
+    /// Time that registering and releasing have taken so far.
+    pub time: Duration,
+}
+
 /// The half that sends. Order holds among what one thread posts.
 pub trait Poster: Send + Sync {
     /// Send one control message, header and payload, at most [`MESSAGE_MAX`] bytes together.
@@ -232,12 +241,19 @@ pub trait Poster: Send + Sync {
         remote: RemoteKey,
     ) -> Result<()>;
 
-    /// Get all of `region` ready to be written from, where the fabric pins memory. Without this it
-    /// is done as needed.
+    /// Get `range` of `region` ready to be written from, where the fabric pins memory: only then
+    /// may [`Poster::write`] name bytes of it. No write crosses the ends of a range, and ranges do
+    /// not overlap.
     ///
     /// # Errors
     /// When the device can't register it.
-    fn pin(&self, region: &Arc<Region>) -> Result<()>;
+    fn pin(&self, region: &Arc<Region>, range: Range<u64>) -> Result<()>;
+
+    /// Release a range; no write from it is on its way.
+    fn unpin(&self, region: &Arc<Region>, range: Range<u64>);
+
+    /// Guest memory that is pinned on this side, for sending and for receiving.
+    fn pinned(&self) -> Pinned;
 
     /// Wait until every posted write has landed.
     ///
@@ -279,6 +295,9 @@ pub trait Receiver: Send {
     /// # Errors
     /// When the device can't register it.
     fn register(&mut self, region: &Arc<Region>, range: Range<u64>) -> Result<RemoteKey>;
+
+    /// Withdraw the peer's access to a range that was registered, as it was.
+    fn unregister(&mut self, region: &Arc<Region>, range: Range<u64>);
 
     /// Withdraw the peer's access to every registered region (ordering rule 5). When it returns,
     /// no write can land any more.

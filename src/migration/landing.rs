@@ -13,7 +13,8 @@ use tracing::{info, warn};
 
 use super::{
     Block, Result,
-    agreement::{self, Accepted},
+    acceptance::{self, Accepted},
+    agreement,
     commitment::Commitment,
     door::Door,
     error::MigrationError,
@@ -61,7 +62,12 @@ pub fn serve(listener: Box<dyn Listener>, context: &Context) -> Result<()> {
     loop {
         let request = door.next()?;
         let peer = request.peer();
-        let accepted = match agreement::accept(request, &context.blocks, &context.options) {
+        let accepted = match acceptance::accept(
+            request,
+            &context.blocks,
+            &context.options,
+            &context.statistics,
+        ) {
             Ok(accepted) => accepted,
             Err(error) => {
                 warn!(%peer, %error, "turned away");
@@ -160,8 +166,8 @@ impl<'a> Receiving<'a> {
                 };
                 self.accepted.link.send(&Message::RegisterResult(result))?;
             }
-            // Keys end with the RAM sections, all at once.
-            Message::UnregisterRequest(_) if self.hook_open => {
+            Message::UnregisterRequest(requests) if self.hook_open => {
+                requests.iter().try_for_each(|request| self.accepted.unregister(request))?;
                 self.accepted.link.send(&Message::UnregisterFinished)?;
             }
             Message::RamBlocksRequest if self.hook_open => {

@@ -71,6 +71,8 @@ pub struct Options {
     pub stall_timeout: u64,
     /// Seconds without any sign of life of the peer's RDMA device.
     pub peer_timeout: u64,
+    /// Bytes of guest RAM that may be pinned at a time; `None`: all of it.
+    pub pin_limit: Option<u64>,
     /// What carries RAM.
     pub fabric: FabricKind,
 }
@@ -146,6 +148,10 @@ pub struct Progress {
     pub setup_ms: u64,
     /// Milliseconds since the order.
     pub elapsed_ms: u64,
+    /// Guest RAM that is pinned on this side now.
+    pub pinned: u64,
+    /// Milliseconds that pinning and releasing have taken.
+    pub pin_ms: u64,
     /// The fabric in use: `tcp` or `verbs`.
     pub fabric: String,
     /// Connections (queue pairs) that carry RAM.

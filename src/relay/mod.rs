@@ -62,6 +62,8 @@ pub struct AttachOptions {
     pub stall_timeout: Duration,
     /// How long the peer's RDMA device may give no sign of life.
     pub peer_timeout: Duration,
+    /// Bytes of guest RAM that may be pinned at a time; `None`: all of it.
+    pub pin_limit: Option<u64>,
     /// QEMU's process, where the socket does not tell.
     pub pid: Option<u32>,
 }
@@ -120,7 +122,9 @@ pub async fn attach(options: AttachOptions) -> Result<(), RelayError> {
     let process = Arc::new(Process::open(pid));
     let (qemu_qmp, fabric) = (options.qemu_qmp.clone(), options.fabric);
     let (stall_timeout, peer_timeout) = (options.stall_timeout, options.peer_timeout);
-    let context = Context { qemu, qemu_qmp, pid, process, fabric, stall_timeout, peer_timeout };
+    let pin_limit = options.pin_limit;
+    let context =
+        Context { qemu, qemu_qmp, pid, process, fabric, stall_timeout, peer_timeout, pin_limit };
     let serve_error = |source| RelayError::Serve { path: options.qmp.clone(), source };
     let socket = ServedSocket::bind(&options.qmp).await.map_err(serve_error)?;
     serve::Relay::new(context, greeting).run(socket, said).await.map_err(RelayError::Start)
@@ -136,6 +140,7 @@ struct Context {
     fabric: FabricChoice,
     stall_timeout: Duration,
     peer_timeout: Duration,
+    pin_limit: Option<u64>,
 }
 
 impl Context {
@@ -161,6 +166,7 @@ impl Context {
             discards: qemu.execute("query-balloon", Value::Null).await.is_ok(),
             stall_timeout: self.stall_timeout.as_secs().max(1),
             peer_timeout: self.peer_timeout.as_secs().max(1),
+            pin_limit: self.pin_limit,
             fabric: self.fabric(),
         })
     }

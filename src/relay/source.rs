@@ -195,11 +195,18 @@ impl Source {
     }
 
     async fn await_agreement(&mut self, worker: &mut Worker) -> Result<(), QmpError> {
+        let mut emitted = Instant::now();
         loop {
             match worker.report().await {
                 Some(Report::Agreed) => return Ok(()),
                 Some(Report::Progress(progress)) => {
+                    let pins = progress.pinned > 0;
                     self.view.send_modify(|view| view.progress = progress);
+                    // All of a large guest takes a while.
+                    if pins && emitted.elapsed() >= Duration::from_secs(1) {
+                        emitted = Instant::now();
+                        self.emit_throughput().await;
+                    }
                 }
                 Some(Report::Failed { reason, .. }) => return Err(QmpError::generic(reason)),
                 _ => return Err(QmpError::generic(WORKER_DIED)),

@@ -137,6 +137,17 @@ impl BlockTable {
         Ok((index, range.start / CHUNK * CHUNK..range.end))
     }
 
+    /// The block and the range in it that an UNREGISTER_REQUEST means: as many chunks, from the one
+    /// with this number in the block.
+    ///
+    /// # Errors
+    /// A block or a range that does not exist.
+    pub fn unregister(&self, request: &Register) -> Result<(usize, Range<u64>), WireError> {
+        let base = self.offset(request.index.get() as usize).unwrap_or(0);
+        let start = request.key.get().checked_mul(CHUNK).and_then(|it| it.checked_add(base));
+        self.register(&Register { key: start.unwrap_or(u64::MAX).into(), ..*request })
+    }
+
     /// The range from `address` in block `index` to what `end` makes of the offset in the block
     /// and the block's length.
     fn range(

@@ -23,7 +23,9 @@ use super::{
     set_options,
 };
 use crate::{
-    fabric::{Connection, FabricError, Handle, MESSAGE_MAX, Poster, Receiver, RemoteKey, Result},
+    fabric::{
+        Connection, FabricError, Handle, MESSAGE_MAX, Pinned, Poster, Receiver, RemoteKey, Result,
+    },
     memory::{Pipe, Region},
 };
 
@@ -268,8 +270,14 @@ impl Poster for TcpPoster {
         Ok(())
     }
 
-    fn pin(&self, _region: &Arc<Region>) -> Result<()> {
+    fn pin(&self, _region: &Arc<Region>, _range: Range<u64>) -> Result<()> {
         Ok(())
+    }
+
+    fn unpin(&self, _region: &Arc<Region>, _range: Range<u64>) {}
+
+    fn pinned(&self) -> Pinned {
+        Pinned::default()
     }
 
     fn drain(&self) -> Result<()> {
@@ -341,6 +349,10 @@ impl Receiver for TcpReceiver {
 
     fn register(&mut self, region: &Arc<Region>, _range: Range<u64>) -> Result<RemoteKey> {
         self.announce(region)
+    }
+
+    fn unregister(&mut self, _region: &Arc<Region>, _range: Range<u64>) {
+        // Nobody asks for ranges: the key to the whole region is announced.
     }
 
     fn revoke(&mut self) {

@@ -143,6 +143,10 @@ impl Receiver for VerbsReceiver {
         Ok(remote)
     }
 
+    fn unregister(&mut self, region: &Arc<Region>, range: Range<u64>) {
+        self.registered.remove(&(identity(region), range.start, range.end));
+    }
+
     fn revoke(&mut self) {
         // Deregistration returns when the device lets nobody in any more.
         self.registered.clear();

@@ -9,8 +9,9 @@ use std::{
     ptr::{self, NonNull},
     sync::{
         Arc,
-        atomic::{AtomicU32, Ordering},
+        atomic::{AtomicU32, AtomicU64, Ordering},
     },
+    time::{Duration, Instant},
 };
 
 use rdma_sys::{
@@ -26,7 +27,7 @@ use super::{
     library::{Library, check, check_errno},
 };
 use crate::{
-    fabric::{FabricError, RemoteKey, Result},
+    fabric::{FabricError, Pinned, RemoteKey, Result},
     memory::Region,
 };
 
@@ -39,6 +40,10 @@ fn created<T>(call: &'static str, raw: *mut T) -> Result<NonNull<T>> {
 pub(super) struct ProtectionDomain {
     raw: NonNull<ibv_pd>,
     library: &'static Library,
+    /// Guest memory that is registered in it, in bytes.
+    pinned: AtomicU64,
+    /// Nanoseconds that its registrations and their ends have taken.
+    pinning: AtomicU64,
 }
 
 // SAFETY: libibverbs' objects may be used from any thread (ibv_fork_init(3) and others demand
@@ -53,7 +58,21 @@ impl ProtectionDomain {
         let library = id.library();
         // SAFETY: the device is open.
         let raw = unsafe { (library.ibv_alloc_pd)(id.context()?.as_ptr()) };
-        Ok(Arc::new(Self { raw: created("ibv_alloc_pd", raw)?, library }))
+        let raw = created("ibv_alloc_pd", raw)?;
+        Ok(Arc::new(Self { raw, library, pinned: 0.into(), pinning: 0.into() }))
+    }
+
+    /// Guest memory that is registered in it.
+    pub(super) fn pinned(&self) -> Pinned {
+        Pinned {
+            bytes: self.pinned.load(Ordering::Relaxed),
+            time: Duration::from_nanos(self.pinning.load(Ordering::Relaxed)),
+        }
+    }
+
+    fn took(&self, since: Instant) {
+        let nanoseconds = u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        self.pinning.fetch_add(nanoseconds, Ordering::Relaxed);
     }
 }
 
@@ -94,6 +113,8 @@ impl Access {
 pub(super) struct MemoryRegion {
     raw: NonNull<ibv_mr>,
     domain: Arc<ProtectionDomain>,
+    /// Bytes of guest memory in it.
+    guest: u64,
     /// Keeps it mapped.
     _memory: Arc<dyn Any + Send + Sync>,
 }
@@ -120,7 +141,7 @@ impl MemoryRegion {
             )
         };
         let raw = NonNull::new(raw).ok_or_else(io::Error::last_os_error)?;
-        Ok(Self { raw, domain: domain.clone(), _memory: memory })
+        Ok(Self { raw, domain: domain.clone(), guest: 0, _memory: memory })
     }
 
     /// Register message buffers.
@@ -148,7 +169,12 @@ impl MemoryRegion {
             source,
         };
         let range = region.mapped(range.start, length).map_err(failed)?;
-        Self::new(domain, region.clone(), range, access).map_err(failed)
+        let begun = Instant::now();
+        let mut part = Self::new(domain, region.clone(), range, access).map_err(failed)?;
+        part.guest = length;
+        domain.took(begun);
+        domain.pinned.fetch_add(length, Ordering::Relaxed);
+        Ok(part)
     }
 
     /// For work requests here.
@@ -166,8 +192,13 @@ impl MemoryRegion {
 
 impl Drop for MemoryRegion {
     fn drop(&mut self) {
+        let begun = Instant::now();
         // SAFETY: it was registered once; work requests that still name it fail.
         unsafe { (self.domain.library.ibv_dereg_mr)(self.raw.as_ptr()) };
+        if self.guest > 0 {
+            self.domain.took(begun);
+            self.domain.pinned.fetch_sub(self.guest, Ordering::Relaxed);
+        }
     }
 }
 

@@ -23,7 +23,7 @@ use super::{
     objects::{Access, Completion, Local, MemoryRegion, ProtectionDomain, QueuePair},
 };
 use crate::{
-    fabric::{FabricError, MESSAGE_MAX, Poster, RemoteKey, Result},
+    fabric::{FabricError, MESSAGE_MAX, Pinned, Poster, RemoteKey, Result},
     memory::{Ranges, Region},
 };
 
@@ -70,11 +70,20 @@ struct Sending {
     /// When nothing was outstanding or something completed, as far as an idle connection looked.
     quiet_since: Instant,
     /// Guest memory that is registered for sending, by region.
-    local: HashMap<usize, Ranges<MemoryRegion>>,
-    /// Guest memory that is registered as a whole.
-    pinned: HashMap<usize, MemoryRegion>,
+    pinned: HashMap<usize, Ranges<MemoryRegion>>,
     /// For guest memory that can't be registered; made when it is needed.
     copies: Option<Copies>,
+}
+
+impl Sending {
+    /// The local key for a write from `offset` of `region`.
+    fn lkey(&self, region: &Arc<Region>, offset: u64) -> Result<u32> {
+        let part = self.pinned.get(&identity(region)).and_then(|ranges| ranges.get(offset));
+        part.map(|(_, part)| part.lkey()).ok_or_else(|| FabricError::Memory {
+            block: region.name().to_owned(),
+            source: std::io::Error::other(format!("offset {offset:#x} is not registered")),
+        })
+    }
 }
 
 /// Copies of guest memory on their way: a ring, because they complete in their order.
@@ -138,7 +147,6 @@ impl Shared {
             unsignalled: Batch::default(),
             outstanding: 0,
             quiet_since: Instant::now(),
-            local: HashMap::new(),
             pinned: HashMap::new(),
             copies: None,
         };
@@ -321,23 +329,6 @@ impl Shared {
             Ok(())
         }
     }
-
-    /// The local key for a write from `offset` of `region`, which crosses no chunk.
-    fn lkey(&self, sending: &mut Sending, region: &Arc<Region>, offset: u64) -> Result<u32> {
-        let identity = identity(region);
-        if let Some(whole) = sending.pinned.get(&identity) {
-            return Ok(whole.lkey());
-        }
-        let ranges = sending.local.entry(identity).or_default();
-        if let Some(part) = ranges.get(offset) {
-            return Ok(part.lkey());
-        }
-        let range = ranges.wanted(offset, region.length());
-        let part = MemoryRegion::of_region(&self.pair.domain, region, &range, Access::Read)?;
-        let lkey = part.lkey();
-        ranges.insert(range, part);
-        Ok(lkey)
-    }
 }
 
 /// The half that sends.
@@ -389,21 +380,33 @@ impl Poster for VerbsPoster {
             address: address.as_ptr() as u64,
             length: u32::try_from(length)
                 .map_err(|_| memory(std::io::ErrorKind::InvalidInput.into()))?,
-            lkey: shared.lkey(sending, region, offset)?,
+            lkey: sending.lkey(region, offset)?,
         };
         let to = RemoteKey { address: remote.address.wrapping_add(offset), ..remote };
         shared.posted.fetch_add(length as u64, Ordering::Relaxed);
         shared.post_write(sending, Some(local), to)
     }
 
-    fn pin(&self, region: &Arc<Region>) -> Result<()> {
+    fn pin(&self, region: &Arc<Region>, range: Range<u64>) -> Result<()> {
         if region.is_discardable() {
             return Ok(());
         }
-        let (domain, all) = (&self.shared.pair.domain, 0..region.length());
-        let whole = MemoryRegion::of_region(domain, region, &all, Access::Read)?;
-        lock(&self.shared.sending).pinned.insert(identity(region), whole);
+        let domain = &self.shared.pair.domain;
+        // Not under the lock: it takes long, and messages go their way meanwhile.
+        let part = MemoryRegion::of_region(domain, region, &range, Access::Read)?;
+        let sending = &mut *lock(&self.shared.sending);
+        sending.pinned.entry(identity(region)).or_default().insert(range, part);
         Ok(())
+    }
+
+    fn unpin(&self, region: &Arc<Region>, range: Range<u64>) {
+        let sending = &mut *lock(&self.shared.sending);
+        let part = sending.pinned.get_mut(&identity(region)).and_then(|it| it.remove(&range));
+        drop(part);
+    }
+
+    fn pinned(&self) -> Pinned {
+        self.shared.pair.domain.pinned()
     }
 
     fn drain(&self) -> Result<()> {
