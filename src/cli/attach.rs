@@ -31,6 +31,10 @@ pub struct Args {
     #[arg(long, value_name = "SECONDS", default_value_t = 5,
           value_parser = clap::value_parser!(u64).range(1..=86400))]
     peer_timeout: u64,
+    /// Queue pairs that carry RAM over RDMA, if the peer's helper has as many
+    #[arg(long, value_name = "COUNT", default_value_t = 1,
+          value_parser = clap::value_parser!(u16).range(1..=16))]
+    queue_pairs: u16,
     /// Guest RAM that may be pinned at a time for RDMA, such as 2g: a bare number is MiB, at least
     /// 16. Without it all of it may be
     #[arg(long, value_name = "SIZE", value_parser = parse_pin_limit)]
@@ -69,6 +73,7 @@ pub async fn run(args: Args) -> anyhow::Result<u8> {
         },
         stall_timeout: Duration::from_secs(args.stall_timeout),
         peer_timeout: Duration::from_secs(args.peer_timeout),
+        queue_pairs: args.queue_pairs,
         pin_limit: args.pin_limit,
         pid: args.pid,
     })

@@ -264,6 +264,9 @@ pub trait Poster: Send + Sync {
     /// Nothing more will be sent: let what was sent arrive, as far as that takes a moment only.
     fn finish(&self);
 
+    /// Connections, or queue pairs, that carry RAM.
+    fn connections(&self) -> u32;
+
     /// Bytes of writes posted so far.
     fn posted(&self) -> u64;
 

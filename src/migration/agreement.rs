@@ -75,7 +75,8 @@ impl AgreedBlock {
     ///
     /// # Errors
     /// It has another length there.
-    pub fn place(&mut self, entry: &RamBlockEntry) -> Result<()> {
+    pub fn place(&mut self, entry: &RamBlockEntry, options: &Options) -> Result<()> {
+        check_key(&self.name, entry, options)?;
         let (base, length) = (entry.offset.get(), entry.length.get());
         if base.checked_add(self.length).is_none() {
             return Err(MigrationError::Peer(format!("RAM block '{}' at {base:#x}", self.name)));
@@ -137,10 +138,7 @@ pub(super) fn ours(options: &Options) -> Extension {
     Extension {
         version: Extension::VERSION,
         window: WINDOW,
-        queue_pairs: 1,
-        lane: 0,
         pin_limit: options.pin_limit.map_or(0, mib),
-        session: 0,
     }
 }
 
@@ -280,10 +278,26 @@ fn list_blocks(
         let why = format!("{} RAM blocks in answer to {}", entries.len(), blocks.len());
         return Err(MigrationError::Peer(why));
     }
-    blocks.into_iter().zip(entries).enumerate().map(|(i, (b, e))| agreed(i, b, &e)).collect()
+    let blocks = blocks.into_iter().zip(entries).enumerate();
+    blocks.map(|(index, (block, entry))| agreed(index, block, &entry, options)).collect()
 }
 
-fn agreed(index: usize, block: Block, entry: &RamBlockEntry) -> Result<AgreedBlock> {
+/// Memory of this side is registered together with the peer's, so a key that comes by itself is of
+/// no use.
+fn check_key(name: &str, entry: &RamBlockEntry, options: &Options) -> Result<()> {
+    if entry.remote_rkey.get() == 0 || options.whole_keys() {
+        return Ok(());
+    }
+    Err(MigrationError::Peer(format!("it named a key to RAM block '{name}' without rdma-pin-all")))
+}
+
+fn agreed(
+    index: usize,
+    block: Block,
+    entry: &RamBlockEntry,
+    options: &Options,
+) -> Result<AgreedBlock> {
+    check_key(&block.name, entry, options)?;
     let (base, rkey) = (entry.offset.get(), entry.remote_rkey.get());
     let remote = RemoteKey { address: entry.remote_host_addr.get(), rkey };
     if base.checked_add(block.length).is_none() {

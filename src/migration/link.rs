@@ -243,6 +243,11 @@ impl Link {
         self.poster.unpin(region, range);
     }
 
+    /// Connections that carry RAM.
+    pub fn connections(&self) -> u32 {
+        self.poster.connections()
+    }
+
     /// Guest memory that is pinned on this side.
     pub fn pinned(&self) -> Pinned {
         self.poster.pinned()

@@ -71,6 +71,8 @@ pub struct Options {
     pub stall_timeout: u64,
     /// Seconds without any sign of life of the peer's RDMA device.
     pub peer_timeout: u64,
+    /// Queue pairs that carry RAM between two helpers.
+    pub queue_pairs: u16,
     /// Bytes of guest RAM that may be pinned at a time; `None`: all of it.
     pub pin_limit: Option<u64>,
     /// What carries RAM.
@@ -78,6 +80,11 @@ pub struct Options {
 }
 
 impl Options {
+    /// Keys to whole blocks come with the list of blocks. Else they are asked for range by range.
+    pub fn whole_keys(&self) -> bool {
+        self.pin_all || self.fabric == FabricKind::Tcp
+    }
+
     /// How much longer than usual the agreement may take because both sides register `bytes` of
     /// memory first: 64 MiB a second are possible even in an emulated machine.
     pub fn pinning(&self, bytes: u64) -> Duration {

@@ -2,7 +2,7 @@
 
 use std::{
     sync::{
-        Arc, Mutex, PoisonError, Weak,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::Instant,
@@ -16,7 +16,7 @@ pub struct Statistics {
     started: Instant,
     fabric: &'static str,
     /// The connection, once there is one.
-    link: Mutex<Weak<Link>>,
+    link: Mutex<Option<Arc<Link>>>,
     /// Bytes announced as zero.
     pub zero_bytes: AtomicU64,
     /// Bytes of the stream that were forwarded.
@@ -50,12 +50,11 @@ impl Statistics {
 
     /// From now on this connection's figures count.
     pub fn follow(&self, link: &Arc<Link>) {
-        *self.link.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(link);
+        *self.link.lock().unwrap_or_else(PoisonError::into_inner) = Some(link.clone());
     }
 
-    fn pinned(&self) -> Pinned {
-        let link = self.link.lock().unwrap_or_else(PoisonError::into_inner).upgrade();
-        link.map_or_else(Pinned::default, |link| link.pinned())
+    fn link(&self) -> Option<Arc<Link>> {
+        self.link.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The block lists agree: set-up ends.
@@ -66,7 +65,8 @@ impl Statistics {
     /// The figures as they are now.
     pub fn progress(&self) -> Progress {
         let landed = self.ram_landed.load(Ordering::Relaxed);
-        let pinned = self.pinned();
+        let link = self.link();
+        let pinned = link.as_ref().map_or_else(Pinned::default, |link| link.pinned());
         Progress {
             ram_bytes: landed,
             zero_bytes: self.zero_bytes.load(Ordering::Relaxed),
@@ -77,7 +77,7 @@ impl Statistics {
             pinned: pinned.bytes,
             pin_ms: u64::try_from(pinned.time.as_millis()).unwrap_or(u64::MAX),
             fabric: self.fabric.to_owned(),
-            connections: 1,
+            connections: link.map_or(1, |link| link.connections()),
         }
     }
 }

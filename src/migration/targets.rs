@@ -131,7 +131,7 @@ impl Targets {
             )));
         }
         for (block, entry) in self.blocks.iter_mut().zip(&entries) {
-            block.place(entry)?;
+            block.place(entry, &self.options)?;
         }
         Ok(())
     }

@@ -96,13 +96,13 @@ fn prepare(fabric: FabricKind) {
 }
 
 fn fabric(options: &Options) -> Result<Arc<dyn Fabric>> {
-    let stall = options.stall_timeout();
     match options.fabric {
-        FabricKind::Tcp => Ok(Arc::new(Tcp { stall_timeout: stall })),
+        FabricKind::Tcp => Ok(Arc::new(Tcp { stall_timeout: options.stall_timeout() })),
         #[cfg(feature = "verbs")]
         FabricKind::Verbs => {
-            let timeouts = Timeouts { stall, peer: Duration::from_secs(options.peer_timeout) };
-            Ok(Arc::new(Verbs { timeouts, window: WINDOW }))
+            let timeouts = Timeouts { peer: Duration::from_secs(options.peer_timeout) };
+            let lanes = options.queue_pairs;
+            Ok(Arc::new(Verbs { timeouts, window: WINDOW, lanes }))
         }
         #[cfg(not(feature = "verbs"))]
         FabricKind::Verbs => Err(MigrationError::Aborted("This build has no verbs".into())),

@@ -62,6 +62,8 @@ pub struct AttachOptions {
     pub stall_timeout: Duration,
     /// How long the peer's RDMA device may give no sign of life.
     pub peer_timeout: Duration,
+    /// Queue pairs that carry RAM between two helpers.
+    pub queue_pairs: u16,
     /// Bytes of guest RAM that may be pinned at a time; `None`: all of it.
     pub pin_limit: Option<u64>,
     /// QEMU's process, where the socket does not tell.
@@ -122,9 +124,18 @@ pub async fn attach(options: AttachOptions) -> Result<(), RelayError> {
     let process = Arc::new(Process::open(pid));
     let (qemu_qmp, fabric) = (options.qemu_qmp.clone(), options.fabric);
     let (stall_timeout, peer_timeout) = (options.stall_timeout, options.peer_timeout);
-    let pin_limit = options.pin_limit;
-    let context =
-        Context { qemu, qemu_qmp, pid, process, fabric, stall_timeout, peer_timeout, pin_limit };
+    let (queue_pairs, pin_limit) = (options.queue_pairs, options.pin_limit);
+    let context = Context {
+        qemu,
+        qemu_qmp,
+        pid,
+        process,
+        fabric,
+        stall_timeout,
+        peer_timeout,
+        queue_pairs,
+        pin_limit,
+    };
     let serve_error = |source| RelayError::Serve { path: options.qmp.clone(), source };
     let socket = ServedSocket::bind(&options.qmp).await.map_err(serve_error)?;
     serve::Relay::new(context, greeting).run(socket, said).await.map_err(RelayError::Start)
@@ -140,6 +151,7 @@ struct Context {
     fabric: FabricChoice,
     stall_timeout: Duration,
     peer_timeout: Duration,
+    queue_pairs: u16,
     pin_limit: Option<u64>,
 }
 
@@ -166,6 +178,7 @@ impl Context {
             discards: qemu.execute("query-balloon", Value::Null).await.is_ok(),
             stall_timeout: self.stall_timeout.as_secs().max(1),
             peer_timeout: self.peer_timeout.as_secs().max(1),
+            queue_pairs: self.queue_pairs,
             pin_limit: self.pin_limit,
             fabric: self.fabric(),
         })

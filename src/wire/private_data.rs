@@ -2,7 +2,7 @@
 
 use zerocopy::{
     FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned,
-    byteorder::big_endian::{U16, U32, U64},
+    byteorder::big_endian::{U16, U32},
 };
 
 use super::WireError;
@@ -29,10 +29,7 @@ struct RawExtension {
     magic: U32,
     version: U16,
     window: U16,
-    queue_pairs: U16,
-    lane: U16,
     pin_limit: U32,
-    session: U64,
 }
 
 /// What two helpers agree on beyond version 1 of the protocol.
@@ -42,14 +39,8 @@ pub struct Extension {
     pub version: u16,
     /// Control messages that the sender of this has buffers for; at least 1.
     pub window: u16,
-    /// Queue pairs, or connections, in all: what the source asks for, and what it gets; at least 1.
-    pub queue_pairs: u16,
-    /// 0, or which of the further queue pairs of `session` this one is to be.
-    pub lane: u16,
     /// Guest RAM that may be pinned at a time at the sender of this, in MiB; 0: all of it.
     pub pin_limit: u32,
-    /// What the further queue pairs name when they ask to be let in; chosen by the destination.
-    pub session: u64,
 }
 
 impl Extension {
@@ -77,10 +68,7 @@ impl PrivateData {
                 magic: EXTENSION_MAGIC.into(),
                 version: extension.version.into(),
                 window: extension.window.into(),
-                queue_pairs: extension.queue_pairs.into(),
-                lane: extension.lane.into(),
                 pin_limit: extension.pin_limit.into(),
-                session: extension.session.into(),
             };
             bytes.extend_from_slice(raw.as_bytes());
         }
@@ -105,17 +93,13 @@ impl PrivateData {
         }
         let extension = match RawExtension::read_from_prefix(rest) {
             Ok((raw, _)) if raw.magic.get() == EXTENSION_MAGIC && raw.version.get() > 0 => {
-                if raw.window.get() == 0 || raw.queue_pairs.get() == 0 {
-                    let why = "a window of no messages, or no queue pair";
-                    return Err(WireError::malformed("private data", why));
+                if raw.window.get() == 0 {
+                    return Err(WireError::malformed("private data", "a window of no messages"));
                 }
                 Some(Extension {
                     version: raw.version.get(),
                     window: raw.window.get(),
-                    queue_pairs: raw.queue_pairs.get(),
-                    lane: raw.lane.get(),
                     pin_limit: raw.pin_limit.get(),
-                    session: raw.session.get(),
                 })
             }
             _ => None,

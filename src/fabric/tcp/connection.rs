@@ -297,6 +297,10 @@ impl Poster for TcpPoster {
         }
     }
 
+    fn connections(&self) -> u32 {
+        1
+    }
+
     fn posted(&self) -> u64 {
         self.shared.posted()
     }

@@ -11,7 +11,9 @@ mod connection;
 mod library;
 mod listener;
 mod objects;
+mod queue_pair;
 mod sending;
+mod trailer;
 
 use std::{
     io,
@@ -23,7 +25,8 @@ use rdma_sys::rdma_cm_event_type as kind;
 
 use self::{
     cm::{Event, EventChannel, Id},
-    connection::VerbsConnection,
+    connection::Opening,
+    trailer::Trailer,
 };
 use super::{Connection, Fabric, FabricError, Listener, Result, resolve};
 use crate::migration::messages::Address;
@@ -31,8 +34,6 @@ use crate::migration::messages::Address;
 /// How long things may take.
 #[derive(Debug, Clone, Copy)]
 pub struct Timeouts {
-    /// Without progress of a transfer that is due.
-    pub stall: Duration,
     /// Without any sign of life of the peer's device.
     pub peer: Duration,
 }
@@ -56,6 +57,9 @@ pub struct Verbs {
     pub timeouts: Timeouts,
     /// Control messages that each side has buffers for, beside those that need no credit.
     pub window: u16,
+    /// Queue pairs for RAM beside the first one, where the peer has them too. With 0 RAM goes
+    /// through that one, as with a stock QEMU.
+    pub lanes: u16,
 }
 
 /// Load the libraries, and the devices' drivers with them. Who needs them gets to know if it fails.
@@ -101,6 +105,24 @@ impl Verbs {
         private_data: &[u8],
         deadline: Instant,
     ) -> Result<(Vec<u8>, Box<dyn Connection>)> {
+        let route = || self.route(address, candidate, deadline);
+        let establish = |id: &Id, trailer: Trailer| {
+            id.connect(&trailer.append(private_data)?)?;
+            expect(id.channel(), kind::RDMA_CM_EVENT_ESTABLISHED, address, deadline)
+        };
+        let mut opening = Opening::new(route()?, self.window, self.lanes)?;
+        let reply = establish(opening.id(), Trailer::new(self.lanes, 0, 0))?.private_data;
+        if let Some(granted) = Trailer::find(&reply) {
+            for lane in 1..=granted.lanes.get().min(self.lanes) {
+                let trailer = Trailer::new(0, lane, granted.session.get());
+                establish(opening.add_lane(route()?)?, trailer)?;
+            }
+        }
+        Ok((reply, Box::new(opening.finish(self.timeouts)?)))
+    }
+
+    /// An identifier with a device and a route to the peer.
+    fn route(&self, address: &Address, candidate: SocketAddr, deadline: Instant) -> Result<Id> {
         let channel = EventChannel::new()?;
         let id = Id::new(&channel)?;
         let left = || deadline.saturating_duration_since(Instant::now());
@@ -114,10 +136,7 @@ impl Verbs {
         id.resolve_route(left()).map_err(no_device)?;
         expect(kind::RDMA_CM_EVENT_ROUTE_RESOLVED)?;
         id.set_peer_timeout(self.timeouts.acknowledgement())?;
-        let connection = VerbsConnection::new(id, self.window, self.timeouts)?;
-        connection.id().connect(private_data)?;
-        let established = expect(kind::RDMA_CM_EVENT_ESTABLISHED)?;
-        Ok((established.private_data, Box::new(connection)))
+        Ok(id)
     }
 }
 
