@@ -223,6 +223,22 @@ fn private_memory_is_refused_with_the_cure() {
     pair.source.qemu.assert_goes_on();
 }
 
+/// Before RAM comes the state of the device, which has plugged nothing: the guest has no driver.
+#[test]
+fn with_virtio_mem() {
+    for version in ["7.2", "10.0"] {
+        let devices = [
+            "-m 192,slots=2,maxmem=1G",
+            "-object memory-backend-memfd,id=vmem0,size=128M,share=on",
+            "-device virtio-mem-pci,id=vm0,memdev=vmem0,requested-size=0",
+        ];
+        let devices = devices.map(str::to_owned).to_vec();
+        let mut pair = Pair::start(&Config { version, devices, ..Config::default() });
+        pair.migrate();
+        pair.verify();
+    }
+}
+
 #[test]
 fn memory_that_was_never_touched_stays_a_hole() {
     let guest = Guest::Dirty { fill: 32, hot: 4, spin: 3000 };

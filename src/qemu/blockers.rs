@@ -29,7 +29,7 @@ const CAPABILITIES: [&str; 9] = [
 ];
 
 /// Devices whose sections in the stream have no length that can be known.
-const DEVICES: [&str; 3] = ["vfio-", "virtio-mem", "vhost-vdpa"];
+const DEVICES: [&str; 2] = ["vfio-", "vhost-vdpa"];
 
 /// The oldest QEMU whose stream was tried.
 const OLDEST: (u64, u64) = (7, 2);
@@ -129,4 +129,33 @@ fn memory(blocks: &[RamBlock]) -> Option<Blocker> {
                -machine memory-backend=ram0"
             .into(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A QEMU with these devices.
+    struct Devices(Value);
+
+    impl Execute for Devices {
+        async fn execute(&mut self, _: &str, arguments: Value) -> Result<Value, QmpError> {
+            match arguments["path"].as_str() {
+                Some("/machine/peripheral") => Ok(self.0.clone()),
+                _ => Err(QmpError::generic("no such container")),
+            }
+        }
+    }
+
+    /// Its state begins before RAM and has no length that can be known.
+    #[tokio::test]
+    async fn a_device_with_state_of_unknown_length_is_named() {
+        let mut qemu = Devices(json!([
+            {"name": "type", "type": "string"},
+            {"name": "net0", "type": "child<virtio-net-pci>"},
+            {"name": "gpu", "type": "child<vfio-pci>"},
+            {"name": "vm0", "type": "child<virtio-mem-pci>"},
+        ]));
+        assert_eq!(devices(&mut qemu).await.unwrap(), ["gpu (vfio-pci)"]);
+    }
 }

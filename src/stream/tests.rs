@@ -1,5 +1,7 @@
 //! Streams built by hand, any cut of them, and hostile ones.
 
+mod early;
+
 use std::convert::Infallible;
 
 use proptest::prelude::*;
