@@ -4,11 +4,13 @@ use std::path::PathBuf;
 
 use qemu_rdma_helper::{
     fabric,
+    migration::messages::FabricKind,
     qemu::{
         blockers::{self, Blocker},
         blocks,
     },
     qmp::Execute as _,
+    stream::Travel,
 };
 use rustix::process::{Resource, getrlimit};
 use serde_json::Value;
@@ -86,6 +88,11 @@ async fn check_qemu(
 ) -> anyhow::Result<()> {
     // A helper knows its QEMU's process; asked at QEMU's own socket the command is unknown.
     let helper = client.execute("query-rdma-helper", Value::Null).await.ok();
+    let fabric = match helper.as_ref().and_then(|info| info["fabric"].as_str()) {
+        Some("verbs") => FabricKind::Verbs,
+        Some(_) => FabricKind::Tcp,
+        None => FabricKind::auto(),
+    };
     let known = helper.and_then(|info| u32::try_from(info["pid"].as_u64()?).ok());
     let pid = pid.or(known).unwrap_or(client.pid);
     let version = client.execute("query-version", Value::Null).await?;
@@ -101,20 +108,19 @@ async fn check_qemu(
     };
     for block in &found {
         let size = format!("{} KiB", block.length >> 10);
-        match (&block.backing, &block.why_not) {
-            (Some(backing), _) => {
-                findings.ok(&format!(
-                    "RAM block '{}', {size}: written from {}",
-                    block.name, backing.path
-                ));
-            }
-            (None, why) => {
-                let why = why.as_deref().unwrap_or("it is not shared");
-                findings.ok(&format!("RAM block '{}', {size}: in the stream ({why})", block.name));
-            }
-        }
+        let (travel, why) = block.travel(fabric);
+        let path = block.backing.as_ref().map(|backing| backing.path.as_str());
+        let how = match travel {
+            Travel::Mapped => format!("written from {}", path.unwrap_or_default()),
+            Travel::Staged => format!("written from the stream ({})", why.unwrap_or_default()),
+            Travel::InStream => format!("in the stream ({})", why.unwrap_or_default()),
+        };
+        findings.ok(&format!("RAM block '{}', {size}: {how}", block.name));
     }
-    let blockers = blockers::find(client, &found).await?;
+    if let Some(Blocker { reason, cure }) = blockers::memory(&found) {
+        findings.warning(&reason, &cure);
+    }
+    let blockers = blockers::find(client, &found, fabric).await?;
     for Blocker { reason, cure } in &blockers {
         findings.fail(reason, cure);
     }

@@ -241,6 +241,13 @@ pub trait Poster: Send + Sync {
         remote: RemoteKey,
     ) -> Result<()>;
 
+    /// Write `bytes`, 1 MiB at the most, to `offset` of the region that `remote` names. They may
+    /// change when this has returned. Blocks while too much is in flight.
+    ///
+    /// # Errors
+    /// When the connection is lost.
+    fn write_bytes(&self, bytes: &[u8], offset: u64, remote: RemoteKey) -> Result<()>;
+
     /// Get `range` of `region` ready to be written from, where the fabric pins memory: only then
     /// may [`Poster::write`] name bytes of it. No write crosses the ends of a range, and ranges do
     /// not overlap.

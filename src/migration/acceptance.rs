@@ -7,7 +7,7 @@ use super::{
     agreement::{TIMEOUT, check_limit, extension, listed, ours, unexpected},
     error::MigrationError,
     link::{Link, LinkReceiver},
-    messages::Options,
+    messages::{Options, ROM_MAX},
     statistics::Statistics,
 };
 use crate::{
@@ -20,10 +20,6 @@ use crate::{
         credit::Flow,
     },
 };
-
-/// How long a block whose memory is not shared may be at a stock source if it is shorter here, in
-/// bytes: QEMU resizes some of its ROMs, and none is nearly as large.
-const STAGED_MAX: u64 = 64 << 20;
 
 /// The destination's view of an agreement.
 pub struct Accepted {
@@ -91,7 +87,7 @@ impl Accepted {
         for (own, listed) in order.into_iter().map(|index| &own[index]).zip(&source) {
             let region = match &own.region {
                 Some(region) => region.clone(),
-                None if listed.length > own.length.max(STAGED_MAX) => {
+                None if listed.length > own.length.max(ROM_MAX) => {
                     return Err(MigrationError::Peer(format!(
                         "RAM block '{}' of {} bytes, which has {} here",
                         own.name, listed.length, own.length

@@ -7,12 +7,13 @@ use super::{
     Block, Result,
     error::MigrationError,
     link::{Link, LinkReceiver, WINDOW},
-    messages::{Address, FabricKind, Options},
+    messages::{Address, FabricKind, Options, ROM_MAX},
     statistics::Statistics,
 };
 use crate::{
     fabric::{Connection, Fabric, RemoteKey},
     memory::Region,
+    stream::Travel,
     wire::{
         Compress, Extension, ListedBlock, Message, PrivateData, RamBlockEntry, Register, WireError,
         blocks::{self},
@@ -49,6 +50,15 @@ pub enum SourceBlocks {
     Unnamed(Vec<Block>),
 }
 
+/// Where the bytes of a block's pages come from when they are written.
+#[derive(Debug, Clone)]
+pub enum Source {
+    /// From its memory.
+    Mapped(Arc<Region>),
+    /// From their records in the stream: its memory is not shared, or a device must not read it.
+    Staged,
+}
+
 /// One of the source's blocks.
 pub struct AgreedBlock {
     /// QEMU's idstr.
@@ -56,19 +66,50 @@ pub struct AgreedBlock {
     /// Used length in bytes.
     pub length: u64,
     /// Where its pages are, and where they go; `None` if they travel in the stream.
-    pub target: Option<(Arc<Region>, RemoteKey)>,
+    pub target: Option<(Source, RemoteKey)>,
     /// Its index on the wire.
     index: u32,
     /// What is added to offsets in it on the wire.
     base: u64,
 }
 
+impl Source {
+    /// From `region`, if there is one that may be read.
+    fn of(region: Option<Arc<Region>>) -> Self {
+        region.map_or(Self::Staged, Self::Mapped)
+    }
+
+    /// The memory that is read.
+    pub fn region(&self) -> Option<&Arc<Region>> {
+        match self {
+            Self::Mapped(region) => Some(region),
+            Self::Staged => None,
+        }
+    }
+}
+
 impl AgreedBlock {
-    /// A block of which the destination has not said where it is.
+    /// The memory that its pages are read from.
+    pub fn region(&self) -> Option<&Arc<Region>> {
+        self.target.as_ref().and_then(|(source, _)| source.region())
+    }
+
+    /// A block of which a stock destination has not said where it is. All of its blocks can be
+    /// written; those that it may have resized stay in the stream.
     pub fn unplaced(block: &Block, index: u32) -> Self {
         let nowhere = RemoteKey { address: 0, rkey: 0 };
-        let target = block.region.clone().map(|region| (region, nowhere));
+        let fixed = block.region.is_some() || block.length > ROM_MAX;
+        let target = fixed.then(|| (Source::of(block.region.clone()), nowhere));
         Self { name: block.name.clone(), length: block.length, target, index, base: 0 }
+    }
+
+    /// How its pages travel.
+    pub fn travel(&self) -> Travel {
+        match &self.target {
+            Some((Source::Mapped(_), _)) => Travel::Mapped,
+            Some((Source::Staged, _)) => Travel::Staged,
+            None => Travel::InStream,
+        }
     }
 
     /// The destination has said where it is.
@@ -304,7 +345,7 @@ fn agreed(
         return Err(MigrationError::Peer(format!("RAM block '{}' at {base:#x}", block.name)));
     }
     let writable = (rkey, remote.address) != (0, 0) && entry.length.get() == block.length;
-    let target = block.region.filter(|_| writable).map(|region| (region, remote));
+    let target = writable.then(|| (Source::of(block.region), remote));
     let index = index as u32;
     Ok(AgreedBlock { name: block.name, length: block.length, target, index, base })
 }

@@ -10,7 +10,10 @@ use rustix::{
     net::{RecvFlags, recv},
 };
 
-use super::{Result, error::MigrationError, link::Link, statistics::Statistics, targets::Targets};
+use super::{
+    Result, agreement::Source, error::MigrationError, link::Link, statistics::Statistics,
+    targets::Targets,
+};
 use crate::{
     stream::{BlockRange, Limits, Outlet, PushError, Rewriter, StreamBlock, Travel},
     wire::{Message, PAYLOAD_MAX},
@@ -34,7 +37,8 @@ pub fn take(
 ) -> Result<()> {
     let mut pass_ram = Some(pass_ram);
     let mut rewriter = Rewriter::new(Limits::default());
-    let mut outbound = Outbound { link, statistics, targets, zeros: None, batch: Vec::new() };
+    let mut outbound =
+        Outbound { link, statistics, targets, zeros: None, batch: Vec::new(), staged: Vec::new() };
     let mut buffer = vec![0; READ];
     loop {
         let received = match recv(qemu, &mut *buffer, RecvFlags::DONTWAIT) {
@@ -84,6 +88,8 @@ struct Outbound<'a> {
     zeros: Option<u64>,
     /// Stream bytes that were not sent yet. At most a read's worth and what the rewriter held.
     batch: Vec<u8>,
+    /// Bytes of the next staged write: at most a chunk of them.
+    staged: Vec<u8>,
 }
 
 impl Outbound<'_> {
@@ -123,8 +129,24 @@ impl Outlet for Outbound<'_> {
     }
 
     fn write(&mut self, range: BlockRange) -> Result<()> {
-        let (region, remote) = self.targets.key(self.link, range.block, range.offset)?;
+        let (source, remote) = self.targets.key(self.link, range.block, range.offset)?;
+        let Source::Mapped(region) = source else {
+            let why = format!("RAM block {} is not mapped", range.block);
+            return Err(MigrationError::Stream(why));
+        };
         self.link.write(region, range.offset, range.length, remote)
+    }
+
+    fn stage(&mut self, bytes: &[u8]) -> Result<()> {
+        self.staged.extend_from_slice(bytes);
+        Ok(())
+    }
+
+    fn write_staged(&mut self, range: BlockRange) -> Result<()> {
+        let (_, remote) = self.targets.key(self.link, range.block, range.offset)?;
+        self.link.write_bytes(&self.staged, range.offset, remote)?;
+        self.staged.clear();
+        Ok(())
     }
 
     fn zero(&mut self, range: BlockRange) -> Result<()> {

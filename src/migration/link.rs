@@ -219,6 +219,14 @@ impl Link {
         Ok(self.poster.write(region, offset, length, to)?)
     }
 
+    /// Write bytes to RAM; see [`Poster::write_bytes`].
+    ///
+    /// # Errors
+    /// When the connection is lost.
+    pub fn write_bytes(&self, bytes: &[u8], offset: u64, to: RemoteKey) -> Result<()> {
+        Ok(self.poster.write_bytes(bytes, offset, to)?)
+    }
+
     /// Get a range of a region ready to be written from; see [`Poster::pin`].
     ///
     /// # Errors

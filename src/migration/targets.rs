@@ -3,24 +3,22 @@
 use std::{
     collections::HashMap,
     ops::Range,
-    sync::{
-        Arc,
-        mpsc::{Receiver, RecvTimeoutError},
-    },
+    sync::mpsc::{Receiver, RecvTimeoutError},
     time::Duration,
 };
 
+use tracing::{debug, warn};
+
 use super::{
     Block, Result,
-    agreement::{AgreedBlock, SourceBlocks},
+    agreement::{AgreedBlock, Source, SourceBlocks},
     error::MigrationError,
     keys::{Keys, Known},
     link::Link,
-    messages::Options,
+    messages::{Options, ROM_MAX},
 };
 use crate::{
     fabric::{FabricError, RemoteKey},
-    memory::Region,
     stream::{StreamBlock, Travel},
     wire::{Message, RamBlockEntry, RegisterResult},
 };
@@ -90,8 +88,7 @@ impl Targets {
                 )));
             };
             let agreed = &self.blocks[index];
-            let written = agreed.target.is_some();
-            if written && agreed.length != block.length {
+            if agreed.target.is_some() && agreed.length != block.length {
                 return Err(MigrationError::Incompatible(format!(
                     "RAM block '{}' has {} bytes and had {} when the migration was prepared; \
                      start the migration again",
@@ -99,7 +96,15 @@ impl Targets {
                 )));
             }
             indices.push(index);
-            travels.push(if written { Travel::Written } else { Travel::InStream });
+            let travel = agreed.travel();
+            debug!(block = block.name, ?travel, "a RAM block");
+            if travel == Travel::InStream && agreed.length > ROM_MAX {
+                let block = &block.name;
+                warn!(
+                    "RAM block '{block}' is not shared at the destination: its pages take the stream"
+                );
+            }
+            travels.push(travel);
         }
         self.by_stream = indices;
         Ok(travels)
@@ -115,8 +120,8 @@ impl Targets {
         }
         link.send(&Message::RamBlocksRequest)?;
         if self.options.pin_all {
-            let regions = self.blocks.iter().filter_map(|block| block.target.as_ref());
-            regions.map(|(region, _)| region).try_for_each(|region| link.pin_all(region))?;
+            let mut regions = self.blocks.iter().filter_map(AgreedBlock::region);
+            regions.try_for_each(|region| link.pin_all(region))?;
         }
         let total = self.blocks.iter().map(|block| block.length).sum();
         let Answer::Blocks(entries) = self.answer(link, self.options.pinning(total))? else {
@@ -149,32 +154,28 @@ impl Targets {
         known.ok_or_else(|| MigrationError::Stream(format!("RAM block {index} was not announced")))
     }
 
-    /// The memory to write from, and the key for a write to `offset`, which crosses no chunk.
+    /// What to write from, and the key for a write to `offset`, which crosses no chunk.
     ///
     /// # Errors
     /// When the connection is lost, or the destination can't register the range.
-    pub fn key(
-        &mut self,
-        link: &Link,
-        index: u32,
-        offset: u64,
-    ) -> Result<(&Arc<Region>, RemoteKey)> {
+    pub fn key(&mut self, link: &Link, index: u32, offset: u64) -> Result<(&Source, RemoteKey)> {
         let index = self.index(index)?;
         let key = self.write_key(link, index, offset)?;
         match &self.blocks[index].target {
-            Some((region, _)) => Ok((region, key)),
-            None => Err(self.not_mapped(index)),
+            Some((source, _)) => Ok((source, key)),
+            None => Err(self.in_stream(index)),
         }
     }
 
-    fn not_mapped(&self, index: usize) -> MigrationError {
-        MigrationError::Stream(format!("RAM block '{}' is not mapped", self.blocks[index].name))
+    fn in_stream(&self, index: usize) -> MigrationError {
+        let name = &self.blocks[index].name;
+        MigrationError::Stream(format!("RAM block '{name}' travels in the stream"))
     }
 
     /// The key of the whole block or of a range; asks for the next range in time.
     fn write_key(&mut self, link: &Link, index: usize, offset: u64) -> Result<RemoteKey> {
         let block = &self.blocks[index];
-        let Some((_, whole)) = &block.target else { return Err(self.not_mapped(index)) };
+        let Some((_, whole)) = &block.target else { return Err(self.in_stream(index)) };
         if whole.rkey != 0 {
             return Ok(*whole);
         }
@@ -211,7 +212,7 @@ impl Targets {
     fn ask(&mut self, link: &Link, index: usize, range: Range<u64>) -> Result<()> {
         let block = &self.blocks[index];
         link.send(&block.register(&range))?;
-        if let Some((region, _)) = &block.target {
+        if let Some(region) = block.region() {
             link.pin(region, range.clone())?;
         }
         self.keys.ask(index, range);
@@ -232,7 +233,7 @@ impl Targets {
             let Answer::Unregistered = self.answer(link, Duration::ZERO)? else {
                 return Err(MigrationError::Peer("no UNREGISTER_FINISHED".into()));
             };
-            if let Some((region, _)) = &block.target {
+            if let Some(region) = block.region() {
                 link.unpin(region, range);
             }
         }

@@ -66,7 +66,7 @@ fn start(order: Order, fds: Vec<OwnedFd>, orders: Orders, reports: &Arc<Reports>
     let reports = reports.clone();
     match order {
         Order::Outgoing { address, qemu_qmp, blocks, options } => {
-            let blocks = take_blocks(blocks, fds, &options)?;
+            let blocks = take_blocks(blocks, fds)?;
             let fabric = fabric(&options)?;
             let (sender, events) = mpsc::channel();
             forward(orders, sender.clone(), outgoing::Event::Order, || outgoing::Event::RelayGone);
@@ -74,7 +74,7 @@ fn start(order: Order, fds: Vec<OwnedFd>, orders: Orders, reports: &Arc<Reports>
             outgoing::run(fabric, address, blocks, options, qemu, reports, (sender, events));
         }
         Order::Incoming { address, blocks, options } => {
-            let blocks = take_blocks(blocks, fds, &options)?;
+            let blocks = take_blocks(blocks, fds)?;
             let fabric = fabric(&options)?;
             let (sender, events) = mpsc::channel();
             forward(orders, sender.clone(), incoming::Event::Order, || incoming::Event::RelayGone);
@@ -131,7 +131,6 @@ fn forward<E: Send + 'static>(
 fn take_blocks(
     blocks: Vec<messages::Block>,
     mut fds: impl Iterator<Item = OwnedFd>,
-    options: &Options,
 ) -> Result<Vec<Block>> {
     blocks
         .into_iter()
@@ -140,8 +139,7 @@ fn take_blocks(
                 Some(offset) => {
                     let lacks = || MigrationError::Aborted(format!("No file for block '{name}'"));
                     let file = fds.next().ok_or_else(lacks)?;
-                    let region = Region::new(&name, file, offset, length)?;
-                    Some(Arc::new(region.discardable(options.discards)))
+                    Some(Arc::new(Region::new(&name, file, offset, length)?))
                 }
                 None => None,
             };

@@ -161,10 +161,7 @@ impl Context {
         match self.fabric {
             FabricChoice::Tcp => FabricKind::Tcp,
             FabricChoice::Verbs => FabricKind::Verbs,
-            FabricChoice::Auto if cfg!(feature = "verbs") && !fabric::devices().is_empty() => {
-                FabricKind::Verbs
-            }
-            FabricChoice::Auto => FabricKind::Tcp,
+            FabricChoice::Auto => FabricKind::auto(),
         }
     }
 
@@ -174,8 +171,6 @@ impl Context {
         Ok(Options {
             pin_all: blockers::is_on(&capabilities, "rdma-pin-all"),
             return_path: blockers::is_on(&capabilities, "return-path"),
-            // There is a balloon if it can be asked how large the guest is.
-            discards: qemu.execute("query-balloon", Value::Null).await.is_ok(),
             stall_timeout: self.stall_timeout.as_secs().max(1),
             peer_timeout: self.peer_timeout.as_secs().max(1),
             queue_pairs: self.queue_pairs,

@@ -22,6 +22,7 @@ use crate::{
     },
     qemu::{blockers, blocks},
     qmp::{Execute as _, QmpError, envelope},
+    stream::Travel,
 };
 
 /// How long connecting and comparing block lists may take in all; the worker's own bounds are
@@ -149,11 +150,17 @@ impl Source {
         }
         // From here on a failure is this migration's.
         self.view.send_modify(|view| view.phase = Phase::Connecting);
-        let blocks = blocks::find(&mut qemu, self.context.pid).await.map_err(generic)?;
-        if let Some(blocker) = blockers::find(&mut qemu, &blocks).await?.first() {
+        let mut blocks = blocks::find(&mut qemu, self.context.pid).await.map_err(generic)?;
+        let options = self.context.options(&mut qemu).await?;
+        if let Some(blocker) = blockers::find(&mut qemu, &blocks, options.fabric).await?.first() {
             return Err(QmpError::generic(format!("{}; {}", blocker.reason, blocker.cure)));
         }
-        let options = self.context.options(&mut qemu).await?;
+        // The worker gets the memory that it may read, and no other.
+        for block in &mut blocks {
+            if block.travel(options.fabric).0 != Travel::Mapped {
+                block.backing = None;
+            }
+        }
         let total = blocks.iter().map(|block| block.length).sum();
         self.view.send_modify(|view| {
             view.pin_all = options.pin_all;

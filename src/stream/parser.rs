@@ -46,8 +46,8 @@ pub(super) enum Item {
     Other,
     /// The last entry of the block list.
     BlocksEnd,
-    /// The head of a record with a page's content (of any encoding) as payload.
-    Page { block: u32, offset: u64 },
+    /// The head of a record with a page's content as payload: the plain bytes, or encoded.
+    Page { block: u32, offset: u64, plain: bool },
     /// A page that is zero; no payload.
     Zero { block: u32, offset: u64 },
     /// RDMA's synchronisation point.
@@ -379,7 +379,7 @@ impl Parser {
         }
         let Some(block) = self.record_block(fields, flags, offset)? else { return Ok(None) };
         let (item, payload) = match flags & !flag::CONTINUE {
-            flag::PAGE => (Item::Page { block, offset }, PAGE),
+            flag::PAGE => (Item::Page { block, offset, plain: true }, PAGE),
             flag::ZERO => match fields.u8() {
                 Some(0) => (Item::Zero { block, offset }, 0),
                 Some(fill) => return Err(self.malformed(format!("a page filled with {fill:#x}"))),
@@ -392,7 +392,7 @@ impl Parser {
                 if encoding != 1 || u64::from(length) > PAGE {
                     return Err(self.malformed("an XBZRLE page that is none"));
                 }
-                (Item::Page { block, offset }, length.into())
+                (Item::Page { block, offset, plain: false }, length.into())
             }
             flag::COMPRESS_PAGE => {
                 let Some(length) = fields.u32() else { return Ok(None) };
@@ -400,7 +400,7 @@ impl Parser {
                 if u64::from(length) > PAGE + 64 {
                     return Err(self.malformed(format!("a compressed page of {length} bytes")));
                 }
-                (Item::Page { block, offset }, length.into())
+                (Item::Page { block, offset, plain: false }, length.into())
             }
             _ => return Err(self.malformed(format!("RAM word {word:#x}"))),
         };

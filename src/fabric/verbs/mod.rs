@@ -12,6 +12,7 @@ mod library;
 mod listener;
 mod objects;
 mod queue_pair;
+mod ring;
 mod sending;
 mod trailer;
 

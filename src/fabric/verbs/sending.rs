@@ -22,9 +22,10 @@ use super::{
     cm::wait_for,
     objects::{Access, Completion, CompletionQueue, MemoryRegion, ProtectionDomain},
     queue_pair::{Local, QueuePair},
+    ring::Ring,
 };
 use crate::{
-    fabric::{FabricError, MESSAGE_MAX, Pinned, Poster, RemoteKey, Result},
+    fabric::{FabricError, Pinned, Poster, RemoteKey, Result},
     memory::{CHUNK, Ranges, Region},
 };
 
@@ -41,9 +42,6 @@ const WINDOW: u64 = 8 << 20;
 /// Messages that may be on their way out.
 const SEND_BUFFERS: usize = 8;
 
-/// Copies of guest memory that may be on their way: as many bytes as [`WINDOW`].
-const COPIES: usize = 16;
-
 /// How long the last words may take.
 const FAREWELL: Duration = Duration::from_secs(1);
 
@@ -54,8 +52,8 @@ struct Batch {
     bytes: u64,
     /// The buffer of a message.
     buffer: Option<usize>,
-    /// Buffers of copies.
-    copies: usize,
+    /// Bytes of the ring.
+    staged: usize,
 }
 
 /// What is posted to a queue pair.
@@ -79,8 +77,8 @@ struct Sending {
     quiet_since: Instant,
     /// Guest memory that is registered for sending, by region.
     pinned: HashMap<usize, Ranges<MemoryRegion>>,
-    /// For guest memory that can't be registered; made when it is needed.
-    copies: Option<Copies>,
+    /// For bytes that are in no memory of the guest; made when there are any.
+    ring: Option<Ring>,
 }
 
 impl Sending {
@@ -96,32 +94,6 @@ impl Sending {
             block: region.name().to_owned(),
             source: std::io::Error::other(format!("offset {offset:#x} is not registered")),
         })
-    }
-}
-
-/// Copies of guest memory on their way: a ring, because they complete in their order.
-struct Copies {
-    buffers: Arc<Buffers>,
-    registration: MemoryRegion,
-    next: usize,
-    used: usize,
-}
-
-impl Copies {
-    fn new(domain: &Arc<ProtectionDomain>) -> Result<Self> {
-        let buffers = Arc::new(Buffers::new(COPIES));
-        let registration = MemoryRegion::of_buffers(domain, &buffers, Access::Read)?;
-        Ok(Self { buffers, registration, next: 0, used: 0 })
-    }
-
-    /// Copy to the next buffer, which is free.
-    fn take(&mut self, region: &Region, offset: u64, length: usize) -> std::io::Result<Local> {
-        let index = self.next;
-        self.buffers.copy(index, region, offset, length)?;
-        self.next = (index + 1) % COPIES;
-        self.used += 1;
-        let address = self.buffers.address(index);
-        Ok(Local { address, length: length as u32, lkey: self.registration.lkey() })
     }
 }
 
@@ -161,7 +133,7 @@ impl Shared {
             posted: pairs.iter().map(|_| Posted::default()).collect(),
             quiet_since: Instant::now(),
             pinned: HashMap::new(),
-            copies: None,
+            ring: None,
         };
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|errno| FabricError::Host { call: "eventfd", source: errno.into() })?;
@@ -267,8 +239,8 @@ impl Shared {
             };
             posted.outstanding -= batch.requests;
             sending.free.extend(batch.buffer);
-            if let Some(copies) = &mut sending.copies {
-                copies.used -= batch.copies;
+            if let Some(ring) = &mut sending.ring {
+                ring.give_back(batch.staged);
             }
             self.landed.fetch_add(batch.bytes, Ordering::Relaxed);
         }
@@ -319,44 +291,12 @@ impl Shared {
         let batch = &mut posted.unsignalled;
         batch.requests += 1;
         batch.bytes += local.map_or(0, |local| u64::from(local.length));
-        let signalled = local.is_none()
-            || batch.requests >= SIGNAL_REQUESTS
-            || batch.copies >= COPIES / 4
-            || batch.bytes >= SIGNAL_BYTES;
+        let signalled =
+            local.is_none() || batch.requests >= SIGNAL_REQUESTS || batch.bytes >= SIGNAL_BYTES;
         self.pairs[lane].write(lane as u64, local, to, signalled)?;
         posted.outstanding += 1;
         if signalled {
             posted.flight.push_back(std::mem::take(&mut posted.unsignalled));
-        }
-        Ok(())
-    }
-
-    /// Write from copies, which are read from the file: there the guest's pages are the ones that it
-    /// has now, whatever was taken away and came back.
-    fn write_copies(
-        &self,
-        sending: &mut Sending,
-        region: &Arc<Region>,
-        range: Range<u64>,
-        remote: RemoteKey,
-    ) -> Result<()> {
-        if sending.copies.is_none() {
-            sending.copies = Some(Copies::new(self.ram_domain())?);
-        }
-        let lane = self.first_lane();
-        for offset in range.clone().step_by(MESSAGE_MAX) {
-            self.await_sent(sending, self.timeouts.acknowledgement(), |sending, _| {
-                sending.posted[lane].outstanding < SEND_DEPTH
-                    && sending.copies.as_ref().is_some_and(|copies| copies.used < COPIES)
-            })?;
-            let Some(copies) = &mut sending.copies else { return Err(FabricError::Closed) };
-            let length = (range.end - offset).min(MESSAGE_MAX as u64) as usize;
-            let memory = |source| FabricError::Memory { block: region.name().to_owned(), source };
-            let local = copies.take(region, offset, length).map_err(memory)?;
-            sending.posted[lane].unsignalled.copies += 1;
-            let to = RemoteKey { address: remote.address.wrapping_add(offset), ..remote };
-            self.posted.fetch_add(length as u64, Ordering::Relaxed);
-            self.post_write(sending, lane, Some(local), to)?;
         }
         Ok(())
     }
@@ -431,9 +371,6 @@ impl Poster for VerbsPoster {
         shared.await_sent(sending, shared.timeouts.acknowledgement(), |sending, in_flight| {
             sending.posted[lane].outstanding < SEND_DEPTH && in_flight <= WINDOW
         })?;
-        if region.is_discardable() {
-            return shared.write_copies(sending, region, offset..offset + length, remote);
-        }
         let memory = |source| FabricError::Memory { block: region.name().to_owned(), source };
         let (address, length) = region.mapped(offset, length).map_err(memory)?;
         let local = Local {
@@ -447,10 +384,28 @@ impl Poster for VerbsPoster {
         shared.post_write(sending, lane, Some(local), to)
     }
 
-    fn pin(&self, region: &Arc<Region>, range: Range<u64>) -> Result<()> {
-        if region.is_discardable() {
-            return Ok(());
+    fn write_bytes(&self, bytes: &[u8], offset: u64, remote: RemoteKey) -> Result<()> {
+        let shared = &*self.shared;
+        let sending = &mut *lock(&shared.sending);
+        // The ring wants its completions in their order: one queue pair.
+        let lane = shared.first_lane();
+        if sending.ring.is_none() {
+            sending.ring = Some(Ring::new(shared.ram_domain())?);
         }
+        shared.await_sent(sending, shared.timeouts.acknowledgement(), |sending, in_flight| {
+            sending.posted[lane].outstanding < SEND_DEPTH
+                && in_flight <= WINDOW
+                && sending.ring.as_ref().is_some_and(Ring::has_room)
+        })?;
+        let Some(ring) = &mut sending.ring else { return Err(FabricError::Closed) };
+        let (local, taken) = ring.take(bytes);
+        sending.posted[lane].unsignalled.staged += taken;
+        let to = RemoteKey { address: remote.address.wrapping_add(offset), ..remote };
+        shared.posted.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        shared.post_write(sending, lane, Some(local), to)
+    }
+
+    fn pin(&self, region: &Arc<Region>, range: Range<u64>) -> Result<()> {
         let domain = self.shared.ram_domain();
         // Not under the lock: it takes long, and messages go their way meanwhile.
         let part = MemoryRegion::of_region(domain, region, &range, Access::Read)?;
