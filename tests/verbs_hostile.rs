@@ -214,7 +214,7 @@ fn writes_outside_what_was_let_in() {
                 1 => RemoteKey { address: address.wrapping_sub(4096), rkey },
                 _ => RemoteKey { address, rkey: rkey ^ 0xff },
             };
-            let from = Arc::new(Region::staged("from", 4096).unwrap());
+            let from = Arc::new(Region::stand_in("from", 4096).unwrap());
             peer.poster.pin(&from, 0..4096).unwrap();
             let _ = peer.poster.write(&from, 0, 4096, to);
             assert!(peer.poster.drain().is_err(), "the device let it in");
@@ -241,7 +241,7 @@ fn writes_behind_the_last_ram_section() {
         assert_eq!(peer.next().unwrap().0, READY);
         let address = u64::from_be_bytes(entries[..8].try_into().unwrap());
         let rkey = u32::from_be_bytes(entries[24..28].try_into().unwrap());
-        let (to, from) = (RemoteKey { address, rkey }, Region::staged("from", 4096).unwrap());
+        let (to, from) = (RemoteKey { address, rkey }, Region::stand_in("from", 4096).unwrap());
         let from = Arc::new(from);
         peer.poster.pin(&from, 0..4096).unwrap();
         let write =

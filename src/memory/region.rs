@@ -125,7 +125,7 @@ impl Region {
     ///
     /// # Errors
     /// The system's.
-    pub fn staged(name: &str, length: u64) -> Result<Self, RegionError> {
+    pub fn stand_in(name: &str, length: u64) -> Result<Self, RegionError> {
         let host = |call| {
             let name = name.to_owned();
             move |source: Errno| RegionError::Host { name, call, source: source.into() }

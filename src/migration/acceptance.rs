@@ -49,7 +49,7 @@ pub struct AcceptedBlock {
     /// Its memory and the key to it; `None` if its pages come in the stream.
     pub target: Option<(Arc<Region>, RemoteKey)>,
     /// That memory is the worker's, and its content QEMU's by the stream.
-    pub staged: bool,
+    pub stand_in: bool,
 }
 
 impl Accepted {
@@ -93,14 +93,14 @@ impl Accepted {
                         own.name, listed.length, own.length
                     )));
                 }
-                None => Arc::new(Region::staged(&own.name, listed.length)?),
+                None => Arc::new(Region::stand_in(&own.name, listed.length)?),
             };
             let key = let_in(&mut self.receiver, &region, pin)?;
             self.blocks.push(AcceptedBlock {
                 name: own.name.clone(),
                 length: listed.length,
                 target: Some((region, key)),
-                staged: own.region.is_none(),
+                stand_in: own.region.is_none(),
             });
         }
         Ok(())
@@ -250,8 +250,8 @@ fn compare(
     let mut blocks = Vec::with_capacity(order.len());
     for Block { name, length, region } in order.into_iter().map(|index| &own[index]) {
         let target = region.as_ref().map(&mut target).transpose()?;
-        let (name, length, staged) = (name.clone(), *length, false);
-        blocks.push(AcceptedBlock { name, length, target, staged });
+        let (name, length, stand_in) = (name.clone(), *length, false);
+        blocks.push(AcceptedBlock { name, length, target, stand_in });
     }
     Ok((blocks, table))
 }

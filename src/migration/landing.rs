@@ -260,11 +260,11 @@ struct Feed<'a> {
 
 impl Feed<'_> {
     /// QEMU gets by its stream what a stock source has written to memory of ours.
-    fn hand_over_staged(&mut self) -> Result<()> {
+    fn hand_over_stand_ins(&mut self) -> Result<()> {
         let receiving = &*self.receiving;
-        let staged = receiving.blocks.iter().filter(|block| block.staged);
+        let stand_ins = receiving.blocks.iter().filter(|block| block.stand_in);
         for (name, region) in
-            staged.filter_map(|block| Some((&block.name, &block.target.as_ref()?.0)))
+            stand_ins.filter_map(|block| Some((&block.name, &block.target.as_ref()?.0)))
         {
             let mut records = Records::new(name);
             let mut page = [0; PAGE as usize];
@@ -328,7 +328,7 @@ impl Inlet for Feed<'_> {
         // All writes have landed: the source's REGISTER_FINISHED was behind them. From here on
         // the guest may come to run, and nobody writes its memory from outside any more.
         self.receiving.receiver.revoke();
-        self.hand_over_staged()?;
+        self.hand_over_stand_ins()?;
         if self.context.commitment.pass_ram() {
             Ok(())
         } else {
