@@ -9,7 +9,7 @@ use super::migrate::parse_size;
 
 /// Stand beside a running QEMU and serve QMP in its place.
 ///
-/// QEMU must have been started with '-qmp unix:PATH,server=on,wait=off', and its memory must be
+/// QEMU must have been started with '-qmp unix:PATH,server=on,wait=off', and its memory should be
 /// shared (-object memory-backend-memfd,...,share=on). Ends when QEMU ends; the guest runs on when
 /// this ends.
 #[derive(Debug, clap::Args)]
