@@ -145,6 +145,25 @@ fn private_data_is_the_specifications_bytes() {
     assert!(error.to_string().contains("version 2"), "{error}");
 }
 
+/// As many blocks as a message can name, which is as many as are let in.
+#[test]
+fn the_longest_list_of_blocks_fits_into_a_message() {
+    let entry = RamBlockEntry {
+        remote_host_addr: 1.into(),
+        offset: 2.into(),
+        length: (16_u64 << 40).into(),
+        remote_rkey: 3.into(),
+        padding: 0.into(),
+    };
+    let result = Message::RamBlocksResult(vec![entry; BLOCKS_MAX]);
+    let mut scratch = Vec::new();
+    let (header, payload) = result.encode(&mut scratch);
+    let bytes = [&header, payload].concat();
+    assert!(bytes.len() <= crate::fabric::MESSAGE_MAX);
+    assert!(bytes.len() + size_of::<RamBlockEntry>() > crate::fabric::MESSAGE_MAX);
+    assert_eq!(Message::decode(&bytes).unwrap(), result);
+}
+
 #[test]
 fn an_overlong_text_is_cut_between_characters() {
     let text = "é".repeat(TEXT_MAX);
