@@ -7,6 +7,9 @@ use qemu_rdma_helper::migration;
 
 /// Run the migration; its outcome is reported to the relay.
 pub fn run() -> anyhow::Result<u8> {
+    // It was started as /proc/self/exe, which says nothing in a list of processes. Without a name it
+    // works too.
+    let _ = rustix::thread::set_name(c"rdma-worker");
     let control = std::io::stdin().as_fd().try_clone_to_owned();
     let control = control.context("No socket to the relay on standard input")?;
     migration::worker::run(control.into()).context("The worker is started by 'attach' only")?;
