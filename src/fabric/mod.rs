@@ -111,6 +111,13 @@ pub enum FabricError {
     },
 }
 
+impl FabricError {
+    /// It is about memory of this host: the peer can still be told.
+    pub fn leaves_connection(&self) -> bool {
+        matches!(self, Self::Memory { .. } | Self::Pin { .. })
+    }
+}
+
 /// Names of the host's RDMA devices, from sysfs: no library is needed to see them.
 pub fn devices() -> Vec<String> {
     let entries = std::fs::read_dir("/sys/class/infiniband").into_iter().flatten();
