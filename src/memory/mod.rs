@@ -10,5 +10,5 @@ mod ranges;
 mod region;
 
 pub use pipe::Pipe;
-pub use ranges::{CHUNK, Ranges};
+pub use ranges::{CHUNK, RANGE_MAX, Ranges};
 pub use region::{Region, RegionError};

@@ -27,6 +27,11 @@ use crate::{
 /// Messages that may arrive without a credit: READY, answers, errors.
 const UNCREDITED: u16 = 16;
 
+/// How much a connection's queue pair holds; `window` as in [`super::Verbs`].
+pub(super) fn depth(window: u16) -> Depth {
+    Depth { send: SEND_DEPTH, receive: u32::from(window + UNCREDITED) }
+}
+
 /// A connection before its halves go to their threads.
 pub(super) struct VerbsConnection {
     shared: Arc<Shared>,
@@ -49,9 +54,9 @@ fn address(region: &Region) -> Result<u64> {
 impl VerbsConnection {
     /// Make the queue pair of `id`, and offer its buffers; it need not be connected yet.
     pub(super) fn new(id: super::cm::Id, window: u16, timeouts: Timeouts) -> Result<Self> {
-        let receive = u32::from(window + UNCREDITED);
-        let pair = QueuePair::new(id, Depth { send: SEND_DEPTH, receive })?;
-        let buffers = Arc::new(Buffers::new(receive as usize));
+        let depth = depth(window);
+        let pair = QueuePair::new(id, depth)?;
+        let buffers = Arc::new(Buffers::new(depth.receive as usize));
         let received = Received {
             registration: MemoryRegion::of_buffers(&pair.domain, &buffers, Access::Receive)?,
             buffers,

@@ -20,7 +20,7 @@ use super::{
     Verbs,
     cm::{Event, EventChannel, Id},
     connection::VerbsConnection,
-    no_route,
+    route::no_device,
 };
 use crate::{
     fabric::{Connection, FabricError, Handle, Listener, Request, Result, resolve},
@@ -63,7 +63,7 @@ impl VerbsListener {
             Some(FabricError::Host { source, .. })
                 if source.raw_os_error() == Some(libc::ENODEV) =>
             {
-                no_route(address, &source)
+                no_device(address, &source)
             }
             Some(FabricError::Host { source, .. }) => {
                 FabricError::Listen { address: address.clone(), source }

@@ -8,9 +8,16 @@
 mod buffers;
 mod cm;
 mod connection;
+mod judging;
 mod library;
 mod listener;
+mod memlock;
+mod needs;
 mod objects;
+mod ports;
+pub mod preflight;
+mod probe;
+mod route;
 mod sending;
 
 use std::{
@@ -21,10 +28,7 @@ use std::{
 
 use rdma_sys::rdma_cm_event_type as kind;
 
-use self::{
-    cm::{Event, EventChannel, Id},
-    connection::VerbsConnection,
-};
+use self::connection::VerbsConnection;
 use super::{Connection, Fabric, FabricError, Listener, Result, resolve};
 use crate::migration::messages::Address;
 
@@ -64,6 +68,7 @@ impl Fabric for Verbs {
     }
 
     fn listen(&self, address: &Address) -> Result<Box<dyn Listener>> {
+        memlock::suffices_for_messages(self.window)?;
         Ok(Box::new(listener::VerbsListener::bind(address, self.clone())?))
     }
 
@@ -96,53 +101,12 @@ impl Verbs {
         private_data: &[u8],
         deadline: Instant,
     ) -> Result<(Vec<u8>, Box<dyn Connection>)> {
-        let channel = EventChannel::new()?;
-        let id = Id::new(&channel)?;
-        let left = || deadline.saturating_duration_since(Instant::now());
-        let expect = |wanted| expect(&channel, wanted, address, deadline);
-        let no_device = |error| match error {
-            FabricError::Host { source, .. } => no_route(address, &source),
-            other => other,
-        };
-        id.resolve_address(candidate, left()).map_err(no_device)?;
-        expect(kind::RDMA_CM_EVENT_ADDR_RESOLVED)?;
-        id.resolve_route(left()).map_err(no_device)?;
-        expect(kind::RDMA_CM_EVENT_ROUTE_RESOLVED)?;
+        let id = route::resolve(address, candidate, deadline)?;
         id.set_peer_timeout(self.timeouts.acknowledgement())?;
         let connection = VerbsConnection::new(id, self.window, self.timeouts)?;
         connection.id().connect(private_data)?;
-        let established = expect(kind::RDMA_CM_EVENT_ESTABLISHED)?;
+        let established =
+            route::expect(connection.id(), kind::RDMA_CM_EVENT_ESTABLISHED, address, deadline)?;
         Ok((established.private_data, Box::new(connection)))
-    }
-}
-
-fn no_route(address: &Address, source: &io::Error) -> FabricError {
-    FabricError::Unavailable(format!(
-        "no RDMA device leads to {address} ({source}); check 'rdma link', the address, and the \
-         route to it ('ip route get')"
-    ))
-}
-
-/// Wait for the one event that is to come next.
-fn expect(
-    channel: &std::sync::Arc<EventChannel>,
-    wanted: kind::Type,
-    address: &Address,
-    deadline: Instant,
-) -> Result<Event> {
-    let failed = |error: io::ErrorKind| {
-        Err(FabricError::Connect { address: address.clone(), source: error.into() })
-    };
-    let Some(event) = channel.wait(None, Some(deadline))? else {
-        return failed(io::ErrorKind::TimedOut);
-    };
-    match event.kind {
-        kind if kind == wanted => Ok(event),
-        kind::RDMA_CM_EVENT_ADDR_ERROR | kind::RDMA_CM_EVENT_ROUTE_ERROR => {
-            Err(no_route(address, &io::Error::from_raw_os_error(event.status.abs())))
-        }
-        kind::RDMA_CM_EVENT_REJECTED => failed(io::ErrorKind::ConnectionRefused),
-        kind::RDMA_CM_EVENT_UNREACHABLE => failed(io::ErrorKind::HostUnreachable),
-        _ => failed(io::ErrorKind::ConnectionAborted),
     }
 }

@@ -30,9 +30,20 @@ use crate::{
     memory::Region,
 };
 
+/// Ranges of memory in one work request.
+pub(super) const SGES: u32 = 1;
+
 /// The handle of an object, or what errno says.
 fn created<T>(call: &'static str, raw: *mut T) -> Result<NonNull<T>> {
     NonNull::new(raw).ok_or_else(|| FabricError::Host { call, source: io::Error::last_os_error() })
+}
+
+/// The device has no room for what was to be made.
+fn refused(what: impl FnOnce() -> String) -> impl FnOnce(FabricError) -> FabricError {
+    |error| match error {
+        FabricError::Host { source, .. } => FabricError::Refused { what: what(), source },
+        other => other,
+    }
 }
 
 /// A protection domain.
@@ -130,8 +141,12 @@ impl MemoryRegion {
         access: Access,
     ) -> Result<Self> {
         let range = buffers.range();
-        Self::new(domain, buffers.clone(), range, access)
-            .map_err(|source| FabricError::Host { call: "ibv_reg_mr", source })
+        let mib = range.1.div_ceil(1 << 20) as u64;
+        Self::new(domain, buffers.clone(), range, access).map_err(|source| FabricError::Pin {
+            what: "message buffers".into(),
+            mib,
+            source,
+        })
     }
 
     /// Register a range of a RAM block.
@@ -143,7 +158,7 @@ impl MemoryRegion {
     ) -> Result<Self> {
         let length = range.end - range.start;
         let failed = |source| FabricError::Pin {
-            block: region.name().to_owned(),
+            what: format!("RAM block '{}'", region.name()),
             mib: length.div_ceil(1 << 20),
             source,
         };
@@ -239,7 +254,8 @@ impl CompletionQueue {
                 0,
             )
         };
-        let raw = created("ibv_create_cq", raw)?;
+        let raw = created("ibv_create_cq", raw)
+            .map_err(refused(|| format!("a queue of {size} completions")))?;
         Ok(Self { raw, notified: AtomicU32::new(0), channel })
     }
 
@@ -329,8 +345,8 @@ impl QueuePair {
             cap: ibv_qp_cap {
                 max_send_wr: depth.send,
                 max_recv_wr: depth.receive,
-                max_send_sge: 1,
-                max_recv_sge: 1,
+                max_send_sge: SGES,
+                max_recv_sge: SGES,
                 max_inline_data: 0,
             },
             qp_type: ibv_qp_type::IBV_QPT_RC,
@@ -340,7 +356,9 @@ impl QueuePair {
         let result = unsafe {
             (id.library().rdma_create_qp)(id.as_ptr(), domain.raw.as_ptr(), &mut attributes)
         };
-        check("rdma_create_qp", result)?;
+        check("rdma_create_qp", result).map_err(refused(|| {
+            format!("a queue pair of {} sends and {} receives", depth.send, depth.receive)
+        }))?;
         Ok(Self { sent, received, domain, id })
     }
 
@@ -353,7 +371,7 @@ impl QueuePair {
         let mut element = local.map(element);
         if let Some(element) = &mut element {
             request.sg_list = element;
-            request.num_sge = 1;
+            request.num_sge = SGES.cast_signed();
         }
         let mut bad = ptr::null_mut();
         // SAFETY: the request and its element outlive the call; the memory that it names is kept
@@ -382,8 +400,12 @@ impl QueuePair {
     /// Offer a buffer for a message.
     pub(super) fn receive(&self, id: u64, local: Local) -> Result<()> {
         let mut element = element(local);
-        let mut request =
-            ibv_recv_wr { wr_id: id, next: ptr::null_mut(), sg_list: &mut element, num_sge: 1 };
+        let mut request = ibv_recv_wr {
+            wr_id: id,
+            next: ptr::null_mut(),
+            sg_list: &mut element,
+            num_sge: SGES.cast_signed(),
+        };
         let mut bad = ptr::null_mut();
         // SAFETY: as in `post`.
         check_errno("ibv_post_recv", unsafe { ibv_post_recv(self.raw(), &mut request, &mut bad) })

@@ -38,10 +38,10 @@ const SIGNAL_BYTES: u64 = 1 << 20;
 const WINDOW: u64 = 8 << 20;
 
 /// Messages that may be on their way out.
-const SEND_BUFFERS: usize = 8;
+pub(super) const SEND_BUFFERS: usize = 8;
 
 /// Copies of guest memory that may be on their way: as many bytes as [`WINDOW`].
-const COPIES: usize = 16;
+pub(super) const COPIES: usize = 16;
 
 /// How long the last words may take.
 const FAREWELL: Duration = Duration::from_secs(1);
