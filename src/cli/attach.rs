@@ -2,8 +2,9 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use clap::ValueEnum;
-use qemu_rdma_helper::relay::{self, AttachOptions, FabricChoice};
+use qemu_rdma_helper::relay::{self, AttachOptions};
+
+use super::fabric::Fabric;
 
 /// Stand beside a running QEMU and serve QMP in its place.
 ///
@@ -34,23 +35,12 @@ pub struct Args {
     pid: Option<u32>,
 }
 
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum Fabric {
-    Auto,
-    Verbs,
-    Tcp,
-}
-
 /// Run until QEMU is gone or a signal comes.
 pub async fn run(args: Args) -> anyhow::Result<u8> {
     relay::attach(AttachOptions {
         qemu_qmp: args.qemu_qmp,
         qmp: args.qmp,
-        fabric: match args.fabric {
-            Fabric::Auto => FabricChoice::Auto,
-            Fabric::Verbs => FabricChoice::Verbs,
-            Fabric::Tcp => FabricChoice::Tcp,
-        },
+        fabric: args.fabric.into(),
         stall_timeout: Duration::from_secs(args.stall_timeout),
         peer_timeout: Duration::from_secs(args.peer_timeout),
         pid: args.pid,

@@ -37,7 +37,7 @@ pub async fn query_helper(context: &Context) -> Result<Value, QmpError> {
     });
     let info = RdmaHelperInfo {
         version: env!("CARGO_PKG_VERSION").into(),
-        fabric: match context.fabric() {
+        fabric: match context.fabric.kind() {
             FabricKind::Tcp => RdmaFabric::tcp,
             FabricKind::Verbs => RdmaFabric::verbs,
         },

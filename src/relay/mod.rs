@@ -41,12 +41,38 @@ const HEARTBEAT: Duration = Duration::from_secs(30);
 /// Which fabric migrations use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FabricChoice {
-    /// `verbs` where a device and the library exist, else `tcp`.
+    /// `verbs` where there is a device, else `tcp`.
     Auto,
     /// RDMA or nothing.
     Verbs,
     /// TCP.
     Tcp,
+}
+
+impl FabricChoice {
+    /// What carries a migration that starts now.
+    pub fn kind(self) -> FabricKind {
+        match self {
+            Self::Tcp => FabricKind::Tcp,
+            Self::Verbs => FabricKind::Verbs,
+            Self::Auto if cfg!(feature = "verbs") && !fabric::devices().is_empty() => {
+                FabricKind::Verbs
+            }
+            Self::Auto => FabricKind::Tcp,
+        }
+    }
+
+    /// Can it be had on this host?
+    ///
+    /// # Errors
+    /// [`RelayError::NoVerbs`] or [`RelayError::NoDevice`].
+    pub fn check(self) -> Result<(), RelayError> {
+        match self {
+            Self::Verbs if !cfg!(feature = "verbs") => Err(RelayError::NoVerbs),
+            Self::Verbs if fabric::devices().is_empty() => Err(RelayError::NoDevice),
+            _ => Ok(()),
+        }
+    }
 }
 
 /// What `attach` is told.
@@ -107,12 +133,7 @@ pub enum RelayError {
 /// # Errors
 /// When it can't attach or serve.
 pub async fn attach(options: AttachOptions) -> Result<(), RelayError> {
-    if options.fabric == FabricChoice::Verbs && !cfg!(feature = "verbs") {
-        return Err(RelayError::NoVerbs);
-    }
-    if options.fabric == FabricChoice::Verbs && fabric::devices().is_empty() {
-        return Err(RelayError::NoDevice);
-    }
+    options.fabric.check()?;
     let qemu_error = |source| RelayError::Qemu { path: options.qemu_qmp.clone(), source };
     let Session { qemu, said, greeting, pid } =
         Session::connect(&options.qemu_qmp).await.map_err(qemu_error)?;
@@ -139,18 +160,6 @@ struct Context {
 }
 
 impl Context {
-    /// What carries the next migration.
-    fn fabric(&self) -> FabricKind {
-        match self.fabric {
-            FabricChoice::Tcp => FabricKind::Tcp,
-            FabricChoice::Verbs => FabricKind::Verbs,
-            FabricChoice::Auto if cfg!(feature = "verbs") && !fabric::devices().is_empty() => {
-                FabricKind::Verbs
-            }
-            FabricChoice::Auto => FabricKind::Tcp,
-        }
-    }
-
     /// What the client set in QEMU that matters to a worker.
     async fn options(&self, qemu: &mut Qemu) -> Result<Options, QmpError> {
         let capabilities = qemu.execute("query-migrate-capabilities", Value::Null).await?;
@@ -161,7 +170,7 @@ impl Context {
             discards: qemu.execute("query-balloon", Value::Null).await.is_ok(),
             stall_timeout: self.stall_timeout.as_secs().max(1),
             peer_timeout: self.peer_timeout.as_secs().max(1),
-            fabric: self.fabric(),
+            fabric: self.fabric.kind(),
         })
     }
 }
