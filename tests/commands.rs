@@ -175,13 +175,20 @@ fn check_finds_what_would_fail() {
     assert!(out.contains("RDMA device"), "{out}");
     assert!(cfg!(not(feature = "verbs")) || out.contains("memlock of a helper that"), "{out}");
     assert!(out.ends_with("ok       nothing that is known would stop a migration\n"), "{out}");
-    let bad = Config { paused: true, memory: Memory::Private, ..Config::default() };
-    let (code, out) = check(&Host::start(&dir, "bad", &bad));
-    assert_eq!(code, Some(1), "{out}");
+    let private = Config { paused: true, memory: Memory::Private, ..Config::default() };
+    let mut private = Host::start(&dir, "private", &private);
+    let (code, out) = check(&private);
+    assert_eq!(code, Some(0), "{out}");
+    assert!(out.contains("'pc.ram', 196608 KiB: written from the stream"), "{out}");
     assert!(
-        out.contains("fail") && out.contains("cure: start QEMU with -object memory-backend-memfd"),
+        out.contains("warning  The guest's memory, RAM block 'pc.ram'")
+            && out.contains("cure: start QEMU with -object memory-backend-memfd"),
         "{out}"
     );
+    private.client.capability("xbzrle", true);
+    let (code, out) = check(&private);
+    assert_eq!(code, Some(1), "{out}");
+    assert!(out.contains("fail     Capability 'xbzrle'"), "{out}");
 }
 
 #[test]
@@ -244,14 +251,19 @@ fn the_process_can_be_told() {
         Helper::attach(dir.path(), name, &host.qemu.spare_socket(), &["--pid", &pid])
     };
     let told = helper("told", host.qemu.pid());
-    let blockers = |helper: &Helper| {
-        support::Qmp::connect(&helper.socket).run("query-rdma-migrate-blockers", json!({}))
-    };
-    assert_eq!(blockers(&told), json!([]));
-    drop(told);
+    let mut client = support::Qmp::connect(&told.socket);
+    assert_eq!(client.run("query-rdma-migrate-blockers", json!({})), json!([]));
+    drop((client, told));
     let wrong = helper("wrong", std::process::id());
-    println!("{}", blockers(&wrong));
-    assert_ne!(blockers(&wrong), json!([]));
+    let mut client = support::Qmp::connect(&wrong.socket);
+    for (command, arguments) in [
+        ("query-rdma-migrate-blockers", json!({})),
+        ("migrate", json!({ "uri": "rdma:127.0.0.1:1" })),
+    ] {
+        let error = client.refused(command, arguments);
+        println!("{error}");
+        assert!(error.contains("RAM block 'ram0'") && error.contains("--pid"), "{error}");
+    }
     assert_eq!(host.qemu.status(), "prelaunch");
 }
 

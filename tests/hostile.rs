@@ -49,7 +49,7 @@ fn strange_clients_are_turned_away_and_the_next_source_is_let_in() {
         (&b"\0\0\0\x02\0\0\0\0QRH1\0\x01\0\x40"[..], "version 2"),
         (b"\0\0\0\x01\0\0\0\0", "no helper"),
         (b"\0\0\0", "private data"),
-        (b"\0\0\0\x01\0\0\0\0QRH1\0\x01\0\0", "no messages"),
+        (b"\0\0\0\x01\0\0\0\0QRH1\0\x01\0\0\0\0\0\0", "no messages"),
         (&[0; 57], "too long"),
     ] {
         let mut peer = Peer::connect(port);
@@ -358,6 +358,46 @@ fn destinations_that_break_off_at_any_step() {
     pair.source.client.run("migrate-set-parameters", json!({ "max-bandwidth": 1_u64 << 32 }));
     pair.migrate();
     pair.verify();
+}
+
+/// Zero ranges are the destination's processor's work, and writes may be a device's: where the one
+/// was not done, the other must wait.
+#[test]
+fn no_page_is_written_before_older_zeros_are_done() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = Config::default();
+    let mut source = Host::with_helper(&dir, "source", &config, &["--stall-timeout", "2"]);
+    source.qemu.await_guest();
+    source.client.run("migrate-set-parameters", json!({ "max-bandwidth": 1_u64 << 32 }));
+    let (uri, player) = played(|mut peer| {
+        agree(&mut peer, |count| count);
+        let (mut zeros, mut finished, mut written) = (false, false, 0_u64);
+        while let Ok((kind, payload)) = peer.frame() {
+            match kind {
+                // MESSAGE: no READY is ever said, and there are buffers enough.
+                2 => {
+                    let kind = u32::from_be_bytes(payload[4..8].try_into().unwrap());
+                    zeros |= kind == wire::COMPRESS;
+                    finished |= zeros && kind == wire::REGISTER_FINISHED;
+                }
+                // WRITE
+                3 => {
+                    assert!(!finished, "{} bytes behind zeros that may not be done", payload.len());
+                    written += payload.len() as u64;
+                    peer.send(&frame(5, 0, written, &[]));
+                }
+                // FLUSH, which LANDED answers
+                _ => peer.send(&frame(5, 0, written, &[])),
+            }
+        }
+        assert!(finished, "no section with zeros came to its end");
+    });
+    source.client.run("migrate", json!({ "uri": uri }));
+    let state = source.await_status(&["failed", "completed"]);
+    let error = state["error-desc"].as_str().unwrap();
+    assert!(error.contains("no progress for 2 s"), "{error}");
+    player.join().unwrap();
+    source.qemu.assert_goes_on();
 }
 
 #[test]

@@ -213,14 +213,86 @@ fn a_dimm_that_was_hot_plugged() {
     pair.verify();
 }
 
+/// A source whose memory can't be reached: what is written is its stream.
 #[test]
-fn private_memory_is_refused_with_the_cure() {
-    let mut pair = Pair::start(&Config { memory: Memory::Private, ..Config::default() });
-    let blockers = pair.source.client.run("query-rdma-migrate-blockers", json!({}));
-    assert!(blockers[0]["cure"].as_str().unwrap().contains("memory-backend-memfd"), "{blockers}");
-    let error = pair.source.client.refused("migrate", json!({"uri": "rdma:127.0.0.1:1"}));
-    assert!(error.contains("share=on"), "{error}");
+fn private_memory_to_shared() {
+    for version in ["7.2", "10.0"] {
+        let config = Config { version, memory: Memory::Private, ..Config::default() };
+        let mut pair = Pair::start(&config);
+        pair.new_destination(&Config { memory: Memory::PcRam, ..config }, "shared");
+        assert_eq!(pair.source.travel("pc.ram"), "staged");
+        assert_eq!(pair.source.travel("pc.bios"), "in-stream");
+        assert_eq!(pair.source.client.run("query-rdma-migrate-blockers", json!({})), json!([]));
+        pair.migrate();
+        assert_eq!(pair.source.travelled("pc.ram"), "Staged");
+        assert_eq!(pair.source.travelled("pc.bios"), "InStream");
+        pair.verify();
+    }
+}
+
+/// What can't be written at the destination takes the stream through QEMU.
+#[test]
+fn private_memory_at_the_destination() {
+    for memory in [Memory::Private, Memory::PcRam] {
+        let config = Config { memory, ..Config::default() };
+        let mut pair = Pair::start(&config);
+        pair.new_destination(&Config { memory: Memory::Private, ..config }, "private");
+        pair.migrate();
+        assert_eq!(pair.source.travelled("pc.ram"), "InStream");
+        let log = pair.source.helper.log();
+        assert!(log.contains("'pc.ram' is not shared at the destination"), "{log}");
+        pair.verify();
+    }
+}
+
+/// Holes of the source are no pages of the destination.
+#[test]
+fn private_memory_that_was_never_touched_stays_a_hole() {
+    let guest = Guest::Dirty { fill: 32, hot: 4, spin: 3000 };
+    let config = Config { mib: 1024, memory: Memory::Private, guest, ..Config::default() };
+    let mut pair = Pair::start(&config);
+    pair.new_destination(&Config { memory: Memory::PcRam, ..config }, "shared");
+    pair.migrate();
+    let allocated = memory::allocated(&mut pair.destination.qemu, "pc.ram");
+    pair.verify();
+    assert!(allocated < 40 << 20, "{} MiB are allocated at the destination", allocated >> 20);
+}
+
+/// Only QEMU can decode its encodings, so a source whose memory is staged must not use them.
+#[test]
+fn encoded_pages_of_private_memory_are_refused_with_the_cure() {
+    let config = Config { memory: Memory::Private, ..Config::default() };
+    let mut pair = Pair::start(&config);
+    pair.new_destination(&Config { memory: Memory::PcRam, ..config }, "shared");
+    pair.source.client.capability("xbzrle", true);
+    let uri = pair.listen();
+    let error = pair.source.client.refused("migrate", json!({ "uri": uri }));
+    println!("{error}");
+    assert!(error.contains("'xbzrle'") && error.contains("'pc.ram'"), "{error}");
+    assert!(error.contains("migrate_set_capability xbzrle off"), "{error}");
     pair.source.qemu.assert_goes_on();
+    pair.source.client.capability("xbzrle", false);
+    pair.source.client.run("migrate", json!({ "uri": uri }));
+    pair.source.await_status(&["completed"]);
+    pair.verify();
+}
+
+/// Before RAM comes the state of the device, which has plugged nothing: the guest has no driver.
+#[test]
+fn with_virtio_mem() {
+    for version in ["7.2", "10.0"] {
+        let devices = [
+            "-m 192,slots=2,maxmem=1G",
+            "-object memory-backend-memfd,id=vmem0,size=128M,share=on",
+            "-device virtio-mem-pci,id=vm0,memdev=vmem0,requested-size=0",
+        ];
+        let devices = devices.map(str::to_owned).to_vec();
+        let mut pair = Pair::start(&Config { version, devices, ..Config::default() });
+        // The tcp fabric pins nothing.
+        assert_eq!(pair.source.travel("0000:00:02.0/vmem0"), "mapped");
+        pair.migrate();
+        pair.verify();
+    }
 }
 
 #[test]
@@ -338,8 +410,21 @@ fn runbook_lines() {
 /// Peak memory of both helpers stays small whatever the guest's size.
 #[test]
 fn memory_of_the_helpers_is_bounded() {
+    helpers_are_small(Memory::Memfd);
+}
+
+#[test]
+fn memory_of_the_helpers_is_bounded_where_the_guests_is_private() {
+    helpers_are_small(Memory::Private);
+}
+
+fn helpers_are_small(memory: Memory) {
     let guest = Guest::Dirty { fill: 700, hot: 16, spin: 1000 };
-    let mut pair = Pair::start(&Config { mib: 1024, guest, ..Config::default() });
+    let config = Config { mib: 1024, guest, memory, ..Config::default() };
+    let mut pair = Pair::start(&config);
+    if config.memory == Memory::Private {
+        pair.new_destination(&Config { memory: Memory::PcRam, ..config }, "shared");
+    }
     let uri = pair.listen();
     pair.source.client.run("migrate-set-parameters", json!({ "max-bandwidth": 256 << 20 }));
     pair.source.client.run("migrate", json!({ "uri": uri }));

@@ -122,27 +122,6 @@ fn what_excludes_rdma_is_refused_at_once() {
     assert_eq!(host.client.run("query-rdma-migrate-blockers", json!({})), json!([]));
 }
 
-/// The state of such a device begins before RAM and has no length that can be known.
-#[test]
-fn a_device_with_state_of_unknown_length_is_a_blocker() {
-    let dir = tempfile::tempdir().unwrap();
-    let options = [
-        "-m 192,maxmem=1G",
-        "-object memory-backend-memfd,id=more,size=64M,share=on",
-        "-device virtio-mem-pci,id=growing,memdev=more",
-    ];
-    let devices = options.map(str::to_owned).to_vec();
-    let mut host = Host::start(&dir, "only", &Config { devices, ..Config::default() });
-    let blockers = host.client.run("query-rdma-migrate-blockers", json!({}));
-    let blocker = &blockers[0];
-    assert!(blocker["reason"].as_str().unwrap().contains("growing (virtio-mem-pci)"), "{blockers}");
-    assert!(blocker["cure"].as_str().unwrap().contains("device_del"), "{blockers}");
-    let error = host.client.refused("migrate", json!({ "uri": "rdma:127.0.0.1:1" }));
-    println!("{error}");
-    assert!(error.contains("growing"), "{error}");
-    host.qemu.assert_goes_on();
-}
-
 #[test]
 fn one_migration_at_a_time() {
     let mut pair = Pair::start(&Config::default());

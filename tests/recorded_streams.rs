@@ -12,13 +12,26 @@ use std::{
 
 use lzma_rust2::XzReader;
 use qemu_rdma_helper::stream::{
-    BlockRange, Inlet, Landing, Limits, Outlet, Rewriter, StreamBlock, Travel,
+    BlockRange, Inlet, Landing, Limits, Outlet, Rewriter, StreamBlock,
+    Travel::{self, InStream, Mapped, Staged},
 };
 
 const PAGE: u64 = 4096;
 
+/// How blocks travel, by name.
+type Choice = fn(&str) -> Travel;
+
 /// Ways to choose the blocks that stay in the stream.
-const CHOICES: [fn(&str) -> bool; 3] = [|_| true, |name| name == "pc.ram", |name| name != "pc.ram"];
+const CHOICES: [Choice; 3] =
+    [|_| InStream, |name| either(name, InStream, Mapped), |name| either(name, Mapped, InStream)];
+
+/// Ways to choose the blocks that are staged.
+const STAGED: [Choice; 2] =
+    [|name| either(name, Staged, InStream), |name| either(name, Staged, Mapped)];
+
+fn either(name: &str, ram: Travel, rest: Travel) -> Travel {
+    if name == "pc.ram" { ram } else { rest }
+}
 
 /// A recorded stream and what its QEMU said.
 struct Recording {
@@ -45,6 +58,11 @@ impl Recording {
         recordings
     }
 
+    /// What kind of records it is about.
+    fn kind(&self) -> &str {
+        self.name.split_once('-').unwrap().1
+    }
+
     /// A count of `info migrate`; 0 if it is not there.
     fn count(&self, what: &str) -> u64 {
         let line = self.said.lines().find_map(|line| line.strip_prefix(&format!("{what}: ")));
@@ -65,26 +83,36 @@ impl Recording {
 
 /// Takes what the rewriter says, as the source's worker does.
 struct Source {
-    in_stream: fn(&str) -> bool,
+    travel: Choice,
     blocks: Vec<StreamBlock>,
     /// QEMU_FILE messages; one ends at each HOOK.
     messages: Vec<Vec<u8>>,
     hook_open: bool,
     /// (zero, block, offset), a page each.
     pages: Vec<(bool, u32, u64)>,
+    /// Staged bytes that were not written yet, and those that were.
+    gathered: Vec<u8>,
+    staged: Vec<u8>,
 }
 
 impl Source {
-    fn new(in_stream: fn(&str) -> bool) -> Self {
-        let messages = vec![Vec::new()];
-        Self { in_stream, blocks: Vec::new(), messages, hook_open: false, pages: Vec::new() }
+    fn new(travel: Choice) -> Self {
+        Self {
+            travel,
+            blocks: Vec::new(),
+            messages: vec![Vec::new()],
+            hook_open: false,
+            pages: Vec::new(),
+            gathered: Vec::new(),
+            staged: Vec::new(),
+        }
     }
 
     fn range(&mut self, zero: bool, range: BlockRange) {
         assert!(self.hook_open, "written outside a hook");
         let block = &self.blocks[range.block as usize];
         assert!(range.offset + range.length <= block.length);
-        assert!(!(self.in_stream)(&block.name), "{}", block.name);
+        assert_ne!((self.travel)(&block.name), InStream, "{}", block.name);
         for offset in (range.offset..range.offset + range.length).step_by(PAGE as usize) {
             self.pages.push((zero, range.block, offset));
         }
@@ -100,11 +128,7 @@ impl Outlet for Source {
 
     fn ram_blocks(&mut self, blocks: &[StreamBlock]) -> Result<Vec<Travel>, Infallible> {
         self.blocks = blocks.to_vec();
-        let travel = |block: &StreamBlock| match (self.in_stream)(&block.name) {
-            true => Travel::InStream,
-            false => Travel::Written,
-        };
-        Ok(blocks.iter().map(travel).collect())
+        Ok(blocks.iter().map(|block| (self.travel)(&block.name)).collect())
     }
 
     fn stream(&mut self, bytes: &[u8]) -> Result<(), Infallible> {
@@ -120,6 +144,18 @@ impl Outlet for Source {
     }
 
     fn write(&mut self, range: BlockRange) -> Result<(), Infallible> {
+        self.range(false, range);
+        Ok(())
+    }
+
+    fn stage(&mut self, bytes: &[u8]) -> Result<(), Infallible> {
+        self.gathered.extend_from_slice(bytes);
+        Ok(())
+    }
+
+    fn write_staged(&mut self, range: BlockRange) -> Result<(), Infallible> {
+        assert_eq!(self.gathered.len() as u64, range.length);
+        self.staged.append(&mut self.gathered);
         self.range(false, range);
         Ok(())
     }
@@ -168,8 +204,8 @@ impl Inlet for Destination {
     }
 }
 
-fn rewrite(stream: &[u8], pieces: usize, in_stream: fn(&str) -> bool) -> Source {
-    let mut source = Source::new(in_stream);
+fn rewrite(stream: &[u8], pieces: usize, travel: Choice) -> Source {
+    let mut source = Source::new(travel);
     let mut rewriter = Rewriter::new(Limits::default());
     for piece in stream.chunks(pieces) {
         rewriter.push(piece, &mut source).unwrap();
@@ -193,7 +229,7 @@ fn land(source: &Source) -> Destination {
 #[test]
 fn every_page_that_qemu_counted_is_found() {
     for recording in Recording::all() {
-        let source = rewrite(&recording.stream, 1 << 20, |_| false);
+        let source = rewrite(&recording.stream, 1 << 20, |_| Mapped);
         let blocks: BTreeMap<_, _> =
             source.blocks.iter().map(|block| (block.name.clone(), block.length)).collect();
         assert_eq!(blocks, recording.blocks(), "{}", recording.name);
@@ -213,8 +249,7 @@ fn every_page_that_qemu_counted_is_found() {
             assert!(found.0 >= counted.0 * 9 / 10, "{found:?} of {counted:?}");
         }
         assert!(recording.count("dirty sync count") >= 3, "{}: no later pass", recording.name);
-        let what = recording.name.split_once('-').unwrap().1;
-        let of_its_kind = match what {
+        let of_its_kind = match recording.kind() {
             "xbzrle" => sent[1],
             "compress" => sent[2],
             _ => sent[0],
@@ -226,10 +261,12 @@ fn every_page_that_qemu_counted_is_found() {
 #[test]
 fn no_cut_changes_anything() {
     for recording in Recording::all() {
-        for in_stream in CHOICES {
-            let whole = rewrite(&recording.stream, usize::MAX, in_stream);
+        let staged = if recording.kind() == "plain" { &STAGED[..] } else { &[] };
+        for travel in CHOICES.iter().chain(staged) {
+            let whole = rewrite(&recording.stream, usize::MAX, *travel);
             for pieces in [1, 7, 4096, 4097, 65536] {
-                let cut = rewrite(&recording.stream, pieces, in_stream);
+                let cut = rewrite(&recording.stream, pieces, *travel);
+                assert_eq!(cut.staged, whole.staged, "{} by {pieces}", recording.name);
                 assert_eq!(cut.pages, whole.pages, "{} by {pieces}", recording.name);
                 assert_eq!(cut.messages.concat(), whole.messages.concat(), "{}", recording.name);
             }
@@ -241,7 +278,7 @@ fn no_cut_changes_anything() {
 #[test]
 fn what_is_not_ram_arrives_unchanged() {
     for recording in Recording::all() {
-        let source = rewrite(&recording.stream, 4096, |_| false);
+        let source = rewrite(&recording.stream, 4096, |_| Mapped);
         let destination = land(&source);
         assert_eq!(destination.blocks, source.blocks);
         assert_eq!(destination.ram_ends, 1);
@@ -256,14 +293,15 @@ fn what_is_not_ram_arrives_unchanged() {
 #[test]
 fn blocks_in_the_stream_keep_their_records() {
     for recording in Recording::all() {
-        let all = rewrite(&recording.stream, 4096, |_| false);
-        for in_stream in CHOICES {
-            let source = rewrite(&recording.stream, 4096, in_stream);
+        let all = rewrite(&recording.stream, 4096, |_| Mapped);
+        for travel in CHOICES {
+            let source = rewrite(&recording.stream, 4096, travel);
             // Read again what the destination's QEMU would get: just those blocks' pages.
-            let kept = rewrite(&land(&source).bytes, 4096, |_| false);
+            let kept = rewrite(&land(&source).bytes, 4096, |_| Mapped);
             let of = |pages: &[(bool, u32, u64)], wanted: bool| -> Vec<_> {
                 let name = |block: u32| all.blocks[block as usize].name.as_str();
-                let wanted = pages.iter().filter(|page| in_stream(name(page.1)) == wanted);
+                let wanted =
+                    pages.iter().filter(|page| (travel(name(page.1)) == InStream) == wanted);
                 wanted.copied().collect()
             };
             assert_eq!(kept.pages, of(&all.pages, true), "{}", recording.name);
@@ -276,7 +314,7 @@ fn blocks_in_the_stream_keep_their_records() {
 #[test]
 fn a_cut_before_the_end_of_ram_is_noticed() {
     for recording in Recording::all() {
-        let mut source = Source::new(|_| false);
+        let mut source = Source::new(|_| Mapped);
         let mut rewriter = Rewriter::new(Limits::default());
         let mut ends = 0;
         for piece in recording.stream.chunks(1000) {
@@ -285,7 +323,7 @@ fn a_cut_before_the_end_of_ram_is_noticed() {
         }
         for end in [0, 1, 100, ends / 2 * 1000, (ends - 1) * 1000] {
             let mut rewriter = Rewriter::new(Limits::default());
-            rewriter.push(&recording.stream[..end], &mut Source::new(|_| false)).unwrap();
+            rewriter.push(&recording.stream[..end], &mut Source::new(|_| Mapped)).unwrap();
             assert!(rewriter.finish().is_err(), "{} cut at {end}", recording.name);
         }
     }

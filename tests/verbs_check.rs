@@ -330,7 +330,7 @@ fn a_memlock_limit_below_the_guests_memory() {
     let config = Config { under: &NOBODY_WITH_64_MIB, ..config() };
     let mut pair = Pair::start(&config);
     for host in [&mut pair.source, &mut pair.destination] {
-        assert_limited(host, "65536 KiB, less than the 116 MiB that are registered");
+        assert_limited(host, "65536 KiB, less than the 112 MiB that are registered");
     }
     let words = "Cannot register 96 MiB of RAM block 'ram0': Cannot allocate memory";
     let error = failed_attempt(&mut pair, &config, "first", true);
@@ -365,7 +365,7 @@ fn a_memlock_limit_below_the_messages_buffers() {
     command.args(&NOBODY_WITH_8_MIB[1..]).args([BINARY, "check", "rdma:10.77.0.1:4444"]);
     let (code, text) = outcome(command);
     let finding = "fail     memlock of a helper that is started from here: 8192 KiB, less than the \
-                   20 MiB of message buffers CURE raise it: 'ulimit -l unlimited'";
+                   16 MiB of message buffers CURE raise it: 'ulimit -l unlimited'";
     assert_line(&text, finding, "");
     assert_eq!(code, 1);
     let config = Config { under: &NOBODY_WITH_8_MIB, ..config() };
@@ -374,7 +374,7 @@ fn a_memlock_limit_below_the_messages_buffers() {
     for (host, command) in
         [(&mut pair.destination, "migrate-incoming"), (&mut pair.source, "migrate")]
     {
-        assert_limited(host, "8192 KiB, less than the 20 MiB of message buffers");
+        assert_limited(host, "8192 KiB, less than the 16 MiB of message buffers");
         let error = host.client.refused(command, uri.clone());
         println!("{error}");
         assert!(error.starts_with("Cannot register "), "{error}");

@@ -4,11 +4,14 @@ use std::{path::PathBuf, time::Duration};
 
 use qemu_rdma_helper::relay::{self, AttachOptions};
 
-use super::fabric::Fabric;
+use super::{fabric::Fabric, migrate::parse_size};
+
+/// Queue pairs for RAM, unless it is told otherwise.
+pub const QUEUE_PAIRS: u16 = 1;
 
 /// Stand beside a running QEMU and serve QMP in its place.
 ///
-/// QEMU must have been started with '-qmp unix:PATH,server=on,wait=off', and its memory must be
+/// QEMU must have been started with '-qmp unix:PATH,server=on,wait=off', and its memory should be
 /// shared (-object memory-backend-memfd,...,share=on). Ends when QEMU ends; the guest runs on when
 /// this ends.
 #[derive(Debug, clap::Args)]
@@ -30,9 +33,27 @@ pub struct Args {
     #[arg(long, value_name = "SECONDS", default_value_t = 5,
           value_parser = clap::value_parser!(u64).range(1..=86400))]
     peer_timeout: u64,
+    /// Queue pairs that carry RAM over RDMA, if the peer's helper has as many
+    #[arg(long, value_name = "COUNT", default_value_t = QUEUE_PAIRS,
+          value_parser = clap::value_parser!(u16).range(1..=16))]
+    queue_pairs: u16,
+    /// Guest RAM that may be pinned at a time for RDMA, such as 2g: a bare number is MiB, at least
+    /// 16. Without it all of it may be
+    #[arg(long, value_name = "SIZE", value_parser = parse_pin_limit)]
+    pin_limit: Option<u64>,
     /// QEMU's process, if a manager made its QMP socket
     #[arg(long, value_name = "PID", value_parser = clap::value_parser!(u32).range(1..))]
     pid: Option<u32>,
+}
+
+/// What writes that are on their way need, with room for ranges to come and go.
+const PIN_LIMIT_MIN: u64 = 16 << 20;
+
+fn parse_pin_limit(text: &str) -> Result<u64, String> {
+    match parse_size(text)? {
+        limit if limit < PIN_LIMIT_MIN => Err("it is less than 16 MiB".into()),
+        limit => Ok(limit),
+    }
 }
 
 /// Run until QEMU is gone or a signal comes.
@@ -43,6 +64,8 @@ pub async fn run(args: Args) -> anyhow::Result<u8> {
         fabric: args.fabric.into(),
         stall_timeout: Duration::from_secs(args.stall_timeout),
         peer_timeout: Duration::from_secs(args.peer_timeout),
+        queue_pairs: args.queue_pairs,
+        pin_limit: args.pin_limit,
         pid: args.pid,
     })
     .await?;

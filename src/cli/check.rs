@@ -15,7 +15,7 @@ use qemu_rdma_helper::{
 };
 
 use self::qemu::Attached;
-use super::fabric::Fabric;
+use super::{attach::QUEUE_PAIRS, fabric::Fabric};
 
 /// Look for what would stop a migration over rdma: from or to this host.
 ///
@@ -50,21 +50,19 @@ fn parse_address(text: &str) -> Result<Address, String> {
 
 /// Print the findings.
 pub async fn run(args: Args) -> anyhow::Result<u8> {
+    let asked = args.fabric.map(FabricChoice::from);
     let attached = match &args.qemu_qmp {
-        Some(path) => Some(Attached::look(path, args.pid).await?),
+        Some(path) => Some(Attached::look(path, args.pid, asked).await?),
         None => None,
     };
     let helper = attached.as_ref().and_then(|attached| attached.helper.as_ref());
-    let choice = match (args.fabric, helper) {
-        (Some(fabric), _) => fabric.into(),
-        (None, Some(helper)) => helper.fabric,
-        (None, None) => FabricChoice::Auto,
-    };
+    let choice = asked.or(helper.map(|helper| helper.fabric)).unwrap_or(FabricChoice::Auto);
     let question = Question {
         address: args.address.as_ref(),
         guest: attached.as_ref().and_then(|attached| attached.guest.as_ref()),
         helper: helper.map(|helper| helper.pid),
         window: migration::WINDOW,
+        lanes: helper.map_or(QUEUE_PAIRS, |helper| helper.queue_pairs),
     };
     let mut findings = look(&question, choice);
     findings.iter().for_each(print);

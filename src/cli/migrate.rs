@@ -41,7 +41,7 @@ pub struct Args {
 }
 
 /// Read a size as QEMU's monitor does (`strtosz` with MiB as default unit).
-fn parse_size(text: &str) -> Result<u64, String> {
+pub(super) fn parse_size(text: &str) -> Result<u64, String> {
     let wrong = || format!("'{text}' is no size: a number, then b, k, m, g, t or p");
     let unit = text.chars().last().map(|last| last.to_ascii_lowercase()).ok_or_else(wrong)?;
     let (digits, shift) = match unit {

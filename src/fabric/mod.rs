@@ -258,6 +258,15 @@ pub trait Connection: Send {
     fn handle(&self) -> Handle;
 }
 
+/// Pinned memory, and what it has cost.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Pinned {
+    /// Bytes that are pinned now.
+    pub bytes: u64,
+    /// Time that registering and releasing have taken so far.
+    pub time: Duration,
+}
+
 /// The half that sends. Order holds among what one thread posts.
 pub trait Poster: Send + Sync {
     /// Send one control message, header and payload, at most [`MESSAGE_MAX`] bytes together.
@@ -280,12 +289,26 @@ pub trait Poster: Send + Sync {
         remote: RemoteKey,
     ) -> Result<()>;
 
-    /// Get all of `region` ready to be written from, where the fabric pins memory. Without this it
-    /// is done as needed.
+    /// Write `bytes`, 1 MiB at the most, to `offset` of the region that `remote` names. They may
+    /// change when this has returned. Blocks while too much is in flight.
+    ///
+    /// # Errors
+    /// When the connection is lost.
+    fn write_bytes(&self, bytes: &[u8], offset: u64, remote: RemoteKey) -> Result<()>;
+
+    /// Get `range` of `region` ready to be written from, where the fabric pins memory: only then
+    /// may [`Poster::write`] name bytes of it. No write crosses the ends of a range, and ranges do
+    /// not overlap.
     ///
     /// # Errors
     /// When the device can't register it.
-    fn pin(&self, region: &Arc<Region>) -> Result<()>;
+    fn pin(&self, region: &Arc<Region>, range: Range<u64>) -> Result<()>;
+
+    /// Release a range; no write from it is on its way.
+    fn unpin(&self, region: &Arc<Region>, range: Range<u64>);
+
+    /// Guest memory that is pinned on this side, for sending and for receiving.
+    fn pinned(&self) -> Pinned;
 
     /// Wait until every posted write has landed.
     ///
@@ -295,6 +318,9 @@ pub trait Poster: Send + Sync {
 
     /// Nothing more will be sent: let what was sent arrive, as far as that takes a moment only.
     fn finish(&self);
+
+    /// Connections, or queue pairs, that carry RAM.
+    fn connections(&self) -> u32;
 
     /// Bytes of writes posted so far.
     fn posted(&self) -> u64;
@@ -327,6 +353,9 @@ pub trait Receiver: Send {
     /// # Errors
     /// When the device can't register it.
     fn register(&mut self, region: &Arc<Region>, range: Range<u64>) -> Result<RemoteKey>;
+
+    /// Withdraw the peer's access to a range that was registered, as it was.
+    fn unregister(&mut self, region: &Arc<Region>, range: Range<u64>);
 
     /// Withdraw the peer's access to every registered region (ordering rule 5). When it returns,
     /// no write can land any more.

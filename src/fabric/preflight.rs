@@ -7,12 +7,14 @@ use crate::migration::messages::Address;
 /// What is known of the guest that is to migrate.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Guest {
-    /// Lengths in bytes of the RAM blocks that can be written from or into.
+    /// Lengths in bytes of the RAM blocks that the device reads or writes where they are.
     pub blocks: Vec<u64>,
     /// Capability `rdma-pin-all`.
     pub pin_all: bool,
-    /// It leaves from here and has a balloon: copies of its memory are sent.
-    pub copied: bool,
+    /// Bytes of its memory that may be pinned at a time; `None`: all of it.
+    pub pin_limit: Option<u64>,
+    /// Pages of it are taken from the stream here, and sent from copies.
+    pub staged: bool,
 }
 
 /// What is looked at.
@@ -26,6 +28,8 @@ pub struct Question<'a> {
     pub helper: Option<u32>,
     /// Control messages that each side has buffers for.
     pub window: u16,
+    /// Queue pairs for RAM beside the first one.
+    pub lanes: u16,
 }
 
 /// What a finding means for a migration.

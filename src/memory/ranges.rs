@@ -6,7 +6,8 @@ use std::{collections::BTreeMap, ops::Range};
 /// chunks, save at the block's end, and no write crosses into another chunk.
 pub const CHUNK: u64 = 1 << 20;
 
-/// Largest range in bytes. Beyond, the cost of a registration no longer counts.
+/// Largest range in bytes, if memory is no object. Beyond, the cost of a registration no longer
+/// counts.
 pub const RANGE_MAX: u64 = 64 << 20;
 
 /// Ranges without overlap, each with what it was registered as.
@@ -27,18 +28,25 @@ impl<T> Default for Ranges<T> {
 }
 
 impl<T> Ranges<T> {
-    /// What the range that contains `offset` was registered as.
-    pub fn get(&self, offset: u64) -> Option<&T> {
-        let (_, (end, registered)) = self.ranges.range(..=offset).next_back()?;
-        (offset < *end).then_some(registered)
+    /// The range that contains `offset`, and what it was registered as.
+    pub fn get(&self, offset: u64) -> Option<(Range<u64>, &T)> {
+        let (start, (end, registered)) = self.ranges.range(..=offset).next_back()?;
+        (offset < *end).then_some((*start..*end, registered))
     }
 
-    /// The range to register for `offset` of a block of `length` bytes, which no range contains.
-    pub fn wanted(&self, offset: u64, length: u64) -> Range<u64> {
+    /// Is any byte of `range` in one?
+    pub fn overlaps(&self, range: &Range<u64>) -> bool {
+        let before = self.ranges.range(..range.end).next_back();
+        before.is_some_and(|(_, (end, _))| *end > range.start)
+    }
+
+    /// The range to register for `offset` of a block of `length` bytes, which no range contains; of
+    /// `largest` bytes at the most, which are whole chunks.
+    pub fn wanted(&self, offset: u64, length: u64, largest: u64) -> Range<u64> {
         let start = offset / CHUNK * CHUNK;
         let before = self.ranges.range(..=start).next_back();
         let size = match before {
-            Some((before, (end, _))) if *end == start => (2 * (end - before)).min(RANGE_MAX),
+            Some((before, (end, _))) if *end == start => (2 * (end - before)).min(largest),
             _ => CHUNK,
         };
         let next = self.ranges.range(start..).next().map_or(length, |(next, _)| *next);
@@ -48,6 +56,15 @@ impl<T> Ranges<T> {
     /// A range was registered.
     pub fn insert(&mut self, range: Range<u64>, registered: T) {
         self.ranges.insert(range.start, (range.end, registered));
+    }
+
+    /// Forget the range that begins at `start`, and ends at `end`; false if there is none.
+    pub fn remove(&mut self, range: &Range<u64>) -> Option<T> {
+        let (end, _) = self.ranges.get(&range.start)?;
+        if *end != range.end {
+            return None;
+        }
+        self.ranges.remove(&range.start).map(|(_, registered)| registered)
     }
 }
 
@@ -64,15 +81,15 @@ mod tests {
         let length = (1 << 40) + 4096;
         let mut offset = 0;
         while offset < 300 << 20 {
-            let range = ranges.wanted(offset, length);
+            let range = ranges.wanted(offset, length, RANGE_MAX);
             assert_eq!(range.start, offset);
             sizes.push((range.end - range.start) >> 20);
             offset = range.end;
             ranges.insert(range, ());
         }
         assert_eq!(sizes, [1, 2, 4, 8, 16, 32, 64, 64, 64, 64]);
-        assert_eq!(ranges.wanted(1 << 40, length), 1 << 40..length);
-        assert_eq!(ranges.wanted((900 << 20) + 4096, length), 900 << 20..901 << 20);
+        assert_eq!(ranges.wanted(1 << 40, length, RANGE_MAX), 1 << 40..length);
+        assert_eq!(ranges.wanted((900 << 20) + 4096, length, RANGE_MAX), 900 << 20..901 << 20);
     }
 
     proptest! {
@@ -81,6 +98,7 @@ mod tests {
         #[test]
         fn ranges_never_overlap(
             pages in 1_u64..=(16 << 40) / 4096,
+            largest in (1_u64..=64).prop_map(|chunks| chunks * CHUNK),
             offsets in prop::collection::vec((any::<prop::sample::Index>(), 0..8_u64), 1..200),
         ) {
             let length = pages * 4096;
@@ -90,15 +108,20 @@ mod tests {
                 let start = start.index(pages as usize) as u64 * 4096;
                 for offset in (0..=run).map(|chunk| start + chunk * CHUNK).filter(|it| *it < length) {
                     match ranges.get(offset) {
-                        Some(index) => prop_assert!(all[*index].contains(&offset)),
+                        Some((range, index)) => {
+                            prop_assert!(range.contains(&offset));
+                            prop_assert_eq!(range, all[*index].clone());
+                        }
                         None => {
-                            let range = ranges.wanted(offset, length);
+                            let range = ranges.wanted(offset, length, largest);
+                            prop_assert!(!ranges.overlaps(&range));
                             prop_assert!(range.contains(&offset) && range.end <= length);
                             prop_assert!(range.start.is_multiple_of(CHUNK));
                             prop_assert!(range.end.is_multiple_of(CHUNK) || range.end == length);
-                            prop_assert!(range.end - range.start <= RANGE_MAX);
+                            prop_assert!(range.end - range.start <= largest);
                             prop_assert!(all.iter().all(|it| it.end <= range.start || range.end <= it.start));
                             ranges.insert(range.clone(), all.len());
+                            prop_assert!(ranges.overlaps(&(range.end - 1..range.end)));
                             all.push(range);
                         }
                     }

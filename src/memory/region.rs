@@ -69,8 +69,6 @@ pub struct Region {
     offset: u64,
     length: u64,
     access: Access,
-    /// Pages of it may be taken away and come back as others.
-    discardable: bool,
     /// For devices; made when one asks.
     mapping: OnceLock<Mapping>,
 }
@@ -102,19 +100,7 @@ impl Region {
             Access::File
         };
         let (name, mapping) = (name.to_owned(), OnceLock::new());
-        Ok(Self { name, file, offset, length, access, discardable: false, mapping })
-    }
-
-    /// Say whether pages of it may be taken away and come back as others, as a balloon does: what a
-    /// device has pinned is not what the guest writes then.
-    #[must_use]
-    pub fn discardable(self, discardable: bool) -> Self {
-        Self { discardable, ..self }
-    }
-
-    /// A device must not read it where it is mapped, but a copy that was read from the file.
-    pub fn is_discardable(&self) -> bool {
-        self.discardable
+        Ok(Self { name, file, offset, length, access, mapping })
     }
 
     /// Where `length` bytes at `offset` are mapped, as long as this exists, and how many bytes.
@@ -139,7 +125,7 @@ impl Region {
     ///
     /// # Errors
     /// The system's.
-    pub fn staged(name: &str, length: u64) -> Result<Self, RegionError> {
+    pub fn stand_in(name: &str, length: u64) -> Result<Self, RegionError> {
         let host = |call| {
             let name = name.to_owned();
             move |source: Errno| RegionError::Host { name, call, source: source.into() }

@@ -1,39 +1,34 @@
-//! Before anything moves: versions, and that both sides have the same RAM blocks.
+//! Before anything moves: versions, and that both sides have the same RAM blocks. The source's half,
+//! and what both share; the destination's is `acceptance`.
 
-use std::{collections::HashMap, ops::Range, sync::Arc, time::Duration};
+use std::{ops::Range, sync::Arc, time::Duration};
 
 use super::{
     Block, Result,
     error::MigrationError,
     link::{Link, LinkReceiver, WINDOW},
-    messages::{Address, FabricKind, Options},
+    messages::{Address, FabricKind, Options, ROM_MAX},
+    statistics::Statistics,
 };
 use crate::{
-    fabric::{Connection, Fabric, RemoteKey, Request},
-    memory::{Ranges, Region},
-    stream::StreamBlock,
+    fabric::{Connection, Fabric, RemoteKey},
+    memory::Region,
+    stream::Travel,
     wire::{
-        BLOCKS_MAX, Compress, Extension, ListedBlock, Message, PrivateData, RamBlockEntry,
-        Register, WireError,
-        blocks::{self, BlockTable},
+        Compress, Extension, ListedBlock, Message, PrivateData, RamBlockEntry, Register, WireError,
+        blocks::{self},
         credit::Flow,
     },
 };
 
 /// How long each side waits for the other's next step of the agreement.
-const TIMEOUT: Duration = Duration::from_secs(10);
+pub(super) const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long a stock QEMU may take to let the return path in (it waits as long itself).
 const RETURN_PATH: Duration = Duration::from_secs(5);
 
-/// How long a block whose memory is not shared may be at a stock source if it is shorter here, in
-/// bytes: QEMU resizes some of its ROMs, and none is nearly as large.
-const STAGED_MAX: u64 = 64 << 20;
-
 /// Blocks in one BLOCK_LIST: of 264 bytes each at the most, they fit into a message.
 const BLOCKS_PER_LIST: usize = 1024;
-
-const OURS: Extension = Extension { version: Extension::VERSION, window: WINDOW };
 
 /// The source's view of an agreement.
 pub struct Agreement {
@@ -43,6 +38,8 @@ pub struct Agreement {
     pub receiver: LinkReceiver,
     /// The source's blocks.
     pub blocks: SourceBlocks,
+    /// Bytes of guest RAM that may be pinned at a time at both ends.
+    pub pin_limit: Option<u64>,
 }
 
 /// The source's blocks, and what the destination has said of them.
@@ -53,6 +50,15 @@ pub enum SourceBlocks {
     Unnamed(Vec<Block>),
 }
 
+/// Where the bytes of a block's pages come from when they are written.
+#[derive(Debug, Clone)]
+pub enum Source {
+    /// From its memory.
+    Mapped(Arc<Region>),
+    /// From their records in the stream: its memory is not shared, or a device must not read it.
+    Staged,
+}
+
 /// One of the source's blocks.
 pub struct AgreedBlock {
     /// QEMU's idstr.
@@ -60,26 +66,58 @@ pub struct AgreedBlock {
     /// Used length in bytes.
     pub length: u64,
     /// Where its pages are, and where they go; `None` if they travel in the stream.
-    pub target: Option<(Arc<Region>, RemoteKey)>,
+    pub target: Option<(Source, RemoteKey)>,
     /// Its index on the wire.
     index: u32,
     /// What is added to offsets in it on the wire.
     base: u64,
 }
 
+impl Source {
+    /// From `region`, if there is one that may be read.
+    fn of(region: Option<Arc<Region>>) -> Self {
+        region.map_or(Self::Staged, Self::Mapped)
+    }
+
+    /// The memory that is read.
+    pub fn region(&self) -> Option<&Arc<Region>> {
+        match self {
+            Self::Mapped(region) => Some(region),
+            Self::Staged => None,
+        }
+    }
+}
+
 impl AgreedBlock {
-    /// A block of which the destination has not said where it is.
+    /// The memory that its pages are read from.
+    pub fn region(&self) -> Option<&Arc<Region>> {
+        self.target.as_ref().and_then(|(source, _)| source.region())
+    }
+
+    /// A block of which a stock destination has not said where it is. All of its blocks can be
+    /// written; those that it may have resized stay in the stream.
     pub fn unplaced(block: &Block, index: u32) -> Self {
         let nowhere = RemoteKey { address: 0, rkey: 0 };
-        let target = block.region.clone().map(|region| (region, nowhere));
+        let fixed = block.region.is_some() || block.length > ROM_MAX;
+        let target = fixed.then(|| (Source::of(block.region.clone()), nowhere));
         Self { name: block.name.clone(), length: block.length, target, index, base: 0 }
+    }
+
+    /// How its pages travel.
+    pub fn travel(&self) -> Travel {
+        match &self.target {
+            Some((Source::Mapped(_), _)) => Travel::Mapped,
+            Some((Source::Staged, _)) => Travel::Staged,
+            None => Travel::InStream,
+        }
     }
 
     /// The destination has said where it is.
     ///
     /// # Errors
     /// It has another length there.
-    pub fn place(&mut self, entry: &RamBlockEntry) -> Result<()> {
+    pub fn place(&mut self, entry: &RamBlockEntry, options: &Options) -> Result<()> {
+        check_key(&self.name, entry, options)?;
         let (base, length) = (entry.offset.get(), entry.length.get());
         if base.checked_add(self.length).is_none() {
             return Err(MigrationError::Peer(format!("RAM block '{}' at {base:#x}", self.name)));
@@ -109,6 +147,16 @@ impl AgreedBlock {
         }])
     }
 
+    /// The request to end that, for the very same bytes. It names chunks by their number.
+    pub fn unregister(&self, range: &Range<u64>) -> Message<'static> {
+        Message::UnregisterRequest(vec![Register {
+            key: (range.start / blocks::CHUNK).into(),
+            index: self.index.into(),
+            padding: 0.into(),
+            chunks: ((range.end - range.start).div_ceil(blocks::CHUNK) - 1).into(),
+        }])
+    }
+
     /// The message that `length` bytes at `offset` are zero.
     pub fn compress(&self, offset: u64, length: u64) -> Message<'static> {
         Message::Compress(Compress {
@@ -120,15 +168,28 @@ impl AgreedBlock {
     }
 }
 
-fn listed(blocks: &[Block]) -> Vec<ListedBlock> {
+pub(super) fn listed(blocks: &[Block]) -> Vec<ListedBlock> {
     let listed = |block: &Block| ListedBlock { name: block.name.clone(), length: block.length };
     blocks.iter().map(listed).collect()
 }
 
-/// The window of a helper's extension; `None` for a stock QEMU, which speaks only RDMA.
-fn window(private_data: &PrivateData, options: &Options) -> Result<Option<u16>> {
+/// What this side offers another helper.
+pub(super) fn ours(options: &Options) -> Extension {
+    let mib = |bytes: u64| u32::try_from(bytes >> 20).unwrap_or(u32::MAX).max(1);
+    Extension {
+        version: Extension::VERSION,
+        window: WINDOW,
+        pin_limit: options.pin_limit.map_or(0, mib),
+    }
+}
+
+/// A helper's extension; `None` for a stock QEMU, which speaks only RDMA.
+pub(super) fn extension(
+    private_data: &PrivateData,
+    options: &Options,
+) -> Result<Option<Extension>> {
     match private_data.extension {
-        Some(extension) => Ok(Some(extension.window)),
+        Some(extension) => Ok(Some(extension)),
         None if options.fabric == FabricKind::Verbs => Ok(None),
         None => Err(no_helper()),
     }
@@ -151,22 +212,57 @@ pub fn connect(
     address: &Address,
     blocks: Vec<Block>,
     options: &Options,
+    statistics: &Statistics,
 ) -> Result<Agreement> {
-    let ours = PrivateData { pin_all: options.pin_all, extension: Some(OURS) };
-    let (reply, connection) = fabric.connect(address, &ours.encode(), TIMEOUT)?;
-    let Some(window) = window(&PrivateData::decode(&reply)?, options)? else {
-        let (link, receiver) = Link::stock(connection, Flow::Lockstep, options.stall_timeout());
-        return Ok(Agreement { link, receiver, blocks: SourceBlocks::Unnamed(blocks) });
+    check_limit(&blocks, options.pin_all, options.pin_limit, options)?;
+    let ours = ours(options);
+    let request = PrivateData { pin_all: options.pin_all, extension: Some(ours) };
+    let (reply, connection) = fabric.connect(address, &request.encode(), TIMEOUT)?;
+    let stall = options.stall_timeout();
+    let Some(theirs) = extension(&PrivateData::decode(&reply)?, options)? else {
+        let (link, receiver) = Link::stock(connection, Flow::Lockstep, stall);
+        statistics.follow(&link);
+        let (blocks, pin_limit) = (SourceBlocks::Unnamed(blocks), options.pin_limit);
+        return Ok(Agreement { link, receiver, blocks, pin_limit });
     };
-    let (sending, receiving) = (Flow::Window(window), Flow::Window(OURS.window));
-    let (link, mut receiver) = Link::new(connection, sending, receiving, options.stall_timeout());
+    let (sending, receiving) = (Flow::Window(theirs.window), Flow::Window(ours.window));
+    let (link, mut receiver) = Link::new(connection, sending, receiving, stall);
+    statistics.follow(&link);
+    let theirs = Some(u64::from(theirs.pin_limit) << 20).filter(|limit| *limit > 0);
+    let pin_limit = options.pin_limit.into_iter().chain(theirs).min();
     match list_blocks(&link, &mut receiver, blocks, options) {
-        Ok(blocks) => Ok(Agreement { link, receiver, blocks: SourceBlocks::Agreed(blocks) }),
+        Ok(blocks) => {
+            let blocks = SourceBlocks::Agreed(blocks);
+            Ok(Agreement { link, receiver, blocks, pin_limit })
+        }
         Err(error) => {
             link.end(&error, true);
             Err(error)
         }
     }
+}
+
+/// With pin-all the limit has to hold all of the blocks that are written.
+pub(super) fn check_limit(
+    blocks: &[Block],
+    pin_all: bool,
+    limit: Option<u64>,
+    options: &Options,
+) -> Result<()> {
+    let Some(limit) = limit.filter(|_| pin_all && options.fabric == FabricKind::Verbs) else {
+        return Ok(());
+    };
+    let written = blocks.iter().filter_map(|block| block.region.as_ref());
+    let total: u64 = written.map(|region| region.length()).sum();
+    if total <= limit {
+        return Ok(());
+    }
+    Err(MigrationError::Incompatible(format!(
+        "rdma-pin-all pins {} MiB of guest RAM and --pin-limit allows {} MiB; raise it, or turn \
+         rdma-pin-all off",
+        total.div_ceil(1 << 20),
+        limit >> 20
+    )))
 }
 
 /// A stock destination: another connection, for the return path.
@@ -188,21 +284,6 @@ pub fn connect_again(
     })
 }
 
-/// A stock source: let its return path in.
-///
-/// # Errors
-/// When it is something else, or went away.
-pub fn accept_again(request: Box<dyn Request>) -> Result<Box<dyn Connection>> {
-    let theirs = PrivateData::decode(request.private_data())?;
-    if theirs.extension.is_some() {
-        return Err(MigrationError::Peer(
-            "a helper where a stock QEMU's return path belongs".into(),
-        ));
-    }
-    let ours = PrivateData { pin_all: theirs.pin_all, extension: None };
-    Ok(request.accept(&ours.encode())?)
-}
-
 /// Name the blocks and read the answer.
 fn list_blocks(
     link: &Arc<Link>,
@@ -221,7 +302,10 @@ fn list_blocks(
     }
     // While the destination does the same.
     if options.pin_all {
-        blocks.iter().filter_map(|block| block.region.as_ref()).try_for_each(|it| link.pin(it))?;
+        blocks
+            .iter()
+            .filter_map(|block| block.region.as_ref())
+            .try_for_each(|it| link.pin_all(it))?;
     }
     let mut buffer = Vec::new();
     let entries = match receiver.next(link, &mut buffer)? {
@@ -235,17 +319,33 @@ fn list_blocks(
         let why = format!("{} RAM blocks in answer to {}", entries.len(), blocks.len());
         return Err(MigrationError::Peer(why));
     }
-    blocks.into_iter().zip(entries).enumerate().map(|(i, (b, e))| agreed(i, b, &e)).collect()
+    let blocks = blocks.into_iter().zip(entries).enumerate();
+    blocks.map(|(index, (block, entry))| agreed(index, block, &entry, options)).collect()
 }
 
-fn agreed(index: usize, block: Block, entry: &RamBlockEntry) -> Result<AgreedBlock> {
+/// Memory of this side is registered together with the peer's, so a key that comes by itself is of
+/// no use.
+fn check_key(name: &str, entry: &RamBlockEntry, options: &Options) -> Result<()> {
+    if entry.remote_rkey.get() == 0 || options.whole_keys() {
+        return Ok(());
+    }
+    Err(MigrationError::Peer(format!("it named a key to RAM block '{name}' without rdma-pin-all")))
+}
+
+fn agreed(
+    index: usize,
+    block: Block,
+    entry: &RamBlockEntry,
+    options: &Options,
+) -> Result<AgreedBlock> {
+    check_key(&block.name, entry, options)?;
     let (base, rkey) = (entry.offset.get(), entry.remote_rkey.get());
     let remote = RemoteKey { address: entry.remote_host_addr.get(), rkey };
     if base.checked_add(block.length).is_none() {
         return Err(MigrationError::Peer(format!("RAM block '{}' at {base:#x}", block.name)));
     }
     let writable = (rkey, remote.address) != (0, 0) && entry.length.get() == block.length;
-    let target = block.region.filter(|_| writable).map(|region| (region, remote));
+    let target = writable.then(|| (Source::of(block.region), remote));
     let index = index as u32;
     Ok(AgreedBlock { name: block.name, length: block.length, target, index, base })
 }
@@ -257,197 +357,6 @@ pub fn unexpected(message: &Message<'_>, wanted: &str) -> MigrationError {
     MigrationError::Peer(format!("{} where {wanted} belongs", &text[..end]))
 }
 
-/// The destination's view of an agreement.
-pub struct Accepted {
-    /// For sending.
-    pub link: Arc<Link>,
-    /// For receiving.
-    pub receiver: LinkReceiver,
-    /// The blocks in the source's order.
-    pub blocks: Vec<AcceptedBlock>,
-    /// Checks the source's ranges in them.
-    pub table: BlockTable,
-    /// A stock source has not named its blocks; whether they are to be pinned.
-    unnamed: Option<bool>,
-    /// What a stock source was let into, by block.
-    ranges: HashMap<usize, Ranges<RemoteKey>>,
-}
-
-/// One of the destination's blocks.
-pub struct AcceptedBlock {
-    /// QEMU's idstr.
-    pub name: String,
-    /// Used length in bytes.
-    pub length: u64,
-    /// Its memory and the key to it; `None` if its pages come in the stream.
-    pub target: Option<(Arc<Region>, RemoteKey)>,
-    /// That memory is the worker's, and its content QEMU's by the stream.
-    pub staged: bool,
-}
-
-impl Accepted {
-    /// A stock source, which names its blocks in the stream.
-    fn unnamed(link: Arc<Link>, receiver: LinkReceiver, pin: bool) -> Self {
-        let (blocks, table) = (Vec::new(), BlockTable::default());
-        Self { link, receiver, blocks, table, unnamed: Some(pin), ranges: HashMap::new() }
-    }
-
-    /// The stream's block list is complete: a stock source has named its blocks by it. It writes
-    /// all of them, so those that are not shared get memory here.
-    ///
-    /// # Errors
-    /// When they are not the same as here.
-    pub fn name(&mut self, blocks: &[StreamBlock], own: &[Block]) -> Result<()> {
-        let Some(pin) = self.unnamed.take() else { return Ok(()) };
-        let listed_block =
-            |it: &StreamBlock| ListedBlock { name: it.name.clone(), length: it.length };
-        let source: Vec<_> = blocks.iter().map(listed_block).collect();
-        let fixed = |index: usize| own[index].region.is_some();
-        let order = blocks::compare(&source, &listed(own), fixed)?;
-        self.table = BlockTable::new(source.iter().map(|block| block.length))?;
-        for (own, listed) in order.into_iter().map(|index| &own[index]).zip(&source) {
-            let region = match &own.region {
-                Some(region) => region.clone(),
-                None if listed.length > own.length.max(STAGED_MAX) => {
-                    return Err(MigrationError::Peer(format!(
-                        "RAM block '{}' of {} bytes, which has {} here",
-                        own.name, listed.length, own.length
-                    )));
-                }
-                None => Arc::new(Region::staged(&own.name, listed.length)?),
-            };
-            let key = let_in(&mut self.receiver, &region, pin)?;
-            self.blocks.push(AcceptedBlock {
-                name: own.name.clone(),
-                length: listed.length,
-                target: Some((region, key)),
-                staged: own.region.is_none(),
-            });
-        }
-        Ok(())
-    }
-
-    /// Let the source into a range of a block, unless it may write all of it. A stock QEMU asks
-    /// for each chunk, and gets the key of a larger range.
-    ///
-    /// # Errors
-    /// When the device can't register it.
-    pub fn register(&mut self, index: usize, range: Range<u64>) -> Result<RemoteKey> {
-        let block = &self.blocks[index];
-        let Some((region, whole)) = &block.target else {
-            return Err(MigrationError::Peer(format!("RAM block '{}' is not shared", block.name)));
-        };
-        if whole.rkey != 0 {
-            return Ok(*whole);
-        }
-        if !self.link.is_stock() {
-            return self.receiver.register(region, range);
-        }
-        let ranges = self.ranges.entry(index).or_default();
-        if let Some(key) = ranges.get(range.start) {
-            return Ok(*key);
-        }
-        let wanted = ranges.wanted(range.start, block.length);
-        let key = self.receiver.register(region, wanted.clone())?;
-        ranges.insert(wanted, key);
-        Ok(key)
-    }
-
-    /// The answer to the source's block list.
-    pub fn entries(&self) -> Vec<RamBlockEntry> {
-        let entry = |(index, block): (usize, &AcceptedBlock)| {
-            let key = block.target.as_ref().map(|(_, key)| *key);
-            RamBlockEntry {
-                remote_host_addr: key.map_or(0, |key| key.address).into(),
-                offset: self.table.offset(index).unwrap_or(0).into(),
-                length: block.length.into(),
-                remote_rkey: key.map_or(0, |key| key.rkey).into(),
-                padding: 0.into(),
-            }
-        };
-        self.blocks.iter().enumerate().map(entry).collect()
-    }
-}
-
-/// The destination: let a source in and compare its blocks with `own`.
-///
-/// # Errors
-/// When it is no helper, or does not have the same blocks; it was told then.
-pub fn accept(request: Box<dyn Request>, own: &[Block], options: &Options) -> Result<Accepted> {
-    let theirs = PrivateData::decode(request.private_data())?;
-    let window = window(&theirs, options)?;
-    let ours = PrivateData { pin_all: theirs.pin_all, extension: window.map(|_| OURS) };
-    let connection = request.accept(&ours.encode())?;
-    let Some(window) = window else {
-        let (link, receiver) = Link::stock(connection, Flow::Lockstep, options.stall_timeout());
-        return Ok(Accepted::unnamed(link, receiver, ours.pin_all));
-    };
-    let (sending, receiving) = (Flow::Window(window), Flow::Window(OURS.window));
-    let (link, mut receiver) = Link::new(connection, sending, receiving, options.stall_timeout());
-    match compare(&link, &mut receiver, own, ours.pin_all) {
-        Ok((blocks, table)) => {
-            let (unnamed, ranges) = (None, HashMap::new());
-            let accepted = Accepted { link, receiver, blocks, table, unnamed, ranges };
-            accepted.link.send(&Message::RamBlocksResult(accepted.entries()))?;
-            Ok(accepted)
-        }
-        Err(error) => {
-            link.end(&error, true);
-            Err(error)
-        }
-    }
-}
-
-/// Read the source's list, put the own blocks into its order, and let it into them.
-fn compare(
-    link: &Arc<Link>,
-    receiver: &mut LinkReceiver,
-    own: &[Block],
-    pin: bool,
-) -> Result<(Vec<AcceptedBlock>, BlockTable)> {
-    let source = read_lists(link, receiver)?;
-    let writable = |index: usize| own[index].region.is_some();
-    let order = blocks::compare(&source, &listed(own), writable)?;
-    let table = BlockTable::new(order.iter().map(|index| own[*index].length))?;
-    let mut target = |region: &Arc<Region>| -> Result<_> {
-        Ok((region.clone(), let_in(receiver, region, pin)?))
-    };
-    let mut blocks = Vec::with_capacity(order.len());
-    for Block { name, length, region } in order.into_iter().map(|index| &own[index]) {
-        let target = region.as_ref().map(&mut target).transpose()?;
-        let (name, length, staged) = (name.clone(), *length, false);
-        blocks.push(AcceptedBlock { name, length, target, staged });
-    }
-    Ok((blocks, table))
-}
-
-/// Let the peer into a region: all of it, or range by range.
-fn let_in(receiver: &mut LinkReceiver, region: &Arc<Region>, pin: bool) -> Result<RemoteKey> {
-    if pin { receiver.register(region, 0..region.length()) } else { receiver.announce(region) }
-}
-
-/// Read the source's block list.
-fn read_lists(link: &Arc<Link>, receiver: &mut LinkReceiver) -> Result<Vec<ListedBlock>> {
-    let _deadline = link.deadline(TIMEOUT);
-    let mut source = Vec::new();
-    let mut buffer = Vec::new();
-    loop {
-        match receiver.next(link, &mut buffer)? {
-            Message::BlockList { blocks, last } => {
-                source.extend(blocks);
-                if source.len() > BLOCKS_MAX {
-                    let why = format!("it lists more than {BLOCKS_MAX} RAM blocks");
-                    return Err(MigrationError::Peer(why));
-                }
-                link.consumed()?;
-                if last {
-                    return Ok(source);
-                }
-            }
-            other => return Err(unexpected(&other, "BLOCK_LIST")),
-        }
-    }
-}
 impl From<WireError> for MigrationError {
     fn from(error: WireError) -> Self {
         match error {

@@ -37,7 +37,7 @@ pub fn receive(
     let _ = events.send(Event::PeerFailed(error));
 }
 
-/// One is asked for at a time.
+/// There is room for as many as are asked for at a time.
 fn hand_on(answers: &SyncSender<Answer>, answer: Answer) -> Result<bool> {
     match answers.try_send(answer) {
         Ok(()) => Ok(false),
@@ -91,6 +91,7 @@ fn receive_one(
         }
         Message::FinalAck => Ok(true),
         Message::RegisterResult(result) => hand_on(answers, Answer::Registered(result)),
+        Message::UnregisterFinished => hand_on(answers, Answer::Unregistered),
         Message::RamBlocksResult(entries) => hand_on(answers, Answer::Blocks(entries)),
         Message::ErrorText { text, guest_never_ran } => {
             Err(MigrationError::PeerFailed { text: text.to_owned(), guest_never_ran })

@@ -12,7 +12,7 @@ use std::{
 
 use tracing::{debug, info};
 
-use super::{Result, agreement, landing::Context, link::Link, return_path};
+use super::{Result, acceptance, landing::Context, link::Link, return_path};
 use crate::{
     fabric::{self, FabricError, Listener, Request},
     wire::credit::Flow,
@@ -95,7 +95,7 @@ fn forward(qemu: &UnixStream, link: &Link) {
 
 /// Accept the second connection; its READYs are taken on a thread of its own.
 fn open(request: Box<dyn Request>, main: &Link, stall: Duration) -> Result<Arc<Link>> {
-    let connection = agreement::accept_again(request)?;
+    let connection = acceptance::accept_again(request)?;
     let (link, mut receiver) = Link::stock(connection, Flow::LockstepAhead, stall);
     main.accompany(&link);
     let answering = link.clone();

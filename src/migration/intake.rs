@@ -10,7 +10,10 @@ use rustix::{
     net::{RecvFlags, recv},
 };
 
-use super::{Result, error::MigrationError, link::Link, statistics::Statistics, targets::Targets};
+use super::{
+    Result, agreement::Source, error::MigrationError, link::Link, statistics::Statistics,
+    targets::Targets,
+};
 use crate::{
     stream::{BlockRange, Limits, Outlet, PushError, Rewriter, StreamBlock, Travel},
     wire::{Message, PAYLOAD_MAX},
@@ -34,7 +37,8 @@ pub fn take(
 ) -> Result<()> {
     let mut pass_ram = Some(pass_ram);
     let mut rewriter = Rewriter::new(Limits::default());
-    let mut outbound = Outbound { link, statistics, targets, batch: Vec::new() };
+    let mut outbound =
+        Outbound { link, statistics, targets, zeros: None, batch: Vec::new(), staged: Vec::new() };
     let mut buffer = vec![0; READ];
     loop {
         let received = match recv(qemu, &mut *buffer, RecvFlags::DONTWAIT) {
@@ -80,8 +84,12 @@ struct Outbound<'a> {
     link: &'a Link,
     statistics: &'a Statistics,
     targets: Targets,
+    /// Messages up to the end of the last RAM section, if it had zero ranges.
+    zeros: Option<u64>,
     /// Stream bytes that were not sent yet. At most a read's worth and what the rewriter held.
     batch: Vec<u8>,
+    /// Bytes of the next staged write: at most a chunk of them.
+    staged: Vec<u8>,
 }
 
 impl Outbound<'_> {
@@ -114,17 +122,37 @@ impl Outlet for Outbound<'_> {
     }
 
     fn hook(&mut self) -> Result<()> {
-        self.send_batch()
+        self.send_batch()?;
+        // A page of this section may have been zero in the last one. A device writes it when it
+        // likes; the processor that makes zero ranges must have done so before.
+        self.zeros.take().map_or(Ok(()), |messages| self.link.await_consumed(messages))
     }
 
     fn write(&mut self, range: BlockRange) -> Result<()> {
-        let (region, remote) = self.targets.key(self.link, range.block, range.offset)?;
+        let (source, remote) = self.targets.key(self.link, range.block, range.offset)?;
+        let Source::Mapped(region) = source else {
+            let why = format!("RAM block {} is not mapped", range.block);
+            return Err(MigrationError::Stream(why));
+        };
         self.link.write(region, range.offset, range.length, remote)
+    }
+
+    fn stage(&mut self, bytes: &[u8]) -> Result<()> {
+        self.staged.extend_from_slice(bytes);
+        Ok(())
+    }
+
+    fn write_staged(&mut self, range: BlockRange) -> Result<()> {
+        let (_, remote) = self.targets.key(self.link, range.block, range.offset)?;
+        self.link.write_bytes(&self.staged, range.offset, remote)?;
+        self.staged.clear();
+        Ok(())
     }
 
     fn zero(&mut self, range: BlockRange) -> Result<()> {
         let block = self.targets.block(range.block)?;
         self.link.send(&block.compress(range.offset, range.length))?;
+        self.zeros = Some(self.link.messages());
         self.statistics.zero_bytes.fetch_add(range.length, Relaxed);
         Ok(())
     }
@@ -132,6 +160,8 @@ impl Outlet for Outbound<'_> {
     fn finished(&mut self) -> Result<()> {
         self.targets.exchange(self.link)?;
         self.link.drain()?;
-        self.link.send(&Message::RegisterFinished)
+        self.link.send(&Message::RegisterFinished)?;
+        self.zeros = self.zeros.map(|_| self.link.messages());
+        Ok(())
     }
 }

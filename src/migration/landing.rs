@@ -13,7 +13,8 @@ use tracing::{info, warn};
 
 use super::{
     Block, Result,
-    agreement::{self, Accepted},
+    acceptance::{self, Accepted},
+    agreement,
     commitment::Commitment,
     door::Door,
     error::MigrationError,
@@ -61,7 +62,12 @@ pub fn serve(listener: Box<dyn Listener>, context: &Context) -> Result<()> {
     loop {
         let request = door.next()?;
         let peer = request.peer();
-        let accepted = match agreement::accept(request, &context.blocks, &context.options) {
+        let accepted = match acceptance::accept(
+            request,
+            &context.blocks,
+            &context.options,
+            &context.statistics,
+        ) {
             Ok(accepted) => accepted,
             Err(error) => {
                 warn!(%peer, %error, "turned away");
@@ -160,14 +166,17 @@ impl<'a> Receiving<'a> {
                 };
                 self.accepted.link.send(&Message::RegisterResult(result))?;
             }
-            // Keys end with the RAM sections, all at once.
-            Message::UnregisterRequest(_) if self.hook_open => {
+            Message::UnregisterRequest(requests) if self.hook_open => {
+                requests.iter().try_for_each(|request| self.accepted.unregister(request))?;
                 self.accepted.link.send(&Message::UnregisterFinished)?;
             }
             Message::RamBlocksRequest if self.hook_open => {
                 self.accepted.link.send(&Message::RamBlocksResult(self.accepted.entries()))?;
             }
-            Message::RegisterFinished if self.hook_open => self.hook_open = false,
+            Message::RegisterFinished if self.hook_open => {
+                self.hook_open = false;
+                return self.accepted.link.all_consumed();
+            }
             Message::StreamEnd { bytes } if !self.hook_open && !self.ended => {
                 self.check_end(bytes)?;
                 self.end();
@@ -251,11 +260,11 @@ struct Feed<'a> {
 
 impl Feed<'_> {
     /// QEMU gets by its stream what a stock source has written to memory of ours.
-    fn hand_over_staged(&mut self) -> Result<()> {
+    fn hand_over_stand_ins(&mut self) -> Result<()> {
         let receiving = &*self.receiving;
-        let staged = receiving.blocks.iter().filter(|block| block.staged);
+        let stand_ins = receiving.blocks.iter().filter(|block| block.stand_in);
         for (name, region) in
-            staged.filter_map(|block| Some((&block.name, &block.target.as_ref()?.0)))
+            stand_ins.filter_map(|block| Some((&block.name, &block.target.as_ref()?.0)))
         {
             let mut records = Records::new(name);
             let mut page = [0; PAGE as usize];
@@ -319,7 +328,7 @@ impl Inlet for Feed<'_> {
         // All writes have landed: the source's REGISTER_FINISHED was behind them. From here on
         // the guest may come to run, and nobody writes its memory from outside any more.
         self.receiving.receiver.revoke();
-        self.hand_over_staged()?;
+        self.hand_over_stand_ins()?;
         if self.context.commitment.pass_ram() {
             Ok(())
         } else {

@@ -9,7 +9,7 @@ use std::{
 
 use super::{Result, error::MigrationError};
 use crate::{
-    fabric::{Connection, FabricError, Handle, Poster, Receiver, RemoteKey},
+    fabric::{Connection, FabricError, Handle, Pinned, Poster, Receiver, RemoteKey},
     memory::Region,
     wire::{
         Message,
@@ -20,6 +20,9 @@ use crate::{
 /// Buffers for control messages that a helper offers: enough that zero ranges and stream bytes
 /// need no round trip, 8 MiB of them at the most.
 pub const WINDOW: u16 = 16;
+
+/// How much of a block that is pinned as a whole is pinned at a time, in bytes.
+const PIECE: u64 = 1 << 30;
 
 /// The sending side of a connection, shared by the threads of a worker.
 pub struct Link {
@@ -139,6 +142,20 @@ impl Link {
         self.await_credit(|granted| granted.any())
     }
 
+    /// How many messages have taken a credit so far.
+    pub fn messages(&self) -> u64 {
+        lock(&self.granted).taken()
+    }
+
+    /// Wait until the peer has dealt with the first `messages` of them. It says so at once only
+    /// of REGISTER_FINISHED and what came before.
+    ///
+    /// # Errors
+    /// As for sending one.
+    pub fn await_consumed(&self, messages: u64) -> Result<()> {
+        self.await_credit(|granted| granted.consumed(messages))
+    }
+
     fn take_credit(&self) -> Result<()> {
         self.await_credit(credit::Sender::take)
     }
@@ -167,6 +184,18 @@ impl Link {
         self.grant()
     }
 
+    /// The same, for a message behind which the peer may wait until all were dealt with.
+    ///
+    /// # Errors
+    /// When the connection is lost.
+    pub fn all_consumed(&self) -> Result<()> {
+        let mut grants = lock(&self.grants);
+        grants.consumed();
+        let grant = grants.grant_all();
+        drop(grants);
+        grant.map_or(Ok(()), |repeat| self.send(&Message::Ready(repeat)))
+    }
+
     /// Say READY if that is due: it is at the start of a link with READY for each message.
     ///
     /// # Errors
@@ -190,12 +219,46 @@ impl Link {
         Ok(self.poster.write(region, offset, length, to)?)
     }
 
-    /// Get all of a region ready to be written from; see [`Poster::pin`].
+    /// Write bytes to RAM; see [`Poster::write_bytes`].
+    ///
+    /// # Errors
+    /// When the connection is lost.
+    pub fn write_bytes(&self, bytes: &[u8], offset: u64, to: RemoteKey) -> Result<()> {
+        Ok(self.poster.write_bytes(bytes, offset, to)?)
+    }
+
+    /// Get a range of a region ready to be written from; see [`Poster::pin`].
     ///
     /// # Errors
     /// When the device can't register it.
-    pub fn pin(&self, region: &Arc<Region>) -> Result<()> {
-        Ok(self.poster.pin(region)?)
+    pub fn pin(&self, region: &Arc<Region>, range: Range<u64>) -> Result<()> {
+        Ok(self.poster.pin(region, range)?)
+    }
+
+    /// Get all of a region ready, piece by piece, so that its progress is seen.
+    ///
+    /// # Errors
+    /// When the device can't register it.
+    pub fn pin_all(&self, region: &Arc<Region>) -> Result<()> {
+        let pieces = (0..region.length()).step_by(PIECE as usize);
+        pieces
+            .map(|start| start..region.length().min(start + PIECE))
+            .try_for_each(|piece| self.pin(region, piece))
+    }
+
+    /// Release a range; see [`Poster::unpin`].
+    pub fn unpin(&self, region: &Arc<Region>, range: Range<u64>) {
+        self.poster.unpin(region, range);
+    }
+
+    /// Connections that carry RAM.
+    pub fn connections(&self) -> u32 {
+        self.poster.connections()
+    }
+
+    /// Guest memory that is pinned on this side.
+    pub fn pinned(&self) -> Pinned {
+        self.poster.pinned()
     }
 
     /// How long a transfer that is due may make no progress.
@@ -288,6 +351,11 @@ impl LinkReceiver {
     /// When the device can't register it.
     pub fn register(&mut self, region: &Arc<Region>, range: Range<u64>) -> Result<RemoteKey> {
         Ok(self.0.register(region, range)?)
+    }
+
+    /// Withdraw the peer's access to a range; see [`Receiver::unregister`].
+    pub fn unregister(&mut self, region: &Arc<Region>, range: Range<u64>) {
+        self.0.unregister(region, range);
     }
 
     /// Withdraw the peer's access to memory.

@@ -5,6 +5,8 @@ use std::{path::PathBuf, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
+use crate::fabric;
+
 /// Longest line that either side accepts, in bytes.
 ///
 /// The longest is [`Order::Outgoing`] with its block list: 16383 blocks (what one
@@ -41,11 +43,15 @@ pub struct Block {
     pub length: u64,
     /// Page size of the backing in bytes (2 MiB for hugetlb).
     pub page_size: u64,
-    /// Offset in the backing file at which the block begins; `None` if the block can't be mapped
-    /// and so travels in the stream. The files' descriptors are attached to the order, in the
-    /// order of the blocks that have one.
+    /// Offset in the backing file at which the block begins; `None` if the worker gets no memory
+    /// of it: its pages are staged, or travel in the stream. The files' descriptors are attached to
+    /// the order, in the order of the blocks that have one.
     pub file_offset: Option<u64>,
 }
+
+/// QEMU resizes some of its ROMs when it loads a guest. None is nearly as long as this, in bytes:
+/// what is longer is the guest's memory.
+pub const ROM_MAX: u64 = 64 << 20;
 
 /// What carries RAM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -57,6 +63,22 @@ pub enum FabricKind {
     Verbs,
 }
 
+impl FabricKind {
+    /// RDMA where this host and this build can do it, else TCP.
+    pub fn auto() -> Self {
+        if cfg!(feature = "verbs") && !fabric::devices().is_empty() {
+            Self::Verbs
+        } else {
+            Self::Tcp
+        }
+    }
+
+    /// Memory that it reads or writes is pinned: pages that are discarded and come back are others.
+    pub fn pins(self) -> bool {
+        self == Self::Verbs
+    }
+}
+
 /// What the client set that matters to the worker.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -65,21 +87,28 @@ pub struct Options {
     pub pin_all: bool,
     /// Capability `return-path`.
     pub return_path: bool,
-    /// The guest's pages may be taken away while it runs (balloon, free page reporting).
-    pub discards: bool,
     /// Seconds without any progress of a transfer that is due, after which the peer counts as lost.
     pub stall_timeout: u64,
     /// Seconds without any sign of life of the peer's RDMA device.
     pub peer_timeout: u64,
+    /// Queue pairs that carry RAM between two helpers.
+    pub queue_pairs: u16,
+    /// Bytes of guest RAM that may be pinned at a time; `None`: all of it.
+    pub pin_limit: Option<u64>,
     /// What carries RAM.
     pub fabric: FabricKind,
 }
 
 impl Options {
+    /// Keys to whole blocks come with the list of blocks. Else they are asked for range by range.
+    pub fn whole_keys(&self) -> bool {
+        self.pin_all || self.fabric == FabricKind::Tcp
+    }
+
     /// How much longer than usual the agreement may take because both sides register `bytes` of
     /// memory first: 64 MiB a second are possible even in an emulated machine.
     pub fn pinning(&self, bytes: u64) -> Duration {
-        let pins = self.pin_all && self.fabric == FabricKind::Verbs;
+        let pins = self.pin_all && self.fabric.pins();
         Duration::from_secs(if pins { bytes >> 26 } else { 0 })
     }
 }
@@ -88,6 +117,11 @@ impl Options {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "order", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Order {
+    /// Get ready for a migration with this fabric: what it is comes next, in one of the following.
+    Prepare {
+        /// What will carry RAM.
+        fabric: FabricKind,
+    },
     /// Be the source's worker. Descriptors: the worker's end of QEMU's migration socket, then
     /// the blocks' files.
     Outgoing {
@@ -141,6 +175,10 @@ pub struct Progress {
     pub setup_ms: u64,
     /// Milliseconds since the order.
     pub elapsed_ms: u64,
+    /// Guest RAM that is pinned on this side now.
+    pub pinned: u64,
+    /// Milliseconds that pinning and releasing have taken.
+    pub pin_ms: u64,
     /// The fabric in use: `tcp` or `verbs`.
     pub fabric: String,
     /// Connections (queue pairs) that carry RAM.

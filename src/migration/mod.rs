@@ -5,6 +5,7 @@
 //! state machine (`outgoing` or `incoming`); data threads take QEMU's stream and the peer's
 //! messages, and tell it what happens.
 
+mod acceptance;
 mod agreement;
 mod answers;
 mod commitment;
@@ -13,6 +14,7 @@ mod door;
 mod error;
 mod incoming;
 mod intake;
+mod keys;
 mod landing;
 mod link;
 pub mod messages;

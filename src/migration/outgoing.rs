@@ -132,6 +132,7 @@ pub fn run(
 ) {
     let statistics = Statistics::new(fabric.name());
     let way = Arc::new(Way { fabric, address, options });
+    let set_up = statistics.clone();
     let context = Context {
         way: way.clone(),
         qemu: Arc::new(qemu.migration),
@@ -142,7 +143,7 @@ pub fn run(
         events: sender.clone(),
     };
     thread::spawn(move || {
-        let agreed = agreement::connect(&*way.fabric, &way.address, blocks, &way.options);
+        let agreed = agreement::connect(&*way.fabric, &way.address, blocks, &way.options, &set_up);
         // The receiver is gone only when the migration has ended otherwise.
         let _ = sender.send(Event::Agreed(agreed));
     });
@@ -238,13 +239,14 @@ impl Outgoing {
 
     /// The block lists agree: take QEMU's stream.
     fn start(agreement: Agreement, context: &Context) -> Self {
-        let Agreement { link, receiver, blocks } = agreement;
+        let Agreement { link, receiver, blocks, pin_limit } = agreement;
         context.statistics.set_up();
         let (qemu, events) = (context.qemu.clone(), context.events.clone());
         let answering = link.clone();
-        let (answers, answered) = mpsc::sync_channel(1);
+        // A range that is needed, and the one that will be.
+        let (answers, answered) = mpsc::sync_channel(2);
         thread::spawn(move || answers::receive(receiver, &answering, &qemu, &answers, &events));
-        let targets = Targets::new(blocks, answered, context.way.options.clone());
+        let targets = Targets::new(blocks, answered, pin_limit, context.way.options.clone());
         let (qemu, events, way) =
             (context.qemu.clone(), context.events.clone(), context.way.clone());
         let (taking, statistics) = (link.clone(), context.statistics.clone());

@@ -2,19 +2,21 @@
 
 use std::{
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::Instant,
 };
 
-use super::messages::Progress;
+use super::{link::Link, messages::Progress};
+use crate::fabric::Pinned;
 
 /// Figures of one migration. Each counter has one writer; readers may see them a moment apart.
-#[derive(Debug)]
 pub struct Statistics {
     started: Instant,
     fabric: &'static str,
+    /// The connection, once there is one.
+    link: Mutex<Option<Arc<Link>>>,
     /// Bytes announced as zero.
     pub zero_bytes: AtomicU64,
     /// Bytes of the stream that were forwarded.
@@ -33,6 +35,7 @@ impl Statistics {
         Arc::new(Self {
             started: Instant::now(),
             fabric,
+            link: Mutex::default(),
             zero_bytes: AtomicU64::new(0),
             stream_bytes: AtomicU64::new(0),
             ram_posted: AtomicU64::new(0),
@@ -45,6 +48,15 @@ impl Statistics {
         u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 
+    /// From now on this connection's figures count.
+    pub fn follow(&self, link: &Arc<Link>) {
+        *self.link.lock().unwrap_or_else(PoisonError::into_inner) = Some(link.clone());
+    }
+
+    fn link(&self) -> Option<Arc<Link>> {
+        self.link.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     /// The block lists agree: set-up ends.
     pub fn set_up(&self) {
         self.setup_ms.store(self.elapsed_ms(), Ordering::Relaxed);
@@ -53,6 +65,8 @@ impl Statistics {
     /// The figures as they are now.
     pub fn progress(&self) -> Progress {
         let landed = self.ram_landed.load(Ordering::Relaxed);
+        let link = self.link();
+        let pinned = link.as_ref().map_or_else(Pinned::default, |link| link.pinned());
         Progress {
             ram_bytes: landed,
             zero_bytes: self.zero_bytes.load(Ordering::Relaxed),
@@ -60,8 +74,10 @@ impl Statistics {
             in_flight: self.ram_posted.load(Ordering::Relaxed).saturating_sub(landed),
             setup_ms: self.setup_ms.load(Ordering::Relaxed),
             elapsed_ms: self.elapsed_ms(),
+            pinned: pinned.bytes,
+            pin_ms: u64::try_from(pinned.time.as_millis()).unwrap_or(u64::MAX),
             fabric: self.fabric.to_owned(),
-            connections: 1,
+            connections: link.map_or(1, |link| link.connections()),
         }
     }
 }

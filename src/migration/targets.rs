@@ -2,23 +2,23 @@
 
 use std::{
     collections::HashMap,
-    sync::{
-        Arc,
-        mpsc::{Receiver, RecvTimeoutError},
-    },
+    ops::Range,
+    sync::mpsc::{Receiver, RecvTimeoutError},
     time::Duration,
 };
 
+use tracing::{debug, warn};
+
 use super::{
     Block, Result,
-    agreement::{AgreedBlock, SourceBlocks},
+    agreement::{AgreedBlock, Source, SourceBlocks},
     error::MigrationError,
+    keys::{Keys, Known},
     link::Link,
-    messages::Options,
+    messages::{Options, ROM_MAX},
 };
 use crate::{
     fabric::{FabricError, RemoteKey},
-    memory::{Ranges, Region},
     stream::{StreamBlock, Travel},
     wire::{Message, RamBlockEntry, RegisterResult},
 };
@@ -29,6 +29,8 @@ pub enum Answer {
     Registered(RegisterResult),
     /// RAM_BLOCKS_RESULT.
     Blocks(Vec<RamBlockEntry>),
+    /// UNREGISTER_FINISHED.
+    Unregistered,
 }
 
 /// The blocks, and the keys to them that are known.
@@ -38,21 +40,27 @@ pub struct Targets {
     unnamed: Option<Vec<Block>>,
     /// Index in `blocks` by the stream's block index.
     by_stream: Vec<usize>,
-    /// As they arrive; one is asked for at a time.
+    /// As they arrive, in the order of the questions.
     answers: Receiver<Answer>,
     /// By index in `blocks`.
-    keys: HashMap<usize, Ranges<RemoteKey>>,
+    keys: Keys,
     options: Options,
 }
 
 impl Targets {
     /// Before the stream.
-    pub fn new(blocks: SourceBlocks, answers: Receiver<Answer>, options: Options) -> Self {
+    pub fn new(
+        blocks: SourceBlocks,
+        answers: Receiver<Answer>,
+        pin_limit: Option<u64>,
+        options: Options,
+    ) -> Self {
         let (blocks, unnamed) = match blocks {
             SourceBlocks::Agreed(blocks) => (blocks, None),
             SourceBlocks::Unnamed(blocks) => (Vec::new(), Some(blocks)),
         };
-        Self { blocks, unnamed, by_stream: Vec::new(), answers, keys: HashMap::new(), options }
+        let keys = Keys::new(pin_limit);
+        Self { blocks, unnamed, by_stream: Vec::new(), answers, keys, options }
     }
 
     /// The stream's block list is complete: how does each block travel?
@@ -80,8 +88,7 @@ impl Targets {
                 )));
             };
             let agreed = &self.blocks[index];
-            let written = agreed.target.is_some();
-            if written && agreed.length != block.length {
+            if agreed.target.is_some() && agreed.length != block.length {
                 return Err(MigrationError::Incompatible(format!(
                     "RAM block '{}' has {} bytes and had {} when the migration was prepared; \
                      start the migration again",
@@ -89,7 +96,15 @@ impl Targets {
                 )));
             }
             indices.push(index);
-            travels.push(if written { Travel::Written } else { Travel::InStream });
+            let travel = agreed.travel();
+            debug!(block = block.name, ?travel, "a RAM block");
+            if travel == Travel::InStream && agreed.length > ROM_MAX {
+                let block = &block.name;
+                warn!(
+                    "RAM block '{block}' is not shared at the destination: its pages take the stream"
+                );
+            }
+            travels.push(travel);
         }
         self.by_stream = indices;
         Ok(travels)
@@ -105,8 +120,8 @@ impl Targets {
         }
         link.send(&Message::RamBlocksRequest)?;
         if self.options.pin_all {
-            let regions = self.blocks.iter().filter_map(|block| block.target.as_ref());
-            regions.map(|(region, _)| region).try_for_each(|region| link.pin(region))?;
+            let mut regions = self.blocks.iter().filter_map(AgreedBlock::region);
+            regions.try_for_each(|region| link.pin_all(region))?;
         }
         let total = self.blocks.iter().map(|block| block.length).sum();
         let Answer::Blocks(entries) = self.answer(link, self.options.pinning(total))? else {
@@ -121,7 +136,7 @@ impl Targets {
             )));
         }
         for (block, entry) in self.blocks.iter_mut().zip(&entries) {
-            block.place(entry)?;
+            block.place(entry, &self.options)?;
         }
         Ok(())
     }
@@ -139,37 +154,103 @@ impl Targets {
         known.ok_or_else(|| MigrationError::Stream(format!("RAM block {index} was not announced")))
     }
 
-    /// The memory to write from, and the key for a write to `offset`, which crosses no chunk.
+    /// What to write from, and the key for a write to `offset`, which crosses no chunk.
     ///
     /// # Errors
     /// When the connection is lost, or the destination can't register the range.
-    pub fn key(
+    pub fn key(&mut self, link: &Link, index: u32, offset: u64) -> Result<(&Source, RemoteKey)> {
+        let index = self.index(index)?;
+        let key = self.write_key(link, index, offset)?;
+        match &self.blocks[index].target {
+            Some((source, _)) => Ok((source, key)),
+            None => Err(self.in_stream(index)),
+        }
+    }
+
+    fn in_stream(&self, index: usize) -> MigrationError {
+        let name = &self.blocks[index].name;
+        MigrationError::Stream(format!("RAM block '{name}' travels in the stream"))
+    }
+
+    /// The key of the whole block or of a range; asks for the next range in time.
+    fn write_key(&mut self, link: &Link, index: usize, offset: u64) -> Result<RemoteKey> {
+        let block = &self.blocks[index];
+        let Some((_, whole)) = &block.target else { return Err(self.in_stream(index)) };
+        if whole.rkey != 0 {
+            return Ok(*whole);
+        }
+        let length = block.length;
+        let key = self.range_key(link, index, offset, length)?;
+        if let Some(next) = self.keys.ahead(index, offset, length) {
+            self.ask(link, index, next)?;
+        }
+        Ok(key)
+    }
+
+    /// The key to the range of a block that contains `offset`; asked for if it is not known.
+    fn range_key(
         &mut self,
         link: &Link,
-        index: u32,
+        index: usize,
         offset: u64,
-    ) -> Result<(&Arc<Region>, RemoteKey)> {
-        let index = self.index(index)?;
+        length: u64,
+    ) -> Result<RemoteKey> {
+        loop {
+            match self.keys.get(index, offset) {
+                Known::Key(key) => return Ok(key),
+                Known::Asked => self.take_key(link)?,
+                Known::Nothing => {
+                    let range = self.keys.wanted(index, offset, length);
+                    self.make_room(link, range.end - range.start)?;
+                    self.ask(link, index, range)?;
+                }
+            }
+        }
+    }
+
+    /// Ask for a range; this side gets it ready meanwhile.
+    fn ask(&mut self, link: &Link, index: usize, range: Range<u64>) -> Result<()> {
         let block = &self.blocks[index];
-        let Some((region, whole)) = &block.target else {
-            let why = format!("RAM block '{}' is not mapped", block.name);
-            return Err(MigrationError::Stream(why));
-        };
-        if whole.rkey != 0 {
-            return Ok((region, *whole));
-        }
-        let keys = self.keys.entry(index).or_default();
-        if let Some(key) = keys.get(offset) {
-            return Ok((region, *key));
-        }
-        let range = keys.wanted(offset, block.length);
         link.send(&block.register(&range))?;
+        if let Some(region) = block.region() {
+            link.pin(region, range.clone())?;
+        }
+        self.keys.ask(index, range);
+        Ok(())
+    }
+
+    /// Release ranges until `bytes` more fit into the limit.
+    fn make_room(&mut self, link: &Link, bytes: u64) -> Result<()> {
+        while !self.keys.fit(bytes) {
+            // What was asked for, and what is on its way, first.
+            while self.keys.waits() {
+                self.take_key(link)?;
+            }
+            link.drain()?;
+            let Some((index, range)) = self.keys.release() else { return Ok(()) };
+            let block = &self.blocks[index];
+            link.send(&block.unregister(&range))?;
+            let Answer::Unregistered = self.answer(link, Duration::ZERO)? else {
+                return Err(MigrationError::Peer("no UNREGISTER_FINISHED".into()));
+            };
+            if let Some(region) = block.region() {
+                link.unpin(region, range);
+            }
+        }
+        Ok(())
+    }
+
+    /// Wait for the next key.
+    fn take_key(&mut self, link: &Link) -> Result<()> {
         let Answer::Registered(result) = self.answer(link, Duration::ZERO)? else {
             return Err(MigrationError::Peer("no REGISTER_RESULT".into()));
         };
         let key = RemoteKey { address: result.host_addr.get(), rkey: result.rkey.get() };
-        self.keys.entry(index).or_default().insert(range, key);
-        Ok((region, key))
+        if self.keys.answer(key) {
+            Ok(())
+        } else {
+            Err(MigrationError::Peer("a REGISTER_RESULT that nobody asked for".into()))
+        }
     }
 
     fn answer(&self, link: &Link, more: Duration) -> Result<Answer> {

@@ -18,7 +18,7 @@ use super::{
     outgoing,
 };
 #[cfg(feature = "verbs")]
-use crate::fabric::verbs::{Timeouts, Verbs};
+use crate::fabric::verbs::{self, Timeouts, Verbs};
 use crate::{
     fabric::{Fabric, tcp::Tcp},
     memory::Region,
@@ -39,7 +39,14 @@ impl Options {
 pub fn run(control: UnixStream) -> std::io::Result<()> {
     let reports = Arc::new(Reports::new(control.try_clone()?));
     let mut orders = Orders::new(control);
-    let Some((order, fds)) = orders.next()? else { return Ok(()) };
+    let mut next = orders.next()?;
+    if let Some((Order::Prepare { fabric }, early)) = next {
+        prepare(fabric);
+        // Both orders may have been read at once, and then the descriptors came with the first.
+        let with = |(order, fds)| (order, early.into_iter().chain(fds).collect());
+        next = orders.next()?.map(with);
+    }
+    let Some((order, fds)) = next else { return Ok(()) };
     if let Err(error) = start(order, fds, orders, &reports) {
         reports.send(&Report::Failed {
             reason: error.to_string(),
@@ -59,7 +66,7 @@ fn start(order: Order, fds: Vec<OwnedFd>, orders: Orders, reports: &Arc<Reports>
     let reports = reports.clone();
     match order {
         Order::Outgoing { address, qemu_qmp, blocks, options } => {
-            let blocks = take_blocks(blocks, fds, &options)?;
+            let blocks = take_blocks(blocks, fds)?;
             let fabric = fabric(&options)?;
             let (sender, events) = mpsc::channel();
             forward(orders, sender.clone(), outgoing::Event::Order, || outgoing::Event::RelayGone);
@@ -67,7 +74,7 @@ fn start(order: Order, fds: Vec<OwnedFd>, orders: Orders, reports: &Arc<Reports>
             outgoing::run(fabric, address, blocks, options, qemu, reports, (sender, events));
         }
         Order::Incoming { address, blocks, options } => {
-            let blocks = take_blocks(blocks, fds, &options)?;
+            let blocks = take_blocks(blocks, fds)?;
             let fabric = fabric(&options)?;
             let (sender, events) = mpsc::channel();
             forward(orders, sender.clone(), incoming::Event::Order, || incoming::Event::RelayGone);
@@ -78,14 +85,24 @@ fn start(order: Order, fds: Vec<OwnedFd>, orders: Orders, reports: &Arc<Reports>
     Ok(())
 }
 
+/// Do what takes time and can be done before anything is known.
+fn prepare(fabric: FabricKind) {
+    #[cfg(feature = "verbs")]
+    if fabric == FabricKind::Verbs {
+        verbs::prepare();
+    }
+    #[cfg(not(feature = "verbs"))]
+    let _ = fabric;
+}
+
 fn fabric(options: &Options) -> Result<Arc<dyn Fabric>> {
-    let stall = options.stall_timeout();
     match options.fabric {
-        FabricKind::Tcp => Ok(Arc::new(Tcp { stall_timeout: stall })),
+        FabricKind::Tcp => Ok(Arc::new(Tcp { stall_timeout: options.stall_timeout() })),
         #[cfg(feature = "verbs")]
         FabricKind::Verbs => {
-            let timeouts = Timeouts { stall, peer: Duration::from_secs(options.peer_timeout) };
-            Ok(Arc::new(Verbs { timeouts, window: WINDOW }))
+            let timeouts = Timeouts { peer: Duration::from_secs(options.peer_timeout) };
+            let lanes = options.queue_pairs;
+            Ok(Arc::new(Verbs { timeouts, window: WINDOW, lanes }))
         }
         #[cfg(not(feature = "verbs"))]
         FabricKind::Verbs => Err(MigrationError::Aborted("This build has no verbs".into())),
@@ -114,7 +131,6 @@ fn forward<E: Send + 'static>(
 fn take_blocks(
     blocks: Vec<messages::Block>,
     mut fds: impl Iterator<Item = OwnedFd>,
-    options: &Options,
 ) -> Result<Vec<Block>> {
     blocks
         .into_iter()
@@ -123,8 +139,7 @@ fn take_blocks(
                 Some(offset) => {
                     let lacks = || MigrationError::Aborted(format!("No file for block '{name}'"));
                     let file = fds.next().ok_or_else(lacks)?;
-                    let region = Region::new(&name, file, offset, length)?;
-                    Some(Arc::new(region.discardable(options.discards)))
+                    Some(Arc::new(Region::new(&name, file, offset, length)?))
                 }
                 None => None,
             };

@@ -3,7 +3,11 @@
 use serde_json::{Value, json};
 
 use super::blocks::RamBlock;
-use crate::qmp::{Execute, QmpError};
+use crate::{
+    migration::messages::FabricKind,
+    qmp::{Execute, QmpError},
+    stream::Travel,
+};
 
 /// One thing that would.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -29,7 +33,10 @@ const CAPABILITIES: [&str; 9] = [
 ];
 
 /// Devices whose sections in the stream have no length that can be known.
-const DEVICES: [&str; 3] = ["vfio-", "virtio-mem", "vhost-vdpa"];
+const DEVICES: [&str; 2] = ["vfio-", "vhost-vdpa"];
+
+/// Capabilities by which QEMU encodes pages, so that only QEMU can decode them.
+const ENCODINGS: [&str; 2] = ["compress", "xbzrle"];
 
 /// The oldest QEMU whose stream was tried.
 const OLDEST: (u64, u64) = (7, 2);
@@ -38,8 +45,13 @@ const OLDEST: (u64, u64) = (7, 2);
 ///
 /// # Errors
 /// When QEMU does not answer.
-pub async fn find(qmp: &mut impl Execute, blocks: &[RamBlock]) -> Result<Vec<Blocker>, QmpError> {
+pub async fn find(
+    qmp: &mut impl Execute,
+    blocks: &[RamBlock],
+    fabric: FabricKind,
+) -> Result<Vec<Blocker>, QmpError> {
     let mut blockers = settings(qmp).await?;
+    blockers.extend(encodings(qmp, blocks, fabric).await?);
     let version = qmp.execute("query-version", Value::Null).await?;
     let number = |part: &str| version["qemu"][part].as_u64().unwrap_or(0);
     let (major, minor) = (number("major"), number("minor"));
@@ -62,8 +74,30 @@ pub async fn find(qmp: &mut impl Execute, blocks: &[RamBlock]) -> Result<Vec<Blo
             cure: "unplug it before the migration (device_del)".into(),
         });
     }
-    blockers.extend(memory(blocks));
     Ok(blockers)
+}
+
+/// Pages that are staged have to come as they are.
+async fn encodings(
+    qmp: &mut impl Execute,
+    blocks: &[RamBlock],
+    fabric: FabricKind,
+) -> Result<Vec<Blocker>, QmpError> {
+    let staged = blocks.iter().find_map(|block| match block.travel(fabric) {
+        (Travel::Staged, why) => Some((&block.name, why.unwrap_or_default())),
+        _ => None,
+    });
+    let Some((name, why)) = staged else { return Ok(Vec::new()) };
+    let capabilities = qmp.execute("query-migrate-capabilities", Value::Null).await?;
+    let on = ENCODINGS.iter().filter(|name| is_on(&capabilities, name));
+    let blocker = |capability: &&str| Blocker {
+        reason: format!(
+            "Capability '{capability}' can't be combined with rdma: while RAM block '{name}' is \
+             sent from the stream ({why})"
+        ),
+        cure: format!("turn it off: migrate_set_capability {capability} off"),
+    };
+    Ok(on.map(blocker).collect())
 }
 
 /// Capabilities and parameters that exclude `rdma:`; looked at before each migration.
@@ -119,14 +153,48 @@ async fn devices(qmp: &mut impl Execute) -> Result<Vec<String>, QmpError> {
     Ok(found)
 }
 
-/// The guest's memory has to be reachable: nothing is gained if it is not.
-fn memory(blocks: &[RamBlock]) -> Option<Blocker> {
+/// Guest memory that is not shared costs a copy at the source; at the destination all of it takes
+/// the stream through QEMU. Nothing is stopped by that.
+pub fn memory(blocks: &[RamBlock]) -> Option<Blocker> {
     let largest = blocks.iter().max_by_key(|block| block.length)?;
     let why = largest.why_not.as_ref()?;
     Some(Blocker {
-        reason: format!("The guest's memory, RAM block '{}', can't be mapped: {why}", largest.name),
+        reason: format!(
+            "The guest's memory, RAM block '{}', is slower to send, and much slower to \
+             receive: {why}",
+            largest.name
+        ),
         cure: "start QEMU with -object memory-backend-memfd,id=ram0,size=SIZE,share=on and \
                -machine memory-backend=ram0"
             .into(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A QEMU with these devices.
+    struct Devices(Value);
+
+    impl Execute for Devices {
+        async fn execute(&mut self, _: &str, arguments: Value) -> Result<Value, QmpError> {
+            match arguments["path"].as_str() {
+                Some("/machine/peripheral") => Ok(self.0.clone()),
+                _ => Err(QmpError::generic("no such container")),
+            }
+        }
+    }
+
+    /// Its state begins before RAM and has no length that can be known.
+    #[tokio::test]
+    async fn a_device_with_state_of_unknown_length_is_named() {
+        let mut qemu = Devices(json!([
+            {"name": "type", "type": "string"},
+            {"name": "net0", "type": "child<virtio-net-pci>"},
+            {"name": "gpu", "type": "child<vfio-pci>"},
+            {"name": "vm0", "type": "child<virtio-mem-pci>"},
+        ]));
+        assert_eq!(devices(&mut qemu).await.unwrap(), ["gpu (vfio-pci)"]);
+    }
 }

@@ -1,15 +1,19 @@
 //! QEMU's RAM blocks, and the files behind those that can be mapped.
 
-use std::os::fd::OwnedFd;
+use std::{io, os::fd::OwnedFd};
 
 use serde_json::Value;
 
 use super::{
-    QemuError,
+    QemuError, discards,
     maps::{self, FileMapping},
     ramblock_text::{self, Row},
 };
-use crate::qmp::{Execute, monitor_line};
+use crate::{
+    migration::messages::{FabricKind, ROM_MAX},
+    qmp::{Execute, monitor_line},
+    stream::Travel,
+};
 
 /// A RAM block.
 #[derive(Debug)]
@@ -20,10 +24,28 @@ pub struct RamBlock {
     pub length: u64,
     /// Page size of its backing in bytes.
     pub page_size: u64,
-    /// The file behind it; `None` if its pages have to travel in the stream.
+    /// The file behind it; `None` if its pages have to come from the stream.
     pub backing: Option<Backing>,
     /// Why there is no backing.
     pub why_not: Option<String>,
+    /// Who may take pages of it away while the guest runs, if anybody.
+    pub discards: Option<String>,
+}
+
+impl RamBlock {
+    /// How its pages travel from here over `fabric`; and why, if they are not mapped.
+    ///
+    /// Memory that is not shared is staged too if it is written at the destination. Until the
+    /// destination has said so, that is expected of all that is too long for a ROM.
+    pub fn travel(&self, fabric: FabricKind) -> (Travel, Option<&str>) {
+        match (&self.backing, &self.discards) {
+            (None, _) if self.length > ROM_MAX => (Travel::Staged, self.why_not.as_deref()),
+            (None, _) => (Travel::InStream, self.why_not.as_deref()),
+            // What was pinned would not be what the guest has after that.
+            (Some(_), Some(why)) if fabric.pins() => (Travel::Staged, Some(why)),
+            (Some(_), _) => (Travel::Mapped, None),
+        }
+    }
 }
 
 /// The file behind a RAM block.
@@ -47,10 +69,16 @@ pub async fn find(qmp: &mut impl Execute, pid: u32) -> Result<Vec<RamBlock>, Qem
         let what = what.to_owned();
         move |source| QemuError::Process { pid, what, source }
     };
-    let mappings = maps::read(pid).map_err(process("reading its mappings"))?;
+    let mapped = maps::read(pid).map_err(process("reading its mappings"))?;
+    let mappings = maps::parse(&mapped);
     let addresses = addresses(qmp, &rows, &mappings).await?;
     let mut blocks = Vec::with_capacity(rows.len());
     for (row, address) in rows.into_iter().zip(addresses) {
+        if address.as_ref().is_ok_and(|address| !maps::is_mapped(&mapped, *address)) {
+            let what = format!("looking for RAM block '{}'", row.name);
+            let nothing = io::Error::new(io::ErrorKind::NotFound, "nothing is mapped there");
+            return Err(process(&what)(nothing));
+        }
         let found = match address {
             Ok(address) => maps::backing(&mappings, address, row.used)
                 .ok_or_else(|| "it is not shared memory with a file behind it".to_owned()),
@@ -64,8 +92,9 @@ pub async fn find(qmp: &mut impl Execute, pid: u32) -> Result<Vec<RamBlock>, Qem
             Err(why) => (None, Some(why)),
         };
         let Row { name, page_size, used: length, .. } = row;
-        blocks.push(RamBlock { name, length, page_size, backing, why_not });
+        blocks.push(RamBlock { name, length, page_size, backing, why_not, discards: None });
     }
+    discards::find(qmp, &mut blocks).await?;
     Ok(blocks)
 }
 

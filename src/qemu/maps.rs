@@ -3,6 +3,7 @@
 use std::{
     fs::{self, File, OpenOptions},
     io,
+    ops::Range,
     os::{
         fd::OwnedFd,
         unix::fs::{MetadataExt as _, OpenOptionsExt as _},
@@ -61,18 +62,30 @@ fn open_for_both(path: &std::path::Path) -> io::Result<OwnedFd> {
     Ok(options.read(true).write(true).custom_flags(nonblocking).open(path)?.into())
 }
 
-/// The shared, writable file mappings of process `pid`, in the order of their addresses.
-pub(super) fn read(pid: u32) -> io::Result<Vec<FileMapping>> {
-    Ok(parse(&fs::read_to_string(format!("/proc/{pid}/maps"))?))
+/// What process `pid` has mapped, as /proc shows it.
+pub(super) fn read(pid: u32) -> io::Result<String> {
+    fs::read_to_string(format!("/proc/{pid}/maps"))
 }
 
-fn parse(text: &str) -> Vec<FileMapping> {
+/// The shared, writable file mappings in `text`, in the order of their addresses.
+pub(super) fn parse(text: &str) -> Vec<FileMapping> {
     text.lines().filter_map(parse_line).collect()
+}
+
+/// Anything is mapped at `address`.
+pub(super) fn is_mapped(text: &str, address: u64) -> bool {
+    let is_there = |line: &str| Some(range(line.split(' ').next()?)?.contains(&address));
+    text.lines().any(|line| is_there(line) == Some(true))
+}
+
+fn range(word: &str) -> Option<Range<u64>> {
+    let (start, end) = word.split_once('-')?;
+    Some(u64::from_str_radix(start, 16).ok()?..u64::from_str_radix(end, 16).ok()?)
 }
 
 fn parse_line(line: &str) -> Option<FileMapping> {
     let mut words = line.splitn(6, ' ');
-    let (start, end) = words.next()?.split_once('-')?;
+    let Range { start, end } = range(words.next()?)?;
     let permissions = words.next()?;
     let (offset, device, inode) = (words.next()?, words.next()?, words.next()?);
     let (major, minor) = device.split_once(':')?;
@@ -82,8 +95,8 @@ fn parse_line(line: &str) -> Option<FileMapping> {
         return None;
     }
     Some(FileMapping {
-        start: hex(start)?,
-        end: hex(end)?,
+        start,
+        end,
         offset: hex(offset)?,
         device: (u32::from_str_radix(major, 16).ok()?, u32::from_str_radix(minor, 16).ok()?),
         inode,
@@ -131,6 +144,14 @@ mod tests {
         let mappings = parse(MAPS);
         assert_eq!(mappings.len(), 3);
         assert_eq!(mappings[1].path, "/dev/shm/a b");
+    }
+
+    #[test]
+    fn private_mappings_are_seen() {
+        assert!(is_mapped(MAPS, 0x7ff9_e7ff_f000));
+        assert!(is_mapped(MAPS, 0x7ffa_18ff_efff));
+        assert!(!is_mapped(MAPS, 0x7ffa_18ff_f000));
+        assert!(!is_mapped("nonsense", 0));
     }
 
     #[test]

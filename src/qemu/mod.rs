@@ -4,6 +4,7 @@
 
 pub mod blockers;
 pub mod blocks;
+mod discards;
 mod maps;
 mod ramblock_text;
 

@@ -92,6 +92,8 @@ impl Destination {
         exit_on_error: Option<bool>,
     ) -> Result<(Value, Worker), QmpError> {
         let generic = |error: &dyn std::fmt::Display| QmpError::generic(error.to_string());
+        let worker = Worker::start(self.context.fabric.kind()).await;
+        let mut worker = worker.map_err(|error| generic(&error))?;
         let mut qemu = self.context.qemu.clone();
         if let Some(blocker) = blockers::settings(&mut qemu).await?.first() {
             return Err(QmpError::generic(format!("{}; {}", blocker.reason, blocker.cure)));
@@ -102,7 +104,7 @@ impl Destination {
         let (ours, theirs) = worker::migration_socket().map_err(|error| generic(&error))?;
         let order = Order::Incoming { address, blocks: super::listed(&blocks), options };
         let fds = worker::order_fds(&ours, &blocks);
-        let mut worker = Worker::start(&order, &fds).await.map_err(|error| generic(&error))?;
+        worker.begin(&order, &fds).await.map_err(|error| generic(&error))?;
         drop((ours, blocks));
         let listening = timeout(LISTENING, async {
             loop {

@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 
 use super::{
     Context,
-    schema::{RdmaFabric, RdmaHelperBlock, RdmaHelperInfo, RdmaMigrateBlocker},
+    schema::{RdmaFabric, RdmaHelperBlock, RdmaHelperInfo, RdmaMigrateBlocker, RdmaTravel},
 };
 use crate::{
     migration::messages::FabricKind,
@@ -13,6 +13,7 @@ use crate::{
         blocks::{self, RamBlock},
     },
     qmp::{Execute as _, QmpError},
+    stream::Travel,
 };
 
 async fn find_blocks(context: &Context) -> Result<Vec<RamBlock>, QmpError> {
@@ -27,23 +28,34 @@ async fn find_blocks(context: &Context) -> Result<Vec<RamBlock>, QmpError> {
 pub async fn query_helper(context: &Context) -> Result<Value, QmpError> {
     let version = context.qemu.clone().execute("query-version", Value::Null).await?;
     let number = |part: &str| version["qemu"][part].as_u64().unwrap_or(0);
-    let blocks = find_blocks(context).await?.into_iter().map(|block| RdmaHelperBlock {
-        name: block.name,
-        length: block.length,
-        page_size: block.page_size,
-        written: block.backing.is_some(),
-        path: block.backing.map(|backing| backing.path),
-        reason: block.why_not,
+    let fabric = context.fabric.kind();
+    let blocks = find_blocks(context).await?.into_iter().map(|block| {
+        let (travel, reason) = block.travel(fabric);
+        let reason = reason.map(str::to_owned);
+        RdmaHelperBlock {
+            travel: match travel {
+                Travel::Mapped => RdmaTravel::mapped,
+                Travel::Staged => RdmaTravel::staged,
+                Travel::InStream => RdmaTravel::in_stream,
+            },
+            name: block.name,
+            length: block.length,
+            page_size: block.page_size,
+            path: block.backing.map(|backing| backing.path),
+            reason,
+        }
     });
     let info = RdmaHelperInfo {
         version: env!("CARGO_PKG_VERSION").into(),
-        fabric: match context.fabric.kind() {
+        fabric: match fabric {
             FabricKind::Tcp => RdmaFabric::tcp,
             FabricKind::Verbs => RdmaFabric::verbs,
         },
         devices: crate::fabric::devices(),
         qemu: format!("{}.{}.{}", number("major"), number("minor"), number("micro")),
         pid: context.pid,
+        queue_pairs: context.queue_pairs,
+        pin_limit: context.pin_limit,
         blocks: blocks.collect(),
     };
     Ok(json!(info))
@@ -55,7 +67,7 @@ pub async fn query_helper(context: &Context) -> Result<Value, QmpError> {
 /// As [`query_helper`].
 pub async fn query_blockers(context: &Context) -> Result<Value, QmpError> {
     let blocks = find_blocks(context).await?;
-    let found = blockers::find(&mut context.qemu.clone(), &blocks).await?;
+    let found = blockers::find(&mut context.qemu.clone(), &blocks, context.fabric.kind()).await?;
     let found = found
         .into_iter()
         .map(|blockers::Blocker { reason, cure }| RdmaMigrateBlocker { reason, cure });

@@ -53,12 +53,9 @@ impl FabricChoice {
     /// What carries a migration that starts now.
     pub fn kind(self) -> FabricKind {
         match self {
+            Self::Auto => FabricKind::auto(),
             Self::Tcp => FabricKind::Tcp,
             Self::Verbs => FabricKind::Verbs,
-            Self::Auto if cfg!(feature = "verbs") && !fabric::devices().is_empty() => {
-                FabricKind::Verbs
-            }
-            Self::Auto => FabricKind::Tcp,
         }
     }
 
@@ -88,6 +85,10 @@ pub struct AttachOptions {
     pub stall_timeout: Duration,
     /// How long the peer's RDMA device may give no sign of life.
     pub peer_timeout: Duration,
+    /// Queue pairs that carry RAM between two helpers.
+    pub queue_pairs: u16,
+    /// Bytes of guest RAM that may be pinned at a time; `None`: all of it.
+    pub pin_limit: Option<u64>,
     /// QEMU's process, where the socket does not tell.
     pub pid: Option<u32>,
 }
@@ -141,7 +142,18 @@ pub async fn attach(options: AttachOptions) -> Result<(), RelayError> {
     let process = Arc::new(Process::open(pid));
     let (qemu_qmp, fabric) = (options.qemu_qmp.clone(), options.fabric);
     let (stall_timeout, peer_timeout) = (options.stall_timeout, options.peer_timeout);
-    let context = Context { qemu, qemu_qmp, pid, process, fabric, stall_timeout, peer_timeout };
+    let (queue_pairs, pin_limit) = (options.queue_pairs, options.pin_limit);
+    let context = Context {
+        qemu,
+        qemu_qmp,
+        pid,
+        process,
+        fabric,
+        stall_timeout,
+        peer_timeout,
+        queue_pairs,
+        pin_limit,
+    };
     let serve_error = |source| RelayError::Serve { path: options.qmp.clone(), source };
     let socket = ServedSocket::bind(&options.qmp).await.map_err(serve_error)?;
     serve::Relay::new(context, greeting).run(socket, said).await.map_err(RelayError::Start)
@@ -157,6 +169,8 @@ struct Context {
     fabric: FabricChoice,
     stall_timeout: Duration,
     peer_timeout: Duration,
+    queue_pairs: u16,
+    pin_limit: Option<u64>,
 }
 
 impl Context {
@@ -166,10 +180,10 @@ impl Context {
         Ok(Options {
             pin_all: blockers::is_on(&capabilities, "rdma-pin-all"),
             return_path: blockers::is_on(&capabilities, "return-path"),
-            // There is a balloon if it can be asked how large the guest is.
-            discards: qemu.execute("query-balloon", Value::Null).await.is_ok(),
             stall_timeout: self.stall_timeout.as_secs().max(1),
             peer_timeout: self.peer_timeout.as_secs().max(1),
+            queue_pairs: self.queue_pairs,
+            pin_limit: self.pin_limit,
             fabric: self.fabric.kind(),
         })
     }

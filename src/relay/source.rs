@@ -22,6 +22,7 @@ use crate::{
     },
     qemu::{blockers, blocks},
     qmp::{Execute as _, QmpError, envelope},
+    stream::Travel,
 };
 
 /// How long connecting and comparing block lists may take in all; the worker's own bounds are
@@ -136,6 +137,7 @@ impl Source {
 
     /// Connect a worker to the destination, and start QEMU's migration into it.
     async fn prepare(&mut self, address: &Address) -> Result<(Value, Begun), QmpError> {
+        let mut worker = Worker::start(self.context.fabric.kind()).await.map_err(generic)?;
         let mut qemu = self.qemu();
         let state = qemu.execute("query-migrate", Value::Null).await?;
         if state["status"].as_str().is_some_and(|status| UNDER_WAY.contains(&status)) {
@@ -148,11 +150,17 @@ impl Source {
         }
         // From here on a failure is this migration's.
         self.view.send_modify(|view| view.phase = Phase::Connecting);
-        let blocks = blocks::find(&mut qemu, self.context.pid).await.map_err(generic)?;
-        if let Some(blocker) = blockers::find(&mut qemu, &blocks).await?.first() {
+        let mut blocks = blocks::find(&mut qemu, self.context.pid).await.map_err(generic)?;
+        let options = self.context.options(&mut qemu).await?;
+        if let Some(blocker) = blockers::find(&mut qemu, &blocks, options.fabric).await?.first() {
             return Err(QmpError::generic(format!("{}; {}", blocker.reason, blocker.cure)));
         }
-        let options = self.context.options(&mut qemu).await?;
+        // The worker gets the memory that it may read, and no other.
+        for block in &mut blocks {
+            if block.travel(options.fabric).0 != Travel::Mapped {
+                block.backing = None;
+            }
+        }
         let total = blocks.iter().map(|block| block.length).sum();
         self.view.send_modify(|view| {
             view.pin_all = options.pin_all;
@@ -167,7 +175,7 @@ impl Source {
             options,
         };
         let fds = worker::order_fds(&ours, &blocks);
-        let mut worker = Worker::start(&order, &fds).await.map_err(generic)?;
+        worker.begin(&order, &fds).await.map_err(generic)?;
         drop(blocks);
         match timeout(agreement, self.await_agreement(&mut worker)).await {
             Ok(result) => result?,
@@ -194,11 +202,18 @@ impl Source {
     }
 
     async fn await_agreement(&mut self, worker: &mut Worker) -> Result<(), QmpError> {
+        let mut emitted = Instant::now();
         loop {
             match worker.report().await {
                 Some(Report::Agreed) => return Ok(()),
                 Some(Report::Progress(progress)) => {
+                    let pins = progress.pinned > 0;
                     self.view.send_modify(|view| view.progress = progress);
+                    // All of a large guest takes a while.
+                    if pins && emitted.elapsed() >= Duration::from_secs(1) {
+                        emitted = Instant::now();
+                        self.emit_throughput().await;
+                    }
                 }
                 Some(Report::Failed { reason, .. }) => return Err(QmpError::generic(reason)),
                 _ => return Err(QmpError::generic(WORKER_DIED)),

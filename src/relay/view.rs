@@ -194,6 +194,10 @@ impl View {
             values.push(("remaining ram", kbytes("remaining")));
             values.push(("total ram", kbytes("total")));
             values.push(("rdma fabric", self.progress.fabric.clone()));
+            if self.progress.pin_ms > 0 {
+                let Progress { pinned, pin_ms, .. } = self.progress;
+                values.push(("rdma pinned", format!("{} kbytes in {pin_ms} ms", pinned >> 10)));
+            }
         }
         hmp::with_values(text, &values)
     }
@@ -214,6 +218,8 @@ impl View {
             }],
             fabric: self.progress.fabric.parse().unwrap_or(RdmaFabric::tcp),
             connections: self.progress.connections,
+            pinned: self.progress.pinned,
+            pin_time: self.progress.pin_ms,
         };
         envelope::event("RDMA_MIGRATION_THROUGHPUT", &json!(data))
     }
@@ -235,6 +241,8 @@ mod tests {
             in_flight: 4096,
             setup_ms: 10,
             elapsed_ms: 110,
+            pinned: 2 << 20,
+            pin_ms: 3,
             fabric: "tcp".into(),
             connections: 1,
             ..Progress::default()
@@ -280,6 +288,7 @@ mod tests {
         assert_eq!(shown["ram"]["transferred"], 1_000_024);
         let text = view.overlay_text("", &shown);
         assert!(text.contains("Migration status: failed (It broke)\r\n"), "{text}");
+        assert!(text.contains("rdma pinned: 2048 kbytes in 3 ms\r\n"), "{text}");
     }
 
     #[test]
@@ -289,6 +298,8 @@ mod tests {
         assert_eq!(event["event"], "RDMA_MIGRATION_THROUGHPUT");
         assert_eq!(event["data"]["fabric"], "tcp");
         assert_eq!(event["data"]["mbps"], 12.5);
+        assert_eq!(event["data"]["pinned"], 2 << 20);
+        assert_eq!(event["data"]["pin-time"], 3);
         assert_eq!(
             event["data"]["capabilities"],
             json!([{"capability": "rdma-pin-all", "state": false}])

@@ -18,7 +18,7 @@ use tokio::{
 use tracing::warn;
 
 use crate::{
-    migration::messages::{LINE_MAX, Order, Report},
+    migration::messages::{FabricKind, LINE_MAX, Order, Report},
     qmp::socket,
 };
 
@@ -33,11 +33,11 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// Start one, and give it its first order with these descriptors.
+    /// Start one. It gets ready for `fabric` while its order is put together.
     ///
     /// # Errors
     /// The system's.
-    pub async fn start(order: &Order, fds: &[BorrowedFd<'_>]) -> io::Result<Self> {
+    pub async fn start(fabric: FabricKind) -> io::Result<Self> {
         let (ours, theirs) = StdUnixStream::pair()?;
         ours.set_nonblocking(true)?;
         let child = Command::new("/proc/self/exe")
@@ -48,8 +48,16 @@ impl Worker {
             .kill_on_drop(true)
             .spawn()?;
         let mut worker = Self { child, control: UnixStream::from_std(ours)?, buffer: Vec::new() };
-        worker.send(order, fds).await?;
+        worker.send(&Order::Prepare { fabric }, &[]).await?;
         Ok(worker)
+    }
+
+    /// Give it the order that begins its migration, with these descriptors.
+    ///
+    /// # Errors
+    /// The system's.
+    pub async fn begin(&mut self, order: &Order, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+        self.send(order, fds).await
     }
 
     async fn send(&mut self, order: &Order, fds: &[BorrowedFd<'_>]) -> io::Result<()> {

@@ -14,7 +14,7 @@ pub enum StreamError {
     /// A section whose end can't be found.
     #[error(
         "The guest's state contains section '{0}', whose length can't be known; remove the device \
-         or feature behind it (vfio, virtio-mem, dirty bitmaps) or migrate over tcp:"
+         or feature behind it (vfio, dirty bitmaps) or migrate over tcp:"
     )]
     UnknownSection(String),
     /// A feature of the stream that excludes this way of migrating.

@@ -1,5 +1,7 @@
 //! The grammar of the stream, fed with bytes cut anywhere.
 
+mod sections;
+
 use std::collections::HashMap;
 
 use super::{
@@ -7,25 +9,13 @@ use super::{
     fields::{FIELD_MAX, Fields},
 };
 use crate::wire::BLOCKS_MAX;
+use sections::section;
 
 /// The target's page size: 4 KiB on x86.
 pub const PAGE: u64 = 4096;
 
 /// Longest item that has to be seen whole, in bytes: a record's or a command's head with a name.
 const ITEM_MAX: usize = 2048;
-
-/// Section types (QEMU_VM_* of `migration/savevm.h`).
-mod section {
-    pub const EOF: u8 = 0x00;
-    pub const START: u8 = 0x01;
-    pub const PART: u8 = 0x02;
-    pub const END: u8 = 0x03;
-    pub const FULL: u8 = 0x04;
-    pub const SUBSECTION: u8 = 0x05;
-    pub const CONFIGURATION: u8 = 0x07;
-    pub const COMMAND: u8 = 0x08;
-    pub const FOOTER: u8 = 0x7e;
-}
 
 /// Flags in the low bits of a RAM record's word (RAM_SAVE_FLAG_* of `migration/ram.c`).
 pub(super) mod flag {
@@ -56,8 +46,8 @@ pub(super) enum Item {
     Other,
     /// The last entry of the block list.
     BlocksEnd,
-    /// The head of a record with a page's content (of any encoding) as payload.
-    Page { block: u32, offset: u64 },
+    /// The head of a record with a page's content as payload: the plain bytes, or encoded.
+    Page { block: u32, offset: u64, plain: bool },
     /// A page that is zero; no payload.
     Zero { block: u32, offset: u64 },
     /// RDMA's synchronisation point.
@@ -123,6 +113,8 @@ enum State {
     Body(Ram),
     /// Behind a RAM section's body.
     Footer(Ram),
+    /// Behind the body of a device's section.
+    DeviceFooter(u32),
     /// Behind the last RAM section.
     Opaque,
 }
@@ -318,6 +310,13 @@ impl Parser {
                 }
                 Ok(other(&fields, if ram == Ram::End { State::Opaque } else { State::Section }))
             }
+            State::DeviceFooter(section) => {
+                let (Some(mark), Some(id)) = (fields.u8(), fields.u32()) else { return Ok(None) };
+                if mark != section::FOOTER || id != section {
+                    return Err(self.malformed("no footer behind a device's section"));
+                }
+                Ok(other(&fields, State::Section))
+            }
         }
     }
 
@@ -329,87 +328,6 @@ impl Parser {
             }
             _ => Ok(()),
         }
-    }
-
-    /// A subsection of the configuration.
-    fn subsection(&self, fields: &mut Fields<'_>) -> Result<Option<Found>, StreamError> {
-        fields.next = 1;
-        let (Some(name), Some(_version)) = (fields.string(), fields.u32()) else { return Ok(None) };
-        let mut next = State::Subsection;
-        let whole = match name {
-            b"configuration/target-page-bits" => match fields.u32() {
-                Some(bits) if bits != PAGE.trailing_zeros() => {
-                    return Err(StreamError::Unsupported("a target page size other than 4 KiB"));
-                }
-                bits => bits.is_some(),
-            },
-            b"configuration/uuid" => fields.skip(16).is_some(),
-            b"configuration/capabilities" => match fields.u32() {
-                Some(0) => true,
-                Some(count @ 1..=64) => {
-                    next = State::Capabilities(count);
-                    true
-                }
-                Some(count) => return Err(self.malformed(format!("{count} capabilities"))),
-                None => false,
-            },
-            other => {
-                let name = String::from_utf8_lossy(other);
-                return Err(self.malformed(format!("unknown configuration '{name}'")));
-            }
-        };
-        Ok(whole.then_some(Found { size: fields.next, item: Item::Other, payload: 0, next }))
-    }
-
-    /// The head of a section, or a command.
-    fn section(&mut self, fields: &mut Fields<'_>) -> Result<Option<Found>, StreamError> {
-        let Some(kind) = fields.u8() else { return Ok(None) };
-        let next = match kind {
-            section::COMMAND => return self.command(fields),
-            section::START | section::FULL => {
-                let (Some(id), Some(name)) = (fields.u32(), fields.string()) else {
-                    return Ok(None);
-                };
-                let (Some(_instance), Some(version)) = (fields.u32(), fields.u32()) else {
-                    return Ok(None);
-                };
-                if (kind, name) != (section::START, b"ram".as_slice()) {
-                    let name = String::from_utf8_lossy(name).into_owned();
-                    return Err(StreamError::UnknownSection(name));
-                }
-                if version != 4 || self.ram_id.is_some() {
-                    return Err(self.malformed(format!("RAM of version {version}, or twice")));
-                }
-                self.ram_id = Some(id);
-                State::MemSize
-            }
-            section::PART | section::END => {
-                let Some(id) = fields.u32() else { return Ok(None) };
-                if Some(id) != self.ram_id {
-                    return Err(self.malformed(format!("a part of unknown section {id}")));
-                }
-                State::Body(if kind == section::PART { Ram::Part } else { Ram::End })
-            }
-            section::EOF => return Err(self.malformed("an end before the last RAM section")),
-            other => return Err(self.malformed(format!("section type {other:#x}"))),
-        };
-        Ok(Some(Found { size: fields.next, item: Item::Other, payload: 0, next }))
-    }
-
-    /// A command (MIG_CMD_* of `migration/savevm.c`).
-    fn command(&self, fields: &mut Fields<'_>) -> Result<Option<Found>, StreamError> {
-        let (Some(command), Some(length)) = (fields.u16(), fields.u16()) else { return Ok(None) };
-        match command {
-            // OPEN_RETURN_PATH, PING, SWITCHOVER_START.
-            1 | 2 | 11 => {}
-            3..=7 | 9 | 10 => return Err(StreamError::Unsupported("postcopy")),
-            8 => return Err(StreamError::Unsupported("COLO")),
-            other => return Err(self.malformed(format!("command {other}"))),
-        }
-        self.bounded(Some(length.into()), FIELD_MAX, "a command")?;
-        let whole = fields.skip(length.into());
-        let next = State::Section;
-        Ok(whole.map(|()| Found { size: fields.next, item: Item::Other, payload: 0, next }))
     }
 
     /// An entry of the block list.
@@ -461,7 +379,7 @@ impl Parser {
         }
         let Some(block) = self.record_block(fields, flags, offset)? else { return Ok(None) };
         let (item, payload) = match flags & !flag::CONTINUE {
-            flag::PAGE => (Item::Page { block, offset }, PAGE),
+            flag::PAGE => (Item::Page { block, offset, plain: true }, PAGE),
             flag::ZERO => match fields.u8() {
                 Some(0) => (Item::Zero { block, offset }, 0),
                 Some(fill) => return Err(self.malformed(format!("a page filled with {fill:#x}"))),
@@ -474,7 +392,7 @@ impl Parser {
                 if encoding != 1 || u64::from(length) > PAGE {
                     return Err(self.malformed("an XBZRLE page that is none"));
                 }
-                (Item::Page { block, offset }, length.into())
+                (Item::Page { block, offset, plain: false }, length.into())
             }
             flag::COMPRESS_PAGE => {
                 let Some(length) = fields.u32() else { return Ok(None) };
@@ -482,7 +400,7 @@ impl Parser {
                 if u64::from(length) > PAGE + 64 {
                     return Err(self.malformed(format!("a compressed page of {length} bytes")));
                 }
-                (Item::Page { block, offset }, length.into())
+                (Item::Page { block, offset, plain: false }, length.into())
             }
             _ => return Err(self.malformed(format!("RAM word {word:#x}"))),
         };

@@ -11,8 +11,10 @@ const HELD_MAX: usize = 256 << 10;
 /// How a RAM block's pages travel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Travel {
-    /// Written to the destination's memory; their records are taken out.
-    Written,
+    /// Written to the destination's memory from the shared mapping; their records are taken out.
+    Mapped,
+    /// Written to the destination's memory from their records, which are taken out.
+    Staged,
     /// As records in the stream.
     InStream,
 }
@@ -73,6 +75,19 @@ pub trait Outlet {
     /// The outlet's own.
     fn write(&mut self, range: BlockRange) -> Result<(), Self::Error>;
 
+    /// The next bytes for [`Outlet::write_staged`], at most [`Limits::write`] before it is called.
+    ///
+    /// # Errors
+    /// The outlet's own.
+    fn stage(&mut self, bytes: &[u8]) -> Result<(), Self::Error>;
+
+    /// Write these pages now. Their content is what was staged since the last call, no more and no
+    /// less.
+    ///
+    /// # Errors
+    /// The outlet's own.
+    fn write_staged(&mut self, range: BlockRange) -> Result<(), Self::Error>;
+
     /// These pages are zero.
     ///
     /// # Errors
@@ -100,6 +115,7 @@ impl Rewriter {
             limits,
             travels: Vec::new(),
             run: None,
+            awaited: 0,
             hook_open: false,
             held: Vec::new(),
             named: None,
@@ -119,11 +135,15 @@ impl Rewriter {
         self.parser.push(input, &mut Rewriting { state: &mut self.state, out })
     }
 
-    /// Let go of a range that might still grow: for when no more bytes are at hand.
+    /// Let go of a range that might still grow: for when no more bytes are at hand. One whose last
+    /// page is not whole stays: QEMU is about to send the rest.
     ///
     /// # Errors
     /// The outlet's.
     pub fn flush<O: Outlet>(&mut self, out: &mut O) -> Result<(), PushError<O::Error>> {
+        if self.state.awaited > 0 {
+            return Ok(());
+        }
         Rewriting { state: &mut self.state, out }.flush_run().map_err(PushError::Taker)
     }
 
@@ -141,10 +161,18 @@ impl Rewriter {
     }
 }
 
+/// Where the bytes of a run's pages are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Source {
+    Memory,
+    Records,
+    Zero,
+}
+
 /// Pages that were joined so far.
 #[derive(Debug, Clone, Copy)]
 struct Run {
-    zero: bool,
+    source: Source,
     block: u32,
     start: u64,
     end: u64,
@@ -155,6 +183,8 @@ struct State {
     limits: Limits,
     travels: Vec<Travel>,
     run: Option<Run>,
+    /// Bytes of the last staged page that have not come yet.
+    awaited: usize,
     /// Between HOOK and REGISTER_FINISHED.
     hook_open: bool,
     /// In-stream records that wait for REGISTER_FINISHED.
@@ -170,10 +200,11 @@ struct Rewriting<'a, O> {
 
 impl<O: Outlet> Rewriting<'_, O> {
     /// Join a page to the run, or begin a new one with it.
-    fn page(&mut self, zero: bool, block: u32, offset: u64) -> Result<(), O::Error> {
-        let limit = if zero { self.state.limits.zero } else { self.state.limits.write };
+    fn page(&mut self, source: Source, block: u32, offset: u64) -> Result<(), O::Error> {
+        let limits = self.state.limits;
+        let limit = if source == Source::Zero { limits.zero } else { limits.write };
         if let Some(run) = &mut self.state.run
-            && run.zero == zero
+            && run.source == source
             && run.block == block
             && run.end == offset
             && !offset.is_multiple_of(limit)
@@ -182,7 +213,7 @@ impl<O: Outlet> Rewriting<'_, O> {
             return Ok(());
         }
         self.flush_run()?;
-        self.state.run = Some(Run { zero, block, start: offset, end: offset + PAGE });
+        self.state.run = Some(Run { source, block, start: offset, end: offset + PAGE });
         Ok(())
     }
 
@@ -193,7 +224,11 @@ impl<O: Outlet> Rewriting<'_, O> {
             self.open_hook()?;
         }
         let range = BlockRange { block: run.block, offset: run.start, length: run.end - run.start };
-        if run.zero { self.out.zero(range) } else { self.out.write(range) }
+        match run.source {
+            Source::Memory => self.out.write(range),
+            Source::Records => self.out.write_staged(range),
+            Source::Zero => self.out.zero(range),
+        }
     }
 
     fn open_hook(&mut self) -> Result<(), O::Error> {
@@ -259,13 +294,17 @@ impl<O: Outlet> Rewriting<'_, O> {
         self.in_stream(rest)
     }
 
+    /// How a block's pages travel.
+    fn travel(&self, block: u32) -> Travel {
+        self.state.travels.get(block as usize).copied().unwrap_or(Travel::InStream)
+    }
+
     fn take_item(
         &mut self,
         item: Item,
         raw: &[u8],
         blocks: &[StreamBlock],
     ) -> Result<Payload, O::Error> {
-        let written = |block: u32| self.state.travels.get(block as usize) == Some(&Travel::Written);
         match item {
             Item::Other | Item::Opaque => self.out.stream(raw)?,
             Item::BlocksEnd => {
@@ -275,14 +314,21 @@ impl<O: Outlet> Rewriting<'_, O> {
                 self.open_hook()?;
                 self.close_hook()?;
             }
-            Item::Page { block, offset } if written(block) => {
-                self.page(false, block, offset)?;
-                return Ok(Payload::Drop);
-            }
-            Item::Zero { block, offset } if written(block) => self.page(true, block, offset)?,
-            Item::Page { block, .. } | Item::Zero { block, .. } => {
-                self.record_head(raw, block, blocks)?;
-            }
+            Item::Page { block, offset, .. } => match self.travel(block) {
+                Travel::Mapped => {
+                    self.page(Source::Memory, block, offset)?;
+                    return Ok(Payload::Drop);
+                }
+                Travel::Staged => {
+                    self.page(Source::Records, block, offset)?;
+                    self.state.awaited = PAGE as usize;
+                }
+                Travel::InStream => self.record_head(raw, block, blocks)?,
+            },
+            Item::Zero { block, offset } => match self.travel(block) {
+                Travel::Mapped | Travel::Staged => self.page(Source::Zero, block, offset)?,
+                Travel::InStream => self.record_head(raw, block, blocks)?,
+            },
             // Multifd's synchronisation is none of the destination's business.
             Item::Hook | Item::MultifdFlush => {}
             Item::Eos { .. } => {
@@ -303,13 +349,28 @@ impl<O: Outlet> Taker for Rewriting<'_, O> {
         raw: &[u8],
         blocks: &[StreamBlock],
     ) -> Result<Payload, PushError<O::Error>> {
-        if item == Item::Hook {
-            return Err(PushError::Stream(StreamError::Unsupported("RDMA of QEMU's own")));
+        match item {
+            Item::Hook => {
+                return Err(PushError::Stream(StreamError::Unsupported("RDMA of QEMU's own")));
+            }
+            // Only QEMU can decode them, and it would race with what is written.
+            Item::Page { block, plain: false, .. } if self.travel(block) == Travel::Staged => {
+                let what = "XBZRLE or compression for memory that is sent from it";
+                return Err(PushError::Stream(StreamError::Unsupported(what)));
+            }
+            _ => {}
         }
         self.take_item(item, raw, blocks).map_err(PushError::Taker)
     }
 
     fn payload(&mut self, bytes: &[u8]) -> Result<(), PushError<O::Error>> {
-        self.in_stream(bytes).map_err(PushError::Taker)
+        let taken = match self.state.awaited {
+            0 => self.in_stream(bytes),
+            _ => {
+                self.state.awaited -= bytes.len();
+                self.out.stage(bytes)
+            }
+        };
+        taken.map_err(PushError::Taker)
     }
 }

@@ -1,5 +1,8 @@
 //! Streams built by hand, any cut of them, and hostile ones.
 
+mod early;
+mod staged;
+
 use std::convert::Infallible;
 
 use proptest::prelude::*;
@@ -13,6 +16,7 @@ enum Asked {
     Stream(Vec<u8>),
     Hook,
     Write(u32, u64, u64),
+    Staged(u32, u64, Vec<u8>),
     Zero(u32, u64, u64),
     Finished,
     RamEnd,
@@ -22,6 +26,8 @@ enum Asked {
 struct Recorder {
     asked: Vec<Asked>,
     in_stream: Vec<&'static str>,
+    staged: Vec<&'static str>,
+    gathered: Vec<u8>,
 }
 
 impl Recorder {
@@ -51,9 +57,10 @@ impl Outlet for Recorder {
 
     fn ram_blocks(&mut self, blocks: &[StreamBlock]) -> Result<Vec<Travel>, Infallible> {
         self.blocks(blocks);
-        let travel = |block: &StreamBlock| match self.in_stream.contains(&block.name.as_str()) {
-            true => Travel::InStream,
-            false => Travel::Written,
+        let travel = |block: &StreamBlock| match &block.name.as_str() {
+            name if self.in_stream.contains(name) => Travel::InStream,
+            name if self.staged.contains(name) => Travel::Staged,
+            _ => Travel::Mapped,
         };
         Ok(blocks.iter().map(travel).collect())
     }
@@ -70,6 +77,18 @@ impl Outlet for Recorder {
 
     fn write(&mut self, range: BlockRange) -> Result<(), Infallible> {
         self.asked.push(Asked::Write(range.block, range.offset, range.length));
+        Ok(())
+    }
+
+    fn stage(&mut self, bytes: &[u8]) -> Result<(), Infallible> {
+        self.gathered.extend_from_slice(bytes);
+        Ok(())
+    }
+
+    fn write_staged(&mut self, range: BlockRange) -> Result<(), Infallible> {
+        let bytes = std::mem::take(&mut self.gathered);
+        assert_eq!(bytes.len() as u64, range.length);
+        self.asked.push(Asked::Staged(range.block, range.offset, bytes));
         Ok(())
     }
 
@@ -195,7 +214,14 @@ fn sample() -> Vec<u8> {
 }
 
 fn rewrite(stream: &[u8], cuts: &[usize]) -> Result<Recorder, PushError<Infallible>> {
-    let mut recorder = Recorder { in_stream: vec!["rom"], ..Recorder::default() };
+    rewrite_to(Recorder { in_stream: vec!["rom"], ..Recorder::default() }, stream, cuts)
+}
+
+fn rewrite_to(
+    mut recorder: Recorder,
+    stream: &[u8],
+    cuts: &[usize],
+) -> Result<Recorder, PushError<Infallible>> {
     let mut rewriter = Rewriter::new(Limits::default());
     let mut from = 0;
     for cut in cuts.iter().copied().chain([stream.len()]) {
@@ -434,7 +460,7 @@ proptest! {
             let at = at.index(stream.len());
             stream[at] = byte;
         }
-        let mut recorder = Recorder::default();
+        let mut recorder = Recorder { staged: vec!["rom"], ..Recorder::default() };
         let mut rewriter = Rewriter::new(Limits::default());
         let _ = rewriter.push(&stream, &mut recorder);
         let mut lengths = Vec::new();
@@ -443,6 +469,9 @@ proptest! {
                 Asked::Blocks(blocks) => lengths = blocks.into_iter().map(|(_, length)| length).collect(),
                 Asked::Write(block, offset, length) | Asked::Zero(block, offset, length) => {
                     prop_assert!(offset + length <= lengths[block as usize]);
+                }
+                Asked::Staged(block, offset, bytes) => {
+                    prop_assert!(offset + bytes.len() as u64 <= lengths[block as usize]);
                 }
                 _ => {}
             }

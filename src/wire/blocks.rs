@@ -137,6 +137,17 @@ impl BlockTable {
         Ok((index, range.start / CHUNK * CHUNK..range.end))
     }
 
+    /// The block and the range in it that an UNREGISTER_REQUEST means: as many chunks, from the one
+    /// with this number in the block.
+    ///
+    /// # Errors
+    /// A block or a range that does not exist.
+    pub fn unregister(&self, request: &Register) -> Result<(usize, Range<u64>), WireError> {
+        let base = self.offset(request.index.get() as usize).unwrap_or(0);
+        let start = request.key.get().checked_mul(CHUNK).and_then(|it| it.checked_add(base));
+        self.register(&Register { key: start.unwrap_or(u64::MAX).into(), ..*request })
+    }
+
     /// The range from `address` in block `index` to what `end` makes of the offset in the block
     /// and the block's length.
     fn range(
@@ -223,16 +234,22 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever the peer asks for, what is granted lies in the block.
+        /// Whatever the peer asks for, what is granted lies in the block: up to 16383 blocks of up
+        /// to 16 TiB.
         #[test]
         fn ranges_lie_in_their_block(
-            lengths in prop::collection::vec(1..16 * TIB, 1..20),
-            index in 0_u32..24,
+            lengths in prop::collection::vec(1..=16 * TIB, 1..20),
+            count in prop_oneof![1..24_usize, 1..=BLOCKS_MAX],
+            index in prop_oneof![0_u32..24, 0..=BLOCKS_MAX as u32],
             key in prop_oneof![any::<u64>(), 0..64 * TIB],
             length in prop_oneof![any::<u64>(), 0..32 * TIB],
             chunk_count in prop_oneof![any::<u64>(), 0..32_u64 << 20],
         ) {
+            let lengths: Vec<_> = lengths.into_iter().cycle().take(count).collect();
             let table = BlockTable::new(lengths.iter().copied()).unwrap();
+            // Now and then a key that is in the block.
+            let base = table.offset(index as usize).unwrap_or(0);
+            let key = if key % 2 == 0 { key } else { base.saturating_add(key % (32 * TIB)) };
             let compress = Compress {
                 value: 0.into(), block_idx: index.into(), offset: key.into(), length: length.into(),
             };
@@ -248,11 +265,29 @@ mod tests {
                 prop_assert!(range.start < range.end && range.end <= lengths[block]);
                 prop_assert_eq!(range.start % CHUNK, 0);
             }
+            if let Ok((block, range)) = table.unregister(&register) {
+                prop_assert!(range.start < range.end && range.end <= lengths[block]);
+                prop_assert_eq!(range.start / CHUNK, key);
+            }
+        }
+
+        /// Blocks are numbered one behind the other: no address means two of them.
+        #[test]
+        fn blocks_do_not_overlap(
+            lengths in prop::collection::vec(1..=16 * TIB, 1..20),
+            count in 2..=BLOCKS_MAX,
+            at in any::<prop::sample::Index>(),
+        ) {
+            let lengths: Vec<_> = lengths.into_iter().cycle().take(count).collect();
+            let table = BlockTable::new(lengths.iter().copied()).unwrap();
+            let at = at.index(count - 1);
+            let end = table.offset(at).unwrap() + lengths[at].div_ceil(CHUNK) * CHUNK;
+            prop_assert!(end <= table.offset(at + 1).unwrap());
         }
 
         /// Every chunk of every block can be registered, and its ranges cover it.
         #[test]
-        fn every_chunk_is_granted(length in 1..16 * TIB, at in any::<prop::sample::Index>()) {
+        fn every_chunk_is_granted(length in 1..=16 * TIB, at in any::<prop::sample::Index>()) {
             let table = BlockTable::new([4096, length]).unwrap();
             let chunk = at.index(usize::try_from(length.div_ceil(CHUNK)).unwrap()) as u64;
             let key = table.offset(1).unwrap() + chunk * CHUNK;

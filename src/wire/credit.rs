@@ -32,13 +32,15 @@ impl Flow {
 pub struct Sender {
     window: u32,
     credits: u32,
+    /// Credits that were taken since the start.
+    taken: u64,
 }
 
 impl Sender {
     /// At the connection's start.
     pub fn new(flow: Flow) -> Self {
         let credits = if flow == Flow::Lockstep { 0 } else { flow.window() };
-        Self { window: flow.window(), credits }
+        Self { window: flow.window(), credits, taken: 0 }
     }
 
     /// There is a credit.
@@ -51,7 +53,20 @@ impl Sender {
     pub fn take(&mut self) -> bool {
         let some = self.credits > 0;
         self.credits -= u32::from(some);
+        self.taken += u64::from(some);
         some
+    }
+
+    /// How many messages took a credit.
+    pub fn taken(&self) -> u64 {
+        self.taken
+    }
+
+    /// The peer has dealt with the first `messages` of them: as far as it said.
+    pub fn consumed(&self, messages: u64) -> bool {
+        // A credit comes back for each that was dealt with, in their order.
+        let outstanding = self.window.saturating_sub(self.credits);
+        self.taken.saturating_sub(outstanding.into()) >= messages
     }
 
     /// A READY with this `repeat` arrived.
@@ -114,11 +129,13 @@ impl Receiver {
     /// The `repeat` of the READY to send now, if one is due: in lock-step for each message, else
     /// when half the window is free.
     pub fn grant(&mut self) -> Option<u32> {
-        if self.free == 0 || self.free < self.window / 2 {
-            return None;
-        }
+        if self.free < self.window / 2 { None } else { self.grant_all() }
+    }
+
+    /// The same, for all that is free: the peer waits for it.
+    pub fn grant_all(&mut self) -> Option<u32> {
         self.granted += self.free;
-        Some(std::mem::take(&mut self.free))
+        Some(std::mem::take(&mut self.free)).filter(|free| *free > 0)
     }
 }
 
@@ -143,6 +160,27 @@ mod tests {
             assert!(!sender.take());
             receiver.received().unwrap();
             receiver.consumed();
+        }
+    }
+
+    #[test]
+    fn what_was_consumed_is_known_when_all_is_granted() {
+        for flow in [Flow::Lockstep, Flow::LockstepAhead, Flow::Window(16)] {
+            let (mut sender, mut receiver) = (Sender::new(flow), Receiver::new(flow));
+            if let Some(repeat) = receiver.grant() {
+                sender.ready(repeat).unwrap();
+            }
+            assert!(sender.consumed(0));
+            for message in 1..100 {
+                assert!(sender.take());
+                assert_eq!(sender.taken(), message);
+                receiver.received().unwrap();
+                assert!(!sender.consumed(message));
+                receiver.consumed();
+                assert!(!sender.consumed(message));
+                sender.ready(receiver.grant_all().unwrap()).unwrap();
+                assert!(sender.consumed(message) && !sender.consumed(message + 1));
+            }
         }
     }
 

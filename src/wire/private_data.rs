@@ -29,6 +29,7 @@ struct RawExtension {
     magic: U32,
     version: U16,
     window: U16,
+    pin_limit: U32,
 }
 
 /// What two helpers agree on beyond version 1 of the protocol.
@@ -38,6 +39,8 @@ pub struct Extension {
     pub version: u16,
     /// Control messages that the sender of this has buffers for; at least 1.
     pub window: u16,
+    /// Guest RAM that may be pinned at a time at the sender of this, in MiB; 0: all of it.
+    pub pin_limit: u32,
 }
 
 impl Extension {
@@ -65,6 +68,7 @@ impl PrivateData {
                 magic: EXTENSION_MAGIC.into(),
                 version: extension.version.into(),
                 window: extension.window.into(),
+                pin_limit: extension.pin_limit.into(),
             };
             bytes.extend_from_slice(raw.as_bytes());
         }
@@ -92,7 +96,11 @@ impl PrivateData {
                 if raw.window.get() == 0 {
                     return Err(WireError::malformed("private data", "a window of no messages"));
                 }
-                Some(Extension { version: raw.version.get(), window: raw.window.get() })
+                Some(Extension {
+                    version: raw.version.get(),
+                    window: raw.window.get(),
+                    pin_limit: raw.pin_limit.get(),
+                })
             }
             _ => None,
         };

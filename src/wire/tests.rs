@@ -132,17 +132,36 @@ fn private_data_is_the_specifications_bytes() {
     let stock = PrivateData { pin_all: true, extension: None };
     assert_eq!(stock.encode(), [0, 0, 0, 1, 0, 0, 0, 1]);
     assert_eq!(PrivateData::decode(&stock.encode()).unwrap(), stock);
-    let extension = Some(Extension { version: 1, window: 64 });
+    let extension = Some(Extension { version: 1, window: 64, pin_limit: 512 });
     let helper = PrivateData { pin_all: false, extension };
-    assert_eq!(helper.encode(), *b"\0\0\0\x01\0\0\0\0QRH1\0\x01\0\x40");
+    assert_eq!(helper.encode(), *b"\0\0\0\x01\0\0\0\0QRH1\0\x01\0\x40\0\0\x02\0");
     assert_eq!(PrivateData::decode(&helper.encode()).unwrap(), helper);
     // Unknown flags, and bytes behind what this version knows.
     let later = [&helper.encode()[..4], &[0xff; 4], &helper.encode()[8..], &[7; 40]].concat();
     assert_eq!(PrivateData::decode(&later).unwrap(), PrivateData { pin_all: true, extension });
     assert!(PrivateData::decode(&[0, 0, 0, 1, 0, 0, 0]).is_err());
-    assert!(PrivateData::decode(b"\0\0\0\x01\0\0\0\0QRH1\0\x01\0\0").is_err());
+    assert!(PrivateData::decode(b"\0\0\0\x01\0\0\0\0QRH1\0\x01\0\0\0\0\0\0").is_err());
     let error = PrivateData::decode(&[0, 0, 0, 2, 0, 0, 0, 0]).unwrap_err();
     assert!(error.to_string().contains("version 2"), "{error}");
+}
+
+/// As many blocks as a message can name, which is as many as are let in.
+#[test]
+fn the_longest_list_of_blocks_fits_into_a_message() {
+    let entry = RamBlockEntry {
+        remote_host_addr: 1.into(),
+        offset: 2.into(),
+        length: (16_u64 << 40).into(),
+        remote_rkey: 3.into(),
+        padding: 0.into(),
+    };
+    let result = Message::RamBlocksResult(vec![entry; BLOCKS_MAX]);
+    let mut scratch = Vec::new();
+    let (header, payload) = result.encode(&mut scratch);
+    let bytes = [&header, payload].concat();
+    assert!(bytes.len() <= crate::fabric::MESSAGE_MAX);
+    assert!(bytes.len() + size_of::<RamBlockEntry>() > crate::fabric::MESSAGE_MAX);
+    assert_eq!(Message::decode(&bytes).unwrap(), result);
 }
 
 #[test]

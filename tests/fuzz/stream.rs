@@ -11,8 +11,11 @@ use qemu_rdma_helper::stream::{
 
 #[derive(Default)]
 struct Source {
-    /// Bit n: block n (modulo 8) stays in the stream.
-    in_stream: u8,
+    /// Bit n: block n (modulo 4) stays in the stream; bit n + 4: else it is staged.
+    travels: u8,
+    /// Staged bytes of the next write, and of all before.
+    gathered: Vec<u8>,
+    staged: Vec<u8>,
     blocks: Vec<StreamBlock>,
     messages: Vec<Vec<u8>>,
     hook_open: bool,
@@ -47,8 +50,9 @@ impl Outlet for Source {
 
     fn ram_blocks(&mut self, blocks: &[StreamBlock]) -> Result<Vec<Travel>, Infallible> {
         self.blocks = blocks.to_vec();
-        let travel = |index: usize| match self.in_stream >> (index % 8) & 1 {
-            0 => Travel::Written,
+        let travel = |index: usize| match self.travels >> (index % 4) & 0x11 {
+            0 => Travel::Mapped,
+            0x10 => Travel::Staged,
             _ => Travel::InStream,
         };
         Ok((0..blocks.len()).map(travel).collect())
@@ -70,6 +74,19 @@ impl Outlet for Source {
     }
 
     fn write(&mut self, range: BlockRange) -> Result<(), Infallible> {
+        self.range(false, range);
+        Ok(())
+    }
+
+    fn stage(&mut self, bytes: &[u8]) -> Result<(), Infallible> {
+        self.gathered.extend_from_slice(bytes);
+        assert!(self.gathered.len() <= 1 << 20);
+        Ok(())
+    }
+
+    fn write_staged(&mut self, range: BlockRange) -> Result<(), Infallible> {
+        assert_eq!(self.gathered.len() as u64, range.length);
+        self.staged.append(&mut self.gathered);
         self.range(false, range);
         Ok(())
     }
@@ -112,8 +129,8 @@ impl Inlet for Destination {
 }
 
 /// Rewrite `stream` in pieces of `size`; was it accepted to the end?
-fn rewrite(stream: &[u8], size: usize, in_stream: u8) -> (Source, bool) {
-    let mut source = Source { in_stream, ..Source::default() };
+fn rewrite(stream: &[u8], size: usize, travels: u8) -> (Source, bool) {
+    let mut source = Source { travels, ..Source::default() };
     let mut rewriter = Rewriter::new(Limits::default());
     let fed = stream.chunks(size).all(|piece| {
         // As when QEMU pauses behind each.
@@ -124,12 +141,13 @@ fn rewrite(stream: &[u8], size: usize, in_stream: u8) -> (Source, bool) {
 }
 
 fuzz_target!(|input: &[u8]| {
-    let [size, in_stream, stream @ ..] = input else { return };
-    let (source, whole) = rewrite(stream, usize::MAX, *in_stream);
-    let (cut, cut_whole) = rewrite(stream, usize::from(*size) + 1, *in_stream);
+    let [size, travels, stream @ ..] = input else { return };
+    let (source, whole) = rewrite(stream, usize::MAX, *travels);
+    let (cut, cut_whole) = rewrite(stream, usize::from(*size) + 1, *travels);
     assert_eq!(whole, cut_whole);
     if whole {
         assert_eq!(source.ranges, cut.ranges);
+        assert_eq!(source.staged, cut.staged);
         assert_eq!(source.messages.concat(), cut.messages.concat());
         let mut destination = Destination::default();
         let mut landing = Landing::default();

@@ -71,7 +71,8 @@ fn backing(pid: u32, maps: &str, address: u64) -> (File, u64) {
         let (start, end) = words[0].split_once('-').unwrap();
         let hex = |word: &str| u64::from_str_radix(word, 16).unwrap();
         if words[1] == "rw-s" && (hex(start)..hex(end)).contains(&address) {
-            let file = File::open(format!("/proc/{pid}/map_files/{}", words[0])).unwrap();
+            let path = format!("/proc/{pid}/map_files/{}", words[0]);
+            let file = File::options().read(true).write(true).open(path).unwrap();
             return (file, hex(words[2]) + address - hex(start));
         }
     }

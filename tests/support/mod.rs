@@ -93,6 +93,21 @@ impl Host {
         state["status"].as_str().unwrap_or("none").to_owned()
     }
 
+    /// How a RAM block would travel from here, as the helper says.
+    pub fn travel(&mut self, block: &str) -> String {
+        let info = self.client.run("query-rdma-helper", json!({}));
+        let blocks = info["blocks"].as_array().unwrap();
+        let found = blocks.iter().find(|found| found["name"] == block);
+        found.unwrap()["travel"].as_str().unwrap().to_owned()
+    }
+
+    /// How a RAM block did travel in the last migration from here.
+    pub fn travelled(&self, block: &str) -> String {
+        let (log, wanted) = (self.helper.log(), format!("block=\"{block}\" travel="));
+        let found = log.lines().rev().find_map(|line| line.split_once(&wanted));
+        found.unwrap_or_else(|| panic!("nothing of {wanted}: {log}")).1.to_owned()
+    }
+
     /// Wait for one of these states of the migration; returns the reply with it.
     #[track_caller]
     pub fn await_status(&mut self, wanted: &[&str]) -> Value {

@@ -21,8 +21,10 @@ pub enum Memory {
     File,
     /// A memfd of huge pages.
     Huge,
-    /// Not shared.
+    /// The machine's own, which is not shared.
     Private,
+    /// One shared memfd under the name of the machine's own.
+    PcRam,
 }
 
 /// What runs.
@@ -114,6 +116,10 @@ impl Config {
                 );
             }
             Memory::Private => line += &format!(" -M {machine}"),
+            Memory::PcRam => {
+                let backend = backend("pc.ram", self.mib);
+                line += &format!(" -M {machine},memory-backend=pc.ram {backend}");
+            }
         }
         let mut arguments: Vec<String> = line.split(' ').map(str::to_owned).collect();
         let mut add =

@@ -19,8 +19,8 @@ pub const ERROR_TEXT: u32 = 0x101;
 pub const STREAM_END: u32 = 0x102;
 pub const FINAL_ACK: u32 = 0x103;
 
-/// Version 1, no flags, and the extension with 64 buffers.
-pub const PRIVATE_DATA: &[u8] = b"\0\0\0\x01\0\0\0\0QRH1\0\x01\0\x40";
+/// Version 1, no flags, and the extension with 64 buffers and no limit.
+pub const PRIVATE_DATA: &[u8] = b"\0\0\0\x01\0\0\0\0QRH1\0\x01\0\x40\0\0\0\0";
 
 pub struct Peer(pub TcpStream);
 

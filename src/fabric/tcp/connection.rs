@@ -23,7 +23,9 @@ use super::{
     set_options,
 };
 use crate::{
-    fabric::{Connection, FabricError, Handle, MESSAGE_MAX, Poster, Receiver, RemoteKey, Result},
+    fabric::{
+        Connection, FabricError, Handle, MESSAGE_MAX, Pinned, Poster, Receiver, RemoteKey, Result,
+    },
     memory::{Pipe, Region},
 };
 
@@ -232,6 +234,32 @@ struct TcpPoster {
     shared: Arc<Shared>,
 }
 
+impl TcpPoster {
+    /// Begin a write of `length` bytes to `offset` of the region that `remote` names: its bytes
+    /// follow, while the guard is held.
+    fn begin_write(
+        &self,
+        offset: u64,
+        length: u64,
+        remote: RemoteKey,
+    ) -> Result<MutexGuard<'_, ()>> {
+        let shared = &*self.shared;
+        if shared.posted() - shared.landed() > WINDOW {
+            shared.wait_in_flight(WINDOW)?;
+        }
+        if shared.posted() == shared.landed() {
+            shared.progress();
+        }
+        // Before the first byte leaves: the peer's LANDED may overtake the end of the write.
+        shared.posted.fetch_add(length, Ordering::Relaxed);
+        let address = remote.address.wrapping_add(offset);
+        let header = Header::new(frame::WRITE, remote.rkey, address, length);
+        let sending = Shared::lock(&shared.sending);
+        shared.send_all(header.as_bytes(), true)?;
+        Ok(sending)
+    }
+}
+
 impl Poster for TcpPoster {
     fn send(&self, header: &[u8], payload: &[u8]) -> Result<()> {
         let length = (header.len() + payload.len()) as u64;
@@ -245,19 +273,8 @@ impl Poster for TcpPoster {
         length: u64,
         remote: RemoteKey,
     ) -> Result<()> {
+        let _sending = self.begin_write(offset, length, remote)?;
         let shared = &*self.shared;
-        if shared.posted() - shared.landed() > WINDOW {
-            shared.wait_in_flight(WINDOW)?;
-        }
-        if shared.posted() == shared.landed() {
-            shared.progress();
-        }
-        // Before the first byte leaves: the peer's LANDED may overtake the end of this call.
-        shared.posted.fetch_add(length, Ordering::Relaxed);
-        let address = remote.address.wrapping_add(offset);
-        let header = Header::new(frame::WRITE, remote.rkey, address, length);
-        let _sending = Shared::lock(&shared.sending);
-        shared.send_all(header.as_bytes(), true)?;
         let end = offset + length;
         while offset < end {
             let sent = region
@@ -268,8 +285,19 @@ impl Poster for TcpPoster {
         Ok(())
     }
 
-    fn pin(&self, _region: &Arc<Region>) -> Result<()> {
+    fn write_bytes(&self, bytes: &[u8], offset: u64, remote: RemoteKey) -> Result<()> {
+        let _sending = self.begin_write(offset, bytes.len() as u64, remote)?;
+        self.shared.send_all(bytes, false)
+    }
+
+    fn pin(&self, _region: &Arc<Region>, _range: Range<u64>) -> Result<()> {
         Ok(())
+    }
+
+    fn unpin(&self, _region: &Arc<Region>, _range: Range<u64>) {}
+
+    fn pinned(&self) -> Pinned {
+        Pinned::default()
     }
 
     fn drain(&self) -> Result<()> {
@@ -287,6 +315,10 @@ impl Poster for TcpPoster {
             let mut closed = [PollFd::new(stream, PollFlags::RDHUP)];
             let _ = poll(&mut closed, Some(&FAREWELL));
         }
+    }
+
+    fn connections(&self) -> u32 {
+        1
     }
 
     fn posted(&self) -> u64 {
@@ -341,6 +373,10 @@ impl Receiver for TcpReceiver {
 
     fn register(&mut self, region: &Arc<Region>, _range: Range<u64>) -> Result<RemoteKey> {
         self.announce(region)
+    }
+
+    fn unregister(&mut self, _region: &Arc<Region>, _range: Range<u64>) {
+        // Nobody asks for ranges: the key to the whole region is announced.
     }
 
     fn revoke(&mut self) {

@@ -80,15 +80,23 @@ fn writes_land_before_the_message_that_follows() {
     for (offset, length) in [(0, 4096), (3 * 4096, 8192), (700 * 4096, 4096), (4 << 20, 4 << 20)] {
         poster.write(&from, offset, length, key).unwrap();
     }
+    // Bytes that are in no region, over what was written before; they may change at once.
+    let mut staged = vec![0x77; 1 << 20];
+    poster.write_bytes(&staged, 5 << 20, key).unwrap();
+    staged.fill(0x11);
+    poster.write_bytes(&staged[..4096], 2 << 20, key).unwrap();
+    staged.fill(0);
     poster.send(b"head", b"payload").unwrap();
     poster.drain().unwrap();
-    assert_eq!(poster.landed(), (4 << 20) + 4 * 4096);
+    assert_eq!(poster.landed(), (5 << 20) + 5 * 4096);
     source.close();
     assert!(acknowledged.join().unwrap().is_err());
     let (message, bytes) = landing.join().unwrap();
     assert_eq!(message, b"headpayload");
     let mut expected = vec![0; SIZE as usize];
     from_file.read_exact_at(&mut expected, 0).unwrap();
+    expected[5 << 20..6 << 20].fill(0x77);
+    expected[2 << 20..][..4096].fill(0x11);
     assert!(bytes == expected, "what landed differs from what was written");
 }
 
@@ -194,5 +202,7 @@ fn a_peer_that_takes_nothing_is_lost_after_the_stall_timeout() {
     let (poster, _receiver) = connecting.join().unwrap().split();
     let key = RemoteKey { address: 0, rkey: 1 };
     let error = (0..64).find_map(|_| poster.write(&from, 0, SIZE, key).err()).unwrap();
+    assert!(matches!(error, FabricError::Stalled(_)), "{error}");
+    let error = poster.write_bytes(&[1; 4096], 0, key).unwrap_err();
     assert!(matches!(error, FabricError::Stalled(_)), "{error}");
 }

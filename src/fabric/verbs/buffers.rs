@@ -1,15 +1,16 @@
-//! Buffers of one size each, for control messages and for copies of guest memory.
+//! Buffers of one size each, for control messages; in a row, for staged guest memory.
 
 use std::{
     alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error},
-    io,
     ptr::NonNull,
 };
 
-use crate::{fabric::MESSAGE_MAX, memory::Region};
+use rustix::mm::{Advice, madvise};
 
-/// Page size: what is pinned should not share pages with anything else.
-const ALIGNMENT: usize = 4096;
+use crate::fabric::MESSAGE_MAX;
+
+/// Size of a huge page: what is pinned should not share pages with anything else.
+const ALIGNMENT: usize = 2 << 20;
 
 /// So many buffers of [`MESSAGE_MAX`] bytes each.
 pub(super) struct Buffers {
@@ -37,6 +38,11 @@ impl Buffers {
         // SAFETY: the size is not zero.
         let start = unsafe { alloc_zeroed(layout(count)) };
         let Some(start) = NonNull::new(start) else { handle_alloc_error(layout(count)) };
+        // Pinned page by page otherwise, of which there are thousands. A kernel without them says
+        // no, and that is well too.
+        // SAFETY: advice about the allocation, whose content it does not change.
+        let _ =
+            unsafe { madvise(start.as_ptr().cast(), count * MESSAGE_MAX, Advice::LinuxHugepage) };
         Self { start, count }
     }
 
@@ -75,18 +81,16 @@ impl Buffers {
         length
     }
 
-    /// Put `length` bytes of a region into one.
-    pub(super) fn copy(
-        &self,
-        index: usize,
-        region: &Region,
-        offset: u64,
-        length: usize,
-    ) -> io::Result<()> {
-        assert!(length <= MESSAGE_MAX);
-        // SAFETY: within the buffer, initialised, and owned by who calls (see the type).
-        let to = unsafe { std::slice::from_raw_parts_mut(self.buffer(index), length) };
-        region.read_at(to, offset)
+    /// Put bytes at `at` of all buffers, which lie in a row; returns their address.
+    pub(super) fn put(&self, at: usize, bytes: &[u8]) -> u64 {
+        assert!(at.checked_add(bytes.len()).is_some_and(|end| end <= self.count * MESSAGE_MAX));
+        // SAFETY: the range is within the allocation, as was checked; no device reads it, because
+        // the one who calls owns it (see the type), and our slice doesn't overlap it.
+        unsafe {
+            let to = self.start.as_ptr().add(at);
+            to.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len());
+            to as u64
+        }
     }
 
     /// Take a message out of one.

@@ -15,8 +15,10 @@ use rustix::{
 use super::{
     Timeouts,
     buffers::Buffers,
+    cm::Id,
     cm::wait_for,
-    objects::{Access, Completion, CompletionQueue, Depth, Local, MemoryRegion, QueuePair},
+    objects::{Access, Completion, CompletionQueue, MemoryRegion, ProtectionDomain},
+    queue_pair::{Depth, Local, QueuePair, Queues},
     sending::{SEND_DEPTH, Shared, VerbsPoster, identity},
 };
 use crate::{
@@ -25,11 +27,16 @@ use crate::{
 };
 
 /// Messages that may arrive without a credit: READY, answers, errors.
-const UNCREDITED: u16 = 16;
+const UNCREDITED: u16 = 8;
 
-/// How much a connection's queue pair holds; `window` as in [`super::Verbs`].
+/// How much a connection's first queue pair holds; `window` as in [`super::Verbs`].
 pub(super) fn depth(window: u16) -> Depth {
     Depth { send: SEND_DEPTH, receive: u32::from(window + UNCREDITED) }
+}
+
+/// Completions of what all queue pairs may have posted; `lanes` as in [`super::Verbs`].
+pub(super) fn completions(lanes: u16) -> u32 {
+    SEND_DEPTH * (1 + u32::from(lanes))
 }
 
 /// A connection before its halves go to their threads.
@@ -51,37 +58,65 @@ fn address(region: &Region) -> Result<u64> {
     Ok(mapped.map_err(memory)?.0.as_ptr() as u64)
 }
 
-impl VerbsConnection {
-    /// Make the queue pair of `id`, and offer its buffers; it need not be connected yet.
-    pub(super) fn new(id: super::cm::Id, window: u16, timeouts: Timeouts) -> Result<Self> {
+/// A connection that is being made: its first queue pair, and those that it gets for RAM.
+pub(super) struct Opening {
+    pairs: Vec<QueuePair>,
+    queues: Queues,
+    /// Of the queue pairs for RAM: none of its keys is any good to the first one.
+    ram_domain: Arc<ProtectionDomain>,
+    received: Received,
+}
+
+impl Opening {
+    /// Make the queue pair of `id`, and offer its buffers; it need not be connected yet. There may
+    /// come up to `lanes` more.
+    pub(super) fn new(id: Id, window: u16, lanes: u16) -> Result<Self> {
         let depth = depth(window);
-        let pair = QueuePair::new(id, depth)?;
+        let queues = Queues {
+            sent: Arc::new(CompletionQueue::new(&id, completions(lanes))?),
+            received: Arc::new(CompletionQueue::new(&id, depth.receive)?),
+        };
+        let (domain, ram_domain) = (ProtectionDomain::new(&id)?, ProtectionDomain::new(&id)?);
+        let pair = QueuePair::new(id, domain, queues.clone(), depth)?;
         let buffers = Arc::new(Buffers::new(depth.receive as usize));
         let received = Received {
             registration: MemoryRegion::of_buffers(&pair.domain, &buffers, Access::Receive)?,
             buffers,
         };
-        let shared = Shared::new(pair, timeouts)?;
         for index in 0..received.buffers.count() {
-            received.offer(&shared, index)?;
+            received.offer(&pair, index)?;
         }
-        Ok(Self { shared: Arc::new(shared), received })
+        Ok(Self { pairs: vec![pair], queues, ram_domain, received })
     }
 
-    /// The identifier, to connect it.
-    pub(super) fn id(&self) -> &super::cm::Id {
-        &self.shared.pair.id
+    /// The identifier of the first one, to connect it.
+    pub(super) fn id(&self) -> &Id {
+        &self.pairs[0].id
+    }
+
+    /// Make one more, for RAM; returns its identifier, to connect it.
+    pub(super) fn add_lane(&mut self, id: Id) -> Result<&Id> {
+        let depth = Depth { send: SEND_DEPTH, receive: 0 };
+        let pair = QueuePair::new(id, self.ram_domain.clone(), self.queues.clone(), depth)?;
+        self.pairs.push(pair);
+        Ok(&self.pairs[self.pairs.len() - 1].id)
+    }
+
+    /// All of them are connected.
+    pub(super) fn finish(self, timeouts: Timeouts) -> Result<VerbsConnection> {
+        let shared = Arc::new(Shared::new(self.pairs, timeouts)?);
+        Ok(VerbsConnection { shared, received: self.received })
     }
 }
 
 impl Received {
-    fn offer(&self, shared: &Shared, index: usize) -> Result<()> {
+    fn offer(&self, pair: &QueuePair, index: usize) -> Result<()> {
         let local = Local {
             address: self.buffers.address(index),
             length: MESSAGE_MAX as u32,
             lkey: self.registration.lkey(),
         };
-        shared.pair.receive(index as u64, local)
+        pair.receive(index as u64, local)
     }
 }
 
@@ -141,23 +176,30 @@ impl Receiver for VerbsReceiver {
         if let Some(known) = self.registered.get(&key) {
             return Ok(known.remote_key(block));
         }
-        let (domain, access) = (&self.shared.pair.domain, Access::RemoteWrite);
+        let (domain, access) = (self.shared.ram_domain(), Access::RemoteWrite);
         let part = MemoryRegion::of_region(domain, region, &range, access)?;
         let remote = part.remote_key(block);
         self.registered.insert(key, part);
         Ok(remote)
     }
 
+    fn unregister(&mut self, region: &Arc<Region>, range: Range<u64>) {
+        self.registered.remove(&(identity(region), range.start, range.end));
+    }
+
     fn revoke(&mut self) {
-        // Deregistration returns when the device lets nobody in any more.
-        self.registered.clear();
+        // Deregistration does it for certain, but takes as long as there is memory to unpin, and the
+        // guest waits for this.
+        if !self.shared.refuse_writes() {
+            self.registered.clear();
+        }
     }
 }
 
 impl VerbsReceiver {
     fn next_message(&mut self, message: &mut Vec<u8>) -> Result<()> {
         let shared = self.shared.clone();
-        let queue: &CompletionQueue = &shared.pair.received;
+        let queue: &CompletionQueue = shared.pairs[0].received();
         loop {
             if let Some(completion) = queue.poll()? {
                 return self.take(shared.checked(completion)?, message);
@@ -170,7 +212,7 @@ impl VerbsReceiver {
             if let Some(completion) = queue.poll()? {
                 return self.take(shared.checked(completion)?, message);
             }
-            let channel = shared.pair.id.channel();
+            let channel = shared.pairs[0].id.channel();
             let mut fds = [
                 PollFd::from_borrowed_fd(queue.fd(), PollFlags::IN),
                 PollFd::from_borrowed_fd(channel.fd(), PollFlags::IN),
@@ -197,6 +239,6 @@ impl VerbsReceiver {
     fn take(&mut self, completion: Completion, message: &mut Vec<u8>) -> Result<()> {
         let index = completion.id as usize;
         self.received.buffers.take(index, completion.length as usize, message);
-        self.received.offer(&self.shared, index)
+        self.received.offer(&self.shared.pairs[0], index)
     }
 }

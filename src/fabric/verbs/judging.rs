@@ -7,7 +7,7 @@ use super::{
     ports::Gid,
     probe::{Device, Link, Port},
 };
-use crate::fabric::{Finding, Guest};
+use crate::fabric::{Finding, Guest, Question};
 
 /// Path MTU in bytes that Ethernet's usual MTU allows.
 const MTU_USUAL: u32 = 1024;
@@ -27,13 +27,8 @@ impl Judged {
 }
 
 /// Judge a device and all its ports, or the one.
-pub(super) fn judge(
-    device: &Device,
-    only: Option<u8>,
-    window: u16,
-    guest: Option<&Guest>,
-) -> Judged {
-    let mut findings = attributes(device, window, guest);
+pub(super) fn judge(device: &Device, only: Option<u8>, question: &Question<'_>) -> Judged {
+    let mut findings = attributes(device, question);
     let mut is_usable = false;
     let is_capable = !findings.iter().any(Finding::is_fatal);
     for port in &device.ports {
@@ -47,9 +42,10 @@ pub(super) fn judge(
 }
 
 /// What a migration needs of the device's attributes against what it has.
-fn attributes(device: &Device, window: u16, guest: Option<&Guest>) -> Vec<Finding> {
+fn attributes(device: &Device, question: &Question<'_>) -> Vec<Finding> {
+    let &Question { guest, window, lanes, .. } = question;
     let (name, has) = (&device.name, &device.attributes);
-    let needs = needs::attributes(window, guest);
+    let needs = needs::attributes(window, lanes, guest);
     let pairs = has.named().into_iter().zip(needs.named());
     let mut findings: Vec<_> = pairs
         .filter(|((_, has), (_, needed))| has < needed)
@@ -196,7 +192,9 @@ mod tests {
         verbs::{needs::Attributes, ports::Interface},
     };
 
-    const WINDOW: u16 = 16;
+    fn question(guest: Option<&Guest>) -> Question<'_> {
+        Question { address: None, guest, helper: None, window: 16, lanes: 1 }
+    }
 
     fn port() -> Port {
         Port {
@@ -217,7 +215,7 @@ mod tests {
 
     /// With exactly what is needed.
     fn device(ports: Vec<Port>) -> Device {
-        Device { name: "mlx5_0".into(), attributes: needs::attributes(WINDOW, None), ports }
+        Device { name: "mlx5_0".into(), attributes: needs::attributes(16, 1, None), ports }
     }
 
     #[track_caller]
@@ -265,7 +263,7 @@ mod tests {
 
     #[test]
     fn attributes_are_held_against_what_is_needed() {
-        let found = attributes(&device(vec![]), WINDOW, None);
+        let found = attributes(&device(vec![]), &question(None));
         assert_found(&found[0], Severity::Good, "max_qp_wr 512 (needed 512), max_sge 1", "");
         type Attribute = fn(&mut Attributes) -> &mut u64;
         let changes: [(&str, Attribute); 6] = [
@@ -279,7 +277,7 @@ mod tests {
         for (name, attribute) in changes {
             let mut device = device(vec![port()]);
             *attribute(&mut device.attributes) -= 1;
-            let Judged { findings, is_usable } = judge(&device, None, WINDOW, None);
+            let Judged { findings, is_usable } = judge(&device, None, &question(None));
             assert!(!is_usable);
             assert_found(&findings[0], Severity::Fatal, &format!("its {name} is"), "--fabric tcp");
             // The port itself is as it should be.
@@ -290,15 +288,16 @@ mod tests {
     #[test]
     fn the_guest_decides_what_is_needed() {
         let mut device = device(vec![port()]);
-        let mut guest = Guest { blocks: vec![1 << 30, 1 << 20], pin_all: true, copied: false };
+        let mut guest =
+            Guest { blocks: vec![1 << 30, 1 << 20], pin_all: true, pin_limit: None, staged: false };
         device.attributes.max_mr = 100;
-        let found = attributes(&device, WINDOW, Some(&guest));
+        let found = attributes(&device, &question(Some(&guest)));
         assert_found(&found[0], Severity::Fatal, "max_mr_size", "turn rdma-pin-all off");
         guest.pin_all = false;
-        let found = attributes(&device, WINDOW, Some(&guest));
+        let found = attributes(&device, &question(Some(&guest)));
         assert_found(&found[0], Severity::Warning, "may need 1025", "turn rdma-pin-all on");
         device.attributes.max_mr = 1025;
-        let found = attributes(&device, WINDOW, Some(&guest));
+        let found = attributes(&device, &question(Some(&guest)));
         assert_found(&found[0], Severity::Good, "max_mr_size 67108864 (needed 67108864)", "");
     }
 
@@ -306,10 +305,10 @@ mod tests {
     fn one_good_port_is_enough_unless_another_is_asked_for() {
         let down = Port { number: 2, state: state::IBV_PORT_DOWN, ..port() };
         let both = device(vec![port(), down]);
-        let usable = |device: &Device, only| judge(device, only, WINDOW, None).is_usable;
+        let usable = |device: &Device, only| judge(device, only, &question(None)).is_usable;
         assert!(usable(&both, None) && usable(&both, Some(1)));
         assert!(!usable(&both, Some(2)));
-        assert_eq!(judge(&both, Some(2), WINDOW, None).findings.len(), 2);
+        assert_eq!(judge(&both, Some(2), &question(None)).findings.len(), 2);
         assert!(!usable(&device(vec![]), None));
     }
 }

@@ -1,10 +1,13 @@
 //! Waiting for peers.
 
 use std::{
+    collections::HashMap,
+    hash::{BuildHasher as _, Hasher as _, RandomState},
     net::SocketAddr,
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
+        mpsc::{Receiver, SyncSender, sync_channel},
     },
     time::{Duration, Instant},
 };
@@ -19,8 +22,9 @@ use tracing::{debug, info};
 use super::{
     Verbs,
     cm::{Event, EventChannel, Id},
-    connection::VerbsConnection,
+    connection::Opening,
     route::no_device,
+    trailer::Trailer,
 };
 use crate::{
     fabric::{Connection, FabricError, Handle, Listener, Request, Result, resolve},
@@ -36,6 +40,14 @@ pub(super) struct VerbsListener {
     fabric: Verbs,
     id: Id,
     stop: Arc<Stop>,
+    sessions: Arc<Sessions>,
+}
+
+/// Connections that wait for further queue pairs, by what those name.
+type Sessions = Mutex<HashMap<u64, SyncSender<(u16, Id)>>>;
+
+fn lock(sessions: &Sessions) -> MutexGuard<'_, HashMap<u64, SyncSender<(u16, Id)>>> {
+    sessions.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Ends a blocked accept.
@@ -54,7 +66,7 @@ impl VerbsListener {
                 Ok(id) => {
                     let address = Address { port: id.port(), ..address.clone() };
                     let stop = Arc::new(Stop { closed: AtomicBool::new(false), wake });
-                    return Ok(Self { address, fabric, id, stop });
+                    return Ok(Self { address, fabric, id, stop, sessions: Arc::default() });
                 }
                 Err(error) => last = Some(error),
             }
@@ -96,12 +108,18 @@ impl Listener for VerbsListener {
                 continue;
             };
             let own = EventChannel::new().and_then(|channel| id.migrate(&channel));
-            match own {
-                Ok(id) => {
-                    let fabric = self.fabric.clone();
-                    return Ok(Box::new(VerbsRequest { id: Some(id), private_data, fabric }));
+            let trailer = Trailer::find(&private_data);
+            match (own, trailer) {
+                (Ok(id), Some(trailer)) if trailer.lane.get() > 0 => self.add_lane(&trailer, id),
+                (Ok(id), _) => {
+                    let (fabric, sessions) = (self.fabric.clone(), self.sessions.clone());
+                    let lanes = trailer.map_or(0, |trailer| trailer.lanes.get());
+                    let lanes = lanes.min(self.fabric.lanes);
+                    let id = Some(id);
+                    let request = VerbsRequest { id, private_data, lanes, fabric, sessions };
+                    return Ok(Box::new(request));
                 }
-                Err(error) => info!(%error, "a peer could not be served"),
+                (Err(error), _) => info!(%error, "a peer could not be served"),
             }
         }
     }
@@ -116,12 +134,28 @@ impl Listener for VerbsListener {
     }
 }
 
+impl VerbsListener {
+    /// A further queue pair of a connection that is being made.
+    fn add_lane(&self, trailer: &Trailer, id: Id) {
+        let sessions = lock(&self.sessions);
+        let session = sessions.get(&trailer.session.get());
+        match session.map(|session| session.try_send((trailer.lane.get(), id))) {
+            Some(Ok(())) => {}
+            // The identifier is dropped, which tells the peer.
+            _ => info!("a queue pair was turned away: it belongs to no connection"),
+        }
+    }
+}
+
 /// A peer that asks to connect.
 struct VerbsRequest {
     /// Until it is let in.
     id: Option<Id>,
     private_data: Vec<u8>,
+    /// Further queue pairs that it gets.
+    lanes: u16,
     fabric: Verbs,
+    sessions: Arc<Sessions>,
 }
 
 impl Request for VerbsRequest {
@@ -136,15 +170,54 @@ impl Request for VerbsRequest {
     fn accept(mut self: Box<Self>, private_data: &[u8]) -> Result<Box<dyn Connection>> {
         let id = self.id.take().ok_or(FabricError::Closed)?;
         id.set_peer_timeout(self.fabric.timeouts.acknowledgement())?;
-        let connection = VerbsConnection::new(id, self.fabric.window, self.fabric.timeouts)?;
-        connection.id().accept(private_data)?;
+        let mut opening = Opening::new(id, self.fabric.window, self.lanes)?;
         let deadline = Instant::now() + ESTABLISHING;
-        match connection.id().channel().wait(None, Some(deadline))? {
-            Some(event) if event.kind == kind::RDMA_CM_EVENT_ESTABLISHED => {
-                Ok(Box::new(connection))
-            }
-            _ => Err(FabricError::Closed),
+        if self.lanes == 0 {
+            establish(opening.id(), private_data, deadline)?;
+        } else {
+            let session = RandomState::new().build_hasher().finish();
+            let (lanes, arrived) = sync_channel(self.lanes.into());
+            lock(&self.sessions).insert(session, lanes);
+            let trailer = Trailer::new(self.lanes, 0, session);
+            let opened = trailer
+                .append(private_data)
+                .and_then(|reply| establish(opening.id(), &reply, deadline))
+                .and_then(|()| self.take_lanes(&mut opening, &arrived, deadline));
+            lock(&self.sessions).remove(&session);
+            opened?;
         }
+        Ok(Box::new(opening.finish(self.fabric.timeouts)?))
+    }
+}
+
+/// Accept, and wait until the connection stands.
+fn establish(id: &Id, private_data: &[u8], deadline: Instant) -> Result<()> {
+    id.accept(private_data)?;
+    match id.channel().wait(None, Some(deadline))? {
+        Some(event) if event.kind == kind::RDMA_CM_EVENT_ESTABLISHED => Ok(()),
+        _ => Err(FabricError::Closed),
+    }
+}
+
+impl VerbsRequest {
+    /// The peer connects its further queue pairs, one after the other.
+    fn take_lanes(
+        &self,
+        opening: &mut Opening,
+        arrived: &Receiver<(u16, Id)>,
+        deadline: Instant,
+    ) -> Result<()> {
+        for expected in 1..=self.lanes {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let (lane, id) = arrived.recv_timeout(left).map_err(|_| FabricError::Closed)?;
+            if lane != expected {
+                let why = format!("queue pair {lane} where {expected} belongs");
+                return Err(FabricError::Malformed(why));
+            }
+            id.set_peer_timeout(self.fabric.timeouts.acknowledgement())?;
+            establish(opening.add_lane(id)?, &[], deadline)?;
+        }
+        Ok(())
     }
 }
 

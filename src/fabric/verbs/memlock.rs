@@ -176,18 +176,19 @@ Max file locks            unlimited            unlimited            locks
 
     #[test]
     fn a_limit_is_held_against_what_is_registered() {
-        let guest = Guest { blocks: vec![192 * MIB], pin_all: false, copied: false };
+        let guest =
+            Guest { blocks: vec![192 * MIB], pin_all: false, pin_limit: None, staged: false };
         let some = Some(&guest);
         assert_eq!(judged(None, false, some).severity, Severity::Good);
         assert_eq!(judged(Some(8 * MIB), true, some).severity, Severity::Good);
-        assert_eq!(judged(Some(212 * MIB), false, some).severity, Severity::Good);
+        assert_eq!(judged(Some(208 * MIB), false, some).severity, Severity::Good);
         assert_eq!(judged(Some(64 * MIB), false, None).severity, Severity::Warning);
         let buffers = judged(Some(8 * MIB), false, None);
-        assert!(buffers.is_fatal() && buffers.text.contains("20 MiB of message buffers"));
-        let guests = judged(Some(212 * MIB - 1), false, some);
-        assert!(guests.is_fatal() && guests.text.contains("less than the 212 MiB"), "{guests:?}");
+        assert!(buffers.is_fatal() && buffers.text.contains("16 MiB of message buffers"));
+        let guests = judged(Some(208 * MIB - 1), false, some);
+        assert!(guests.is_fatal() && guests.text.contains("less than the 208 MiB"), "{guests:?}");
         assert!(guests.cure.contains("ulimit -l unlimited"), "{guests:?}");
-        let copied = Guest { copied: true, ..guest };
-        assert_eq!(judged(Some(64 * MIB), false, Some(&copied)).severity, Severity::Good);
+        let limited = Guest { pin_limit: Some(32 * MIB), ..guest };
+        assert_eq!(judged(Some(64 * MIB), false, Some(&limited)).severity, Severity::Good);
     }
 }

@@ -17,8 +17,11 @@ mod objects;
 mod ports;
 pub mod preflight;
 mod probe;
+mod queue_pair;
+mod ring;
 mod route;
 mod sending;
+mod trailer;
 
 use std::{
     io,
@@ -28,15 +31,17 @@ use std::{
 
 use rdma_sys::rdma_cm_event_type as kind;
 
-use self::connection::VerbsConnection;
+use self::{
+    cm::{EventChannel, Id},
+    connection::Opening,
+    trailer::Trailer,
+};
 use super::{Connection, Fabric, FabricError, Listener, Result, resolve};
 use crate::migration::messages::Address;
 
 /// How long things may take.
 #[derive(Debug, Clone, Copy)]
 pub struct Timeouts {
-    /// Without progress of a transfer that is due.
-    pub stall: Duration,
     /// Without any sign of life of the peer's device.
     pub peer: Duration,
 }
@@ -60,6 +65,14 @@ pub struct Verbs {
     pub timeouts: Timeouts,
     /// Control messages that each side has buffers for, beside those that need no credit.
     pub window: u16,
+    /// Queue pairs for RAM beside the first one, where the peer has them too. With 0 RAM goes
+    /// through that one, as with a stock QEMU.
+    pub lanes: u16,
+}
+
+/// Load the libraries, and the devices' drivers with them. Who needs them gets to know if it fails.
+pub fn prepare() {
+    drop(EventChannel::new());
 }
 
 impl Fabric for Verbs {
@@ -101,12 +114,26 @@ impl Verbs {
         private_data: &[u8],
         deadline: Instant,
     ) -> Result<(Vec<u8>, Box<dyn Connection>)> {
+        let route = || self.route(address, candidate, deadline);
+        let establish = |id: &Id, trailer: Trailer| {
+            id.connect(&trailer.append(private_data)?)?;
+            route::expect(id, kind::RDMA_CM_EVENT_ESTABLISHED, address, deadline)
+        };
+        let mut opening = Opening::new(route()?, self.window, self.lanes)?;
+        let reply = establish(opening.id(), Trailer::new(self.lanes, 0, 0))?.private_data;
+        if let Some(granted) = Trailer::find(&reply) {
+            for lane in 1..=granted.lanes.get().min(self.lanes) {
+                let trailer = Trailer::new(0, lane, granted.session.get());
+                establish(opening.add_lane(route()?)?, trailer)?;
+            }
+        }
+        Ok((reply, Box::new(opening.finish(self.timeouts)?)))
+    }
+
+    /// An identifier with a device and a route to the peer.
+    fn route(&self, address: &Address, candidate: SocketAddr, deadline: Instant) -> Result<Id> {
         let id = route::resolve(address, candidate, deadline)?;
         id.set_peer_timeout(self.timeouts.acknowledgement())?;
-        let connection = VerbsConnection::new(id, self.window, self.timeouts)?;
-        connection.id().connect(private_data)?;
-        let established =
-            route::expect(connection.id(), kind::RDMA_CM_EVENT_ESTABLISHED, address, deadline)?;
-        Ok((established.private_data, Box::new(connection)))
+        Ok(id)
     }
 }

@@ -9,29 +9,26 @@ use std::{
     ptr::{self, NonNull},
     sync::{
         Arc,
-        atomic::{AtomicU32, Ordering},
+        atomic::{AtomicU32, AtomicU64, Ordering},
     },
+    time::{Duration, Instant},
 };
 
 use rdma_sys::{
-    ibv_access_flags, ibv_comp_channel, ibv_cq, ibv_mr, ibv_pd, ibv_poll_cq, ibv_post_recv,
-    ibv_post_send, ibv_qp_cap, ibv_qp_init_attr, ibv_qp_type, ibv_recv_wr, ibv_req_notify_cq,
-    ibv_send_flags, ibv_send_wr, ibv_sge, ibv_wc, ibv_wc_status, ibv_wr_opcode,
+    ibv_access_flags, ibv_comp_channel, ibv_cq, ibv_mr, ibv_pd, ibv_poll_cq, ibv_req_notify_cq,
+    ibv_wc, ibv_wc_status,
 };
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 
 use super::{
     buffers::Buffers,
     cm::Id,
-    library::{Library, check, check_errno},
+    library::{Library, check_errno},
 };
 use crate::{
-    fabric::{FabricError, RemoteKey, Result},
+    fabric::{FabricError, Pinned, RemoteKey, Result},
     memory::Region,
 };
-
-/// Ranges of memory in one work request.
-pub(super) const SGES: u32 = 1;
 
 /// The handle of an object, or what errno says.
 fn created<T>(call: &'static str, raw: *mut T) -> Result<NonNull<T>> {
@@ -39,7 +36,7 @@ fn created<T>(call: &'static str, raw: *mut T) -> Result<NonNull<T>> {
 }
 
 /// The device has no room for what was to be made.
-fn refused(what: impl FnOnce() -> String) -> impl FnOnce(FabricError) -> FabricError {
+pub(super) fn refused(what: impl FnOnce() -> String) -> impl FnOnce(FabricError) -> FabricError {
     |error| match error {
         FabricError::Host { source, .. } => FabricError::Refused { what: what(), source },
         other => other,
@@ -50,6 +47,10 @@ fn refused(what: impl FnOnce() -> String) -> impl FnOnce(FabricError) -> FabricE
 pub(super) struct ProtectionDomain {
     raw: NonNull<ibv_pd>,
     library: &'static Library,
+    /// Guest memory that is registered in it, in bytes.
+    pinned: AtomicU64,
+    /// Nanoseconds that its registrations and their ends have taken.
+    pinning: AtomicU64,
 }
 
 // SAFETY: libibverbs' objects may be used from any thread (ibv_fork_init(3) and others demand
@@ -64,7 +65,25 @@ impl ProtectionDomain {
         let library = id.library();
         // SAFETY: the device is open.
         let raw = unsafe { (library.ibv_alloc_pd)(id.context()?.as_ptr()) };
-        Ok(Arc::new(Self { raw: created("ibv_alloc_pd", raw)?, library }))
+        let raw = created("ibv_alloc_pd", raw)?;
+        Ok(Arc::new(Self { raw, library, pinned: 0.into(), pinning: 0.into() }))
+    }
+
+    /// Guest memory that is registered in it.
+    pub(super) fn pinned(&self) -> Pinned {
+        Pinned {
+            bytes: self.pinned.load(Ordering::Relaxed),
+            time: Duration::from_nanos(self.pinning.load(Ordering::Relaxed)),
+        }
+    }
+
+    pub(super) fn as_ptr(&self) -> *mut ibv_pd {
+        self.raw.as_ptr()
+    }
+
+    fn took(&self, since: Instant) {
+        let nanoseconds = u64::try_from(since.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        self.pinning.fetch_add(nanoseconds, Ordering::Relaxed);
     }
 }
 
@@ -105,6 +124,8 @@ impl Access {
 pub(super) struct MemoryRegion {
     raw: NonNull<ibv_mr>,
     domain: Arc<ProtectionDomain>,
+    /// Bytes of guest memory in it.
+    guest: u64,
     /// Keeps it mapped.
     _memory: Arc<dyn Any + Send + Sync>,
 }
@@ -131,7 +152,7 @@ impl MemoryRegion {
             )
         };
         let raw = NonNull::new(raw).ok_or_else(io::Error::last_os_error)?;
-        Ok(Self { raw, domain: domain.clone(), _memory: memory })
+        Ok(Self { raw, domain: domain.clone(), guest: 0, _memory: memory })
     }
 
     /// Register message buffers.
@@ -163,7 +184,12 @@ impl MemoryRegion {
             source,
         };
         let range = region.mapped(range.start, length).map_err(failed)?;
-        Self::new(domain, region.clone(), range, access).map_err(failed)
+        let begun = Instant::now();
+        let mut part = Self::new(domain, region.clone(), range, access).map_err(failed)?;
+        part.guest = length;
+        domain.took(begun);
+        domain.pinned.fetch_add(length, Ordering::Relaxed);
+        Ok(part)
     }
 
     /// For work requests here.
@@ -181,8 +207,13 @@ impl MemoryRegion {
 
 impl Drop for MemoryRegion {
     fn drop(&mut self) {
+        let begun = Instant::now();
         // SAFETY: it was registered once; work requests that still name it fail.
         unsafe { (self.domain.library.ibv_dereg_mr)(self.raw.as_ptr()) };
+        if self.guest > 0 {
+            self.domain.took(begun);
+            self.domain.pinned.fetch_sub(self.guest, Ordering::Relaxed);
+        }
     }
 }
 
@@ -259,6 +290,10 @@ impl CompletionQueue {
         Ok(Self { raw, notified: AtomicU32::new(0), channel })
     }
 
+    pub(super) fn as_ptr(&self) -> *mut ibv_cq {
+        self.raw.as_ptr()
+    }
+
     /// The next completion, if there is one.
     pub(super) fn poll(&self) -> Result<Option<Completion>> {
         let mut completion = MaybeUninit::<ibv_wc>::uninit();
@@ -306,130 +341,4 @@ impl Drop for CompletionQueue {
             (library.ibv_destroy_cq)(self.raw.as_ptr());
         }
     }
-}
-
-/// How much a queue pair may hold.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Depth {
-    pub(super) send: u32,
-    pub(super) receive: u32,
-}
-
-/// One range of registered memory.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Local {
-    pub(super) address: u64,
-    pub(super) length: u32,
-    pub(super) lkey: u32,
-}
-
-/// A reliable connected queue pair.
-pub(super) struct QueuePair {
-    pub(super) sent: CompletionQueue,
-    pub(super) received: CompletionQueue,
-    pub(super) domain: Arc<ProtectionDomain>,
-    pub(super) id: Id,
-}
-
-impl QueuePair {
-    /// For the connection of `id`.
-    pub(super) fn new(id: Id, depth: Depth) -> Result<Self> {
-        let domain = ProtectionDomain::new(&id)?;
-        let sent = CompletionQueue::new(&id, depth.send)?;
-        let received = CompletionQueue::new(&id, depth.receive)?;
-        let mut attributes = ibv_qp_init_attr {
-            qp_context: ptr::null_mut(),
-            send_cq: sent.raw.as_ptr(),
-            recv_cq: received.raw.as_ptr(),
-            srq: ptr::null_mut(),
-            cap: ibv_qp_cap {
-                max_send_wr: depth.send,
-                max_recv_wr: depth.receive,
-                max_send_sge: SGES,
-                max_recv_sge: SGES,
-                max_inline_data: 0,
-            },
-            qp_type: ibv_qp_type::IBV_QPT_RC,
-            sq_sig_all: 0,
-        };
-        // SAFETY: all that the attributes name is alive, and is held by what is returned.
-        let result = unsafe {
-            (id.library().rdma_create_qp)(id.as_ptr(), domain.raw.as_ptr(), &mut attributes)
-        };
-        check("rdma_create_qp", result).map_err(refused(|| {
-            format!("a queue pair of {} sends and {} receives", depth.send, depth.receive)
-        }))?;
-        Ok(Self { sent, received, domain, id })
-    }
-
-    fn raw(&self) -> *mut rdma_sys::ibv_qp {
-        // SAFETY: the identifier is alive, and has had its queue pair since `new`.
-        unsafe { (*self.id.as_ptr()).qp }
-    }
-
-    fn post(&self, request: &mut ibv_send_wr, local: Option<Local>) -> Result<()> {
-        let mut element = local.map(element);
-        if let Some(element) = &mut element {
-            request.sg_list = element;
-            request.num_sge = SGES.cast_signed();
-        }
-        let mut bad = ptr::null_mut();
-        // SAFETY: the request and its element outlive the call; the memory that it names is kept
-        // registered by the caller until the completion.
-        check_errno("ibv_post_send", unsafe { ibv_post_send(self.raw(), request, &mut bad) })
-    }
-
-    /// Send a message.
-    pub(super) fn send(&self, id: u64, local: Local) -> Result<()> {
-        self.post(&mut request(id, ibv_wr_opcode::IBV_WR_SEND, true), Some(local))
-    }
-
-    /// Write into the peer's memory; without `local`, nothing, which the peer acknowledges.
-    pub(super) fn write(
-        &self,
-        id: u64,
-        local: Option<Local>,
-        to: RemoteKey,
-        signalled: bool,
-    ) -> Result<()> {
-        let mut request = request(id, ibv_wr_opcode::IBV_WR_RDMA_WRITE, signalled);
-        request.wr.rdma = rdma_sys::rdma_t { remote_addr: to.address, rkey: to.rkey };
-        self.post(&mut request, local)
-    }
-
-    /// Offer a buffer for a message.
-    pub(super) fn receive(&self, id: u64, local: Local) -> Result<()> {
-        let mut element = element(local);
-        let mut request = ibv_recv_wr {
-            wr_id: id,
-            next: ptr::null_mut(),
-            sg_list: &mut element,
-            num_sge: SGES.cast_signed(),
-        };
-        let mut bad = ptr::null_mut();
-        // SAFETY: as in `post`.
-        check_errno("ibv_post_recv", unsafe { ibv_post_recv(self.raw(), &mut request, &mut bad) })
-    }
-}
-
-impl Drop for QueuePair {
-    fn drop(&mut self) {
-        // SAFETY: the identifier has a queue pair; the queues that it uses go after this.
-        unsafe { (self.id.library().rdma_destroy_qp)(self.id.as_ptr()) };
-    }
-}
-
-fn element(local: Local) -> ibv_sge {
-    ibv_sge { addr: local.address, length: local.length, lkey: local.lkey }
-}
-
-fn request(id: u64, opcode: ibv_wr_opcode::Type, signalled: bool) -> ibv_send_wr {
-    // SAFETY: all of it are integers and pointers, for which zero is a value.
-    let mut request: ibv_send_wr = unsafe { std::mem::zeroed() };
-    request.wr_id = id;
-    request.opcode = opcode;
-    if signalled {
-        request.send_flags = ibv_send_flags::IBV_SEND_SIGNALED.0;
-    }
-    request
 }

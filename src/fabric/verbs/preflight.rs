@@ -56,7 +56,7 @@ fn devices(question: &Question<'_>) -> Result<Vec<Finding>> {
         .iter()
         .filter(|(name, _)| is_on_route(name))
         .map(|(_, device)| match device {
-            Ok(device) => judging::judge(device, port, question.window, question.guest),
+            Ok(device) => judging::judge(device, port, question),
             Err(error) => Judged::unusable(Finding::error(error)),
         })
         .chain(unknown(&devices).filter(|_| route.is_none()).map(Judged::unusable))

@@ -20,14 +20,16 @@ use super::{
     Timeouts,
     buffers::Buffers,
     cm::wait_for,
-    objects::{Access, Completion, Local, MemoryRegion, ProtectionDomain, QueuePair},
+    objects::{Access, Completion, CompletionQueue, MemoryRegion, ProtectionDomain},
+    queue_pair::{Local, QueuePair},
+    ring::Ring,
 };
 use crate::{
-    fabric::{FabricError, MESSAGE_MAX, Poster, RemoteKey, Result},
-    memory::{Ranges, Region},
+    fabric::{FabricError, Pinned, Poster, RemoteKey, Result},
+    memory::{CHUNK, Ranges, Region},
 };
 
-/// Work requests that may be outstanding (QEMU's RDMA_SIGNALED_SEND_MAX).
+/// Work requests that may be outstanding at a queue pair (QEMU's RDMA_SIGNALED_SEND_MAX).
 pub(super) const SEND_DEPTH: u32 = 512;
 
 /// Writes, and bytes of writes, of which only the last is signalled.
@@ -40,9 +42,6 @@ const WINDOW: u64 = 8 << 20;
 /// Messages that may be on their way out.
 pub(super) const SEND_BUFFERS: usize = 8;
 
-/// Copies of guest memory that may be on their way: as many bytes as [`WINDOW`].
-pub(super) const COPIES: usize = 16;
-
 /// How long the last words may take.
 const FAREWELL: Duration = Duration::from_secs(1);
 
@@ -53,8 +52,18 @@ struct Batch {
     bytes: u64,
     /// The buffer of a message.
     buffer: Option<usize>,
-    /// Buffers of copies.
-    copies: usize,
+    /// Bytes of the ring.
+    staged: usize,
+}
+
+/// What is posted to a queue pair.
+#[derive(Debug, Default)]
+struct Posted {
+    /// Signalled, in their order: reliable connections complete in it.
+    flight: VecDeque<Batch>,
+    /// Posted behind the last signalled one.
+    unsignalled: Batch,
+    outstanding: u32,
 }
 
 /// What posts share.
@@ -62,50 +71,37 @@ struct Sending {
     buffers: Arc<Buffers>,
     registration: MemoryRegion,
     free: Vec<usize>,
-    /// Signalled, in their order: reliable connections complete in it.
-    flight: VecDeque<Batch>,
-    /// Posted behind the last signalled one.
-    unsignalled: Batch,
-    outstanding: u32,
+    /// By queue pair.
+    posted: Vec<Posted>,
     /// When nothing was outstanding or something completed, as far as an idle connection looked.
     quiet_since: Instant,
     /// Guest memory that is registered for sending, by region.
-    local: HashMap<usize, Ranges<MemoryRegion>>,
-    /// Guest memory that is registered as a whole.
-    pinned: HashMap<usize, MemoryRegion>,
-    /// For guest memory that can't be registered; made when it is needed.
-    copies: Option<Copies>,
+    pinned: HashMap<usize, Ranges<MemoryRegion>>,
+    /// For bytes that are in no memory of the guest; made when there are any.
+    ring: Option<Ring>,
 }
 
-/// Copies of guest memory on their way: a ring, because they complete in their order.
-struct Copies {
-    buffers: Arc<Buffers>,
-    registration: MemoryRegion,
-    next: usize,
-    used: usize,
-}
-
-impl Copies {
-    fn new(domain: &Arc<ProtectionDomain>) -> Result<Self> {
-        let buffers = Arc::new(Buffers::new(COPIES));
-        let registration = MemoryRegion::of_buffers(domain, &buffers, Access::Read)?;
-        Ok(Self { buffers, registration, next: 0, used: 0 })
+impl Sending {
+    /// Nothing is on its way of which a completion will tell.
+    fn is_quiet(&self) -> bool {
+        self.posted.iter().all(|posted| posted.flight.is_empty())
     }
 
-    /// Copy to the next buffer, which is free.
-    fn take(&mut self, region: &Region, offset: u64, length: usize) -> std::io::Result<Local> {
-        let index = self.next;
-        self.buffers.copy(index, region, offset, length)?;
-        self.next = (index + 1) % COPIES;
-        self.used += 1;
-        let address = self.buffers.address(index);
-        Ok(Local { address, length: length as u32, lkey: self.registration.lkey() })
+    /// The local key for a write from `offset` of `region`.
+    fn lkey(&self, region: &Arc<Region>, offset: u64) -> Result<u32> {
+        let part = self.pinned.get(&identity(region)).and_then(|ranges| ranges.get(offset));
+        part.map(|(_, part)| part.lkey()).ok_or_else(|| FabricError::Memory {
+            block: region.name().to_owned(),
+            source: std::io::Error::other(format!("offset {offset:#x} is not registered")),
+        })
     }
 }
 
 /// What both halves and handles share.
 pub(super) struct Shared {
-    pub(super) pair: QueuePair,
+    /// Messages go through the first one. So does RAM if it is the only one, else through the
+    /// others: a chunk through the same one for ever.
+    pub(super) pairs: Vec<QueuePair>,
     /// Ends whoever waits.
     pub(super) wake: OwnedFd,
     pub(super) closed: AtomicBool,
@@ -128,24 +124,21 @@ pub(super) fn identity(region: &Arc<Region>) -> usize {
 }
 
 impl Shared {
-    pub(super) fn new(pair: QueuePair, timeouts: Timeouts) -> Result<Self> {
+    pub(super) fn new(pairs: Vec<QueuePair>, timeouts: Timeouts) -> Result<Self> {
         let buffers = Arc::new(Buffers::new(SEND_BUFFERS));
         let sending = Sending {
-            registration: MemoryRegion::of_buffers(&pair.domain, &buffers, Access::Read)?,
+            registration: MemoryRegion::of_buffers(&pairs[0].domain, &buffers, Access::Read)?,
             free: (0..buffers.count()).collect(),
             buffers,
-            flight: VecDeque::new(),
-            unsignalled: Batch::default(),
-            outstanding: 0,
+            posted: pairs.iter().map(|_| Posted::default()).collect(),
             quiet_since: Instant::now(),
-            local: HashMap::new(),
             pinned: HashMap::new(),
-            copies: None,
+            ring: None,
         };
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|errno| FabricError::Host { call: "eventfd", source: errno.into() })?;
         Ok(Self {
-            pair,
+            pairs,
             wake,
             closed: AtomicBool::new(false),
             failure: Mutex::default(),
@@ -156,11 +149,43 @@ impl Shared {
         })
     }
 
+    /// Completions of what was posted to any of the queue pairs.
+    fn sent(&self) -> &CompletionQueue {
+        self.pairs[0].sent()
+    }
+
+    /// The first queue pair that carries RAM.
+    fn first_lane(&self) -> usize {
+        usize::from(self.pairs.len() > 1)
+    }
+
+    /// The queue pair of the chunk at `offset` of a block.
+    fn lane(&self, offset: u64) -> usize {
+        let first = self.first_lane();
+        first + (offset / CHUNK) as usize % (self.pairs.len() - first)
+    }
+
+    /// Where guest memory is registered.
+    pub(super) fn ram_domain(&self) -> &Arc<ProtectionDomain> {
+        &self.pairs[self.first_lane()].domain
+    }
+
+    /// Let the peer write no memory any more; false if the device can't.
+    pub(super) fn refuse_writes(&self) -> bool {
+        let refused = match self.first_lane() {
+            0 => self.pairs[0].refuse_writes(),
+            first => self.pairs[first..].iter().try_for_each(QueuePair::fail),
+        };
+        refused.is_ok()
+    }
+
     pub(super) fn close(&self) {
         self.closed.store(true, Ordering::SeqCst);
         // It fails only when the counter is at its end, and then it is readable all the more.
         let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
-        self.pair.id.disconnect();
+        for pair in &self.pairs {
+            pair.id.disconnect();
+        }
     }
 
     /// Why the connection has ended.
@@ -203,14 +228,19 @@ impl Shared {
     /// Take what has completed; was there anything?
     fn take_sent(&self, sending: &mut Sending) -> Result<bool> {
         let mut any = false;
-        while let Some(completion) = self.pair.sent.poll()? {
-            self.checked(completion)?;
+        while let Some(completion) = self.sent().poll()? {
+            let completion = self.checked(completion)?;
             any = true;
-            let Some(batch) = sending.flight.pop_front() else { continue };
-            sending.outstanding -= batch.requests;
+            let posted = sending.posted.get_mut(completion.id as usize);
+            let Some((posted, batch)) =
+                posted.and_then(|it| it.flight.pop_front().map(|batch| (it, batch)))
+            else {
+                continue;
+            };
+            posted.outstanding -= batch.requests;
             sending.free.extend(batch.buffer);
-            if let Some(copies) = &mut sending.copies {
-                copies.used -= batch.copies;
+            if let Some(ring) = &mut sending.ring {
+                ring.give_back(batch.staged);
             }
             self.landed.fetch_add(batch.bytes, Ordering::Relaxed);
         }
@@ -231,7 +261,7 @@ impl Shared {
             if enough(sending, in_flight) {
                 return Ok(());
             }
-            self.pair.sent.arm()?;
+            self.sent().arm()?;
             if self.take_sent(sending)? {
                 continue;
             }
@@ -239,7 +269,7 @@ impl Shared {
                 return Err(self.end());
             }
             let mut fds = [
-                PollFd::from_borrowed_fd(self.pair.sent.fd(), PollFlags::IN),
+                PollFd::from_borrowed_fd(self.sent().fd(), PollFlags::IN),
                 PollFd::new(&self.wake, PollFlags::IN),
             ];
             wait_for(&mut fds, Some(limit))?;
@@ -249,56 +279,32 @@ impl Shared {
         }
     }
 
-    /// Post a write, and count it.
-    fn post_write(&self, sending: &mut Sending, local: Option<Local>, to: RemoteKey) -> Result<()> {
-        let batch = &mut sending.unsignalled;
-        batch.requests += 1;
-        batch.bytes += local.map_or(0, |local| u64::from(local.length));
-        let signalled = local.is_none()
-            || batch.requests >= SIGNAL_REQUESTS
-            || batch.copies >= COPIES / 4
-            || batch.bytes >= SIGNAL_BYTES;
-        self.pair.write(0, local, to, signalled)?;
-        sending.outstanding += 1;
-        if signalled {
-            sending.flight.push_back(std::mem::take(&mut sending.unsignalled));
-        }
-        Ok(())
-    }
-
-    /// Write from copies, which are read from the file: there the guest's pages are the ones that it
-    /// has now, whatever was taken away and came back.
-    fn write_copies(
+    /// Post a write to a queue pair, and count it.
+    fn post_write(
         &self,
         sending: &mut Sending,
-        region: &Arc<Region>,
-        range: Range<u64>,
-        remote: RemoteKey,
+        lane: usize,
+        local: Option<Local>,
+        to: RemoteKey,
     ) -> Result<()> {
-        if sending.copies.is_none() {
-            sending.copies = Some(Copies::new(&self.pair.domain)?);
-        }
-        for offset in range.clone().step_by(MESSAGE_MAX) {
-            self.await_sent(sending, self.timeouts.acknowledgement(), |sending, _| {
-                sending.outstanding < SEND_DEPTH
-                    && sending.copies.as_ref().is_some_and(|copies| copies.used < COPIES)
-            })?;
-            let Some(copies) = &mut sending.copies else { return Err(FabricError::Closed) };
-            let length = (range.end - offset).min(MESSAGE_MAX as u64) as usize;
-            let memory = |source| FabricError::Memory { block: region.name().to_owned(), source };
-            let local = copies.take(region, offset, length).map_err(memory)?;
-            sending.unsignalled.copies += 1;
-            let to = RemoteKey { address: remote.address.wrapping_add(offset), ..remote };
-            self.posted.fetch_add(length as u64, Ordering::Relaxed);
-            self.post_write(sending, Some(local), to)?;
+        let posted = &mut sending.posted[lane];
+        let batch = &mut posted.unsignalled;
+        batch.requests += 1;
+        batch.bytes += local.map_or(0, |local| u64::from(local.length));
+        let signalled =
+            local.is_none() || batch.requests >= SIGNAL_REQUESTS || batch.bytes >= SIGNAL_BYTES;
+        self.pairs[lane].write(lane as u64, local, to, signalled)?;
+        posted.outstanding += 1;
+        if signalled {
+            posted.flight.push_back(std::mem::take(&mut posted.unsignalled));
         }
         Ok(())
     }
 
     /// Let the peer acknowledge what was posted, or that it is there.
-    fn post_nothing(&self, sending: &mut Sending) -> Result<()> {
+    fn post_nothing(&self, sending: &mut Sending, lane: usize) -> Result<()> {
         // A write of no bytes needs no key (InfiniBand specification, C9-88).
-        self.post_write(sending, None, RemoteKey { address: 0, rkey: 0 })
+        self.post_write(sending, lane, None, RemoteKey { address: 0, rkey: 0 })
     }
 
     /// Nothing has happened for a while: is the peer still there?
@@ -310,33 +316,16 @@ impl Shared {
             Err(TryLockError::WouldBlock) => return Ok(()),
         };
         let heard = self.take_sent(&mut sending)?;
-        if heard || sending.flight.is_empty() {
+        if heard || sending.is_quiet() {
             sending.quiet_since = Instant::now();
         }
-        if sending.flight.is_empty() {
-            self.post_nothing(&mut sending)
+        if sending.is_quiet() {
+            self.post_nothing(&mut sending, 0)
         } else if sending.quiet_since.elapsed() > self.timeouts.acknowledgement() {
             Err(FabricError::Unreachable(self.timeouts.peer))
         } else {
             Ok(())
         }
-    }
-
-    /// The local key for a write from `offset` of `region`, which crosses no chunk.
-    fn lkey(&self, sending: &mut Sending, region: &Arc<Region>, offset: u64) -> Result<u32> {
-        let identity = identity(region);
-        if let Some(whole) = sending.pinned.get(&identity) {
-            return Ok(whole.lkey());
-        }
-        let ranges = sending.local.entry(identity).or_default();
-        if let Some(part) = ranges.get(offset) {
-            return Ok(part.lkey());
-        }
-        let range = ranges.wanted(offset, region.length());
-        let part = MemoryRegion::of_region(&self.pair.domain, region, &range, Access::Read)?;
-        let lkey = part.lkey();
-        ranges.insert(range, part);
-        Ok(lkey)
     }
 }
 
@@ -350,7 +339,7 @@ impl Poster for VerbsPoster {
         let shared = &*self.shared;
         let sending = &mut *lock(&shared.sending);
         shared.await_sent(sending, shared.timeouts.acknowledgement(), |sending, _| {
-            !sending.free.is_empty() && sending.outstanding < SEND_DEPTH
+            !sending.free.is_empty() && sending.posted[0].outstanding < SEND_DEPTH
         })?;
         let Some(buffer) = sending.free.pop() else { return Err(FabricError::Closed) };
         let length = sending.buffers.fill(buffer, [header, payload]);
@@ -359,12 +348,13 @@ impl Poster for VerbsPoster {
             length: length as u32,
             lkey: sending.registration.lkey(),
         };
-        shared.pair.send(0, local)?;
-        let mut batch = std::mem::take(&mut sending.unsignalled);
+        shared.pairs[0].send(0, local)?;
+        let posted = &mut sending.posted[0];
+        let mut batch = std::mem::take(&mut posted.unsignalled);
         batch.requests += 1;
         batch.buffer = Some(buffer);
-        sending.outstanding += 1;
-        sending.flight.push_back(batch);
+        posted.outstanding += 1;
+        posted.flight.push_back(batch);
         Ok(())
     }
 
@@ -377,43 +367,74 @@ impl Poster for VerbsPoster {
     ) -> Result<()> {
         let shared = &*self.shared;
         let sending = &mut *lock(&shared.sending);
+        let lane = shared.lane(offset);
         shared.await_sent(sending, shared.timeouts.acknowledgement(), |sending, in_flight| {
-            sending.outstanding < SEND_DEPTH && in_flight <= WINDOW
+            sending.posted[lane].outstanding < SEND_DEPTH && in_flight <= WINDOW
         })?;
-        if region.is_discardable() {
-            return shared.write_copies(sending, region, offset..offset + length, remote);
-        }
         let memory = |source| FabricError::Memory { block: region.name().to_owned(), source };
         let (address, length) = region.mapped(offset, length).map_err(memory)?;
         let local = Local {
             address: address.as_ptr() as u64,
             length: u32::try_from(length)
                 .map_err(|_| memory(std::io::ErrorKind::InvalidInput.into()))?,
-            lkey: shared.lkey(sending, region, offset)?,
+            lkey: sending.lkey(region, offset)?,
         };
         let to = RemoteKey { address: remote.address.wrapping_add(offset), ..remote };
         shared.posted.fetch_add(length as u64, Ordering::Relaxed);
-        shared.post_write(sending, Some(local), to)
+        shared.post_write(sending, lane, Some(local), to)
     }
 
-    fn pin(&self, region: &Arc<Region>) -> Result<()> {
-        if region.is_discardable() {
-            return Ok(());
+    fn write_bytes(&self, bytes: &[u8], offset: u64, remote: RemoteKey) -> Result<()> {
+        let shared = &*self.shared;
+        let sending = &mut *lock(&shared.sending);
+        // The ring wants its completions in their order: one queue pair.
+        let lane = shared.first_lane();
+        if sending.ring.is_none() {
+            sending.ring = Some(Ring::new(shared.ram_domain())?);
         }
-        let (domain, all) = (&self.shared.pair.domain, 0..region.length());
-        let whole = MemoryRegion::of_region(domain, region, &all, Access::Read)?;
-        lock(&self.shared.sending).pinned.insert(identity(region), whole);
+        shared.await_sent(sending, shared.timeouts.acknowledgement(), |sending, in_flight| {
+            sending.posted[lane].outstanding < SEND_DEPTH
+                && in_flight <= WINDOW
+                && sending.ring.as_ref().is_some_and(Ring::has_room)
+        })?;
+        let Some(ring) = &mut sending.ring else { return Err(FabricError::Closed) };
+        let (local, taken) = ring.take(bytes);
+        sending.posted[lane].unsignalled.staged += taken;
+        let to = RemoteKey { address: remote.address.wrapping_add(offset), ..remote };
+        shared.posted.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        shared.post_write(sending, lane, Some(local), to)
+    }
+
+    fn pin(&self, region: &Arc<Region>, range: Range<u64>) -> Result<()> {
+        let domain = self.shared.ram_domain();
+        // Not under the lock: it takes long, and messages go their way meanwhile.
+        let part = MemoryRegion::of_region(domain, region, &range, Access::Read)?;
+        let sending = &mut *lock(&self.shared.sending);
+        sending.pinned.entry(identity(region)).or_default().insert(range, part);
         Ok(())
+    }
+
+    fn unpin(&self, region: &Arc<Region>, range: Range<u64>) {
+        let sending = &mut *lock(&self.shared.sending);
+        let part = sending.pinned.get_mut(&identity(region)).and_then(|it| it.remove(&range));
+        drop(part);
+    }
+
+    fn pinned(&self) -> Pinned {
+        self.shared.ram_domain().pinned()
     }
 
     fn drain(&self) -> Result<()> {
         let shared = &*self.shared;
         let sending = &mut *lock(&shared.sending);
-        if sending.unsignalled.requests > 0 {
+        for lane in 0..shared.pairs.len() {
+            if sending.posted[lane].unsignalled.requests == 0 {
+                continue;
+            }
             shared.await_sent(sending, shared.timeouts.acknowledgement(), |sending, _| {
-                sending.outstanding < SEND_DEPTH
+                sending.posted[lane].outstanding < SEND_DEPTH
             })?;
-            shared.post_nothing(sending)?;
+            shared.post_nothing(sending, lane)?;
         }
         shared.await_sent(sending, shared.timeouts.acknowledgement(), |_, in_flight| in_flight == 0)
     }
@@ -422,7 +443,11 @@ impl Poster for VerbsPoster {
         let shared = &*self.shared;
         let sending = &mut *lock(&shared.sending);
         // A message is in the peer's buffer when it completes. A peer that is gone needs none.
-        let _ = shared.await_sent(sending, FAREWELL, |sending, _| sending.flight.is_empty());
+        let _ = shared.await_sent(sending, FAREWELL, |sending, _| sending.is_quiet());
+    }
+
+    fn connections(&self) -> u32 {
+        (self.shared.pairs.len() - self.shared.first_lane()) as u32
     }
 
     fn posted(&self) -> u64 {

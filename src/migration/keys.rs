@@ -1,0 +1,195 @@
+//! The ranges of the destination's blocks that the source may write, and when to ask for more.
+//!
+//! Decides only; [`super::targets`] asks and waits.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    ops::Range,
+};
+
+use crate::{
+    fabric::RemoteKey,
+    memory::{CHUNK, RANGE_MAX, Ranges},
+};
+
+/// A range of a block, by the block's index.
+pub type BlockRange = (usize, Range<u64>);
+
+/// What is known of an offset.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Known {
+    /// The key to it.
+    Key(RemoteKey),
+    /// It was asked for.
+    Asked,
+    /// Nothing.
+    Nothing,
+}
+
+/// The ranges, and how much of the guest's memory is pinned by them.
+#[derive(Debug)]
+pub struct Keys {
+    /// By block; without a key as long as that was only asked for.
+    ranges: HashMap<usize, Ranges<Option<RemoteKey>>>,
+    /// Answers come in this order.
+    asked: VecDeque<BlockRange>,
+    /// Oldest first.
+    held: VecDeque<BlockRange>,
+    /// Bytes in `held`.
+    used: u64,
+    limit: u64,
+    largest: u64,
+}
+
+impl Keys {
+    /// Of `limit` bytes together at the most, though never less than one chunk.
+    pub fn new(limit: Option<u64>) -> Self {
+        let limit = limit.unwrap_or(u64::MAX).max(CHUNK);
+        // A quarter, so that one range may go while others are in use.
+        let largest = (limit / 4 / CHUNK * CHUNK).clamp(CHUNK, RANGE_MAX);
+        Self {
+            ranges: HashMap::new(),
+            asked: VecDeque::new(),
+            held: VecDeque::new(),
+            used: 0,
+            limit,
+            largest,
+        }
+    }
+
+    /// What is known of `offset` of block `index`.
+    pub fn get(&self, index: usize, offset: u64) -> Known {
+        match self.ranges.get(&index).and_then(|ranges| ranges.get(offset)) {
+            Some((_, Some(key))) => Known::Key(*key),
+            Some((_, None)) => Known::Asked,
+            None => Known::Nothing,
+        }
+    }
+
+    /// The range to ask for, for an offset of which nothing is known.
+    pub fn wanted(&mut self, index: usize, offset: u64, length: u64) -> Range<u64> {
+        self.ranges.entry(index).or_default().wanted(offset, length, self.largest)
+    }
+
+    /// Whoever writes at `offset` comes to the second half of a run's last range: the range to ask
+    /// for before it is needed, so that nobody waits for it.
+    pub fn ahead(&mut self, index: usize, offset: u64, length: u64) -> Option<Range<u64>> {
+        let ranges = self.ranges.get(&index)?;
+        let (range, _) = ranges.get(offset)?;
+        let run = range.end - range.start > CHUNK;
+        let late = offset - range.start >= (range.end - range.start) / 2;
+        if !run || !late || range.end >= length || !self.asked.is_empty() {
+            return None;
+        }
+        let free = ranges.get(range.end).is_none();
+        let next = free.then(|| self.wanted(index, range.end, length))?;
+        self.fit(next.end - next.start).then_some(next)
+    }
+
+    /// Do `bytes` more fit into the limit?
+    pub fn fit(&self, bytes: u64) -> bool {
+        self.used.saturating_add(bytes) <= self.limit
+    }
+
+    /// Forget the oldest range, which was not only asked for; `None` if there is none.
+    pub fn release(&mut self) -> Option<BlockRange> {
+        let (index, range) = self.held.pop_front()?;
+        self.used -= range.end - range.start;
+        if let Some(ranges) = self.ranges.get_mut(&index) {
+            ranges.remove(&range);
+        }
+        Some((index, range))
+    }
+
+    /// A range was asked for.
+    pub fn ask(&mut self, index: usize, range: Range<u64>) {
+        self.used += range.end - range.start;
+        self.ranges.entry(index).or_default().insert(range.clone(), None);
+        self.held.push_back((index, range.clone()));
+        self.asked.push_back((index, range));
+    }
+
+    /// Something was asked for and not answered.
+    pub fn waits(&self) -> bool {
+        !self.asked.is_empty()
+    }
+
+    /// The oldest question was answered; false if there was none.
+    pub fn answer(&mut self, key: RemoteKey) -> bool {
+        let Some((index, range)) = self.asked.pop_front() else { return false };
+        self.ranges.entry(index).or_default().insert(range, Some(key));
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const KEY: RemoteKey = RemoteKey { address: 1, rkey: 2 };
+    const LENGTH: u64 = 1 << 30;
+
+    #[test]
+    fn a_run_is_asked_for_before_it_is_needed() {
+        let mut keys = Keys::new(None);
+        let (mut waited, mut offset) = (0, 0);
+        while offset < LENGTH {
+            if keys.get(0, offset) == Known::Nothing {
+                waited += 1;
+                let range = keys.wanted(0, offset, LENGTH);
+                keys.ask(0, range);
+                assert!(keys.answer(KEY));
+            }
+            if let Some(range) = keys.ahead(0, offset, LENGTH) {
+                assert!(range.start > offset);
+                keys.ask(0, range);
+                assert!(keys.answer(KEY));
+            }
+            offset += CHUNK;
+        }
+        assert_eq!(waited, 2, "for the first chunk and the range behind it");
+        assert!(!keys.answer(KEY));
+    }
+
+    #[test]
+    fn single_chunks_are_no_run() {
+        let mut keys = Keys::new(None);
+        for offset in [0, 64 * CHUNK, 128 * CHUNK] {
+            let range = keys.wanted(0, offset, LENGTH);
+            assert_eq!(range.end - range.start, CHUNK);
+            keys.ask(0, range);
+            assert!(keys.answer(KEY));
+            assert_eq!(keys.ahead(0, offset + CHUNK - 4096, LENGTH), None);
+        }
+    }
+
+    proptest! {
+        /// Whatever is written, the limit holds, and what was released is not known any more.
+        #[test]
+        fn the_limit_holds(
+            limit in 1_u64..200,
+            offsets in prop::collection::vec((0..3_usize, 0..LENGTH), 1..300),
+        ) {
+            let mut keys = Keys::new(Some(limit * CHUNK));
+            for (index, offset) in offsets {
+                if keys.get(index, offset) == Known::Nothing {
+                    let range = keys.wanted(index, offset, LENGTH);
+                    prop_assert!(range.contains(&offset));
+                    while !keys.fit(range.end - range.start) {
+                        let (index, gone) = keys.release().unwrap();
+                        prop_assert_eq!(keys.get(index, gone.start), Known::Nothing);
+                    }
+                    keys.ask(index, range);
+                    prop_assert_eq!(keys.get(index, offset), Known::Asked);
+                    prop_assert!(keys.answer(KEY));
+                }
+                prop_assert_eq!(keys.get(index, offset), Known::Key(KEY));
+                prop_assert!(keys.used <= limit * CHUNK);
+                let held: u64 = keys.held.iter().map(|(_, range)| range.end - range.start).sum();
+                prop_assert_eq!(held, keys.used);
+            }
+        }
+    }
+}

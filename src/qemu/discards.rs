@@ -1,0 +1,65 @@
+//! Who may take pages of the guest's memory away, and give others back, while it runs.
+
+use serde_json::Value;
+
+use super::{QemuError, blocks::RamBlock};
+use crate::qmp::Execute;
+
+/// Note in each of `blocks` who may discard its pages: a balloon any of them, a virtio-mem device
+/// those of its own memory.
+///
+/// # Errors
+/// When QEMU does not answer.
+pub(super) async fn find(qmp: &mut impl Execute, blocks: &mut [RamBlock]) -> Result<(), QemuError> {
+    const COMMAND: &str = "query-memory-devices";
+    // There is a balloon if it can be asked how large the guest is. It reports free pages too.
+    let balloon = qmp.execute("query-balloon", Value::Null).await.is_ok();
+    let devices = match qmp.execute(COMMAND, Value::Null).await {
+        Ok(devices) => devices,
+        Err(error) if error.class == "CommandNotFound" => Value::Null,
+        Err(error) => return Err(QemuError::Qmp { command: COMMAND, error }),
+    };
+    for block in blocks {
+        block.discards = match virtio_mem(&devices, &block.name) {
+            Some(device) => Some(format!("virtio-mem device '{device}' may discard its pages")),
+            None => balloon.then(|| "the balloon may discard its pages".to_owned()),
+        };
+    }
+    Ok(())
+}
+
+/// The virtio-mem device whose memory is block `name`: that ends with the name of the memory's
+/// object, behind the device's path or the object's.
+fn virtio_mem<'a>(devices: &'a Value, name: &str) -> Option<&'a str> {
+    let last = |path: &str| path.rsplit('/').next().unwrap_or_default().to_owned();
+    let mut devices = devices.as_array().into_iter().flatten();
+    let is_it = |device: &&Value| {
+        let memory = device["data"]["memdev"].as_str();
+        device["type"] == "virtio-mem" && memory.is_some_and(|memory| last(memory) == last(name))
+    };
+    let device = devices.find(is_it)?;
+    Some(device["data"]["id"].as_str().unwrap_or("without id"))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_virtio_mem_device_has_a_block_of_its_own() {
+        let devices = json!([
+            {"type": "dimm", "data": {"memdev": "/objects/dimm0", "id": "dimm"}},
+            {"type": "virtio-mem", "data": {"memdev": "/objects/vmem0", "id": "vm0"}},
+            {"type": "virtio-mem", "data": {"memdev": "/objects/vmem1"}},
+        ]);
+        let found = |name| virtio_mem(&devices, name);
+        assert_eq!(found("0000:00:02.0/vmem0"), Some("vm0"));
+        assert_eq!(found("/objects/vmem1"), Some("without id"));
+        for other in ["ram0", "dimm0", "vmem", "0000:00:02.0/vga.vram"] {
+            assert_eq!(found(other), None, "{other}");
+        }
+        assert_eq!(virtio_mem(&Value::Null, "vmem0"), None);
+    }
+}

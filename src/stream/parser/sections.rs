@@ -1,0 +1,142 @@
+//! What is around RAM: sections' heads, commands, and the state that QEMU sends before RAM.
+
+use super::{
+    super::{
+        error::StreamError,
+        fields::{FIELD_MAX, Fields},
+    },
+    Found, Item, PAGE, Parser, Ram, State,
+};
+
+/// Section types (QEMU_VM_* of `migration/savevm.h`).
+pub(super) mod section {
+    pub const EOF: u8 = 0x00;
+    pub const START: u8 = 0x01;
+    pub const PART: u8 = 0x02;
+    pub const END: u8 = 0x03;
+    pub const FULL: u8 = 0x04;
+    pub const SUBSECTION: u8 = 0x05;
+    pub const CONFIGURATION: u8 = 0x07;
+    pub const COMMAND: u8 = 0x08;
+    pub const FOOTER: u8 = 0x7e;
+}
+
+/// Name of the section, behind the device's path, that virtio-mem sends before RAM from QEMU 8.0 on,
+/// because what of its memory is plugged has to be known before the first page
+/// (hw/virtio/virtio-mem.c).
+const VIRTIO_MEM: &[u8] = b"virtio-mem-device-early";
+
+impl Parser {
+    /// A subsection of the configuration.
+    pub(super) fn subsection(&self, fields: &mut Fields<'_>) -> Result<Option<Found>, StreamError> {
+        fields.next = 1;
+        let (Some(name), Some(_version)) = (fields.string(), fields.u32()) else { return Ok(None) };
+        let mut next = State::Subsection;
+        let whole = match name {
+            b"configuration/target-page-bits" => match fields.u32() {
+                Some(bits) if bits != PAGE.trailing_zeros() => {
+                    return Err(StreamError::Unsupported("a target page size other than 4 KiB"));
+                }
+                bits => bits.is_some(),
+            },
+            b"configuration/uuid" => fields.skip(16).is_some(),
+            b"configuration/capabilities" => match fields.u32() {
+                Some(0) => true,
+                Some(count @ 1..=64) => {
+                    next = State::Capabilities(count);
+                    true
+                }
+                Some(count) => return Err(self.malformed(format!("{count} capabilities"))),
+                None => false,
+            },
+            other => {
+                let name = String::from_utf8_lossy(other);
+                return Err(self.malformed(format!("unknown configuration '{name}'")));
+            }
+        };
+        Ok(whole.then_some(Found { size: fields.next, item: Item::Other, payload: 0, next }))
+    }
+
+    /// The head of a section, or a command.
+    pub(super) fn section(
+        &mut self,
+        fields: &mut Fields<'_>,
+    ) -> Result<Option<Found>, StreamError> {
+        let Some(kind) = fields.u8() else { return Ok(None) };
+        let next = match kind {
+            section::COMMAND => return self.command(fields),
+            section::START | section::FULL => {
+                let (Some(id), Some(name)) = (fields.u32(), fields.string()) else {
+                    return Ok(None);
+                };
+                let (Some(_instance), Some(version)) = (fields.u32(), fields.u32()) else {
+                    return Ok(None);
+                };
+                if kind == section::FULL && version == 1 && is_virtio_mem(name) {
+                    return self.virtio_mem(fields, id);
+                }
+                if (kind, name) != (section::START, b"ram".as_slice()) {
+                    let name = String::from_utf8_lossy(name).into_owned();
+                    return Err(StreamError::UnknownSection(name));
+                }
+                if version != 4 || self.ram_id.is_some() {
+                    return Err(self.malformed(format!("RAM of version {version}, or twice")));
+                }
+                self.ram_id = Some(id);
+                State::MemSize
+            }
+            section::PART | section::END => {
+                let Some(id) = fields.u32() else { return Ok(None) };
+                if Some(id) != self.ram_id {
+                    return Err(self.malformed(format!("a part of unknown section {id}")));
+                }
+                State::Body(if kind == section::PART { Ram::Part } else { Ram::End })
+            }
+            section::EOF => return Err(self.malformed("an end before the last RAM section")),
+            other => return Err(self.malformed(format!("section type {other:#x}"))),
+        };
+        Ok(Some(Found { size: fields.next, item: Item::Other, payload: 0, next }))
+    }
+
+    /// The rest of a section of virtio-mem.
+    fn virtio_mem(&self, fields: &mut Fields<'_>, id: u32) -> Result<Option<Found>, StreamError> {
+        let Some(length) = virtio_mem_state(fields) else { return Ok(None) };
+        let payload = length.map_err(|why| self.malformed(why))?;
+        let next = State::DeviceFooter(id);
+        Ok(Some(Found { size: fields.next, item: Item::Other, payload, next }))
+    }
+
+    /// A command (MIG_CMD_* of `migration/savevm.c`).
+    fn command(&self, fields: &mut Fields<'_>) -> Result<Option<Found>, StreamError> {
+        let (Some(command), Some(length)) = (fields.u16(), fields.u16()) else { return Ok(None) };
+        match command {
+            // OPEN_RETURN_PATH, PING, SWITCHOVER_START.
+            1 | 2 | 11 => {}
+            3..=7 | 9 | 10 => return Err(StreamError::Unsupported("postcopy")),
+            8 => return Err(StreamError::Unsupported("COLO")),
+            other => return Err(self.malformed(format!("command {other}"))),
+        }
+        self.bounded(Some(length.into()), FIELD_MAX, "a command")?;
+        let whole = fields.skip(length.into());
+        let next = State::Section;
+        Ok(whole.map(|()| Found { size: fields.next, item: Item::Other, payload: 0, next }))
+    }
+}
+
+/// Is this the name of virtio-mem's section?
+fn is_virtio_mem(name: &[u8]) -> bool {
+    name.rsplit(|byte| *byte == b'/').next() == Some(VIRTIO_MEM)
+}
+
+/// The fields at the beginning of virtio-mem's section, which say how many bytes follow them:
+/// the plugged size, and a bitmap of the blocks. `None` while they are not all there, an error
+/// if they make no sense.
+fn virtio_mem_state(fields: &mut Fields<'_>) -> Option<Result<u64, String>> {
+    let (_address, size, block) = (fields.u64()?, fields.u64()?, fields.u64()?);
+    let _node = fields.u32()?;
+    if block < PAGE || !block.is_power_of_two() || !size.is_multiple_of(block) {
+        return Some(Err(format!("virtio-mem of {size} bytes in blocks of {block}")));
+    }
+    let words = (size / block).div_ceil(u64::BITS.into());
+    Some(Ok((1 + words) * size_of::<u64>() as u64))
+}
