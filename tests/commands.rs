@@ -172,7 +172,9 @@ fn check_finds_what_would_fail() {
         out.contains("QEMU 10.0") && out.contains("'ram0', 196608 KiB: written from /memfd"),
         "{out}"
     );
-    assert!(out.contains("RDMA devices") && out.contains("memlock"), "{out}");
+    assert!(out.contains("RDMA device"), "{out}");
+    assert!(cfg!(not(feature = "verbs")) || out.contains("memlock of a helper that"), "{out}");
+    assert!(out.ends_with("ok       nothing that is known would stop a migration\n"), "{out}");
     let private = Config { paused: true, memory: Memory::Private, ..Config::default() };
     let mut private = Host::start(&dir, "private", &private);
     let (code, out) = check(&private);
@@ -187,6 +189,55 @@ fn check_finds_what_would_fail() {
     let (code, out) = check(&private);
     assert_eq!(code, Some(1), "{out}");
     assert!(out.contains("fail     Capability 'xbzrle'"), "{out}");
+}
+
+#[test]
+fn check_judges_by_the_fabric_that_is_used() {
+    let check = |arguments: &[&str]| {
+        let output = run(&[&["check"], arguments].concat());
+        let out = text(&output.stdout);
+        println!("{out}");
+        (output.status.code(), out)
+    };
+    let (code, out) = check(&["--fabric", "tcp", "rdma:127.0.0.1:4444"]);
+    assert_eq!(code, Some(0));
+    assert!(out.contains("ok       Route to 127.0.0.1:4444: from 127.0.0.1\n"), "{out}");
+    assert!(!out.contains("memlock"), "{out}");
+    let (code, out) = check(&["--fabric", "tcp", "rdma:nowhere.invalid:4444"]);
+    assert_eq!(code, Some(1));
+    let unknown = out.lines().skip_while(|line| !line.starts_with("fail     Cannot resolve"));
+    assert_eq!(unknown.last(), Some("         cure: check the name or give an address"), "{out}");
+    for wrong in ["tcp:h:1", "rdma:h"] {
+        let output = run(&["check", wrong]);
+        assert_eq!(output.status.code(), Some(2));
+        assert!(text(&output.stderr).contains("rdma:HOST:PORT"));
+    }
+    if Path::new("/sys/class/infiniband")
+        .read_dir()
+        .is_ok_and(|mut devices| devices.next().is_some())
+    {
+        return println!("the rest is for hosts without a device");
+    }
+    let (code, out) = check(&[]);
+    assert_eq!(code, Some(0));
+    assert!(out.starts_with("warning  ") && out.contains("migrations use the tcp fabric"), "{out}");
+    let (code, out) = check(&["--fabric", "verbs"]);
+    assert_eq!(code, Some(1));
+    assert!(out.starts_with("fail     This ") && out.contains("use --fabric tcp"), "{out}");
+}
+
+/// What a helper uses is looked at, where one is attached.
+#[test]
+fn check_at_a_helpers_socket() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = Config { paused: true, ..Config::default() };
+    let mut host = Host::with_helper(&dir, "only", &config, &["--fabric", "tcp"]);
+    host.client = support::Qmp::connect(&host.qemu.spare_socket());
+    let output = run(&["check", "--qemu-qmp", host.helper.socket.to_str().unwrap()]);
+    let out = text(&output.stdout);
+    assert_eq!(output.status.code(), Some(0), "{out}");
+    assert!(out.starts_with("ok       Fabric tcp: no RDMA device is used\n"), "{out}");
+    assert!(out.contains(&format!(", process {}\n", host.qemu.pid())), "{out}");
 }
 
 /// A manager may have made QEMU's socket: who made it is not QEMU then, and is told.

@@ -2,10 +2,12 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use clap::ValueEnum;
-use qemu_rdma_helper::relay::{self, AttachOptions, FabricChoice};
+use qemu_rdma_helper::relay::{self, AttachOptions};
 
-use super::migrate::parse_size;
+use super::{fabric::Fabric, migrate::parse_size};
+
+/// Queue pairs for RAM, unless it is told otherwise.
+pub const QUEUE_PAIRS: u16 = 1;
 
 /// Stand beside a running QEMU and serve QMP in its place.
 ///
@@ -32,7 +34,7 @@ pub struct Args {
           value_parser = clap::value_parser!(u64).range(1..=86400))]
     peer_timeout: u64,
     /// Queue pairs that carry RAM over RDMA, if the peer's helper has as many
-    #[arg(long, value_name = "COUNT", default_value_t = 1,
+    #[arg(long, value_name = "COUNT", default_value_t = QUEUE_PAIRS,
           value_parser = clap::value_parser!(u16).range(1..=16))]
     queue_pairs: u16,
     /// Guest RAM that may be pinned at a time for RDMA, such as 2g: a bare number is MiB, at least
@@ -42,13 +44,6 @@ pub struct Args {
     /// QEMU's process, if a manager made its QMP socket
     #[arg(long, value_name = "PID", value_parser = clap::value_parser!(u32).range(1..))]
     pid: Option<u32>,
-}
-
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum Fabric {
-    Auto,
-    Verbs,
-    Tcp,
 }
 
 /// What writes that are on their way need, with room for ranges to come and go.
@@ -66,11 +61,7 @@ pub async fn run(args: Args) -> anyhow::Result<u8> {
     relay::attach(AttachOptions {
         qemu_qmp: args.qemu_qmp,
         qmp: args.qmp,
-        fabric: match args.fabric {
-            Fabric::Auto => FabricChoice::Auto,
-            Fabric::Verbs => FabricChoice::Verbs,
-            Fabric::Tcp => FabricChoice::Tcp,
-        },
+        fabric: args.fabric.into(),
         stall_timeout: Duration::from_secs(args.stall_timeout),
         peer_timeout: Duration::from_secs(args.peer_timeout),
         queue_pairs: args.queue_pairs,

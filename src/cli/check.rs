@@ -1,26 +1,29 @@
 //! `check`: what would stop a migration, before it is tried.
 
+mod qemu;
+
 use std::path::PathBuf;
 
 use qemu_rdma_helper::{
-    fabric,
-    migration::messages::FabricKind,
-    qemu::{
-        blockers::{self, Blocker},
-        blocks,
+    fabric::{self, Finding, Question, Severity},
+    migration::{
+        self,
+        messages::{Address, FabricKind},
     },
-    qmp::Execute as _,
-    stream::Travel,
+    qmp::uri::{self, Target},
+    relay::FabricChoice,
 };
-use rustix::process::{Resource, getrlimit};
-use serde_json::Value;
 
-use super::client::Client;
+use self::qemu::Attached;
+use super::{attach::QUEUE_PAIRS, fabric::Fabric};
 
 /// Look for what would stop a migration over rdma: from or to this host.
 ///
-/// With --qemu-qmp the QEMU there is looked at too. Each finding names its cure; the exit code is
-/// 1 if a migration would fail.
+/// The RDMA devices, what they lack, and the memlock limit are looked at. With --qemu-qmp the QEMU
+/// there is too, and what its guest needs; if a helper serves there, its limit and its fabric
+/// count. With an address the route to it is found, without connecting, and only the device that
+/// it leads over is judged. Each finding names its cure; the exit code is 1 if a migration would
+/// fail.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// QEMU's QMP socket, or a helper's
@@ -29,103 +32,109 @@ pub struct Args {
     /// QEMU's process, if it is not the one that serves the socket
     #[arg(long, value_name = "PID", value_parser = clap::value_parser!(u32).range(1..))]
     pid: Option<u32>,
+    /// What carries RAM, as for attach; without it what the helper at --qemu-qmp uses, else auto
+    #[arg(long, value_enum)]
+    fabric: Option<Fabric>,
+    /// Where a migration would go to, or be waited for: rdma:HOST:PORT
+    #[arg(value_name = "URI", value_parser = parse_address)]
+    address: Option<Address>,
 }
 
-/// Prints findings, and remembers whether one was fatal.
-#[derive(Default)]
-struct Findings {
-    fatal: bool,
-}
-
-impl Findings {
-    fn ok(&self, text: &str) {
-        println!("ok       {text}");
-    }
-
-    fn warning(&self, text: &str, cure: &str) {
-        println!("warning  {text}\n         cure: {cure}");
-    }
-
-    fn fail(&mut self, text: &str, cure: &str) {
-        self.fatal = true;
-        println!("fail     {text}\n         cure: {cure}");
+fn parse_address(text: &str) -> Result<Address, String> {
+    match uri::parse(text) {
+        Ok(Target::Rdma(address)) => Ok(address),
+        Ok(Target::Other) => Err("it must be rdma:HOST:PORT".into()),
+        Err(error) => Err(error.desc),
     }
 }
 
 /// Print the findings.
 pub async fn run(args: Args) -> anyhow::Result<u8> {
-    let mut findings = Findings::default();
-    let devices = fabric::devices();
-    if devices.is_empty() {
-        findings.warning(
-            "RDMA devices: none; migrations use the tcp fabric",
-            "load the driver of the RDMA device, or 'rdma link add rxe0 type rxe netdev DEVICE'",
-        );
-    } else {
-        findings.ok(&format!("RDMA devices: {}", devices.join(", ")));
+    let asked = args.fabric.map(FabricChoice::from);
+    let attached = match &args.qemu_qmp {
+        Some(path) => Some(Attached::look(path, args.pid, asked).await?),
+        None => None,
+    };
+    let helper = attached.as_ref().and_then(|attached| attached.helper.as_ref());
+    let choice = asked.or(helper.map(|helper| helper.fabric)).unwrap_or(FabricChoice::Auto);
+    let question = Question {
+        address: args.address.as_ref(),
+        guest: attached.as_ref().and_then(|attached| attached.guest.as_ref()),
+        helper: helper.map(|helper| helper.pid),
+        window: migration::WINDOW,
+        lanes: helper.map_or(QUEUE_PAIRS, |helper| helper.queue_pairs),
+    };
+    let mut findings = look(&question, choice);
+    findings.iter().for_each(print);
+    if let Some(attached) = attached {
+        println!("{}", attached.heading);
+        attached.findings.iter().for_each(print);
+        findings.extend(attached.findings);
     }
-    match getrlimit(Resource::Memlock).current {
-        None => findings.ok("memlock: unlimited"),
-        Some(limit) => findings.warning(
-            &format!(
-                "memlock: {} KiB, which limits the guest RAM that RDMA can register",
-                limit >> 10
-            ),
-            "raise it: 'ulimit -l unlimited', or LimitMEMLOCK=infinity in the service",
-        ),
+    let is_fatal = findings.iter().any(Finding::is_fatal);
+    if !is_fatal {
+        print(&Finding::good("nothing that is known would stop a migration"));
     }
-    if let Some(path) = &args.qemu_qmp {
-        let mut client = Client::connect(path).await?;
-        check_qemu(&mut client, args.pid, &mut findings).await?;
-    }
-    Ok(if findings.fatal { super::FAILED } else { super::DONE })
+    Ok(if is_fatal { super::FAILED } else { super::DONE })
 }
 
-async fn check_qemu(
-    client: &mut Client,
-    pid: Option<u32>,
-    findings: &mut Findings,
-) -> anyhow::Result<()> {
-    // A helper knows its QEMU's process; asked at QEMU's own socket the command is unknown.
-    let helper = client.execute("query-rdma-helper", Value::Null).await.ok();
-    let fabric = match helper.as_ref().and_then(|info| info["fabric"].as_str()) {
-        Some("verbs") => FabricKind::Verbs,
-        Some(_) => FabricKind::Tcp,
-        None => FabricKind::auto(),
+fn print(finding: &Finding) {
+    let severity = match finding.severity {
+        Severity::Good => "ok",
+        Severity::Warning => "warning",
+        Severity::Fatal => "fail",
     };
-    let known = helper.and_then(|info| u32::try_from(info["pid"].as_u64()?).ok());
-    let pid = pid.or(known).unwrap_or(client.pid);
-    let version = client.execute("query-version", Value::Null).await?;
-    let number = |part: &str| version["qemu"][part].as_u64().unwrap_or(0);
-    println!("QEMU {}.{}.{}, process {pid}", number("major"), number("minor"), number("micro"));
-    let found = match blocks::find(client, pid).await {
-        Ok(found) => found,
-        Err(error) => {
-            let text = format!("RAM blocks: {error}");
-            findings.fail(&text, "see the message");
-            return Ok(());
+    println!("{severity:<8} {}", finding.text);
+    if !finding.cure.is_empty() {
+        println!("         cure: {}", finding.cure);
+    }
+}
+
+/// Look at this host.
+fn look(question: &Question<'_>, choice: FabricChoice) -> Vec<Finding> {
+    if let Err(error) = choice.check() {
+        let missing = Finding::error(&error);
+        return [missing].into_iter().chain(without_device(question)).collect();
+    }
+    match choice.kind() {
+        FabricKind::Verbs => over_verbs(question),
+        FabricKind::Tcp => {
+            let mut findings = if choice == FabricChoice::Auto {
+                // RDMA is not used: whatever is missing for it stops nothing.
+                let missing = without_device(question).into_iter().map(Finding::at_most_warning);
+                [no_device()].into_iter().chain(missing).collect()
+            } else {
+                vec![Finding::good("Fabric tcp: no RDMA device is used")]
+            };
+            findings.extend(question.address.map(fabric::tcp::preflight));
+            findings
         }
-    };
-    for block in &found {
-        let size = format!("{} KiB", block.length >> 10);
-        let (travel, why) = block.travel(fabric);
-        let path = block.backing.as_ref().map(|backing| backing.path.as_str());
-        let how = match travel {
-            Travel::Mapped => format!("written from {}", path.unwrap_or_default()),
-            Travel::Staged => format!("written from the stream ({})", why.unwrap_or_default()),
-            Travel::InStream => format!("in the stream ({})", why.unwrap_or_default()),
-        };
-        findings.ok(&format!("RAM block '{}', {size}: {how}", block.name));
     }
-    if let Some(Blocker { reason, cure }) = blockers::memory(&found) {
-        findings.warning(&reason, &cure);
+}
+
+#[cfg(feature = "verbs")]
+use fabric::verbs::preflight::{check as over_verbs, check_without_device as without_device};
+
+/// Of a fabric that is not there nothing can be said.
+#[cfg(not(feature = "verbs"))]
+fn over_verbs(_: &Question<'_>) -> Vec<Finding> {
+    Vec::new()
+}
+
+#[cfg(not(feature = "verbs"))]
+use over_verbs as without_device;
+
+/// Why `auto` takes tcp.
+fn no_device() -> Finding {
+    if cfg!(feature = "verbs") {
+        Finding::warning(
+            "RDMA devices: none; migrations use the tcp fabric",
+            "load the driver of the RDMA device, or 'rdma link add rxe0 type rxe netdev DEVICE'",
+        )
+    } else {
+        Finding::warning(
+            "This build has no 'verbs' fabric; migrations use the tcp fabric",
+            "build with the feature 'verbs'",
+        )
     }
-    let blockers = blockers::find(client, &found, fabric).await?;
-    for Blocker { reason, cure } in &blockers {
-        findings.fail(reason, cure);
-    }
-    if blockers.is_empty() {
-        findings.ok("nothing that is known would stop a migration");
-    }
-    Ok(())
 }

@@ -3,6 +3,7 @@
 mod attach;
 mod check;
 mod client;
+mod fabric;
 mod hmp;
 mod man;
 mod migrate;

@@ -7,6 +7,7 @@
 //! A connection is used by several threads: any may send through its [`Poster`], one owns its
 //! [`Receiver`], and a [`Handle`] ends it from anywhere.
 
+mod preflight;
 pub mod tcp;
 #[cfg(feature = "verbs")]
 pub mod verbs;
@@ -18,6 +19,8 @@ use std::{
     sync::Arc,
     time::Duration,
 };
+
+pub use preflight::{Finding, Guest, Question, Severity};
 
 use crate::{memory::Region, migration::messages::Address};
 
@@ -60,16 +63,45 @@ pub enum FabricError {
     /// RDMA can't be used.
     #[error("This host can't do RDMA: {0}")]
     Unavailable(String),
-    /// Guest memory can't be registered with the device.
+    /// The network leads nowhere.
     #[error(
-        "Cannot register {mib} MiB of RAM block '{block}': {source}; raise the memlock limit \
-         ('ulimit -l unlimited', LimitMEMLOCK=infinity in the service)"
+        "No route leads to {address}: {source}; check the address, the route to it \
+         ('ip route get'), and that its host is up"
     )]
+    NoRoute {
+        /// Where to.
+        address: Address,
+        /// errno.
+        source: io::Error,
+    },
+    /// Memory can't be registered with the device.
+    #[error("Cannot register {mib} MiB of {what}: {source}; {}", pin_cure(source))]
     Pin {
-        /// The block.
-        block: String,
+        /// The block, or another use.
+        what: String,
         /// How much, in MiB.
         mib: u64,
+        /// errno.
+        source: io::Error,
+    },
+    /// A device can't be used by this process.
+    #[error(
+        "RDMA device {device}: it can't be opened ({source}); load the module ib_uverbs, and let \
+         the helper's user read and write /dev/infiniband/uverbs*"
+    )]
+    Open {
+        /// The device.
+        device: String,
+        /// errno.
+        source: io::Error,
+    },
+    /// The device does not make what is needed.
+    #[error(
+        "The RDMA device can't make {what}: {source}; 'qemu-rdma-helper check' says what it lacks"
+    )]
+    Refused {
+        /// What it is.
+        what: String,
         /// errno.
         source: io::Error,
     },
@@ -109,6 +141,22 @@ pub enum FabricError {
         /// errno.
         source: io::Error,
     },
+}
+
+impl FabricError {
+    /// It is about memory of this host: the peer can still be told.
+    pub fn leaves_connection(&self) -> bool {
+        matches!(self, Self::Memory { .. } | Self::Pin { .. })
+    }
+}
+
+/// What helps when memory can't be registered.
+fn pin_cure(source: &io::Error) -> &'static str {
+    if source.kind() == io::ErrorKind::OutOfMemory {
+        "raise the memlock limit ('ulimit -l unlimited', LimitMEMLOCK=infinity in the service)"
+    } else {
+        "'qemu-rdma-helper check' says what the device allows"
+    }
 }
 
 /// Names of the host's RDMA devices, from sysfs: no library is needed to see them.

@@ -109,13 +109,9 @@ pub fn run(
         options,
         statistics: statistics.clone(),
         commitment: context.commitment.clone(),
-        events: sender.clone(),
+        events: sender,
     };
-    thread::spawn(move || {
-        let served = landing::serve(listener, &serving);
-        // The receiver is gone only when the migration has ended otherwise.
-        let _ = sender.send(Event::Served(served));
-    });
+    thread::spawn(move || landing::serve(listener, &serving));
     let verdict = lifetime(Incoming::Listening, &events, &reports, &statistics, |state, event| {
         match state.handle(event, &context, &events) {
             Incoming::Ended(verdict) => Err(verdict),

@@ -54,11 +54,24 @@ pub struct Context {
     pub events: Sender<Event>,
 }
 
-/// Serve sources until one has begun to send its stream, then that one to its end.
+/// Serve sources until one has begun to send its stream, then that one to its end; says how it ended.
+pub fn serve(listener: Box<dyn Listener>, context: &Context) {
+    let door = Door::open(listener);
+    // The receiver is gone only when the migration has ended otherwise.
+    let say = |served| drop(context.events.send(Event::Served(served)));
+    match serve_one(&door, context) {
+        Ok((mut receiving, served)) => {
+            say(served);
+            receiving.await_close();
+        }
+        Err(error) => say(Err(error)),
+    }
+}
+
+/// Serve the first source that begins to send its stream; how did that end?
 ///
 /// Whoever fails before that has changed nothing that matters: the next one is waited for.
-pub fn serve(listener: Box<dyn Listener>, context: &Context) -> Result<()> {
-    let door = Door::open(listener);
+fn serve_one<'a>(door: &Door, context: &'a Context) -> Result<(Receiving<'a>, Result<()>)> {
     loop {
         let request = door.next()?;
         let peer = request.peer();
@@ -91,7 +104,7 @@ pub fn serve(listener: Box<dyn Listener>, context: &Context) -> Result<()> {
                 door.expect_sources();
                 let _ = context.events.send(Event::Withdrawn);
             }
-            other => return other,
+            other => return Ok((receiving, other)),
         }
     }
 }
@@ -138,6 +151,14 @@ impl<'a> Receiving<'a> {
             }
             self.context.statistics.ram_landed.store(self.accepted.receiver.landed(), Relaxed);
         }
+    }
+
+    /// Until the source has been told how it ended, its writes are let in: else it would fail of
+    /// that, and never hear why.
+    fn await_close(&mut self) {
+        let mut buffer = Vec::new();
+        let link = self.accepted.link.clone();
+        while self.accepted.receiver.next(&link, &mut buffer).is_ok() {}
     }
 
     fn message(&mut self, message: Message<'_>) -> Result<()> {

@@ -282,8 +282,15 @@ impl Link {
 
     /// End the connection; if it still stands, tell the peer why.
     pub fn end(&self, error: &MigrationError, guest_never_ran: bool) {
-        if !matches!(error, MigrationError::Fabric(_) | MigrationError::PeerFailed { .. }) {
-            let text = error.to_string();
+        let text = match error {
+            MigrationError::PeerFailed { .. } => None,
+            // What this host lacks, the peer's operator can't see.
+            MigrationError::Fabric(error) => {
+                error.leaves_connection().then(|| format!("The other host says: {error}"))
+            }
+            error => Some(error.to_string()),
+        };
+        if let Some(text) = text {
             // The peer notices the end in any case.
             let _ = self.send(&match self.stock {
                 true => Message::Error,

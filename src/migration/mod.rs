@@ -36,6 +36,7 @@ use std::{
 use control::Reports;
 use error::{MigrationError, Result};
 use link::Link;
+pub use link::WINDOW;
 use messages::Report;
 use statistics::Statistics;
 

@@ -92,7 +92,7 @@ impl Destination {
         exit_on_error: Option<bool>,
     ) -> Result<(Value, Worker), QmpError> {
         let generic = |error: &dyn std::fmt::Display| QmpError::generic(error.to_string());
-        let worker = Worker::start(self.context.fabric()).await;
+        let worker = Worker::start(self.context.fabric.kind()).await;
         let mut worker = worker.map_err(|error| generic(&error))?;
         let mut qemu = self.context.qemu.clone();
         if let Some(blocker) = blockers::settings(&mut qemu).await?.first() {

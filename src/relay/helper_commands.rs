@@ -28,7 +28,7 @@ async fn find_blocks(context: &Context) -> Result<Vec<RamBlock>, QmpError> {
 pub async fn query_helper(context: &Context) -> Result<Value, QmpError> {
     let version = context.qemu.clone().execute("query-version", Value::Null).await?;
     let number = |part: &str| version["qemu"][part].as_u64().unwrap_or(0);
-    let fabric = context.fabric();
+    let fabric = context.fabric.kind();
     let blocks = find_blocks(context).await?.into_iter().map(|block| {
         let (travel, reason) = block.travel(fabric);
         let reason = reason.map(str::to_owned);
@@ -54,6 +54,8 @@ pub async fn query_helper(context: &Context) -> Result<Value, QmpError> {
         devices: crate::fabric::devices(),
         qemu: format!("{}.{}.{}", number("major"), number("minor"), number("micro")),
         pid: context.pid,
+        queue_pairs: context.queue_pairs,
+        pin_limit: context.pin_limit,
         blocks: blocks.collect(),
     };
     Ok(json!(info))
@@ -65,7 +67,7 @@ pub async fn query_helper(context: &Context) -> Result<Value, QmpError> {
 /// As [`query_helper`].
 pub async fn query_blockers(context: &Context) -> Result<Value, QmpError> {
     let blocks = find_blocks(context).await?;
-    let found = blockers::find(&mut context.qemu.clone(), &blocks, context.fabric()).await?;
+    let found = blockers::find(&mut context.qemu.clone(), &blocks, context.fabric.kind()).await?;
     let found = found
         .into_iter()
         .map(|blockers::Blocker { reason, cure }| RdmaMigrateBlocker { reason, cure });

@@ -41,12 +41,35 @@ const HEARTBEAT: Duration = Duration::from_secs(30);
 /// Which fabric migrations use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FabricChoice {
-    /// `verbs` where a device and the library exist, else `tcp`.
+    /// `verbs` where there is a device, else `tcp`.
     Auto,
     /// RDMA or nothing.
     Verbs,
     /// TCP.
     Tcp,
+}
+
+impl FabricChoice {
+    /// What carries a migration that starts now.
+    pub fn kind(self) -> FabricKind {
+        match self {
+            Self::Auto => FabricKind::auto(),
+            Self::Tcp => FabricKind::Tcp,
+            Self::Verbs => FabricKind::Verbs,
+        }
+    }
+
+    /// Can it be had on this host?
+    ///
+    /// # Errors
+    /// [`RelayError::NoVerbs`] or [`RelayError::NoDevice`].
+    pub fn check(self) -> Result<(), RelayError> {
+        match self {
+            Self::Verbs if !cfg!(feature = "verbs") => Err(RelayError::NoVerbs),
+            Self::Verbs if fabric::devices().is_empty() => Err(RelayError::NoDevice),
+            _ => Ok(()),
+        }
+    }
 }
 
 /// What `attach` is told.
@@ -111,12 +134,7 @@ pub enum RelayError {
 /// # Errors
 /// When it can't attach or serve.
 pub async fn attach(options: AttachOptions) -> Result<(), RelayError> {
-    if options.fabric == FabricChoice::Verbs && !cfg!(feature = "verbs") {
-        return Err(RelayError::NoVerbs);
-    }
-    if options.fabric == FabricChoice::Verbs && fabric::devices().is_empty() {
-        return Err(RelayError::NoDevice);
-    }
+    options.fabric.check()?;
     let qemu_error = |source| RelayError::Qemu { path: options.qemu_qmp.clone(), source };
     let Session { qemu, said, greeting, pid } =
         Session::connect(&options.qemu_qmp).await.map_err(qemu_error)?;
@@ -156,15 +174,6 @@ struct Context {
 }
 
 impl Context {
-    /// What carries the next migration.
-    fn fabric(&self) -> FabricKind {
-        match self.fabric {
-            FabricChoice::Tcp => FabricKind::Tcp,
-            FabricChoice::Verbs => FabricKind::Verbs,
-            FabricChoice::Auto => FabricKind::auto(),
-        }
-    }
-
     /// What the client set in QEMU that matters to a worker.
     async fn options(&self, qemu: &mut Qemu) -> Result<Options, QmpError> {
         let capabilities = qemu.execute("query-migrate-capabilities", Value::Null).await?;
@@ -175,7 +184,7 @@ impl Context {
             peer_timeout: self.peer_timeout.as_secs().max(1),
             queue_pairs: self.queue_pairs,
             pin_limit: self.pin_limit,
-            fabric: self.fabric(),
+            fabric: self.fabric.kind(),
         })
     }
 }

@@ -137,7 +137,7 @@ impl Source {
 
     /// Connect a worker to the destination, and start QEMU's migration into it.
     async fn prepare(&mut self, address: &Address) -> Result<(Value, Begun), QmpError> {
-        let mut worker = Worker::start(self.context.fabric()).await.map_err(generic)?;
+        let mut worker = Worker::start(self.context.fabric.kind()).await.map_err(generic)?;
         let mut qemu = self.qemu();
         let state = qemu.execute("query-migrate", Value::Null).await?;
         if state["status"].as_str().is_some_and(|status| UNDER_WAY.contains(&status)) {

@@ -3,12 +3,12 @@
 use std::{
     fs::{self, File},
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Child, Stdio},
 };
 
 use rustix::process::{Pid, Signal, kill_process};
 
-use super::{eventually, in_lab};
+use super::{eventually, in_lab, qemu::command_under};
 
 pub const BINARY: &str = env!("CARGO_BIN_EXE_qemu-rdma-helper");
 
@@ -23,10 +23,22 @@ impl Helper {
     /// Start one, and wait until it serves.
     #[track_caller]
     pub fn attach(dir: &Path, name: &str, qemu: &Path, options: &[&str]) -> Self {
+        Self::attach_under(&[], dir, name, qemu, options)
+    }
+
+    /// The same, started by another program.
+    #[track_caller]
+    pub fn attach_under(
+        under: &[&str],
+        dir: &Path,
+        name: &str,
+        qemu: &Path,
+        options: &[&str],
+    ) -> Self {
         let socket = dir.join(format!("{name}.qmp"));
         let _ = fs::remove_file(&socket);
         let log = dir.join(format!("{name}.helper.log"));
-        let child = Command::new(BINARY)
+        let child = command_under(under, BINARY.as_ref())
             .arg("attach")
             .args(["--qemu-qmp".as_ref(), qemu.as_os_str(), "--qmp".as_ref(), socket.as_os_str()])
             .args(if options.contains(&"--fabric") { &[] } else { fabric() })

@@ -9,7 +9,9 @@ pub mod qmp;
 pub mod wire;
 
 use std::{
+    fs,
     net::TcpListener,
+    os::unix::fs::PermissionsExt as _,
     path::PathBuf,
     thread,
     time::{Duration, Instant},
@@ -74,8 +76,13 @@ impl Host {
     }
 
     pub fn with_helper(dir: &TempDir, name: &str, config: &Config, options: &[&str]) -> Self {
+        if !config.under.is_empty() {
+            // For another user's sockets.
+            fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
+        }
         let qemu = Qemu::start(dir.path(), name, config);
-        let helper = Helper::attach(dir.path(), name, &qemu.helper_socket(), options);
+        let socket = qemu.helper_socket();
+        let helper = Helper::attach_under(config.under, dir.path(), name, &socket, options);
         let client = Qmp::connect(&helper.socket);
         Self { client, helper, qemu }
     }

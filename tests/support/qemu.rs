@@ -47,6 +47,9 @@ pub struct Config {
     pub devices: Vec<String>,
     pub incoming: bool,
     pub paused: bool,
+    /// What QEMU and its helper are started by: a program and its arguments, of which they are the
+    /// last.
+    pub under: &'static [&'static str],
 }
 
 impl Default for Config {
@@ -61,6 +64,7 @@ impl Default for Config {
             devices: Vec::new(),
             incoming: false,
             paused: false,
+            under: &[],
         }
     }
 }
@@ -201,12 +205,20 @@ impl Drop for Log {
     }
 }
 
+/// A program, or one that starts it.
+pub fn command_under(under: &[&str], program: &Path) -> Command {
+    let [first, rest @ ..] = under else { return Command::new(program) };
+    let mut command = Command::new(first);
+    command.args(rest).arg(program);
+    command
+}
+
 impl Qemu {
     #[track_caller]
     pub fn start(dir: &Path, name: &str, config: &Config) -> Self {
         let log = Log(dir.join(format!("{name}.log")));
         let output = File::create(&log.0).unwrap();
-        let child = Command::new(cache(&format!("bin/qemu-{}", config.version)))
+        let child = command_under(config.under, &cache(&format!("bin/qemu-{}", config.version)))
             .args(config.arguments(dir, name))
             .stdin(Stdio::null())
             .stdout(output.try_clone().unwrap())

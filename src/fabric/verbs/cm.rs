@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use libc::{sockaddr, sockaddr_in, sockaddr_in6};
+use libc::{sockaddr, sockaddr_in, sockaddr_in6, sockaddr_storage};
 use rdma_sys::{
     rdma_cm_event_type as kind, rdma_cm_id, rdma_conn_param, rdma_event_channel, rdma_port_space,
 };
@@ -196,6 +196,28 @@ impl CAddress {
     }
 }
 
+/// A socket address in Rust's form, if it is one of IP.
+///
+/// # Safety
+/// `address` is valid for reads of a `sockaddr_storage`.
+unsafe fn socket_address(address: *const sockaddr_storage) -> Option<SocketAddr> {
+    // SAFETY: every address begins with its family.
+    match i32::from(unsafe { (*address).ss_family }) {
+        libc::AF_INET => {
+            // SAFETY: that is what the family says.
+            let v4 = unsafe { *address.cast::<sockaddr_in>() };
+            let ip = Ipv4Addr::from(u32::from_be(v4.sin_addr.s_addr));
+            Some((ip, u16::from_be(v4.sin_port)).into())
+        }
+        libc::AF_INET6 => {
+            // SAFETY: that is what the family says.
+            let v6 = unsafe { *address.cast::<sockaddr_in6>() };
+            Some((Ipv6Addr::from(v6.sin6_addr.s6_addr), u16::from_be(v6.sin6_port)).into())
+        }
+        _ => None,
+    }
+}
+
 /// An identifier: what a socket is to TCP.
 pub(super) struct Id {
     raw: NonNull<rdma_cm_id>,
@@ -281,23 +303,24 @@ impl Id {
 
     /// The address at the other end.
     pub(super) fn peer(&self) -> Option<SocketAddr> {
-        // SAFETY: the identifier is alive; the union's members all begin with the family.
-        let address = unsafe { &self.raw.as_ref().route.addr.dst_addr_union };
-        // SAFETY: any bytes are a family.
-        match i32::from(unsafe { address.dst_addr.sa_family }) {
-            libc::AF_INET => {
-                // SAFETY: that is what the family says.
-                let v4 = unsafe { address.dst_sin };
-                let ip = Ipv4Addr::from(u32::from_be(v4.sin_addr.s_addr));
-                Some((ip, u16::from_be(v4.sin_port)).into())
-            }
-            libc::AF_INET6 => {
-                // SAFETY: that is what the family says.
-                let v6 = unsafe { address.dst_sin6 };
-                Some((Ipv6Addr::from(v6.sin6_addr.s6_addr), u16::from_be(v6.sin6_port)).into())
-            }
-            _ => None,
+        // SAFETY: the identifier is alive; the union is large enough for every address, and plain.
+        unsafe {
+            socket_address(ptr::from_ref(&self.raw.as_ref().route.addr.dst_addr_union).cast())
         }
+    }
+
+    /// The address at this end.
+    pub(super) fn local(&self) -> Option<SocketAddr> {
+        // SAFETY: as for `peer`.
+        unsafe {
+            socket_address(ptr::from_ref(&self.raw.as_ref().route.addr.src_addr_union).cast())
+        }
+    }
+
+    /// The device's port that the address resolution has found; from 1 on.
+    pub(super) fn device_port(&self) -> u8 {
+        // SAFETY: the identifier is alive.
+        unsafe { self.raw.as_ref().port_num }
     }
 
     /// The port that it is bound to.

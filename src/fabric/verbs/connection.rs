@@ -29,6 +29,16 @@ use crate::{
 /// Messages that may arrive without a credit: READY, answers, errors.
 const UNCREDITED: u16 = 8;
 
+/// How much a connection's first queue pair holds; `window` as in [`super::Verbs`].
+pub(super) fn depth(window: u16) -> Depth {
+    Depth { send: SEND_DEPTH, receive: u32::from(window + UNCREDITED) }
+}
+
+/// Completions of what all queue pairs may have posted; `lanes` as in [`super::Verbs`].
+pub(super) fn completions(lanes: u16) -> u32 {
+    SEND_DEPTH * (1 + u32::from(lanes))
+}
+
 /// A connection before its halves go to their threads.
 pub(super) struct VerbsConnection {
     shared: Arc<Shared>,
@@ -61,16 +71,14 @@ impl Opening {
     /// Make the queue pair of `id`, and offer its buffers; it need not be connected yet. There may
     /// come up to `lanes` more.
     pub(super) fn new(id: Id, window: u16, lanes: u16) -> Result<Self> {
-        let receive = u32::from(window + UNCREDITED);
-        let send = SEND_DEPTH * (1 + u32::from(lanes));
+        let depth = depth(window);
         let queues = Queues {
-            sent: Arc::new(CompletionQueue::new(&id, send)?),
-            received: Arc::new(CompletionQueue::new(&id, receive)?),
+            sent: Arc::new(CompletionQueue::new(&id, completions(lanes))?),
+            received: Arc::new(CompletionQueue::new(&id, depth.receive)?),
         };
         let (domain, ram_domain) = (ProtectionDomain::new(&id)?, ProtectionDomain::new(&id)?);
-        let depth = Depth { send: SEND_DEPTH, receive };
         let pair = QueuePair::new(id, domain, queues.clone(), depth)?;
-        let buffers = Arc::new(Buffers::new(receive as usize));
+        let buffers = Arc::new(Buffers::new(depth.receive as usize));
         let received = Received {
             registration: MemoryRegion::of_buffers(&pair.domain, &buffers, Access::Receive)?,
             buffers,

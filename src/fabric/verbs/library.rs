@@ -4,15 +4,17 @@
 //! through the device's own table and needs no symbol.
 
 use std::{
-    ffi::{c_int, c_uint, c_void},
+    error::Error as _,
+    ffi::{c_char, c_int, c_uint, c_void},
     io,
     sync::OnceLock,
 };
 
 use libc::sockaddr;
 use rdma_sys::{
-    ibv_comp_channel, ibv_context, ibv_cq, ibv_mr, ibv_pd, ibv_qp, ibv_qp_attr, ibv_qp_init_attr,
-    rdma_cm_event, rdma_cm_id, rdma_conn_param, rdma_event_channel, rdma_port_space,
+    _compat_ibv_port_attr, ibv_comp_channel, ibv_context, ibv_cq, ibv_device, ibv_device_attr,
+    ibv_mr, ibv_pd, ibv_qp, ibv_qp_attr, ibv_qp_init_attr, rdma_cm_event, rdma_cm_id,
+    rdma_conn_param, rdma_event_channel, rdma_port_space,
 };
 
 use crate::fabric::{FabricError, Result};
@@ -52,6 +54,13 @@ macro_rules! library {
 
 library! {
     "libibverbs.so.1" {
+        fn ibv_get_device_list(*mut c_int) -> *mut *mut ibv_device;
+        fn ibv_free_device_list(*mut *mut ibv_device) -> ();
+        fn ibv_get_device_name(*mut ibv_device) -> *const c_char;
+        fn ibv_open_device(*mut ibv_device) -> *mut ibv_context;
+        fn ibv_close_device(*mut ibv_context) -> c_int;
+        fn ibv_query_device(*mut ibv_context, *mut ibv_device_attr) -> c_int;
+        fn ibv_query_port(*mut ibv_context, u8, *mut _compat_ibv_port_attr) -> c_int;
         fn ibv_alloc_pd(*mut ibv_context) -> *mut ibv_pd;
         fn ibv_dealloc_pd(*mut ibv_pd) -> c_int;
         fn ibv_reg_mr(*mut ibv_pd, *mut c_void, usize, c_int) -> *mut ibv_mr;
@@ -94,13 +103,18 @@ impl Library {
     /// [`FabricError::Unavailable`] if one is missing or too old.
     pub(super) fn get() -> Result<&'static Self> {
         static LOADED: OnceLock<std::result::Result<Library, String>> = OnceLock::new();
-        let loaded = LOADED.get_or_init(|| Self::load().map_err(|error| error.to_string()));
+        let loaded = LOADED.get_or_init(|| Self::load().map_err(|error| said(&error)));
         loaded.as_ref().map_err(|why| {
             FabricError::Unavailable(format!(
                 "{why}; install rdma-core's libraries (libibverbs1, librdmacm1, ibverbs-providers)"
             ))
         })
     }
+}
+
+/// What the dynamic linker says, which names the library.
+fn said(error: &libloading::Error) -> String {
+    error.source().map_or_else(|| error.to_string(), ToString::to_string)
 }
 
 /// The outcome of a function that returns -1 and sets errno.

@@ -23,7 +23,7 @@ use super::{
     Verbs,
     cm::{Event, EventChannel, Id},
     connection::Opening,
-    no_route,
+    route::no_device,
     trailer::Trailer,
 };
 use crate::{
@@ -75,7 +75,7 @@ impl VerbsListener {
             Some(FabricError::Host { source, .. })
                 if source.raw_os_error() == Some(libc::ENODEV) =>
             {
-                no_route(address, &source)
+                no_device(address, &source)
             }
             Some(FabricError::Host { source, .. }) => {
                 FabricError::Listen { address: address.clone(), source }

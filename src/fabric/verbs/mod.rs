@@ -8,11 +8,18 @@
 mod buffers;
 mod cm;
 mod connection;
+mod judging;
 mod library;
 mod listener;
+mod memlock;
+mod needs;
 mod objects;
+mod ports;
+pub mod preflight;
+mod probe;
 mod queue_pair;
 mod ring;
+mod route;
 mod sending;
 mod trailer;
 
@@ -25,7 +32,7 @@ use std::{
 use rdma_sys::rdma_cm_event_type as kind;
 
 use self::{
-    cm::{Event, EventChannel, Id},
+    cm::{EventChannel, Id},
     connection::Opening,
     trailer::Trailer,
 };
@@ -74,6 +81,7 @@ impl Fabric for Verbs {
     }
 
     fn listen(&self, address: &Address) -> Result<Box<dyn Listener>> {
+        memlock::suffices_for_messages(self.window)?;
         Ok(Box::new(listener::VerbsListener::bind(address, self.clone())?))
     }
 
@@ -109,7 +117,7 @@ impl Verbs {
         let route = || self.route(address, candidate, deadline);
         let establish = |id: &Id, trailer: Trailer| {
             id.connect(&trailer.append(private_data)?)?;
-            expect(id.channel(), kind::RDMA_CM_EVENT_ESTABLISHED, address, deadline)
+            route::expect(id, kind::RDMA_CM_EVENT_ESTABLISHED, address, deadline)
         };
         let mut opening = Opening::new(route()?, self.window, self.lanes)?;
         let reply = establish(opening.id(), Trailer::new(self.lanes, 0, 0))?.private_data;
@@ -124,50 +132,8 @@ impl Verbs {
 
     /// An identifier with a device and a route to the peer.
     fn route(&self, address: &Address, candidate: SocketAddr, deadline: Instant) -> Result<Id> {
-        let channel = EventChannel::new()?;
-        let id = Id::new(&channel)?;
-        let left = || deadline.saturating_duration_since(Instant::now());
-        let expect = |wanted| expect(&channel, wanted, address, deadline);
-        let no_device = |error| match error {
-            FabricError::Host { source, .. } => no_route(address, &source),
-            other => other,
-        };
-        id.resolve_address(candidate, left()).map_err(no_device)?;
-        expect(kind::RDMA_CM_EVENT_ADDR_RESOLVED)?;
-        id.resolve_route(left()).map_err(no_device)?;
-        expect(kind::RDMA_CM_EVENT_ROUTE_RESOLVED)?;
+        let id = route::resolve(address, candidate, deadline)?;
         id.set_peer_timeout(self.timeouts.acknowledgement())?;
         Ok(id)
-    }
-}
-
-fn no_route(address: &Address, source: &io::Error) -> FabricError {
-    FabricError::Unavailable(format!(
-        "no RDMA device leads to {address} ({source}); check 'rdma link', the address, and the \
-         route to it ('ip route get')"
-    ))
-}
-
-/// Wait for the one event that is to come next.
-fn expect(
-    channel: &std::sync::Arc<EventChannel>,
-    wanted: kind::Type,
-    address: &Address,
-    deadline: Instant,
-) -> Result<Event> {
-    let failed = |error: io::ErrorKind| {
-        Err(FabricError::Connect { address: address.clone(), source: error.into() })
-    };
-    let Some(event) = channel.wait(None, Some(deadline))? else {
-        return failed(io::ErrorKind::TimedOut);
-    };
-    match event.kind {
-        kind if kind == wanted => Ok(event),
-        kind::RDMA_CM_EVENT_ADDR_ERROR | kind::RDMA_CM_EVENT_ROUTE_ERROR => {
-            Err(no_route(address, &io::Error::from_raw_os_error(event.status.abs())))
-        }
-        kind::RDMA_CM_EVENT_REJECTED => failed(io::ErrorKind::ConnectionRefused),
-        kind::RDMA_CM_EVENT_UNREACHABLE => failed(io::ErrorKind::HostUnreachable),
-        _ => failed(io::ErrorKind::ConnectionAborted),
     }
 }

@@ -35,6 +35,14 @@ fn created<T>(call: &'static str, raw: *mut T) -> Result<NonNull<T>> {
     NonNull::new(raw).ok_or_else(|| FabricError::Host { call, source: io::Error::last_os_error() })
 }
 
+/// The device has no room for what was to be made.
+pub(super) fn refused(what: impl FnOnce() -> String) -> impl FnOnce(FabricError) -> FabricError {
+    |error| match error {
+        FabricError::Host { source, .. } => FabricError::Refused { what: what(), source },
+        other => other,
+    }
+}
+
 /// A protection domain.
 pub(super) struct ProtectionDomain {
     raw: NonNull<ibv_pd>,
@@ -154,8 +162,12 @@ impl MemoryRegion {
         access: Access,
     ) -> Result<Self> {
         let range = buffers.range();
-        Self::new(domain, buffers.clone(), range, access)
-            .map_err(|source| FabricError::Host { call: "ibv_reg_mr", source })
+        let mib = range.1.div_ceil(1 << 20) as u64;
+        Self::new(domain, buffers.clone(), range, access).map_err(|source| FabricError::Pin {
+            what: "message buffers".into(),
+            mib,
+            source,
+        })
     }
 
     /// Register a range of a RAM block.
@@ -167,7 +179,7 @@ impl MemoryRegion {
     ) -> Result<Self> {
         let length = range.end - range.start;
         let failed = |source| FabricError::Pin {
-            block: region.name().to_owned(),
+            what: format!("RAM block '{}'", region.name()),
             mib: length.div_ceil(1 << 20),
             source,
         };
@@ -273,7 +285,8 @@ impl CompletionQueue {
                 0,
             )
         };
-        let raw = created("ibv_create_cq", raw)?;
+        let raw = created("ibv_create_cq", raw)
+            .map_err(refused(|| format!("a queue of {size} completions")))?;
         Ok(Self { raw, notified: AtomicU32::new(0), channel })
     }
 

@@ -10,9 +10,12 @@ use rdma_sys::{
 use super::{
     cm::Id,
     library::{check, check_errno},
-    objects::{CompletionQueue, ProtectionDomain},
+    objects::{CompletionQueue, ProtectionDomain, refused},
 };
 use crate::fabric::{RemoteKey, Result};
+
+/// Ranges of memory in one work request.
+pub(super) const SGES: u32 = 1;
 
 /// How much a queue pair may hold.
 #[derive(Debug, Clone, Copy)]
@@ -59,8 +62,8 @@ impl QueuePair {
             cap: ibv_qp_cap {
                 max_send_wr: depth.send,
                 max_recv_wr: depth.receive,
-                max_send_sge: 1,
-                max_recv_sge: 1,
+                max_send_sge: SGES,
+                max_recv_sge: SGES,
                 max_inline_data: 0,
             },
             qp_type: ibv_qp_type::IBV_QPT_RC,
@@ -69,7 +72,9 @@ impl QueuePair {
         // SAFETY: all that the attributes name is alive, and is held by what is returned.
         let result =
             unsafe { (id.library().rdma_create_qp)(id.as_ptr(), domain.as_ptr(), &mut attributes) };
-        check("rdma_create_qp", result)?;
+        check("rdma_create_qp", result).map_err(refused(|| {
+            format!("a queue pair of {} sends and {} receives", depth.send, depth.receive)
+        }))?;
         Ok(Self { queues, domain, id })
     }
 
@@ -82,7 +87,7 @@ impl QueuePair {
         let mut element = local.map(element);
         if let Some(element) = &mut element {
             request.sg_list = element;
-            request.num_sge = 1;
+            request.num_sge = SGES.cast_signed();
         }
         let mut bad = ptr::null_mut();
         // SAFETY: the request and its element outlive the call; the memory that it names is kept
@@ -139,8 +144,12 @@ impl QueuePair {
     /// Offer a buffer for a message.
     pub(super) fn receive(&self, id: u64, local: Local) -> Result<()> {
         let mut element = element(local);
-        let mut request =
-            ibv_recv_wr { wr_id: id, next: ptr::null_mut(), sg_list: &mut element, num_sge: 1 };
+        let mut request = ibv_recv_wr {
+            wr_id: id,
+            next: ptr::null_mut(),
+            sg_list: &mut element,
+            num_sge: SGES.cast_signed(),
+        };
         let mut bad = ptr::null_mut();
         // SAFETY: as in `post`.
         check_errno("ibv_post_recv", unsafe { ibv_post_recv(self.raw(), &mut request, &mut bad) })

@@ -18,7 +18,7 @@ const BUFFERS: usize = 16;
 
 /// Bytes of the ring. What is not signalled yet is below 1 MiB, and what is passed over at its end
 /// below [`WRITE_MAX`]: so waiting for completions always makes room.
-const SIZE: usize = BUFFERS * MESSAGE_MAX;
+pub(super) const SIZE: usize = BUFFERS * MESSAGE_MAX;
 
 /// The ring.
 pub(super) struct Ring {

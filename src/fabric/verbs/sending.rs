@@ -40,7 +40,7 @@ const SIGNAL_BYTES: u64 = 1 << 20;
 const WINDOW: u64 = 8 << 20;
 
 /// Messages that may be on their way out.
-const SEND_BUFFERS: usize = 8;
+pub(super) const SEND_BUFFERS: usize = 8;
 
 /// How long the last words may take.
 const FAREWELL: Duration = Duration::from_secs(1);

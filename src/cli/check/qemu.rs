@@ -1,0 +1,139 @@
+//! What `check` finds at a QMP socket.
+
+use std::path::Path;
+
+use qemu_rdma_helper::{
+    fabric::{Finding, Guest},
+    migration::messages::FabricKind,
+    qemu::{
+        blockers::{self, Blocker},
+        blocks::{self, RamBlock},
+    },
+    qmp::Execute as _,
+    relay::FabricChoice,
+    stream::Travel,
+};
+use serde_json::Value;
+
+use crate::cli::{attach::QUEUE_PAIRS, client::Client};
+
+/// A helper that serves the socket.
+pub struct Helper {
+    /// Its process.
+    pub pid: u32,
+    /// What carries its migrations.
+    pub fabric: FabricChoice,
+    /// Queue pairs that carry RAM.
+    pub queue_pairs: u16,
+    /// Bytes of guest RAM that may be pinned at a time.
+    pin_limit: Option<u64>,
+    /// Its QEMU's process.
+    qemu: Option<u32>,
+}
+
+impl Helper {
+    /// A helper knows its QEMU's process; asked at QEMU's own socket the command is unknown.
+    async fn ask(client: &mut Client) -> Option<Self> {
+        let info = client.execute("query-rdma-helper", Value::Null).await.ok()?;
+        let queue_pairs = info["queue-pairs"].as_u64().and_then(|count| count.try_into().ok());
+        Some(Self {
+            pid: client.pid,
+            fabric: if info["fabric"] == "verbs" { FabricChoice::Verbs } else { FabricChoice::Tcp },
+            queue_pairs: queue_pairs.unwrap_or(QUEUE_PAIRS),
+            pin_limit: info["pin-limit"].as_u64(),
+            qemu: info["pid"].as_u64().and_then(|pid| pid.try_into().ok()),
+        })
+    }
+}
+
+/// The QEMU at the socket, or behind the helper there.
+pub struct Attached {
+    /// Which it is.
+    pub heading: String,
+    /// What was found of it.
+    pub findings: Vec<Finding>,
+    /// `None` if its RAM blocks are not known.
+    pub guest: Option<Guest>,
+    /// `None` at QEMU's own socket.
+    pub helper: Option<Helper>,
+}
+
+impl Attached {
+    /// Look at the QEMU at `path`, whose process is `pid`, if that is not known otherwise; its
+    /// migrations are carried by `asked`, if that is not the helper's choice.
+    pub async fn look(
+        path: &Path,
+        pid: Option<u32>,
+        asked: Option<FabricChoice>,
+    ) -> anyhow::Result<Self> {
+        let client = &mut Client::connect(path).await?;
+        let helper = Helper::ask(client).await;
+        let known = helper.as_ref().and_then(|helper| helper.qemu);
+        let pid = pid.or(known).unwrap_or(client.pid);
+        let fabric = asked.or(helper.as_ref().map(|helper| helper.fabric));
+        let fabric = fabric.unwrap_or(FabricChoice::Auto).kind();
+        let version = client.execute("query-version", Value::Null).await?;
+        let number = |part: &str| version["qemu"][part].as_u64().unwrap_or(0);
+        let (major, minor, micro) = (number("major"), number("minor"), number("micro"));
+        let heading = format!("QEMU {major}.{minor}.{micro}, process {pid}");
+        let (findings, guest) = match blocks::find(client, pid).await {
+            Ok(blocks) => {
+                let pin_limit = helper.as_ref().and_then(|helper| helper.pin_limit);
+                let guest = guest(client, &blocks, pin_limit).await?;
+                (judge(client, &blocks, fabric).await?, Some(guest))
+            }
+            Err(error) => (vec![Finding::error(&format!("RAM blocks: {error}"))], None),
+        };
+        Ok(Self { heading, findings, guest, helper })
+    }
+}
+
+/// How each block travels, and what would stop a migration.
+async fn judge(
+    client: &mut Client,
+    blocks: &[RamBlock],
+    fabric: FabricKind,
+) -> anyhow::Result<Vec<Finding>> {
+    let mut findings: Vec<_> = blocks.iter().map(|block| describe(block, fabric)).collect();
+    let warning = |Blocker { reason, cure }| Finding::warning(reason, cure);
+    findings.extend(blockers::memory(blocks).map(warning));
+    let blockers = blockers::find(client, blocks, fabric).await?;
+    let fatal = |Blocker { reason, cure }| Finding::fatal(reason, cure);
+    findings.extend(blockers.into_iter().map(fatal));
+    Ok(findings)
+}
+
+/// How a block travels.
+fn describe(block: &RamBlock, fabric: FabricKind) -> Finding {
+    let (travel, why) = block.travel(fabric);
+    let path = block.backing.as_ref().map(|backing| backing.path.as_str());
+    let how = match travel {
+        Travel::Mapped => format!("written from {}", path.unwrap_or_default()),
+        Travel::Staged => format!("written from the stream ({})", why.unwrap_or_default()),
+        Travel::InStream => format!("in the stream ({})", why.unwrap_or_default()),
+    };
+    Finding::good(format!("RAM block '{}', {} KiB: {how}", block.name, block.length >> 10))
+}
+
+/// What matters of the guest to a device: it reads what is mapped where the guest leaves, and writes
+/// all that has a file where it arrives.
+async fn guest(
+    client: &mut Client,
+    blocks: &[RamBlock],
+    pin_limit: Option<u64>,
+) -> anyhow::Result<Guest> {
+    let capabilities = client.execute("query-migrate-capabilities", Value::Null).await?;
+    let status = client.execute("query-status", Value::Null).await?;
+    let leaves = status["status"] != "inmigrate";
+    let travels = |block: &RamBlock, wanted| block.travel(FabricKind::Verbs).0 == wanted;
+    let is_registered = |block: &&RamBlock| match leaves {
+        true => travels(block, Travel::Mapped),
+        false => block.backing.is_some(),
+    };
+    Ok(Guest {
+        blocks: blocks.iter().filter(is_registered).map(|block| block.length).collect(),
+        pin_all: blockers::is_on(&capabilities, "rdma-pin-all"),
+        pin_limit,
+        staged: leaves && blocks.iter().any(|block| travels(block, Travel::Staged)),
+    })
+}

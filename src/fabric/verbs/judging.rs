@@ -1,0 +1,314 @@
+//! Whether a device can carry a migration, by what it says of itself.
+
+use rdma_sys::ibv_port_state as state;
+
+use super::{
+    needs,
+    ports::Gid,
+    probe::{Device, Link, Port},
+};
+use crate::fabric::{Finding, Guest, Question};
+
+/// Path MTU in bytes that Ethernet's usual MTU allows.
+const MTU_USUAL: u32 = 1024;
+
+/// What was found of one device.
+pub(super) struct Judged {
+    pub(super) findings: Vec<Finding>,
+    /// A migration can go over one of the ports that were looked at.
+    pub(super) is_usable: bool,
+}
+
+impl Judged {
+    /// A device that does not even answer.
+    pub(super) fn unusable(finding: Finding) -> Self {
+        Self { findings: vec![finding], is_usable: false }
+    }
+}
+
+/// Judge a device and all its ports, or the one.
+pub(super) fn judge(device: &Device, only: Option<u8>, question: &Question<'_>) -> Judged {
+    let mut findings = attributes(device, question);
+    let mut is_usable = false;
+    let is_capable = !findings.iter().any(Finding::is_fatal);
+    for port in &device.ports {
+        if only.is_none_or(|only| only == port.number) {
+            let found = judge_port(&device.name, port);
+            is_usable |= is_capable && !found.is_fatal();
+            findings.push(found);
+        }
+    }
+    Judged { findings, is_usable }
+}
+
+/// What a migration needs of the device's attributes against what it has.
+fn attributes(device: &Device, question: &Question<'_>) -> Vec<Finding> {
+    let &Question { guest, window, lanes, .. } = question;
+    let (name, has) = (&device.name, &device.attributes);
+    let needs = needs::attributes(window, lanes, guest);
+    let pairs = has.named().into_iter().zip(needs.named());
+    let mut findings: Vec<_> = pairs
+        .filter(|((_, has), (_, needed))| has < needed)
+        .map(|((attribute, has), (_, needed))| {
+            let fits_in_ranges = attribute == "max_mr_size"
+                && guest.is_some_and(|guest| guest.pin_all && has >= guest.largest_range());
+            let cure = if fits_in_ranges {
+                "turn rdma-pin-all off, which registers each RAM block as a whole"
+            } else {
+                "use a device that has more, or --fabric tcp at both ends"
+            };
+            Finding::fatal(
+                format!("RDMA device {name}: its {attribute} is {has}, and {needed} are needed"),
+                cure,
+            )
+        })
+        .collect();
+    let most = guest.map_or(0, Guest::registrations);
+    if findings.is_empty() && has.max_mr < most {
+        findings.push(Finding::warning(
+            format!(
+                "RDMA device {name}: its max_mr is {}, and a guest that writes its memory in small \
+                 pieces may need {most}",
+                has.max_mr
+            ),
+            "turn rdma-pin-all on, which registers each RAM block as a whole",
+        ));
+    }
+    if findings.is_empty() {
+        let list = has.named().into_iter().zip(needs.named());
+        let list = list.map(|((attribute, has), (_, needed))| match has {
+            u64::MAX => format!("{attribute} unlimited"),
+            _ => format!("{attribute} {has} (needed {needed})"),
+        });
+        let list = list.collect::<Vec<_>>().join(", ");
+        findings.push(Finding::good(format!("RDMA device {name}: {list}")));
+    }
+    findings
+}
+
+/// One port: is it up, does it have an address, how large are its packets?
+fn judge_port(device: &str, port: &Port) -> Finding {
+    let place = format!("RDMA device {device}, port {}", port.number);
+    if port.state != state::IBV_PORT_ACTIVE {
+        let text = format!(
+            "{place}: the port is {}, its physical link {}",
+            state_name(port.state),
+            physical_name(port.physical)
+        );
+        return Finding::fatal(text, cure_of_port(port));
+    }
+    match port.link {
+        Link::Roce => judge_roce(&place, port),
+        Link::InfiniBand | Link::Iwarp => Finding::good(format!(
+            "{place}: ACTIVE, path MTU {} of {}; the other host's must be the same",
+            port.mtu, port.mtu_max
+        )),
+    }
+}
+
+/// A RoCE port that is up: its addresses and packets are those of its network interface.
+fn judge_roce(place: &str, port: &Port) -> Finding {
+    let interface = interface_name(port);
+    let routed = port.gids.iter().filter(|gid| !gid.is_link_local());
+    let Some(Gid { ip, v2 }) = routed.max_by_key(|gid| gid.v2) else {
+        return Finding::fatal(
+            format!(
+                "{place}: it has no GID to migrate with, because netdev {interface} has no IP address"
+            ),
+            format!("give it one: 'ip addr add ADDRESS/PREFIX dev {interface}'"),
+        );
+    };
+    if !v2 {
+        return Finding::warning(
+            format!("{place}: the GID of {ip} is of RoCE v1 only, which crosses no router"),
+            "use RoCE v2 at both hosts, or hosts of one Ethernet network",
+        );
+    }
+    let netdev = port.interface.as_ref().map(|it| format!(" (netdev MTU {})", it.mtu));
+    let netdev = netdev.unwrap_or_default();
+    if port.mtu < MTU_USUAL {
+        return Finding::warning(
+            format!("{place}: its path MTU is only {}{netdev}, which makes it slow", port.mtu),
+            format!(
+                "'ip link set {interface} mtu 9000' at both hosts, or 1500 where the network has no \
+                 jumbo frames"
+            ),
+        );
+    }
+    Finding::good(format!(
+        "{place}: ACTIVE, RoCE v2 GID of {ip} on {interface}, path MTU {} of {}{netdev}; the other \
+         host's must be the same",
+        port.mtu, port.mtu_max
+    ))
+}
+
+fn interface_name(port: &Port) -> &str {
+    port.interface.as_ref().map_or("of the device", |interface| &interface.name)
+}
+
+fn cure_of_port(port: &Port) -> String {
+    let interface = interface_name(port);
+    match (port.link, port.state) {
+        (Link::InfiniBand, state::IBV_PORT_INIT | state::IBV_PORT_ARMED) => {
+            "start a subnet manager ('opensm') in the fabric".into()
+        }
+        (Link::InfiniBand, _) => "check the cable and the switch's port".into(),
+        _ => format!(
+            "bring netdev {interface} up ('ip link set {interface} up'), and check its cable"
+        ),
+    }
+}
+
+fn state_name(port_state: state::Type) -> &'static str {
+    match port_state {
+        state::IBV_PORT_DOWN => "DOWN",
+        state::IBV_PORT_INIT => "INIT",
+        state::IBV_PORT_ARMED => "ARMED",
+        state::IBV_PORT_ACTIVE => "ACTIVE",
+        state::IBV_PORT_ACTIVE_DEFER => "ACTIVE_DEFER",
+        _ => "in no known state",
+    }
+}
+
+/// As sysfs names them (`ports/N/phys_state`).
+fn physical_name(physical: u8) -> &'static str {
+    match physical {
+        1 => "Sleep",
+        2 => "Polling",
+        3 => "Disabled",
+        4 => "PortConfigurationTraining",
+        5 => "LinkUp",
+        6 => "LinkErrorRecovery",
+        7 => "PhyTest",
+        _ => "in no known state",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fabric::{
+        Severity,
+        verbs::{needs::Attributes, ports::Interface},
+    };
+
+    fn question(guest: Option<&Guest>) -> Question<'_> {
+        Question { address: None, guest, helper: None, window: 16, lanes: 1 }
+    }
+
+    fn port() -> Port {
+        Port {
+            number: 1,
+            link: Link::Roce,
+            state: state::IBV_PORT_ACTIVE,
+            physical: 5,
+            mtu: 4096,
+            mtu_max: 4096,
+            interface: Some(Interface { name: "eth1".into(), mtu: 9000 }),
+            gids: vec![
+                Gid { ip: "fe80::1".parse().unwrap(), v2: true },
+                Gid { ip: "10.0.0.1".parse().unwrap(), v2: false },
+                Gid { ip: "10.0.0.1".parse().unwrap(), v2: true },
+            ],
+        }
+    }
+
+    /// With exactly what is needed.
+    fn device(ports: Vec<Port>) -> Device {
+        Device { name: "mlx5_0".into(), attributes: needs::attributes(16, 1, None), ports }
+    }
+
+    #[track_caller]
+    fn assert_found(finding: &Finding, severity: Severity, text: &str, cure: &str) {
+        println!("{finding:?}");
+        assert_eq!(finding.severity, severity, "{finding:?}");
+        assert!(finding.text.contains(text) && finding.cure.contains(cure), "{finding:?}");
+    }
+
+    #[test]
+    fn a_port_is_judged() {
+        use Severity::{Fatal, Good, Warning};
+
+        let judged = |change: fn(&mut Port)| {
+            let mut port = port();
+            change(&mut port);
+            judge_port("mlx5_0", &port)
+        };
+        let good = judged(|_| {});
+        let words = "port 1: ACTIVE, RoCE v2 GID of 10.0.0.1 on eth1, path MTU 4096 of 4096";
+        assert_found(&good, Good, words, "");
+        let down = judged(|port| {
+            (port.state, port.physical, port.gids) = (state::IBV_PORT_DOWN, 3, Vec::new());
+        });
+        assert_found(&down, Fatal, "DOWN, its physical link Disabled", "'ip link set eth1 up'");
+        let unmanaged = judged(|port| {
+            (port.link, port.state) = (Link::InfiniBand, state::IBV_PORT_INIT);
+        });
+        assert_found(&unmanaged, Fatal, "is INIT, its physical link LinkUp", "subnet manager");
+        let no_address = judged(|port| port.gids.truncate(1));
+        assert_found(&no_address, Fatal, "netdev eth1 has no IP address", "'ip addr add");
+        let v1 = judged(|port| port.gids.truncate(2));
+        assert_found(&v1, Warning, "10.0.0.1 is of RoCE v1 only", "RoCE v2 at both hosts");
+        let small = judged(|port| {
+            (port.mtu, port.interface) = (512, Some(Interface { name: "eth1".into(), mtu: 1000 }));
+        });
+        assert_found(&small, Warning, "MTU is only 512 (netdev MTU 1000)", "eth1 mtu 9000");
+        let usual = judged(|port| port.mtu = 1024);
+        assert_found(&usual, Good, "path MTU 1024 of 4096", "");
+        let infiniband = judged(|port| {
+            (port.link, port.gids, port.interface) = (Link::InfiniBand, Vec::new(), None);
+        });
+        assert_found(&infiniband, Good, "ACTIVE, path MTU 4096 of 4096; the other", "");
+    }
+
+    #[test]
+    fn attributes_are_held_against_what_is_needed() {
+        let found = attributes(&device(vec![]), &question(None));
+        assert_found(&found[0], Severity::Good, "max_qp_wr 512 (needed 512), max_sge 1", "");
+        type Attribute = fn(&mut Attributes) -> &mut u64;
+        let changes: [(&str, Attribute); 6] = [
+            ("max_qp", |it| &mut it.max_qp),
+            ("max_qp_wr", |it| &mut it.max_qp_wr),
+            ("max_sge", |it| &mut it.max_sge),
+            ("max_cqe", |it| &mut it.max_cqe),
+            ("max_mr", |it| &mut it.max_mr),
+            ("max_mr_size", |it| &mut it.max_mr_size),
+        ];
+        for (name, attribute) in changes {
+            let mut device = device(vec![port()]);
+            *attribute(&mut device.attributes) -= 1;
+            let Judged { findings, is_usable } = judge(&device, None, &question(None));
+            assert!(!is_usable);
+            assert_found(&findings[0], Severity::Fatal, &format!("its {name} is"), "--fabric tcp");
+            // The port itself is as it should be.
+            assert_eq!((findings.len(), findings[1].severity), (2, Severity::Good));
+        }
+    }
+
+    #[test]
+    fn the_guest_decides_what_is_needed() {
+        let mut device = device(vec![port()]);
+        let mut guest =
+            Guest { blocks: vec![1 << 30, 1 << 20], pin_all: true, pin_limit: None, staged: false };
+        device.attributes.max_mr = 100;
+        let found = attributes(&device, &question(Some(&guest)));
+        assert_found(&found[0], Severity::Fatal, "max_mr_size", "turn rdma-pin-all off");
+        guest.pin_all = false;
+        let found = attributes(&device, &question(Some(&guest)));
+        assert_found(&found[0], Severity::Warning, "may need 1025", "turn rdma-pin-all on");
+        device.attributes.max_mr = 1025;
+        let found = attributes(&device, &question(Some(&guest)));
+        assert_found(&found[0], Severity::Good, "max_mr_size 67108864 (needed 67108864)", "");
+    }
+
+    #[test]
+    fn one_good_port_is_enough_unless_another_is_asked_for() {
+        let down = Port { number: 2, state: state::IBV_PORT_DOWN, ..port() };
+        let both = device(vec![port(), down]);
+        let usable = |device: &Device, only| judge(device, only, &question(None)).is_usable;
+        assert!(usable(&both, None) && usable(&both, Some(1)));
+        assert!(!usable(&both, Some(2)));
+        assert_eq!(judge(&both, Some(2), &question(None)).findings.len(), 2);
+        assert!(!usable(&device(vec![]), None));
+    }
+}

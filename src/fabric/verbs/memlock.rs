@@ -1,0 +1,194 @@
+//! RLIMIT_MEMLOCK, which bounds what an unprivileged process may register.
+//!
+//! The kernel (`ib_umem_get`) counts what one process has registered against its soft limit, unless
+//! it has CAP_IPC_LOCK in the first user namespace.
+
+use std::{fs, io, path::Path};
+
+use super::needs;
+use crate::fabric::{FabricError, Finding, Guest, Result};
+
+/// CAP_IPC_LOCK (linux/capability.h).
+const CAP_IPC_LOCK: u32 = 14;
+
+/// The first user namespace (PROC_USER_INIT_INO, linux/proc_ns.h).
+const FIRST_USER_NAMESPACE: &str = "user:[4026531837]";
+
+/// What one process may register.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Memlock {
+    /// Bytes; `None` if there is no limit.
+    limit: Option<u64>,
+    /// It does not count for this process.
+    lifted: bool,
+}
+
+impl Memlock {
+    /// Of the helper with this process id; without one, of this process.
+    pub(super) fn of(pid: Option<u32>) -> io::Result<Self> {
+        let process = pid.map_or("self".to_owned(), |pid| pid.to_string());
+        let process = Path::new("/proc").join(process);
+        // Another user's is not told: that of a process that we may talk to is ours as a rule.
+        let namespace = fs::read_link(process.join("ns/user"))
+            .or_else(|_| fs::read_link("/proc/self/ns/user"))?;
+        Ok(Self {
+            limit: limit(&fs::read_to_string(process.join("limits"))?)?,
+            lifted: has_ipc_lock(&fs::read_to_string(process.join("status"))?)?
+                && namespace == Path::new(FIRST_USER_NAMESPACE),
+        })
+    }
+
+    /// The bytes that this process may register; `None` if as many as there are.
+    fn bound(&self) -> Option<u64> {
+        self.limit.filter(|_| !self.lifted)
+    }
+}
+
+/// The soft limit in `/proc/PID/limits`.
+fn limit(limits: &str) -> io::Result<Option<u64>> {
+    let line = limits.lines().find_map(|line| line.strip_prefix("Max locked memory"));
+    match line.and_then(|line| line.split_whitespace().next()) {
+        Some("unlimited") => Ok(None),
+        Some(soft) => soft.parse().map(Some).map_err(io::Error::other),
+        None => Err(io::ErrorKind::InvalidData.into()),
+    }
+}
+
+/// Is CAP_IPC_LOCK effective, by `/proc/PID/status`?
+fn has_ipc_lock(status: &str) -> io::Result<bool> {
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    let effective = effective.ok_or(io::ErrorKind::InvalidData)?;
+    let effective = u64::from_str_radix(effective.trim(), 16).map_err(io::Error::other)?;
+    Ok(effective >> CAP_IPC_LOCK & 1 == 1)
+}
+
+/// Refuse what can't succeed: not even the messages could be registered. A peer would only see that
+/// it is turned away.
+///
+/// # Errors
+/// [`FabricError::Pin`].
+pub(super) fn suffices_for_messages(window: u16) -> Result<()> {
+    let needed = needs::message_bytes(window);
+    match Memlock::of(None).map(|memlock| memlock.bound()) {
+        Ok(Some(bound)) if bound < needed => Err(FabricError::Pin {
+            what: "message buffers".into(),
+            mib: needed.div_ceil(1 << 20),
+            source: io::Error::from_raw_os_error(libc::ENOMEM),
+        }),
+        // Whoever can't know tries.
+        _ => Ok(()),
+    }
+}
+
+/// Whose limit counts: the helper's at this process id, or that of one that is started here.
+pub(super) fn finding(helper: Option<u32>, window: u16, guest: Option<&Guest>) -> Finding {
+    let whose = match helper {
+        Some(pid) => format!("memlock of the helper, process {pid}"),
+        None => "memlock of a helper that is started from here".to_owned(),
+    };
+    match Memlock::of(helper) {
+        Ok(memlock) => judge(memlock, &whose, helper, window, guest),
+        Err(error) => Finding::warning(
+            format!("{whose}: not known ({error})"),
+            "run check as the helper's user, or as root",
+        ),
+    }
+}
+
+fn judge(
+    memlock: Memlock,
+    whose: &str,
+    helper: Option<u32>,
+    window: u16,
+    guest: Option<&Guest>,
+) -> Finding {
+    let mib = |bytes: u64| bytes.div_ceil(1 << 20);
+    let Some(bound) = memlock.bound() else {
+        let why = if memlock.lifted { "without limit, by CAP_IPC_LOCK" } else { "unlimited" };
+        return Finding::good(format!("{whose}: {why}"));
+    };
+    let cure = match helper {
+        Some(pid) => format!(
+            "raise it: 'prlimit --pid {pid} --memlock=unlimited' as root, and LimitMEMLOCK=infinity \
+             in its service"
+        ),
+        None => "raise it: 'ulimit -l unlimited' where the helper is started, or \
+                 LimitMEMLOCK=infinity in its service"
+            .to_owned(),
+    };
+    let whose = format!("{whose}: {} KiB", bound >> 10);
+    let messages = needs::message_bytes(window);
+    let needed = guest.map(|guest| needs::locked_bytes(window, guest));
+    match needed {
+        _ if bound < messages => {
+            let text = format!("{whose}, less than the {} MiB of message buffers", mib(messages));
+            Finding::fatal(text, cure)
+        }
+        None => Finding::warning(
+            format!("{whose}, enough for guests of {} MiB", (bound - messages) >> 20),
+            cure,
+        ),
+        Some(needed) if bound < needed => {
+            let text = format!(
+                "{whose}, less than the {} MiB that are registered once the guest has used all of \
+                 its memory",
+                mib(needed)
+            );
+            Finding::fatal(text, cure)
+        }
+        Some(needed) => Finding::good(format!(
+            "{whose}, enough for the {} MiB that are registered at the most",
+            mib(needed)
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fabric::Severity;
+
+    const MIB: u64 = 1 << 20;
+
+    const LIMITS: &str = "\
+Limit                     Soft Limit           Hard Limit           Units     
+Max processes             31000                31000                processes 
+Max locked memory         8388608              unlimited            bytes     
+Max file locks            unlimited            unlimited            locks     
+";
+
+    fn judged(limit: Option<u64>, lifted: bool, guest: Option<&Guest>) -> Finding {
+        judge(Memlock { limit, lifted }, "memlock", None, 16, guest)
+    }
+
+    #[test]
+    fn the_kernels_words_are_understood() {
+        assert_eq!(limit(LIMITS).unwrap(), Some(8 << 20));
+        assert_eq!(limit(&LIMITS.replace("8388608 ", "unlimited")).unwrap(), None);
+        assert!(limit("Max file locks unlimited").is_err());
+        let status = |mask: &str| format!("Name:\tx\nCapPrm:\t0000000000004000\nCapEff:\t{mask}\n");
+        assert!(has_ipc_lock(&status("000001ffffffffff")).unwrap());
+        assert!(has_ipc_lock(&status("0000000000004000")).unwrap());
+        assert!(!has_ipc_lock(&status("000001ffffffbfff")).unwrap());
+        assert!(has_ipc_lock("CapPrm:\t0\n").is_err());
+        Memlock::of(None).unwrap();
+    }
+
+    #[test]
+    fn a_limit_is_held_against_what_is_registered() {
+        let guest =
+            Guest { blocks: vec![192 * MIB], pin_all: false, pin_limit: None, staged: false };
+        let some = Some(&guest);
+        assert_eq!(judged(None, false, some).severity, Severity::Good);
+        assert_eq!(judged(Some(8 * MIB), true, some).severity, Severity::Good);
+        assert_eq!(judged(Some(208 * MIB), false, some).severity, Severity::Good);
+        assert_eq!(judged(Some(64 * MIB), false, None).severity, Severity::Warning);
+        let buffers = judged(Some(8 * MIB), false, None);
+        assert!(buffers.is_fatal() && buffers.text.contains("16 MiB of message buffers"));
+        let guests = judged(Some(208 * MIB - 1), false, some);
+        assert!(guests.is_fatal() && guests.text.contains("less than the 208 MiB"), "{guests:?}");
+        assert!(guests.cure.contains("ulimit -l unlimited"), "{guests:?}");
+        let limited = Guest { pin_limit: Some(32 * MIB), ..guest };
+        assert_eq!(judged(Some(64 * MIB), false, Some(&limited)).severity, Severity::Good);
+    }
+}

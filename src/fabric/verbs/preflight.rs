@@ -1,0 +1,90 @@
+//! What would stop a migration over verbs, found without starting one.
+
+use std::time::Duration;
+
+use super::{
+    cm::EventChannel,
+    judging::{self, Judged},
+    library::Library,
+    memlock,
+    probe::{self, Device},
+    route::{self, Route},
+};
+use crate::{
+    fabric::{self, Finding, Question, Result},
+    migration::messages::Address,
+};
+
+/// How long a route may take to be found.
+const RESOLVING: Duration = Duration::from_secs(5);
+
+/// Look at the libraries, the route, the devices and the memlock limit. Without an address one
+/// device that is as it should be is enough.
+pub fn check(question: &Question<'_>) -> Vec<Finding> {
+    let mut findings = devices(question).unwrap_or_else(|error| vec![Finding::error(&error)]);
+    findings.push(memlock::finding(question.helper, question.window, question.guest));
+    findings
+}
+
+/// The same where there is no device: what else would be missing if there were one.
+pub fn check_without_device(question: &Question<'_>) -> Vec<Finding> {
+    let library = Library::get().err().map(|error| Finding::error(&error));
+    let memlock = memlock::finding(question.helper, question.window, question.guest);
+    library.into_iter().chain([memlock]).collect()
+}
+
+fn devices(question: &Question<'_>) -> Result<Vec<Finding>> {
+    let devices = probe::devices()?;
+    // Whoever can't reach the connection manager has no route to anything.
+    EventChannel::new()?;
+    let mut findings = Vec::new();
+    let mut route = None;
+    if let Some(address) = question.address {
+        match route::find(address, RESOLVING) {
+            Ok(Some(found)) => {
+                findings.push(leads(address, &found));
+                route = Some(found);
+            }
+            // Every device of this host may be meant.
+            Ok(None) => {}
+            Err(error) => findings.push(Finding::error(&error)),
+        }
+    }
+    let is_on_route = |name: &str| route.as_ref().is_none_or(|route: &Route| route.device == name);
+    let port = route.as_ref().map(|route| route.port);
+    let judged: Vec<_> = devices
+        .iter()
+        .filter(|(name, _)| is_on_route(name))
+        .map(|(_, device)| match device {
+            Ok(device) => judging::judge(device, port, question),
+            Err(error) => Judged::unusable(Finding::error(error)),
+        })
+        .chain(unknown(&devices).filter(|_| route.is_none()).map(Judged::unusable))
+        .collect();
+    let is_enough = route.is_none() && judged.iter().any(|device| device.is_usable);
+    let judged = judged.into_iter().flat_map(|device| device.findings);
+    findings.extend(judged.map(|it| if is_enough { it.at_most_warning() } else { it }));
+    Ok(findings)
+}
+
+/// What leads to the address.
+fn leads(address: &Address, route: &Route) -> Finding {
+    let Route { device, port, from, is_own } = route;
+    Finding::good(match from {
+        Some(from) if !is_own => {
+            format!("Route to {address}: RDMA device {device}, port {port}, from {}", from.ip())
+        }
+        _ => format!("{address} is an address of RDMA device {device}, port {port}"),
+    })
+}
+
+/// Devices that the kernel has and libibverbs can't use.
+fn unknown(devices: &[(String, Result<Device>)]) -> impl Iterator<Item = Finding> {
+    let is_known = |name: &String| devices.iter().any(|(known, _)| known == name);
+    fabric::devices().into_iter().filter(move |name| !is_known(name)).map(|name| {
+        Finding::fatal(
+            format!("RDMA device {name}: libibverbs can't use it"),
+            "install its provider (ibverbs-providers), and load the module ib_uverbs",
+        )
+    })
+}
