@@ -73,8 +73,14 @@ impl Door {
     /// Whoever connects next is the return path of the stock source at `link`, which QEMU's end of
     /// it is forwarded to. It need not come.
     pub fn expect_return_path(&self, link: Arc<Link>, context: &Context) {
-        let (to_open, requests) = sync_channel::<Box<dyn Request>>(1);
-        *lock(&self.return_path) = Some(to_open);
+        let (to_open, requests) = sync_channel::<Box<dyn Request>>(WAITING);
+        *lock(&self.return_path) = Some(to_open.clone());
+        // QEMU connects as soon as it was let in, which may have been before this.
+        for early in self.sources.try_iter().flatten() {
+            // Too many wait already: this one is turned away.
+            let _ = to_open.try_send(early);
+        }
+        drop(to_open);
         let (qemu, stall) = (context.qemu.clone(), context.options.stall_timeout());
         thread::spawn(move || {
             while let Ok(request) = requests.recv() {
