@@ -8,15 +8,10 @@
 mod buffers;
 mod cm;
 mod connection;
-mod judging;
 mod library;
 mod listener;
-mod memlock;
-mod needs;
 mod objects;
-mod ports;
 pub mod preflight;
-mod probe;
 mod queue_pair;
 mod ring;
 mod route;
@@ -81,7 +76,7 @@ impl Fabric for Verbs {
     }
 
     fn listen(&self, address: &Address) -> Result<Box<dyn Listener>> {
-        memlock::suffices_for_messages(self.window)?;
+        preflight::memlock::suffices_for_messages(self.window)?;
         Ok(Box::new(listener::VerbsListener::bind(address, self.clone())?))
     }
 

@@ -10,7 +10,7 @@ use rdma_sys::rdma_cm_event_type as kind;
 
 use super::{
     cm::{Event, EventChannel, Id},
-    probe,
+    preflight::probe,
 };
 use crate::{
     fabric::{self, FabricError, Result},

@@ -186,11 +186,9 @@ fn physical_name(physical: u8) -> &'static str {
 
 #[cfg(test)]
 mod tests {
+    use super::super::{needs::Attributes, ports::Interface};
     use super::*;
-    use crate::fabric::{
-        Severity,
-        verbs::{needs::Attributes, ports::Interface},
-    };
+    use crate::fabric::Severity;
 
     fn question(guest: Option<&Guest>) -> Question<'_> {
         Question { address: None, guest, helper: None, window: 16, lanes: 1 }

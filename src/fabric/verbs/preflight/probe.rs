@@ -7,7 +7,7 @@ use rdma_sys::{
 };
 
 use super::{
-    library::{Library, check_errno},
+    super::library::{Library, check_errno},
     needs::Attributes,
     ports::{self, Gid, Interface},
 };
@@ -61,7 +61,7 @@ pub(super) fn devices() -> Result<Vec<(String, Result<Device>)>> {
 }
 
 /// The name of an open device.
-pub(super) fn name(library: &'static Library, context: NonNull<ibv_context>) -> String {
+pub(in super::super) fn name(library: &'static Library, context: NonNull<ibv_context>) -> String {
     // SAFETY: the device is open, and so its record is there.
     device_name(library, unsafe { context.as_ref().device })
 }

@@ -2,7 +2,7 @@
 //!
 //! All of it follows from what the fabric does, so the numbers are the fabric's own constants.
 
-use super::{
+use super::super::{
     connection::{completions, depth},
     queue_pair::{Depth, SGES},
     ring,
@@ -85,7 +85,7 @@ fn bytes(buffers: usize) -> u64 {
 }
 
 /// Bytes that a connection registers for its messages, whatever the guest; `window` as in
-/// [`super::Verbs`].
+/// [`super::super::Verbs`].
 pub(super) fn message_bytes(window: u16) -> u64 {
     bytes(SEND_BUFFERS + depth(window).receive as usize)
 }
@@ -97,7 +97,7 @@ pub(super) fn locked_bytes(window: u16, guest: &Guest) -> u64 {
 }
 
 /// What a device must have for `guest`, or for guests as they come; `window` and `lanes` as in
-/// [`super::Verbs`].
+/// [`super::super::Verbs`].
 pub(super) fn attributes(window: u16, lanes: u16, guest: Option<&Guest>) -> Attributes {
     let Depth { send, receive } = depth(window);
     let buffers = bytes(receive as usize).max(bytes(SEND_BUFFERS)).max(ring::SIZE as u64);

@@ -67,7 +67,7 @@ fn has_ipc_lock(status: &str) -> io::Result<bool> {
 ///
 /// # Errors
 /// [`FabricError::Pin`].
-pub(super) fn suffices_for_messages(window: u16) -> Result<()> {
+pub(in super::super) fn suffices_for_messages(window: u16) -> Result<()> {
     let needed = needs::message_bytes(window);
     match Memlock::of(None).map(|memlock| memlock.bound()) {
         Ok(Some(bound)) if bound < needed => Err(FabricError::Pin {

@@ -1,13 +1,17 @@
 //! What would stop a migration over verbs, found without starting one.
 
+mod judging;
+pub(super) mod memlock;
+mod needs;
+mod ports;
+pub(super) mod probe;
+
 use std::time::Duration;
 
+use self::{judging::Judged, probe::Device};
 use super::{
     cm::EventChannel,
-    judging::{self, Judged},
     library::Library,
-    memlock,
-    probe::{self, Device},
     route::{self, Route},
 };
 use crate::{
