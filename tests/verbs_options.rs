@@ -59,7 +59,7 @@ fn with_several_queue_pairs() {
     if !lab() {
         return;
     }
-    for (source, destination, connections) in [("4", "4", 4), ("4", "2", 2), ("1", "3", 1)] {
+    for (source, destination, connections) in [("16", "16", 16), ("4", "2", 2), ("1", "3", 1)] {
         let options = |count| ["--queue-pairs", count];
         let mut pair = pair(&options(source), &options(destination));
         let uri = pair.listen();

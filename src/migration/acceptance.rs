@@ -218,19 +218,14 @@ pub fn accept(
     statistics.follow(&link);
     let compared = check_limit(own, pin_all, options.pin_limit, options)
         .and_then(|()| compare(&link, &mut receiver, own, pin_all));
-    match compared {
-        Ok((blocks, table)) => {
-            let pin_limit = options.pin_limit;
-            let accepted = Accepted::new(link, receiver, None);
-            let accepted = Accepted { blocks, table, pin_limit, ..accepted };
-            accepted.link.send(&Message::RamBlocksResult(accepted.entries()))?;
-            Ok(accepted)
-        }
-        Err(error) => {
-            link.end(&error, true);
-            Err(error)
-        }
-    }
+    let accepted = compared.and_then(|(blocks, table)| {
+        let pin_limit = options.pin_limit;
+        let accepted = Accepted::new(link.clone(), receiver, None);
+        let accepted = Accepted { blocks, table, pin_limit, ..accepted };
+        accepted.link.send(&Message::RamBlocksResult(accepted.entries()))?;
+        Ok(accepted)
+    });
+    accepted.inspect_err(|error| link.end(error, true))
 }
 
 /// Read the source's list, put the own blocks into its order, and let it into them.

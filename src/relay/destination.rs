@@ -104,9 +104,8 @@ impl Destination {
         let (ours, theirs) = worker::migration_socket().map_err(|error| generic(&error))?;
         let order = Order::Incoming { address, blocks: super::listed(&blocks), options };
         let fds = worker::order_fds(&ours, &blocks);
-        worker.begin(&order, &fds).await.map_err(|error| generic(&error))?;
-        drop((ours, blocks));
         let listening = timeout(LISTENING, async {
+            worker.begin(&order, &fds).await.map_err(|error| generic(&error))?;
             loop {
                 match worker.report().await {
                     Some(Report::Listening { address }) => return Ok(address),

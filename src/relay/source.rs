@@ -175,9 +175,11 @@ impl Source {
             options,
         };
         let fds = worker::order_fds(&ours, &blocks);
-        worker.begin(&order, &fds).await.map_err(generic)?;
-        drop(blocks);
-        match timeout(agreement, self.await_agreement(&mut worker)).await {
+        let agreed = async {
+            worker.begin(&order, &fds).await.map_err(generic)?;
+            self.await_agreement(&mut worker).await
+        };
+        match timeout(agreement, agreed).await {
             Ok(result) => result?,
             Err(_) => {
                 let why = format!(

@@ -73,7 +73,7 @@ struct Sending {
     free: Vec<usize>,
     /// By queue pair.
     posted: Vec<Posted>,
-    /// When nothing was outstanding or something completed, as far as an idle connection looked.
+    /// When something was posted while nothing was outstanding, or something completed.
     quiet_since: Instant,
     /// Guest memory that is registered for sending, by region.
     pinned: HashMap<usize, Ranges<MemoryRegion>>,
@@ -165,6 +165,13 @@ impl Shared {
         first + (offset / CHUNK) as usize % (self.pairs.len() - first)
     }
 
+    /// Bytes of writes to one queue pair of which only the last is signalled. Of all of them together
+    /// far less is unsignalled than fits into [`WINDOW`], so that there is always something to wait
+    /// for.
+    fn signal_bytes(&self) -> u64 {
+        SIGNAL_BYTES / self.pairs.len() as u64
+    }
+
     /// Where guest memory is registered.
     pub(super) fn ram_domain(&self) -> &Arc<ProtectionDomain> {
         &self.pairs[self.first_lane()].domain
@@ -244,6 +251,9 @@ impl Shared {
             }
             self.landed.fetch_add(batch.bytes, Ordering::Relaxed);
         }
+        if any {
+            sending.quiet_since = Instant::now();
+        }
         Ok(any)
     }
 
@@ -287,12 +297,16 @@ impl Shared {
         local: Option<Local>,
         to: RemoteKey,
     ) -> Result<()> {
+        if sending.is_quiet() {
+            sending.quiet_since = Instant::now();
+        }
         let posted = &mut sending.posted[lane];
         let batch = &mut posted.unsignalled;
         batch.requests += 1;
         batch.bytes += local.map_or(0, |local| u64::from(local.length));
-        let signalled =
-            local.is_none() || batch.requests >= SIGNAL_REQUESTS || batch.bytes >= SIGNAL_BYTES;
+        let signalled = local.is_none()
+            || batch.requests >= SIGNAL_REQUESTS
+            || batch.bytes >= self.signal_bytes();
         self.pairs[lane].write(lane as u64, local, to, signalled)?;
         posted.outstanding += 1;
         if signalled {
@@ -315,10 +329,7 @@ impl Shared {
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
             Err(TryLockError::WouldBlock) => return Ok(()),
         };
-        let heard = self.take_sent(&mut sending)?;
-        if heard || sending.is_quiet() {
-            sending.quiet_since = Instant::now();
-        }
+        self.take_sent(&mut sending)?;
         if sending.is_quiet() {
             self.post_nothing(&mut sending, 0)
         } else if sending.quiet_since.elapsed() > self.timeouts.acknowledgement() {
@@ -349,6 +360,9 @@ impl Poster for VerbsPoster {
             lkey: sending.registration.lkey(),
         };
         shared.pairs[0].send(0, local)?;
+        if sending.is_quiet() {
+            sending.quiet_since = Instant::now();
+        }
         let posted = &mut sending.posted[0];
         let mut batch = std::mem::take(&mut posted.unsignalled);
         batch.requests += 1;
