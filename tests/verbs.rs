@@ -17,15 +17,6 @@ use support::{Config, Guest, Memory, Pair, Qemu, eventually, free_port, helper::
 /// With and without `rdma-pin-all` and `return-path`.
 const CASES: [(bool, bool); 4] = [(false, false), (false, true), (true, false), (true, true)];
 
-/// Is there a device?
-fn lab() -> bool {
-    let here = support::in_lab();
-    if !here {
-        println!("skipped: no RDMA device; scripts/lab/test has one");
-    }
-    here
-}
-
 /// The machine is slow: small, and busy enough.
 fn config() -> Config {
     let guest = Guest::Dirty { fill: 40, hot: 4, spin: 3000 };
@@ -43,7 +34,7 @@ fn pair(pin_all: bool, return_path: bool) -> Pair {
 
 #[test]
 fn from_helper_to_helper() {
-    if !lab() {
+    if !support::lab() {
         return;
     }
     for (pin_all, return_path) in CASES {
@@ -56,7 +47,7 @@ fn from_helper_to_helper() {
 
 #[test]
 fn from_helper_to_stock_qemu() {
-    if !lab() {
+    if !support::lab() {
         return;
     }
     for (pin_all, return_path) in CASES {
@@ -74,7 +65,7 @@ fn from_helper_to_stock_qemu() {
 
 #[test]
 fn from_stock_qemu_to_helper() {
-    if !lab() {
+    if !support::lab() {
         return;
     }
     for (pin_all, return_path) in CASES {
@@ -92,7 +83,7 @@ fn from_stock_qemu_to_helper() {
 /// QEMU 7.2 takes a return path over RDMA only with postcopy.
 #[test]
 fn with_qemu_7_2_at_both_ends() {
-    if !lab() {
+    if !support::lab() {
         return;
     }
     let config = Config { version: "7.2", ..config() };
@@ -121,7 +112,7 @@ fn with_qemu_7_2_at_both_ends() {
 /// Registering gives holes memory, so that is bounded by what is written around them.
 #[test]
 fn most_of_the_memory_that_was_never_touched_stays_a_hole() {
-    if !lab() {
+    if !support::lab() {
         return;
     }
     let mut pair = Pair::start(&Config { mib: 512, ..config() });
@@ -159,7 +150,7 @@ impl Taken {
 /// first pass is far from the pages that are replaced here.
 #[test]
 fn with_a_balloon() {
-    if !lab() {
+    if !support::lab() {
         return;
     }
     for (pin_all, device) in
@@ -188,7 +179,7 @@ fn with_a_balloon() {
 /// registering it would have given it pages.
 #[test]
 fn with_virtio_mem() {
-    if !lab() {
+    if !support::lab() {
         return;
     }
     let devices = [
@@ -211,7 +202,7 @@ fn with_virtio_mem() {
 /// A source whose memory can't be reached: what is written is its stream.
 #[test]
 fn private_memory_to_shared() {
-    if !lab() {
+    if !support::lab() {
         return;
     }
     let private = Config { memory: Memory::Private, ..config() };
@@ -229,7 +220,7 @@ fn private_memory_to_shared() {
 /// A stock destination lets all of its memory be written.
 #[test]
 fn private_memory_to_stock_qemu() {
-    if !lab() {
+    if !support::lab() {
         return;
     }
     for pin_all in [false, true] {
@@ -272,7 +263,7 @@ fn in_mid_transfer(pair: &mut Pair, uri: &str) {
 
 #[test]
 fn a_destination_that_dies() {
-    if !lab() {
+    if !support::lab() {
         return;
     }
     for stock in [false, true] {
@@ -300,7 +291,7 @@ fn a_destination_that_dies() {
 
 #[test]
 fn cancelled_with_a_stock_destination() {
-    if !lab() {
+    if !support::lab() {
         return;
     }
     let mut pair = Pair::start(&config());
@@ -315,7 +306,7 @@ fn cancelled_with_a_stock_destination() {
 
 #[test]
 fn destinations_that_are_not_there() {
-    if !lab() {
+    if !support::lab() {
         return;
     }
     let mut pair = Pair::start(&config());

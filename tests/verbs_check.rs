@@ -27,15 +27,6 @@ const NOBODY_WITH_64_MIB: [&str; 6] = [
 const NOBODY_WITH_8_MIB: [&str; 6] =
     ["prlimit", "--memlock=8388608", "setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"];
 
-/// Is there a device?
-fn lab() -> bool {
-    let here = support::in_lab();
-    if !here {
-        println!("skipped: no RDMA device; scripts/lab/test has one");
-    }
-    here
-}
-
 fn run(line: &str) {
     let status = Command::new("sh").args(["-c", line]).status().unwrap();
     assert!(status.success(), "{line}");
@@ -104,7 +95,7 @@ impl Drop for Device {
 
 #[test]
 fn a_device_that_is_as_it_should_be() {
-    if !lab() {
+    if !support::lab() {
         return;
     }
     for host in [&*support::address(), "0.0.0.0", "[::]", ""] {
@@ -128,7 +119,7 @@ fn a_device_that_is_as_it_should_be() {
 
 #[test]
 fn a_link_that_is_down() {
-    if !lab() {
+    if !support::lab() {
         return;
     }
     let device = Device::new("down", 9000);
@@ -151,7 +142,7 @@ fn a_link_that_is_down() {
 
 #[test]
 fn an_interface_without_an_address() {
-    if !lab() {
+    if !support::lab() {
         return;
     }
     let device = Device::new("bare", 9000);
@@ -174,7 +165,7 @@ fn an_interface_without_an_address() {
 
 #[test]
 fn an_interface_with_a_small_mtu() {
-    if !lab() {
+    if !support::lab() {
         return;
     }
     let device = Device::new("mtu", 1000);
@@ -195,7 +186,7 @@ fn an_interface_with_a_small_mtu() {
 
 #[test]
 fn a_device_that_may_not_be_opened() {
-    if !lab() {
+    if !support::lab() {
         return;
     }
     let _device = Device::new("shut", 9000);
@@ -211,7 +202,7 @@ fn a_device_that_may_not_be_opened() {
 
 #[test]
 fn no_device_and_no_libraries() {
-    if !lab() {
+    if !support::lab() {
         return;
     }
     let hidden = "mount -t tmpfs none /sys/class/infiniband";
@@ -246,7 +237,7 @@ fn no_device_and_no_libraries() {
 /// A migration says the same.
 #[test]
 fn addresses_that_no_device_leads_to() {
-    if !lab() {
+    if !support::lab() {
         return;
     }
     let dir = tempfile::tempdir().unwrap();
@@ -324,7 +315,7 @@ fn failed_attempt(pair: &mut Pair, config: &Config, name: &str, pin_all: bool) -
 
 #[test]
 fn a_memlock_limit_below_the_guests_memory() {
-    if !lab() {
+    if !support::lab() {
         return;
     }
     let config = Config { under: &NOBODY_WITH_64_MIB, ..config() };
@@ -358,7 +349,7 @@ fn a_memlock_limit_below_the_guests_memory() {
 /// Not even messages could be received: neither side begins.
 #[test]
 fn a_memlock_limit_below_the_messages_buffers() {
-    if !lab() {
+    if !support::lab() {
         return;
     }
     let mut command = Command::new(NOBODY_WITH_8_MIB[0]);

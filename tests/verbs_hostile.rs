@@ -149,8 +149,7 @@ fn behind_the_head(bytes: Vec<u8>) -> impl FnOnce(&mut Peer, &[(String, u64)]) {
 
 #[test]
 fn sources_that_break_the_protocol() {
-    if !support::in_lab() {
-        println!("skipped: no RDMA device; scripts/lab/test has one");
+    if !support::lab() {
         return;
     }
     let compress = |value: u32, block: u32, offset: u64, length: u64| {
@@ -195,8 +194,7 @@ fn sources_that_break_the_protocol() {
 /// Where the device itself says no: beyond what was let in, and behind a wrong key.
 #[test]
 fn writes_outside_what_was_let_in() {
-    if !support::in_lab() {
-        println!("skipped: no RDMA device; scripts/lab/test has one");
+    if !support::lab() {
         return;
     }
     for case in 0..3 {
@@ -225,8 +223,7 @@ fn writes_outside_what_was_let_in() {
 /// The guest may run once the last RAM section is over: keys that were good are good no more.
 #[test]
 fn writes_behind_the_last_ram_section() {
-    if !support::in_lab() {
-        println!("skipped: no RDMA device; scripts/lab/test has one");
+    if !support::lab() {
         return;
     }
     // QEMU may be gone before the connection is.
@@ -262,8 +259,7 @@ fn writes_behind_the_last_ram_section() {
 /// Destinations that break the protocol: the guest runs on at the source.
 #[test]
 fn destinations_that_break_the_protocol() {
-    if !support::in_lab() {
-        println!("skipped: no RDMA device; scripts/lab/test has one");
+    if !support::lab() {
         return;
     }
     type Play = Box<dyn FnOnce(&mut Peer) + Send>;

@@ -11,14 +11,6 @@ use support::{Config, Guest, Host, Pair, free_port, helper};
 /// Bytes that a worker pins for messages: 16 + 8 buffers for receiving and 8 for sending.
 const BUFFERS: u64 = 32 * (512 << 10);
 
-fn lab() -> bool {
-    let here = support::in_lab();
-    if !here {
-        println!("skipped: no RDMA device; scripts/lab/test has one");
-    }
-    here
-}
-
 fn config() -> Config {
     let guest = Guest::Dirty { fill: 40, hot: 4, spin: 3000 };
     Config { mib: 96, guest, ..Config::default() }
@@ -56,7 +48,7 @@ fn migrate(pair: &mut Pair, uri: &str) -> (Value, u64) {
 
 #[test]
 fn with_several_queue_pairs() {
-    if !lab() {
+    if !support::lab() {
         return;
     }
     for (source, destination, connections) in [("16", "16", 16), ("4", "2", 2), ("1", "3", 1)] {
@@ -72,7 +64,7 @@ fn with_several_queue_pairs() {
 /// 40 MiB and more are written through 16.
 #[test]
 fn with_a_pin_limit() {
-    if !lab() {
+    if !support::lab() {
         return;
     }
     let limit = &["--pin-limit", "16m"][..];
@@ -96,7 +88,7 @@ fn with_a_pin_limit() {
 /// All of the guest's RAM has to fit into the limit; it is refused at either end.
 #[test]
 fn pin_all_beyond_the_pin_limit() {
-    if !lab() {
+    if !support::lab() {
         return;
     }
     let limit = &["--pin-limit", "64m"][..];
@@ -117,7 +109,7 @@ fn pin_all_beyond_the_pin_limit() {
 /// A stock source releases nothing: it is told, and its guest runs on.
 #[test]
 fn a_stock_source_beyond_the_pin_limit() {
-    if !lab() {
+    if !support::lab() {
         return;
     }
     let mut pair = pair(&[], &["--pin-limit", "16m"]);

@@ -58,6 +58,15 @@ pub fn in_lab() -> bool {
     std::env::var_os("QEMU_RDMA_HELPER_TEST_ADDRESS").is_some()
 }
 
+/// The same for a test that needs one, and says so where there is none.
+pub fn lab() -> bool {
+    let here = in_lab();
+    if !here {
+        println!("skipped: no RDMA device; scripts/lab/test has one");
+    }
+    here
+}
+
 /// A port that was free a moment ago.
 pub fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
