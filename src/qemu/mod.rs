@@ -2,6 +2,7 @@
 //!
 //! Asks over QMP and looks into /proc; changes nothing. Knows nothing of workers or clients.
 
+pub mod argv;
 pub mod blockers;
 pub mod blocks;
 mod discards;

@@ -1,0 +1,195 @@
+//! RAM that becomes shared, so that it can be written and read from outside QEMU.
+
+use std::{ffi::OsStr, os::fd::RawFd, path::Path};
+
+use serde_json::{Value, json};
+
+use super::{
+    Changes, Given, Machine, Part, Plan,
+    options::{Options, size},
+};
+
+/// What QEMU gives a guest if it is not told, in bytes.
+const DEFAULT_SIZE: u64 = 128 << 20;
+
+/// QEMU rounds the size of `-m` up to this.
+const SIZE_STEP: u64 = 8192;
+
+/// The name of a block is its backend's id for new machine types, and must stay that for old ones,
+/// whose memory-backend-file has its path in QEMU's tree as name (hw/core/machine.c,
+/// hw_compat_3_1).
+const NAME_BY_PATH: &str = "x-use-canonical-path-for-ramblock-id";
+
+/// A RAM backend that lives on a memfd of the helper's.
+#[derive(Debug)]
+pub struct Memory {
+    /// The backend's id.
+    pub id: String,
+    /// Bytes.
+    pub size: u64,
+    object: Options,
+}
+
+impl Memory {
+    /// Where QEMU finds the memfd with this number.
+    pub fn path(fd: RawFd) -> String {
+        format!("/proc/self/fd/{fd}")
+    }
+
+    /// The value of `-object`, if the memfd has this number in QEMU.
+    pub(super) fn object(&self, fd: RawFd) -> String {
+        self.object.clone().with("mem-path", json!(Self::path(fd))).to_string()
+    }
+}
+
+/// Find the RAM that is not shared.
+pub(super) fn find(
+    binary: &OsStr,
+    given: &[Given<'_>],
+    machine: &Machine,
+    is_file: &impl Fn(&Path) -> bool,
+    plan: &mut Plan,
+    changes: &mut Changes,
+) {
+    if machine.confidential {
+        plan.notes.push("The guest's memory is confidential, and stays as it is".into());
+        return;
+    }
+    for option in given.iter().filter(|option| option.name == "object") {
+        let options = Options::read(option.value.unwrap_or_default(), "qom-type");
+        backend(option, options, is_file, plan, changes);
+    }
+    let by_nodes = given.iter().any(|option| {
+        option.name == "numa"
+            && Options::read(option.value.unwrap_or_default(), "type").get("memdev").is_some()
+    });
+    if machine.memory_backend.is_none() && !by_nodes {
+        default(binary, given, machine, is_file, plan, changes);
+    }
+}
+
+/// A backend that the user has made.
+fn backend(
+    option: &Given<'_>,
+    options: Options,
+    is_file: &impl Fn(&Path) -> bool,
+    plan: &mut Plan,
+    changes: &mut Changes,
+) {
+    let object = |part| [Part::text("-object"), part];
+    match options.get("qom-type").as_deref() {
+        Some("memory-backend-ram") => {
+            let (Some(id), Some(size)) = (options.get("id"), options.size("size", 1)) else {
+                return;
+            };
+            changes.value(option, object(Part::Memory(plan.memory.len())));
+            plan.memory.push(Memory { id, size, object: on_memfd(options) });
+        }
+        // Shared if it does not say otherwise.
+        Some("memory-backend-memfd") if options.switch("share") == Some(false) => {
+            let shared = options.with("share", json!(true));
+            changes.value(option, object(Part::text(shared.to_string())));
+        }
+        Some("memory-backend-file") if options.switch("share") != Some(true) => {
+            let path = options.get("mem-path").unwrap_or_default();
+            if options.switch("readonly") == Some(true) || is_file(Path::new(&path)) {
+                plan.notes.push(format!(
+                    "RAM backend '{}' is a private copy of the file {path}, and stays that: it is \
+                     migrated from QEMU's stream; with share=on it would be faster, and the guest \
+                     would write the file",
+                    options.get("id").unwrap_or_default()
+                ));
+                return;
+            }
+            let shared = named_by_id(options.with("share", json!(true)));
+            changes.value(option, object(Part::text(shared.to_string())));
+        }
+        _ => {}
+    }
+}
+
+/// The same backend on a memfd.
+fn on_memfd(options: Options) -> Options {
+    let file = options.with("qom-type", json!("memory-backend-file"));
+    named_by_id(file.with("share", json!(true)))
+}
+
+fn named_by_id(options: Options) -> Options {
+    match options.get(NAME_BY_PATH) {
+        Some(_) => options,
+        None => options.with(NAME_BY_PATH, json!(false)),
+    }
+}
+
+/// The RAM of `-m`, for which QEMU makes a backend by itself.
+fn default(
+    binary: &OsStr,
+    given: &[Given<'_>],
+    machine: &Machine,
+    is_file: &impl Fn(&Path) -> bool,
+    plan: &mut Plan,
+    changes: &mut Changes,
+) {
+    let Some(id) = default_id(binary, machine.kind.as_deref()) else {
+        plan.notes.push(
+            "The machine's RAM stays as it is, because this machine's name for it is not known; \
+             give it a backend: -object memory-backend-memfd,id=ID,size=...,share=on -machine \
+             memory-backend=ID"
+                .into(),
+        );
+        return;
+    };
+    let mut bytes = DEFAULT_SIZE;
+    for option in given.iter().filter(|option| option.name == "m") {
+        let options = Options::read(option.value.unwrap_or_default(), "size");
+        match options.get("size").map(|text| size(&text, 1 << 20)) {
+            Some(Some(size)) => bytes = size,
+            Some(None) => return,
+            None => {}
+        }
+    }
+    let Some(bytes) = bytes.checked_next_multiple_of(SIZE_STEP).filter(|bytes| *bytes > 0) else {
+        return;
+    };
+    let text = format!("memory-backend-file,id={id},size={bytes},share=on");
+    let object = named_by_id(Options::read(&text, "qom-type"));
+    let part = match mem_path(given) {
+        None => {
+            plan.memory.push(Memory { id: id.into(), size: bytes, object });
+            Part::Memory(plan.memory.len() - 1)
+        }
+        Some((_, path)) if is_file(Path::new(path)) => return,
+        // The directory of huge pages, most likely.
+        Some((option, path)) => {
+            changes.value(option, []);
+            Part::text(object.with("mem-path", Value::from(path)).to_string())
+        }
+    };
+    changes.added.extend([
+        Part::text("-object"),
+        part,
+        Part::text("-machine"),
+        Part::text(format!("memory-backend={id}")),
+    ]);
+}
+
+fn mem_path<'a, 'b>(given: &'b [Given<'a>]) -> Option<(&'b Given<'a>, &'a str)> {
+    let mut paths = given.iter().filter(|option| option.name == "mem-path");
+    let option = paths.next_back()?;
+    Some((option, option.value?))
+}
+
+/// The id that QEMU gives the backend of `-m` (`default_ram_id` of the machine's class).
+fn default_id(binary: &OsStr, machine: Option<&str>) -> Option<&'static str> {
+    let name = Path::new(binary).file_name().and_then(OsStr::to_str).unwrap_or_default();
+    let target = name.strip_prefix("qemu-system-");
+    if target.is_some_and(|target| !target.starts_with("x86_64") && !target.starts_with("i386")) {
+        return None;
+    }
+    let machine = machine.unwrap_or("pc");
+    match machine.split('-').next() {
+        Some("pc" | "q35" | "isapc") => Some("pc.ram"),
+        Some("microvm") => Some("microvm.ram"),
+        _ => None,
+    }
+}

@@ -1,0 +1,186 @@
+use proptest::prelude::*;
+
+use super::*;
+
+fn words(line: &str) -> Vec<OsString> {
+    line.split_whitespace().map(OsString::from).collect()
+}
+
+fn read(line: &str) -> Invocation {
+    let is_file = |path: &Path| path.ends_with("image");
+    Invocation::read(OsStr::new("qemu-system-x86_64"), &words(line), false, is_file).unwrap()
+}
+
+fn plan(line: &str) -> Plan {
+    match read(line) {
+        Invocation::Guest(plan) => plan,
+        Invocation::Untouched(why) => panic!("untouched: {why}"),
+    }
+}
+
+/// The rewritten line: monitors have descriptors from 50 on, memory from 60 on.
+fn rewritten(line: &str) -> String {
+    let plan = plan(line);
+    let monitors: Vec<_> = plan.monitors.iter().map(|m| m.fd().unwrap_or(50)).collect();
+    let memory: Vec<_> = (60..).take(plan.memory.len()).collect();
+    let arguments = plan.arguments(&monitors, &memory);
+    let text: Vec<_> = arguments.iter().map(|argument| argument.to_str().unwrap()).collect();
+    text.join(" ")
+}
+
+const SOCKET: &str = "-qmp unix:/m,server=on,wait=off -machine q35,memory-backend=x";
+
+#[test]
+fn what_only_asks_is_left_alone() {
+    for line in [
+        "-S -no-user-config -nodefaults -nographic -machine none,accel=kvm:tcg -qmp \
+         unix:/q,server=on,wait=off -pidfile /p -daemonize",
+        "-M none -qmp unix:/q,server",
+        "--version",
+        "-machine help",
+        "-cpu help -qmp tcp:localhost:1,server",
+        "-name -qmp unix:/q,server",
+        "-mon chardev=m,mode=readline -chardev socket,id=m,path=/q,server=on",
+        "-mon chardev=m,mode=control,pretty=on -chardev socket,id=m,path=/q,server=on",
+        "-mon chardev=m,mode=control -chardev socket,id=m,host=h,port=1,server=on",
+        "-mon chardev=m,mode=control -chardev socket,id=m,path=/q,abstract=on,server=on",
+    ] {
+        assert!(matches!(read(line), Invocation::Untouched(_)), "{line}");
+    }
+}
+
+#[test]
+fn monitors_are_found_in_all_their_forms() {
+    let endpoint = |line: &str| {
+        let mut plan = plan(line);
+        assert_eq!(plan.monitors.len(), 1, "{line}");
+        plan.monitors.remove(0).endpoint
+    };
+    let listen = |wait| Endpoint::Listen { path: "/q".into(), wait };
+    assert_eq!(endpoint("-qmp unix:/q,server"), listen(true));
+    assert_eq!(endpoint("--qmp unix:/q,server,nowait"), listen(false));
+    assert_eq!(
+        endpoint("-chardev socket,id=m,path=/q,server=on,wait=off -mon m,mode=control"),
+        listen(false)
+    );
+    assert_eq!(
+        endpoint("-chardev socket,id=m,fd=22,server=on,wait=off -mon chardev=m,mode=control"),
+        Endpoint::Listening { fd: 22, wait: false }
+    );
+    assert_eq!(
+        endpoint("-chardev socket,id=m,fd=22 -qmp chardev:m"),
+        Endpoint::Connected { fd: 22 }
+    );
+    let connect = |reconnect| Endpoint::Connect { path: "/q".into(), reconnect };
+    assert_eq!(endpoint("-qmp unix:/q"), connect(None));
+    let again = std::time::Duration::from_secs(3);
+    assert_eq!(endpoint("-qmp unix:/q,reconnect=3"), connect(Some(again)));
+    assert_eq!(endpoint("-incoming rdma:h:1"), Endpoint::Nobody);
+    assert_eq!(plan("-qmp unix:/a,server -qmp unix:/b,server").monitors.len(), 2);
+}
+
+#[test]
+fn libvirts_command_line() {
+    let line = r#"-name guest=a,debug-threads=on -S -object {"qom-type":"secret","id":"masterKey0","format":"raw","file":"/k"} -machine pc-q35-10.0,usb=off,memory-backend=pc.ram -accel tcg -m size=262144k -object {"qom-type":"memory-backend-ram","id":"pc.ram","size":268435456} -chardev socket,id=charmonitor,fd=22,server=on,wait=off -mon chardev=charmonitor,id=monitor,mode=control -incoming defer"#;
+    assert_eq!(
+        rewritten(line),
+        r#"-name guest=a,debug-threads=on -S -object {"qom-type":"secret","id":"masterKey0","format":"raw","file":"/k"} -machine pc-q35-10.0,usb=off,memory-backend=pc.ram -accel tcg -m size=262144k -object {"qom-type":"memory-backend-file","id":"pc.ram","size":268435456,"share":true,"x-use-canonical-path-for-ramblock-id":false,"mem-path":"/proc/self/fd/60"} -chardev backend=socket,id=charmonitor,fd=22 -mon chardev=charmonitor,id=monitor,mode=control -incoming defer"#
+    );
+}
+
+#[test]
+fn plain_memory_gets_a_backend() {
+    let added = "-object qom-type=memory-backend-file,id=pc.ram,size=1073741824,share=on,\
+                 x-use-canonical-path-for-ramblock-id=off,mem-path=/proc/self/fd/60 \
+                 -machine memory-backend=pc.ram";
+    let monitor =
+        "-chardev backend=socket,id=qemu-rdma-helper0,fd=50 -qmp chardev:qemu-rdma-helper0";
+    for memory in ["-m 1G", "-m 1024", "-m size=1024,slots=2,maxmem=2G -M q35"] {
+        let line = rewritten(&format!("{memory} -qmp unix:/q,server,nowait"));
+        assert_eq!(line, format!("{memory} {monitor} {added}"));
+    }
+    let huge = rewritten("-mem-path /dev/hugepages -mem-prealloc -m 1G -qmp unix:/q,server");
+    assert_eq!(
+        huge,
+        format!(
+            "-mem-prealloc -m 1G {monitor} {}",
+            added.replace("/proc/self/fd/60", "/dev/hugepages")
+        )
+    );
+    assert_eq!(plan("-qmp unix:/q,server").memory[0].size, 128 << 20);
+    // Whose name for its RAM is not known, that has none of its own, or that is nobody's.
+    for line in ["-M virt", "-M q35 -numa node,memdev=a", "-M q35,confidential-guest-support=sev0"]
+    {
+        assert!(plan(&format!("{line} -qmp unix:/q,server")).memory.is_empty(), "{line}");
+    }
+}
+
+#[test]
+fn settings_of_backends_are_kept() {
+    let line = format!(
+        "{SOCKET} -object memory-backend-ram,id=x,size=1G,host-nodes=0,host-nodes=2,policy=bind,prealloc=on"
+    );
+    assert!(rewritten(&line).ends_with(
+        "-object qom-type=memory-backend-file,id=x,size=1G,host-nodes=0,host-nodes=2,policy=bind,\
+         prealloc=on,share=on,x-use-canonical-path-for-ramblock-id=off,mem-path=/proc/self/fd/60"
+    ));
+    let object = |object: &str| {
+        let line = rewritten(&format!("{SOCKET} -object {object}"));
+        line.rsplit(' ').next().unwrap().to_owned()
+    };
+    assert_eq!(
+        object("memory-backend-memfd,id=x,size=1G,hugetlb=on,share=off"),
+        "qom-type=memory-backend-memfd,id=x,size=1G,hugetlb=on,share=on"
+    );
+    assert_eq!(
+        object("memory-backend-file,id=x,size=1G,mem-path=/dev/hugepages"),
+        "qom-type=memory-backend-file,id=x,size=1G,mem-path=/dev/hugepages,share=on,x-use-canonical-path-for-ramblock-id=off"
+    );
+    for kept in [
+        "memory-backend-memfd,id=x,size=1G",
+        "memory-backend-file,id=x,size=1G,mem-path=/a,share=on",
+        // A private copy of a file that exists must not be written to it.
+        "memory-backend-file,id=x,size=1G,mem-path=/image",
+        "iothread,id=a",
+    ] {
+        assert_eq!(object(kept), kept);
+    }
+}
+
+#[test]
+fn backends_are_kept_if_that_is_asked_for() {
+    let words = words("-m 1G -qmp unix:/q,server=on,wait=off");
+    let plan = Invocation::read(OsStr::new("q"), &words, true, |_| false).unwrap();
+    let Invocation::Guest(plan) = plan else { panic!() };
+    assert!(plan.memory.is_empty());
+    assert_eq!(plan.arguments(&[5], &[])[..2], words[..2]);
+}
+
+#[test]
+fn incoming_rdma_is_ours() {
+    let text = rewritten("-incoming rdma:[::]:4444 -qmp unix:/q,server -mem-path /image");
+    assert!(text.starts_with("-incoming defer -chardev"), "{text}");
+    let address = |line: &str| plan(&format!("{SOCKET} {line}")).incoming.map(|a| a.to_string());
+    assert_eq!(address("-incoming rdma:[::]:4444").as_deref(), Some("[::]:4444"));
+    let channel = r#"{"channel-type":"main","addr":{"transport":"rdma","host":"h","port":"7"}}"#;
+    assert_eq!(address(&format!("-incoming {channel}")).as_deref(), Some("h:7"));
+    assert_eq!(address("-incoming tcp:h:1"), None);
+    assert_eq!(address("-incoming defer"), None);
+    let wrong = words("-incoming rdma:h -qmp unix:/q,server");
+    let wrong = Invocation::read(OsStr::new("q"), &wrong, false, |_| false);
+    assert!(wrong.unwrap_err().desc.contains("no port"));
+}
+
+proptest! {
+    #[test]
+    fn no_command_line_does_harm(words in prop::collection::vec("(-{0,2}(qmp|mon|m|object|chardev|machine|incoming|numa|mem-path|S))|[a-z0-9=,:/{}\"-]{0,30}", 0..12)) {
+        let words: Vec<OsString> = words.into_iter().map(OsString::from).collect();
+        if let Ok(Invocation::Guest(plan)) =
+            Invocation::read(OsStr::new("q"), &words, false, |_| false)
+        {
+            let monitors = vec![7; plan.monitors.len()];
+            let memory = vec![8; plan.memory.len()];
+            plan.arguments(&monitors, &memory);
+        }
+    }
+}
