@@ -8,7 +8,11 @@ use std::process::ExitCode;
 use clap::Parser as _;
 
 fn main() -> ExitCode {
-    let cli = match cli::Cli::try_parse() {
+    let arguments = match cli::arguments() {
+        Ok(arguments) => arguments,
+        Err(error) => return failed(&error),
+    };
+    let cli = match cli::Cli::try_parse_from(arguments) {
         Ok(cli) => cli,
         Err(error) => {
             // Help and version are no misuse. Nobody is left to read an error of printing.
@@ -18,9 +22,11 @@ fn main() -> ExitCode {
     };
     match cli.run() {
         Ok(code) => ExitCode::from(code),
-        Err(error) => {
-            eprintln!("qemu-rdma-helper: {error:#}");
-            ExitCode::from(cli::FAILED)
-        }
+        Err(error) => failed(&error),
     }
+}
+
+fn failed(error: &anyhow::Error) -> ExitCode {
+    eprintln!("qemu-rdma-helper: {error:#}");
+    ExitCode::from(cli::FAILED)
 }

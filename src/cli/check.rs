@@ -15,7 +15,7 @@ use qemu_rdma_helper::{
 };
 
 use self::qemu::Attached;
-use super::{attach::QUEUE_PAIRS, fabric::Fabric};
+use super::{fabric::Fabric, settings::QUEUE_PAIRS};
 
 /// Look for what would stop a migration over rdma: from or to this host.
 ///

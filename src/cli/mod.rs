@@ -7,10 +7,18 @@ mod fabric;
 mod hmp;
 mod man;
 mod migrate;
+mod relay;
+mod run;
+mod settings;
 mod worker;
+
+pub use run::arguments;
+
+use std::io;
 
 use anyhow::Context as _;
 use clap::{Parser, Subcommand};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::EnvFilter;
 
@@ -20,6 +28,9 @@ pub const DONE: u8 = 0;
 pub const FAILED: u8 = 1;
 /// Exit code: wrong usage.
 pub const USAGE: u8 = 2;
+
+/// Bytes of a message that are written (PIPE_BUF).
+const MESSAGE_MAX: usize = 4096;
 
 /// Live-migrates an unmodified QEMU over RDMA.
 ///
@@ -39,12 +50,15 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Attach(attach::Args),
+    Run(run::Args),
     Migrate(migrate::Args),
     Hmp(hmp::Args),
     Check(check::Args),
-    /// One migration's worker process; started by `attach`.
+    /// One migration's worker process; started by the relay.
     #[command(hide = true)]
     Worker,
+    #[command(hide = true)]
+    Relay(relay::Args),
     /// Write the man pages into a directory.
     #[command(hide = true)]
     Man(man::Args),
@@ -60,6 +74,15 @@ impl Cli {
             Command::Attach(args) => {
                 log(LevelFilter::INFO);
                 block_on(attach::run(args))
+            }
+            Command::Run(args) => {
+                // QEMU's own messages are what its user wants to see.
+                log(LevelFilter::WARN);
+                run::run(args)
+            }
+            Command::Relay(args) => {
+                log(LevelFilter::INFO);
+                relay::run(&args)
             }
             Command::Man(args) => man::run(&args),
             Command::Worker => {
@@ -87,10 +110,32 @@ fn log(level: LevelFilter) {
     let filter = EnvFilter::builder().with_default_directive(level.into()).from_env_lossy();
     tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr)
+        .with_writer(|| Stderr)
+        .log_internal_errors(false)
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
         .with_target(false)
         .init();
+}
+
+/// Standard error, which is QEMU's as well under `run`: whoever reads it may be gone, or asleep. A
+/// message is lost rather than anything else.
+struct Stderr;
+
+impl io::Write for Stderr {
+    fn write(&mut self, message: &[u8]) -> io::Result<usize> {
+        let stderr = io::stderr();
+        let mut writable = [PollFd::new(&stderr, PollFlags::OUT)];
+        if poll(&mut writable, Some(&Timespec::default())) == Ok(1) {
+            // A pipe that can be written to takes as much as this without waiting (pipe(7)).
+            let start = &message[..message.len().min(MESSAGE_MAX)];
+            let _ = stderr.lock().write(start);
+        }
+        Ok(message.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// One thread is enough: what is heavy has its own process.

@@ -4,11 +4,13 @@
 //! to it (`&[u8]`) ever exists: bytes move between a region and a socket or a buffer of ours, by
 //! system call on the file or by raw pointer on the mapping. Knows neither messages nor fabrics.
 
+mod inherited;
 mod mapping;
 mod pipe;
 mod ranges;
 mod region;
 
+pub use inherited::close_on_exec_from;
 pub use pipe::Pipe;
 pub use ranges::{CHUNK, RANGE_MAX, Ranges};
 pub use region::{Region, RegionError};

@@ -127,8 +127,8 @@ pub enum Order {
     Outgoing {
         /// The destination's helper.
         address: Address,
-        /// QEMU's QMP socket, for a worker whose relay is gone.
-        qemu_qmp: PathBuf,
+        /// QEMU's QMP socket, for a worker whose relay is gone; `None` if only the relay has one.
+        qemu_qmp: Option<PathBuf>,
         /// QEMU's RAM blocks.
         blocks: Vec<Block>,
         /// Options.

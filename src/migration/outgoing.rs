@@ -71,7 +71,7 @@ pub struct Qemu {
     /// The worker's end of its migration socket.
     pub migration: UnixStream,
     /// Its QMP socket, which is the relay's as long as there is one.
-    pub qmp: PathBuf,
+    pub qmp: Option<PathBuf>,
 }
 
 /// How the destination is reached.
@@ -160,7 +160,8 @@ pub fn run(
             // when QEMU has closed its end.
             let _ = context.qemu.shutdown(Shutdown::Both);
             if context.orphaned.get()
-                && let Err(error) = orphan::release_guest(&qemu.qmp)
+                && let Some(qmp) = &qemu.qmp
+                && let Err(error) = orphan::release_guest(qmp)
             {
                 warn!(%error, "QEMU could not be asked whether its guest waits");
             }

@@ -2,7 +2,7 @@
 
 use std::{io, os::fd::OwnedFd};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::{
     QemuError, discards,
@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     migration::messages::{FabricKind, ROM_MAX},
-    qmp::{Execute, monitor_line},
+    qmp::{Execute, QmpError, monitor_line},
     stream::Travel,
 };
 
@@ -59,21 +59,93 @@ pub struct Backing {
     pub path: String,
 }
 
-/// Find the RAM blocks of the QEMU with process id `pid`.
+/// Memory that was made for a RAM backend before QEMU was there.
+#[derive(Debug)]
+pub struct OwnMemory {
+    /// The backend's id, which is its block's name.
+    pub id: String,
+    /// Its `mem-path`.
+    pub path: String,
+    /// The memory.
+    pub file: OwnedFd,
+}
+
+/// Find the RAM blocks of the QEMU with process id `pid`, of which some may be on our own memory.
 ///
 /// # Errors
 /// When QEMU does not say, or its process can't be looked into.
-pub async fn find(qmp: &mut impl Execute, pid: u32) -> Result<Vec<RamBlock>, QemuError> {
+pub async fn find(
+    qmp: &mut impl Execute,
+    pid: u32,
+    memory: &[OwnMemory],
+) -> Result<Vec<RamBlock>, QemuError> {
     let rows = rows(qmp).await?;
+    let own = in_use(qmp, memory).await?;
+    let of = |row: &Row| own.iter().find(|memory| memory.id == row.name);
+    // Then QEMU's process need not be looked into: ROMs are not shared.
+    let all_own = rows.iter().all(|row| of(row).is_some() || row.used <= ROM_MAX);
+    let backings = if all_own {
+        let rom = || "it is not shared memory with a file behind it".to_owned();
+        rows.iter().map(|_| Err(rom())).collect()
+    } else {
+        backings(qmp, pid, &rows).await?
+    };
+    let mut blocks = Vec::with_capacity(rows.len());
+    for (row, mut found) in rows.into_iter().zip(backings) {
+        if let Some(OwnMemory { path, file, .. }) = of(&row) {
+            let file = file.try_clone().map_err(|source| QemuError::Process {
+                pid,
+                what: format!("RAM block '{}'", row.name),
+                source,
+            })?;
+            found = Ok(Backing { file, offset: 0, path: path.clone() });
+        }
+        let (backing, why_not) = match found {
+            Ok(backing) => (Some(backing), None),
+            Err(why) => (None, Some(why)),
+        };
+        let Row { name, page_size, used: length, .. } = row;
+        blocks.push(RamBlock { name, length, page_size, backing, why_not, discards: None });
+    }
+    discards::find(qmp, &mut blocks).await?;
+    Ok(blocks)
+}
+
+/// The memory of ours that is still a backend's: a user may have replaced it by another of that id.
+async fn in_use<'a>(
+    qmp: &mut impl Execute,
+    memory: &'a [OwnMemory],
+) -> Result<Vec<&'a OwnMemory>, QemuError> {
+    const COMMAND: &str = "qom-get";
+    let mut own = Vec::with_capacity(memory.len());
+    for one in memory {
+        let property = json!({ "path": format!("/objects/{}", one.id), "property": "mem-path" });
+        match qmp.execute(COMMAND, property).await {
+            Ok(path) if path == one.path.as_str() => own.push(one),
+            Err(error) if error.class == QmpError::CONNECTION_LOST => {
+                return Err(QemuError::Qmp { command: COMMAND, error });
+            }
+            _ => {}
+        }
+    }
+    Ok(own)
+}
+
+/// The file behind each block, or why there is none, as QEMU's process has them.
+async fn backings(
+    qmp: &mut impl Execute,
+    pid: u32,
+    rows: &[Row],
+) -> Result<Vec<Result<Backing, String>>, QemuError> {
     let process = |what: &str| {
         let what = what.to_owned();
         move |source| QemuError::Process { pid, what, source }
     };
     let mapped = maps::read(pid).map_err(process("reading its mappings"))?;
     let mappings = maps::parse(&mapped);
-    let addresses = addresses(qmp, &rows, &mappings).await?;
-    let mut blocks = Vec::with_capacity(rows.len());
-    for (row, address) in rows.into_iter().zip(addresses) {
+    let addresses = addresses(qmp, rows, &mappings).await?;
+    let mut backings = Vec::with_capacity(rows.len());
+    for (row, address) in rows.iter().zip(addresses) {
         if address.as_ref().is_ok_and(|address| !maps::is_mapped(&mapped, *address)) {
             let what = format!("looking for RAM block '{}'", row.name);
             let nothing = io::Error::new(io::ErrorKind::NotFound, "nothing is mapped there");
@@ -84,18 +156,15 @@ pub async fn find(qmp: &mut impl Execute, pid: u32) -> Result<Vec<RamBlock>, Qem
                 .ok_or_else(|| "it is not shared memory with a file behind it".to_owned()),
             Err(why) => Err(why),
         };
-        let (backing, why_not) = match found {
+        backings.push(match found {
             Ok((mapping, offset)) => {
                 let file = mapping.open(pid).map_err(process(&mapping.path))?;
-                (Some(Backing { file, offset, path: mapping.path.clone() }), None)
+                Ok(Backing { file, offset, path: mapping.path.clone() })
             }
-            Err(why) => (None, Some(why)),
-        };
-        let Row { name, page_size, used: length, .. } = row;
-        blocks.push(RamBlock { name, length, page_size, backing, why_not, discards: None });
+            Err(why) => Err(why),
+        });
     }
-    discards::find(qmp, &mut blocks).await?;
-    Ok(blocks)
+    Ok(backings)
 }
 
 /// QEMU's table of RAM blocks.

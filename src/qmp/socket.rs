@@ -8,9 +8,12 @@ use std::{
     os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
 
-use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+use rustix::{
+    net::{
+        RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+        SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+    },
+    process::Pid,
 };
 use tokio::{io::Interest, net::UnixStream};
 
@@ -22,19 +25,42 @@ pub const FDS_MAX: usize = 253;
 /// # Errors
 /// The system's; `InvalidData` if descriptors were lost because more came than [`FDS_MAX`].
 pub fn recv(fd: impl AsFd, buf: &mut [u8], fds: &mut Vec<OwnedFd>) -> io::Result<usize> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
+    Ok(receive(fd, buf, fds)?.0)
+}
+
+/// [`recv`] on a tokio socket that names the process that sent (SO_PASSCRED is set on it).
+///
+/// # Errors
+/// As [`recv`].
+pub async fn recv_with_sender(
+    socket: &UnixStream,
+    buf: &mut [u8],
+) -> io::Result<(usize, Option<Pid>)> {
+    socket.async_io(Interest::READABLE, || receive(socket, buf, &mut Vec::new())).await
+}
+
+fn receive(
+    fd: impl AsFd,
+    buf: &mut [u8],
+    fds: &mut Vec<OwnedFd>,
+) -> io::Result<(usize, Option<Pid>)> {
+    let mut space =
+        [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX), ScmCredentials(1))];
+    let mut sender = None;
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let received =
         recvmsg(fd, &mut [IoSliceMut::new(buf)], &mut ancillary, RecvFlags::CMSG_CLOEXEC)?;
     for message in ancillary.drain() {
-        if let RecvAncillaryMessage::ScmRights(rights) = message {
-            fds.extend(rights);
+        match message {
+            RecvAncillaryMessage::ScmRights(rights) => fds.extend(rights),
+            RecvAncillaryMessage::ScmCredentials(credentials) => sender = Some(credentials.pid),
+            _ => {}
         }
     }
     if received.flags.contains(ReturnFlags::CTRUNC) {
         return Err(io::Error::new(io::ErrorKind::InvalidData, "file descriptors were lost"));
     }
-    Ok(received.bytes)
+    Ok((received.bytes, sender))
 }
 
 /// Send some of `bytes`, with `fds` attached to the first; returns how many were taken.
@@ -48,6 +74,18 @@ pub fn send(fd: impl AsFd, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<u
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "too many file descriptors"));
     }
     Ok(sendmsg(fd, &[IoSlice::new(bytes)], &mut ancillary, SendFlags::NOSIGNAL)?)
+}
+
+/// Send all of `bytes` on a blocking socket, with `fds` attached to the first.
+///
+/// # Errors
+/// As [`send`].
+pub fn send_all(fd: impl AsFd, mut bytes: &[u8], mut fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+    while !bytes.is_empty() {
+        let sent = send(&fd, bytes, fds)?;
+        (bytes, fds) = (&bytes[sent..], &[]);
+    }
+    Ok(())
 }
 
 /// [`recv`] on a tokio socket.

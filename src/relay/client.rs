@@ -9,8 +9,12 @@ use std::{
     },
 };
 
-use tokio::{net::UnixStream, sync::mpsc, task::JoinHandle};
-use tracing::debug;
+use tokio::{
+    net::UnixStream,
+    sync::{Notify, mpsc},
+    task::JoinHandle,
+};
+use tracing::{debug, warn};
 
 use crate::qmp::{
     ITEM_MAX,
@@ -18,7 +22,8 @@ use crate::qmp::{
     socket,
 };
 
-/// Most bytes that wait for a client that does not read.
+/// Bytes that may wait for a client that does not read, before no more of its commands are read
+/// and its events are lost. The reply to a command comes on top.
 const QUEUED_MAX: usize = 2 * ITEM_MAX;
 
 /// Most descriptors that wait for the command that they belong to; QEMU keeps those of one.
@@ -32,15 +37,23 @@ pub struct FromClient {
     pub fds: Vec<OwnedFd>,
 }
 
+/// What waits for a client that does not read.
+#[derive(Default)]
+struct Queued {
+    bytes: AtomicUsize,
+    /// It has read some.
+    less: Notify,
+}
+
 /// A connected client.
 pub struct Client {
-    /// Its commands; closed when it is gone. The next is read only when one was taken, so a
-    /// client that sends without waiting is held back by its own socket.
-    pub commands: mpsc::Receiver<FromClient>,
+    commands: mpsc::Receiver<FromClient>,
     /// It has negotiated.
     pub negotiated: bool,
     lines: mpsc::UnboundedSender<Vec<u8>>,
-    queued: Arc<AtomicUsize>,
+    queued: Arc<Queued>,
+    /// Events are lost because it does not read.
+    loses: bool,
     reading: JoinHandle<()>,
     writing: JoinHandle<()>,
 }
@@ -51,16 +64,39 @@ impl Client {
         let stream = Arc::new(stream);
         let (sender, commands) = mpsc::channel(1);
         let (lines, to_write) = mpsc::unbounded_channel();
-        let queued = Arc::new(AtomicUsize::new(0));
+        let queued = Arc::new(Queued::default());
         let reading = tokio::spawn(read(stream.clone(), sender));
         let writing = tokio::spawn(write(stream, to_write, queued.clone()));
-        Self { commands, negotiated: false, lines, queued, reading, writing }
+        Self { commands, negotiated: false, lines, queued, loses: false, reading, writing }
     }
 
-    /// Send a line; false if the client is gone, or has not read for too long.
-    pub fn send(&self, line: Vec<u8>) -> bool {
-        let queued = self.queued.fetch_add(line.len(), Ordering::Relaxed) + line.len();
-        queued <= QUEUED_MAX && self.lines.send(line).is_ok()
+    /// Send a line. That the client is gone shows where commands are read.
+    pub fn send(&self, line: Vec<u8>) {
+        self.queued.bytes.fetch_add(line.len(), Ordering::Relaxed);
+        let _ = self.lines.send(line);
+    }
+
+    /// Send the line of an event, unless too much waits to be read already: a manager may take a
+    /// lost connection for the end of its guest, but it can ask for what it was not told.
+    pub fn send_event(&mut self, line: Vec<u8>) {
+        let lost = self.queued.bytes.load(Ordering::Relaxed) > QUEUED_MAX;
+        if lost && !self.loses {
+            warn!("the client does not read: events are lost");
+        }
+        self.loses = lost;
+        if !lost {
+            self.send(line);
+        }
+    }
+
+    /// Its next command; `None` when it is gone. Only one is read ahead, and none while its replies
+    /// pile up: a client that sends without waiting is held back by its own socket.
+    pub async fn next_command(&mut self) -> Option<FromClient> {
+        while self.queued.bytes.load(Ordering::Relaxed) > QUEUED_MAX && !self.lines.is_closed() {
+            self.queued.less.notified().await;
+        }
+        // Whoever takes no replies is gone.
+        if self.lines.is_closed() { None } else { self.commands.recv().await }
     }
 
     /// Let what was sent arrive, then end the connection.
@@ -82,13 +118,16 @@ impl Client {
 async fn write(
     stream: Arc<UnixStream>,
     mut lines: mpsc::UnboundedReceiver<Vec<u8>>,
-    queued: Arc<AtomicUsize>,
+    queued: Arc<Queued>,
 ) {
     while let Some(line) = lines.recv().await {
         if let Err(error) = socket::send_all_async(&stream, &line, &[]).await {
-            return debug!(%error, "the client takes no more lines");
+            debug!(%error, "the client takes no more lines");
+            lines.close();
+            return queued.less.notify_one();
         }
-        queued.fetch_sub(line.len(), Ordering::Relaxed);
+        queued.bytes.fetch_sub(line.len(), Ordering::Relaxed);
+        queued.less.notify_one();
     }
 }
 

@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     migration::messages::{Address, Order, Report},
-    qemu::{blockers, blocks},
+    qemu::blockers,
     qmp::{Execute as _, QmpError},
 };
 
@@ -92,13 +92,13 @@ impl Destination {
         exit_on_error: Option<bool>,
     ) -> Result<(Value, Worker), QmpError> {
         let generic = |error: &dyn std::fmt::Display| QmpError::generic(error.to_string());
-        let worker = Worker::start(self.context.fabric.kind()).await;
+        let worker = Worker::start(self.context.settings.fabric.kind()).await;
         let mut worker = worker.map_err(|error| generic(&error))?;
         let mut qemu = self.context.qemu.clone();
         if let Some(blocker) = blockers::settings(&mut qemu).await?.first() {
             return Err(QmpError::generic(format!("{}; {}", blocker.reason, blocker.cure)));
         }
-        let blocks = blocks::find(&mut qemu, self.context.pid).await;
+        let blocks = self.context.blocks().await;
         let blocks = blocks.map_err(|error| generic(&error))?;
         let options = self.context.options(&mut qemu).await?;
         let (ours, theirs) = worker::migration_socket().map_err(|error| generic(&error))?;

@@ -8,16 +8,13 @@ use super::{
 };
 use crate::{
     migration::messages::FabricKind,
-    qemu::{
-        blockers,
-        blocks::{self, RamBlock},
-    },
+    qemu::{blockers, blocks::RamBlock},
     qmp::{Execute as _, QmpError},
     stream::Travel,
 };
 
 async fn find_blocks(context: &Context) -> Result<Vec<RamBlock>, QmpError> {
-    let blocks = blocks::find(&mut context.qemu.clone(), context.pid).await;
+    let blocks = context.blocks().await;
     blocks.map_err(|error| QmpError::generic(error.to_string()))
 }
 
@@ -28,7 +25,7 @@ async fn find_blocks(context: &Context) -> Result<Vec<RamBlock>, QmpError> {
 pub async fn query_helper(context: &Context) -> Result<Value, QmpError> {
     let version = context.qemu.clone().execute("query-version", Value::Null).await?;
     let number = |part: &str| version["qemu"][part].as_u64().unwrap_or(0);
-    let fabric = context.fabric.kind();
+    let fabric = context.settings.fabric.kind();
     let blocks = find_blocks(context).await?.into_iter().map(|block| {
         let (travel, reason) = block.travel(fabric);
         let reason = reason.map(str::to_owned);
@@ -54,8 +51,8 @@ pub async fn query_helper(context: &Context) -> Result<Value, QmpError> {
         devices: crate::fabric::devices(),
         qemu: format!("{}.{}.{}", number("major"), number("minor"), number("micro")),
         pid: context.pid,
-        queue_pairs: context.queue_pairs,
-        pin_limit: context.pin_limit,
+        queue_pairs: context.settings.queue_pairs,
+        pin_limit: context.settings.pin_limit,
         blocks: blocks.collect(),
     };
     Ok(json!(info))
@@ -67,7 +64,8 @@ pub async fn query_helper(context: &Context) -> Result<Value, QmpError> {
 /// As [`query_helper`].
 pub async fn query_blockers(context: &Context) -> Result<Value, QmpError> {
     let blocks = find_blocks(context).await?;
-    let found = blockers::find(&mut context.qemu.clone(), &blocks, context.fabric.kind()).await?;
+    let found =
+        blockers::find(&mut context.qemu.clone(), &blocks, context.settings.fabric.kind()).await?;
     let found = found
         .into_iter()
         .map(|blockers::Blocker { reason, cure }| RdmaMigrateBlocker { reason, cure });

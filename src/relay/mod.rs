@@ -1,37 +1,50 @@
 //! The long-lived process between management and QEMU.
 //!
 //! Owns the QMP connections and nothing else that can fail: it parses no migration stream, maps no
-//! guest memory and loads no RDMA library; a worker process per migration does. One task takes
-//! QEMU's events, the client's commands and what migrations have to say, in turn; each command
+//! guest memory and loads no RDMA library; a worker process per migration does. One task per monitor
+//! takes QEMU's events, the client's commands and what migrations have to say, in turn; each command
 //! runs in a task of its own, and the next is taken when it was answered.
+//!
+//! It stands beside a running QEMU ([`attach`]), or is started with it ([`launch`]).
 
 mod client;
+mod confinement;
 mod destination;
+mod door;
 mod helper_commands;
 mod intercept;
+pub mod launch;
+mod migrations;
 mod process;
 pub mod schema;
 mod serve;
 mod session;
 mod source;
+pub mod started;
 mod view;
 mod worker;
 
-use std::{
-    io,
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Duration,
-};
+use std::{io, path::PathBuf, sync::Arc, time::Duration};
 
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::watch,
+};
+use tracing::info;
 
 use crate::{
     fabric,
     migration::messages::{self, FabricKind, Options},
-    qemu::{blockers, blocks::RamBlock},
+    qemu::{
+        QemuError, blockers,
+        blocks::{self, OwnMemory, RamBlock},
+    },
     qmp::{Execute as _, QmpError},
 };
+use door::{Door, ServedSocket};
+use migrations::Migrations;
 use process::Process;
 use session::{Qemu, Session};
 
@@ -39,7 +52,8 @@ use session::{Qemu, Session};
 const HEARTBEAT: Duration = Duration::from_secs(30);
 
 /// Which fabric migrations use.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum FabricChoice {
     /// `verbs` where there is a device, else `tcp`.
     Auto,
@@ -72,13 +86,10 @@ impl FabricChoice {
     }
 }
 
-/// What `attach` is told.
-#[derive(Debug, Clone)]
-pub struct AttachOptions {
-    /// QEMU's QMP socket.
-    pub qemu_qmp: PathBuf,
-    /// Where to serve QMP.
-    pub qmp: PathBuf,
+/// How migrations are carried.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Settings {
     /// Which fabric to use.
     pub fabric: FabricChoice,
     /// How long a transfer that is due may make no progress.
@@ -89,11 +100,22 @@ pub struct AttachOptions {
     pub queue_pairs: u16,
     /// Bytes of guest RAM that may be pinned at a time; `None`: all of it.
     pub pin_limit: Option<u64>,
+}
+
+/// What `attach` is told.
+#[derive(Debug, Clone)]
+pub struct AttachOptions {
+    /// QEMU's QMP socket.
+    pub qemu_qmp: PathBuf,
+    /// Where to serve QMP.
+    pub qmp: PathBuf,
+    /// How migrations are carried.
+    pub settings: Settings,
     /// QEMU's process, where the socket does not tell.
     pub pid: Option<u32>,
 }
 
-/// Why `attach` ended.
+/// Why the relay ended.
 #[derive(Debug, thiserror::Error)]
 pub enum RelayError {
     /// No session with QEMU.
@@ -134,57 +156,84 @@ pub enum RelayError {
 /// # Errors
 /// When it can't attach or serve.
 pub async fn attach(options: AttachOptions) -> Result<(), RelayError> {
-    options.fabric.check()?;
-    let qemu_error = |source| RelayError::Qemu { path: options.qemu_qmp.clone(), source };
-    let Session { qemu, said, greeting, pid } =
-        Session::connect(&options.qemu_qmp).await.map_err(qemu_error)?;
-    let pid = options.pid.unwrap_or(pid);
-    let process = Arc::new(Process::open(pid));
-    let (qemu_qmp, fabric) = (options.qemu_qmp.clone(), options.fabric);
-    let (stall_timeout, peer_timeout) = (options.stall_timeout, options.peer_timeout);
-    let (queue_pairs, pin_limit) = (options.queue_pairs, options.pin_limit);
+    let AttachOptions { qemu_qmp, qmp, settings, pid } = options;
+    settings.fabric.check()?;
+    let qemu_error = |source| RelayError::Qemu { path: qemu_qmp.clone(), source };
+    let mut session = Session::connect(&qemu_qmp).await.map_err(qemu_error)?;
+    session.pid = pid.unwrap_or(session.pid);
+    let serve_error = |source| RelayError::Serve { path: qmp.clone(), source };
+    let socket = ServedSocket::bind(&qmp).await.map_err(serve_error)?;
+    let ending = told_to_end().map_err(RelayError::Start)?;
     let context = Context {
-        qemu,
-        qemu_qmp,
-        pid,
-        process,
-        fabric,
-        stall_timeout,
-        peer_timeout,
-        queue_pairs,
-        pin_limit,
+        qemu: session.qemu.clone(),
+        qemu_qmp: Some(qemu_qmp),
+        pid: session.pid,
+        process: Arc::new(Process::open(session.pid)),
+        settings,
+        memory: Arc::default(),
     };
-    let serve_error = |source| RelayError::Serve { path: options.qmp.clone(), source };
-    let socket = ServedSocket::bind(&options.qmp).await.map_err(serve_error)?;
-    serve::Relay::new(context, greeting).run(socket, said).await.map_err(RelayError::Start)
+    let (migrations, mut outputs) = Migrations::new(1);
+    // It fails only where no service manager waits for it.
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    info!(path = %qmp.display(), pid = context.pid, "serving QMP");
+    let monitor = serve::Monitor::new(context, migrations.clone(), session.greeting);
+    if let Some(output) = outputs.pop() {
+        monitor.run(Door::Listening(socket), session.said, output, ending.clone()).await;
+    }
+    let reason = *ending.borrow();
+    migrations.end(reason).await;
+    Ok(())
+}
+
+/// Becomes the reason when a signal tells us to end.
+fn told_to_end() -> io::Result<watch::Receiver<Option<&'static str>>> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let (tell, ending) = watch::channel(None);
+    tokio::spawn(async move {
+        let reason = tokio::select! {
+            _ = terminate.recv() => {
+                "The helper was told to end (SIGTERM); start it again to migrate"
+            }
+            _ = interrupt.recv() => {
+                "The helper was told to end (SIGINT); start it again to migrate"
+            }
+        };
+        tell.send_replace(Some(reason));
+    });
+    Ok(ending)
 }
 
 /// What migrations and commands need of the relay.
 #[derive(Clone)]
 struct Context {
     qemu: Qemu,
-    qemu_qmp: PathBuf,
+    /// QEMU's own socket, for a worker whose relay is gone.
+    qemu_qmp: Option<PathBuf>,
     pid: u32,
     process: Arc<Process>,
-    fabric: FabricChoice,
-    stall_timeout: Duration,
-    peer_timeout: Duration,
-    queue_pairs: u16,
-    pin_limit: Option<u64>,
+    settings: Settings,
+    /// Backends on memory of the helper's.
+    memory: Arc<[OwnMemory]>,
 }
 
 impl Context {
+    /// QEMU's RAM blocks.
+    async fn blocks(&self) -> Result<Vec<RamBlock>, QemuError> {
+        blocks::find(&mut self.qemu.clone(), self.pid, &self.memory).await
+    }
+
     /// What the client set in QEMU that matters to a worker.
     async fn options(&self, qemu: &mut Qemu) -> Result<Options, QmpError> {
         let capabilities = qemu.execute("query-migrate-capabilities", Value::Null).await?;
         Ok(Options {
             pin_all: blockers::is_on(&capabilities, "rdma-pin-all"),
             return_path: blockers::is_on(&capabilities, "return-path"),
-            stall_timeout: self.stall_timeout.as_secs().max(1),
-            peer_timeout: self.peer_timeout.as_secs().max(1),
-            queue_pairs: self.queue_pairs,
-            pin_limit: self.pin_limit,
-            fabric: self.fabric.kind(),
+            stall_timeout: self.settings.stall_timeout.as_secs().max(1),
+            peer_timeout: self.settings.peer_timeout.as_secs().max(1),
+            queue_pairs: self.settings.queue_pairs,
+            pin_limit: self.settings.pin_limit,
+            fabric: self.settings.fabric.kind(),
         })
     }
 }
@@ -201,7 +250,7 @@ enum QemuEvent {
 }
 
 /// What a migration has for the client.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 enum Output {
     /// The line of an event.
     Emit(Vec<u8>),
@@ -220,39 +269,4 @@ fn listed(blocks: &[RamBlock]) -> Vec<messages::Block> {
         file_offset: block.backing.as_ref().map(|backing| backing.offset),
     };
     blocks.iter().map(listed).collect()
-}
-
-/// The socket that the relay serves; its path goes with it.
-struct ServedSocket {
-    listener: tokio::net::UnixListener,
-    path: PathBuf,
-}
-
-impl ServedSocket {
-    /// Bind `path`, in place of a socket that nobody serves any more.
-    async fn bind(path: &Path) -> io::Result<Self> {
-        use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
-
-        if let Ok(metadata) = std::fs::symlink_metadata(path)
-            && metadata.file_type().is_socket()
-        {
-            match tokio::net::UnixStream::connect(path).await {
-                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                    std::fs::remove_file(path)?;
-                }
-                _ => return Err(io::ErrorKind::AddrInUse.into()),
-            }
-        }
-        let listener = tokio::net::UnixListener::bind(path)?;
-        // Whoever may connect controls the guest.
-        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
-        Ok(Self { listener, path: path.to_owned() })
-    }
-}
-
-impl Drop for ServedSocket {
-    fn drop(&mut self) {
-        // It may have been removed by somebody else.
-        let _ = std::fs::remove_file(&self.path);
-    }
 }

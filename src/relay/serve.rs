@@ -2,11 +2,10 @@
 
 mod execute;
 
-use std::{io, os::fd::OwnedFd, time::Duration};
+use std::os::fd::OwnedFd;
 
 use serde_json::{Value, json};
 use tokio::{
-    signal::unix::{SignalKind, signal},
     sync::{mpsc, watch},
     task::{JoinError, JoinHandle},
     time::timeout,
@@ -14,11 +13,13 @@ use tokio::{
 use tracing::{info, warn};
 
 use super::{
-    Context, Output, QemuEvent, ServedSocket,
+    Context, Output, QemuEvent,
     client::{Client, FromClient},
+    door::Door,
     intercept::{Intercepted, intercept},
+    migrations::{FAREWELL, Migrations},
     session::Said,
-    view::{Phase, View},
+    view::Phase,
 };
 use crate::qmp::{
     ITEM_MAX, QmpError,
@@ -26,41 +27,6 @@ use crate::qmp::{
     framer::Framed,
     hmp::Line,
 };
-
-/// Events and lines that may wait for a migration's task.
-const QUEUE: usize = 256;
-
-/// How long migrations get to end cleanly when the relay ends.
-const FAREWELL: Duration = Duration::from_secs(8);
-
-/// The result of a command.
-type Reply = Result<Value, QmpError>;
-
-/// A migration of ours, running or over.
-struct Migration {
-    events: mpsc::Sender<QemuEvent>,
-    view: watch::Receiver<View>,
-    /// What was shown before, and goes on to be if this one does not begin.
-    before: Option<View>,
-    task: JoinHandle<()>,
-}
-
-impl Migration {
-    fn runs(&self) -> bool {
-        !self.task.is_finished()
-    }
-
-    /// What a client sees.
-    fn shown(&self) -> Option<View> {
-        let view = self.view.borrow();
-        if view.shows() { Some(view.clone()) } else { self.before.clone() }
-    }
-
-    fn tell(&self, event: QemuEvent) {
-        // A task that is over, or that has more to do than it can, asks QEMU itself.
-        let _ = self.events.try_send(event);
-    }
-}
 
 /// A command that is not answered yet.
 enum Current {
@@ -70,9 +36,28 @@ enum Current {
     Ours(JoinHandle<Vec<u8>>),
 }
 
-/// The relay.
-pub(super) struct Relay {
+/// Lines that wait for the verdict on a MIGRATION `completed` or `failed`, the first of them.
+#[derive(Default)]
+struct Held {
+    lines: Vec<Vec<u8>>,
+    bytes: usize,
+}
+
+impl Held {
+    fn push(&mut self, line: Vec<u8>) {
+        self.bytes += line.len();
+        if self.bytes <= ITEM_MAX {
+            self.lines.push(line);
+        } else {
+            warn!("QEMU says more than can be kept while a verdict is awaited: an event is lost");
+        }
+    }
+}
+
+/// A monitor of QEMU's, and the client at it.
+pub(super) struct Monitor {
     context: Context,
+    migrations: Migrations,
     /// What clients are greeted with.
     greeting: Vec<u8>,
     client: Option<Client>,
@@ -80,46 +65,34 @@ pub(super) struct Relay {
     client_number: u64,
     /// The command that is not answered yet.
     current: Option<Current>,
-    source: Option<Migration>,
-    destination: Option<Migration>,
-    /// Lines that wait for the verdict on a MIGRATION `completed` or `failed`, the first of them.
-    held: Option<Vec<Vec<u8>>>,
-    output: mpsc::Receiver<Output>,
-    output_sender: mpsc::Sender<Output>,
+    held: Option<Held>,
 }
 
-impl Relay {
-    pub(super) fn new(context: Context, mut greeting: Value) -> Self {
+impl Monitor {
+    pub(super) fn new(context: Context, migrations: Migrations, mut greeting: Value) -> Self {
         // Out-of-band execution would need replies to be matched.
         if let Some(capabilities) = greeting["QMP"]["capabilities"].as_array_mut() {
             capabilities.retain(|capability| capability != "oob");
         }
-        let (output_sender, output) = mpsc::channel(QUEUE);
         Self {
             context,
+            migrations,
             greeting: format!("{greeting}\r\n").into_bytes(),
             client: None,
             client_number: 0,
             current: None,
-            source: None,
-            destination: None,
             held: None,
-            output,
-            output_sender,
         }
     }
 
-    /// Serve until QEMU is gone or a signal comes.
+    /// Serve until QEMU is gone or there is a reason to end.
     pub(super) async fn run(
         mut self,
-        socket: ServedSocket,
+        mut door: Door,
         mut said: mpsc::Receiver<Said>,
-    ) -> io::Result<()> {
-        let mut terminate = signal(SignalKind::terminate())?;
-        let mut interrupt = signal(SignalKind::interrupt())?;
-        // It fails only where no service manager waits for it.
-        let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
-        info!(path = %socket.path.display(), pid = self.context.pid, "serving QMP");
+        mut output: mpsc::Receiver<Output>,
+        mut ending: watch::Receiver<Option<&'static str>>,
+    ) {
         let reason = loop {
             let busy = self.current.is_some();
             tokio::select! {
@@ -130,21 +103,20 @@ impl Relay {
                     Some(Said::Reply(client, line)) => self.reply(client, line),
                     None => break None,
                 },
-                Some(output) = self.output.recv() => self.output(output),
+                Some(output) = output.recv() => self.output(output),
                 reply = answered(&mut self.current) => self.answer(reply),
                 command = next_command(&mut self.client, busy) => match command {
                     Some(command) => self.command(command),
                     None => self.client = None,
                 },
-                accepted = socket.listener.accept(), if self.client.is_none() => {
-                    self.accept(accepted.map(|(stream, _)| stream));
-                }
-                _ = terminate.recv() => break Some("The helper was told to end (SIGTERM); start it again to migrate"),
-                _ = interrupt.recv() => break Some("The helper was told to end (SIGINT); start it again to migrate"),
+                accepted = door.client(), if self.client.is_none() => match accepted {
+                    Ok(stream) => self.accept(stream),
+                    Err(error) => warn!(%error, "a client could not connect"),
+                },
+                reason = told(&mut ending) => break Some(reason),
             }
         };
         self.end(reason).await;
-        Ok(())
     }
 
     /// End: with QEMU, or told to.
@@ -159,55 +131,30 @@ impl Relay {
             // Everything that QEMU said goes before the end of the connection.
             let _ = timeout(FAREWELL, client.finish()).await;
         }
-        for migration in [self.source.take(), self.destination.take()].into_iter().flatten() {
-            if let (Some(reason), true) = (reason, migration.runs()) {
-                migration.tell(QemuEvent::Abort(reason.to_owned()));
-                // It keeps its end of the events, so that it does not take QEMU for gone.
-                let Migration { events, task, .. } = migration;
-                let _ = timeout(FAREWELL, task).await;
-                drop(events);
-            } else {
-                let Migration { events, task, .. } = migration;
-                drop(events);
-                let _ = timeout(FAREWELL, task).await;
-            }
-        }
     }
 
-    fn accept(&mut self, accepted: io::Result<tokio::net::UnixStream>) {
-        match accepted {
-            Ok(stream) => {
-                let client = Client::new(stream);
-                client.send(self.greeting.clone());
-                self.client = Some(client);
-                self.client_number += 1;
-                // A predecessor's command is answered into the void.
-                self.current = None;
-            }
-            Err(error) => warn!(%error, "a client could not connect"),
-        }
+    fn accept(&mut self, stream: tokio::net::UnixStream) {
+        let client = Client::new(stream);
+        client.send(self.greeting.clone());
+        self.client = Some(client);
+        self.client_number += 1;
+        // A predecessor's command is answered into the void.
+        self.current = None;
     }
 
     /// Send a line to the client.
     fn send(&mut self, line: Vec<u8>) {
-        if let Some(client) = &self.client
-            && !client.send(line)
-        {
-            warn!("the client does not read; disconnected");
-            self.disconnect();
-        }
-    }
-
-    fn disconnect(&mut self) {
-        if let Some(client) = self.client.take() {
-            client.disconnect();
+        if let Some(client) = &self.client {
+            client.send(line);
         }
     }
 
     /// Send the line of an event, once the client may have it.
     fn send_event(&mut self, line: Vec<u8>) {
-        if self.client.as_ref().is_some_and(|client| client.negotiated) {
-            self.send(line);
+        if let Some(client) = &mut self.client
+            && client.negotiated
+        {
+            client.send_event(line);
         }
     }
 
@@ -218,14 +165,14 @@ impl Relay {
                 data["status"].as_str().map(str::to_owned)
             }
             Ok(FromQemu::Event { name, .. }) if name == "RESUME" => {
-                self.tell(&QemuEvent::Resumed);
+                self.migrations.tell(&QemuEvent::Resumed);
                 None
             }
             _ => None,
         };
         let line = match status {
             Some(status) => {
-                self.tell(&QemuEvent::Migration);
+                self.migrations.tell(&QemuEvent::Migration);
                 self.migration_event(&status, line)
             }
             None => line,
@@ -236,27 +183,20 @@ impl Relay {
         }
     }
 
-    fn tell(&self, event: &QemuEvent) {
-        for migration in [&self.source, &self.destination].into_iter().flatten() {
-            migration.tell(event.clone());
-        }
-    }
-
     /// What the client gets of a MIGRATION event while a migration of ours runs.
     fn migration_event(&mut self, status: &str, line: Vec<u8>) -> Vec<u8> {
-        let Some(source) = self.source.as_ref() else { return line };
-        let phase = source.view.borrow().phase.clone();
+        let Some((phase, runs)) = self.migrations.source() else { return line };
         match (status, phase) {
             // Until the destination has confirmed it, or the worker has said why.
-            ("completed" | "failed", Phase::Running) if self.held.is_none() && source.runs() => {
-                self.held = Some(Vec::new());
+            ("completed" | "failed", Phase::Running) if self.held.is_none() && runs => {
+                self.held = Some(Held::default());
                 line
             }
             // QEMU's word comes behind the verdict.
             ("completed", Phase::Failed(_)) => {
                 envelope::event("MIGRATION", &json!({ "status": "failed" }))
             }
-            (_, _) if !source.runs() => line,
+            (_, _) if !runs => line,
             // The relay cancelled it because it failed.
             ("cancelled", Phase::Failed(_)) => {
                 envelope::event("MIGRATION", &json!({ "status": "failed" }))
@@ -271,7 +211,7 @@ impl Relay {
             Output::Release => None,
             Output::FailInstead(line) => Some(line),
         };
-        let mut held = self.held.take().unwrap_or_default().into_iter();
+        let mut held = self.held.take().unwrap_or_default().lines.into_iter();
         if first.is_some() && held.next().is_some() {
             first.into_iter().for_each(|line| self.send_event(line));
         }
@@ -292,8 +232,9 @@ impl Relay {
         match reply {
             Ok(line) => self.send(line),
             Err(error) => {
+                // It would wait for ever for this reply.
                 warn!(%error, "a command's task failed");
-                self.disconnect();
+                self.client.take().into_iter().for_each(Client::disconnect);
             }
         }
     }
@@ -321,13 +262,11 @@ impl Relay {
         let id = command.and_then(|command| command.id);
         match intercepted {
             Ok(Some(Intercepted::MigrateOther)) => {
-                // A migration of ours that is over no longer shows.
-                self.source.take_if(|source| !source.runs());
-                self.destination.take_if(|destination| !destination.runs());
+                self.migrations.forget();
                 self.forward(bytes, fds);
             }
             Ok(Some(Intercepted::Cancel | Intercepted::Monitor(Line::Cancel)))
-                if !self.is_past_ram() =>
+                if !self.migrations.is_past_ram() =>
             {
                 self.forward(bytes, fds);
             }
@@ -337,11 +276,6 @@ impl Relay {
             Ok(None) => self.forward(bytes, fds),
             Err(error) => self.send(envelope::reply(&Err(error), id.as_deref())),
         }
-    }
-
-    /// The guest of a migration that runs may have come to run at the destination.
-    fn is_past_ram(&self) -> bool {
-        self.source.as_ref().is_some_and(|source| source.runs() && source.view.borrow().past_ram)
     }
 
     /// A command that is QEMU's.
@@ -392,7 +326,16 @@ async fn answered(current: &mut Option<Current>) -> Result<Vec<u8>, JoinError> {
 /// taken.
 async fn next_command(client: &mut Option<Client>, busy: bool) -> Option<FromClient> {
     match client {
-        Some(client) if !busy => client.commands.recv().await,
+        Some(client) if !busy => client.next_command().await,
+        _ => std::future::pending().await,
+    }
+}
+
+/// Why to end, once there is a reason.
+async fn told(ending: &mut watch::Receiver<Option<&'static str>>) -> &'static str {
+    match ending.wait_for(Option::is_some).await.map(|reason| *reason) {
+        Ok(Some(reason)) => reason,
+        // Nobody will tell.
         _ => std::future::pending().await,
     }
 }

@@ -20,6 +20,7 @@ use tokio::{
 };
 use tracing::{debug, warn};
 
+use super::process::Process;
 use crate::{
     qemu,
     qmp::{Execute, ITEM_MAX, QmpError, envelope::FromQemu, socket},
@@ -66,6 +67,8 @@ pub struct Qemu {
 
 /// A session that was just made.
 pub struct Session {
+    /// QEMU's end of it may be held by others when QEMU is gone: see [`Self::end_with`].
+    stream: Arc<UnixStream>,
     /// Executes commands.
     pub qemu: Qemu,
     /// Events, and replies to clients. Closed when QEMU is gone.
@@ -84,33 +87,52 @@ impl Session {
     pub async fn connect(path: &Path) -> io::Result<Self> {
         let stream = UnixStream::connect(path).await?;
         let pid = qemu::peer_pid(&stream)?;
-        let stream = Arc::new(stream);
-        let mut lines = Lines::new(stream.clone());
-        let greeting = loop {
-            // QEMU serves one client a socket, and lets the next wait without a word.
-            let another = || invalid("it does not answer; is another client attached?");
-            let line = timeout(GREETING, lines.next()).await.map_err(|_| another())??;
-            let Some(line) = line else { return Err(another()) };
-            match FromQemu::read(&line) {
-                Ok(FromQemu::Other(greeting)) if greeting.get("QMP").is_some() => break greeting,
-                // Events may come before the greeting.
-                Ok(FromQemu::Event { .. }) => {}
-                _ => return Err(invalid("it does not greet as QMP does")),
-            }
-        };
+        let mut lines = Lines::new(Arc::new(stream));
+        // QEMU serves one client a socket, and lets the next wait without a word.
+        let another = || invalid("it does not answer; is another client attached?");
+        let greeting = timeout(GREETING, lines.greeting()).await.map_err(|_| another())??;
+        let greeting = greeting.ok_or_else(another)?;
+        let late = |_| invalid("it does not answer as QMP does");
+        timeout(GREETING, Self::negotiated(lines, greeting, pid)).await.map_err(late)?
+    }
+
+    /// Negotiate with a QEMU that is just starting, at the other end of `stream`; it may take as
+    /// long as it needs. `None` if it ended before it greeted.
+    ///
+    /// # Errors
+    /// As for [`Self::connect`].
+    pub async fn begin(stream: UnixStream) -> io::Result<Option<Self>> {
+        // Who made the pair is not who greets: QEMU may go to the background before.
+        rustix::net::sockopt::set_socket_passcred(&stream, true)?;
+        let mut lines = Lines::new(Arc::new(stream));
+        let Some(greeting) = lines.greeting().await? else { return Ok(None) };
+        let pid = lines.sender.ok_or_else(|| invalid("nobody has sent what it said"))?;
+        Self::negotiated(lines, greeting, pid).await.map(Some)
+    }
+
+    /// End when `process` has ended, whoever else holds QEMU's end: a child of QEMU's may.
+    pub fn end_with(&self, process: Arc<Process>) {
+        let stream = self.stream.clone();
+        tokio::spawn(async move {
+            process.ended().await;
+            // What QEMU has said is still read.
+            let _ = rustix::net::shutdown(&stream, rustix::net::Shutdown::Read);
+        });
+    }
+
+    async fn negotiated(lines: Lines, greeting: Value, pid: u32) -> io::Result<Self> {
+        let stream = lines.stream.clone();
         let (requests, to_write) = mpsc::channel(QUEUE);
         let (waiting, waiters) = mpsc::channel(QUEUE);
         let (say, said) = mpsc::channel(QUEUE);
-        tokio::spawn(write(stream, to_write, waiting));
+        tokio::spawn(write(stream.clone(), to_write, waiting));
         let random = RandomState::new().build_hasher().finish();
         let own_id: Arc<str> = format!("qemu-rdma-helper-{random:016x}-").into();
         tokio::spawn(read(lines, Replies { waiters, next: None, own_id: own_id.clone() }, say));
         let mut qemu = Qemu { requests, own_id, next_id: Arc::default() };
-        timeout(GREETING, negotiate(&mut qemu))
-            .await
-            .map_err(|_| invalid("it does not answer as QMP does"))?
-            .map_err(|error| invalid(&format!("it refused to negotiate: {error}")))?;
-        Ok(Self { qemu, said, greeting, pid })
+        let refused = |error| invalid(&format!("it refused to negotiate: {error}"));
+        negotiate(&mut qemu).await.map_err(refused)?;
+        Ok(Self { stream, qemu, said, greeting, pid })
     }
 }
 
@@ -269,11 +291,28 @@ struct Lines {
     scanned: usize,
     /// A line was too long: drop the rest of it.
     dropping: bool,
+    /// Who sent the last bytes, if the socket tells.
+    sender: Option<u32>,
 }
 
 impl Lines {
     fn new(stream: Arc<UnixStream>) -> Self {
-        Self { stream, buffer: Vec::new(), scanned: 0, dropping: false }
+        Self { stream, buffer: Vec::new(), scanned: 0, dropping: false, sender: None }
+    }
+
+    /// QEMU's first word; `None` if it has none.
+    async fn greeting(&mut self) -> io::Result<Option<Value>> {
+        while let Some(line) = self.next().await? {
+            match FromQemu::read(&line) {
+                Ok(FromQemu::Other(greeting)) if greeting.get("QMP").is_some() => {
+                    return Ok(Some(greeting));
+                }
+                // Events may come before the greeting.
+                Ok(FromQemu::Event { .. }) => {}
+                _ => return Err(invalid("it does not greet as QMP does")),
+            }
+        }
+        Ok(None)
     }
 
     /// The next line; a line that is too long becomes an error reply, which is what it was.
@@ -299,12 +338,13 @@ impl Lines {
                 self.scanned = 0;
             }
             let mut piece = [0; 16384];
-            let received = socket::recv_async(&self.stream, &mut piece, &mut Vec::new()).await;
-            let received = match received {
+            let received = socket::recv_with_sender(&self.stream, &mut piece).await;
+            let (received, sender) = match received {
                 // QEMU ended with bytes of ours unread.
-                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => 0,
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => (0, None),
                 other => other?,
             };
+            self.sender = sender.map(|pid| pid.as_raw_nonzero().get().unsigned_abs());
             if received == 0 {
                 return Ok(None);
             }

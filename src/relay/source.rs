@@ -11,6 +11,7 @@ use tracing::{info, warn};
 
 use super::{
     Context, HEARTBEAT, Output, QemuEvent,
+    migrations::Outputs,
     session::Qemu,
     view::{Phase, View, rate},
     worker::{self, Worker},
@@ -20,7 +21,7 @@ use crate::{
         messages::{Address, Order, Progress, Report},
         return_path,
     },
-    qemu::{blockers, blocks},
+    qemu::blockers,
     qmp::{Execute as _, QmpError, envelope},
     stream::Travel,
 };
@@ -66,7 +67,7 @@ pub struct Source {
     /// QEMU's events, as far as they concern migrations.
     pub events: mpsc::Receiver<QemuEvent>,
     /// For the client.
-    pub output: mpsc::Sender<Output>,
+    pub output: Outputs,
     /// What a client sees.
     pub view: watch::Sender<View>,
 }
@@ -137,7 +138,8 @@ impl Source {
 
     /// Connect a worker to the destination, and start QEMU's migration into it.
     async fn prepare(&mut self, address: &Address) -> Result<(Value, Begun), QmpError> {
-        let mut worker = Worker::start(self.context.fabric.kind()).await.map_err(generic)?;
+        let mut worker =
+            Worker::start(self.context.settings.fabric.kind()).await.map_err(generic)?;
         let mut qemu = self.qemu();
         let state = qemu.execute("query-migrate", Value::Null).await?;
         if state["status"].as_str().is_some_and(|status| UNDER_WAY.contains(&status)) {
@@ -150,7 +152,7 @@ impl Source {
         }
         // From here on a failure is this migration's.
         self.view.send_modify(|view| view.phase = Phase::Connecting);
-        let mut blocks = blocks::find(&mut qemu, self.context.pid).await.map_err(generic)?;
+        let mut blocks = self.context.blocks().await.map_err(generic)?;
         let options = self.context.options(&mut qemu).await?;
         if let Some(blocker) = blockers::find(&mut qemu, &blocks, options.fabric).await?.first() {
             return Err(QmpError::generic(format!("{}; {}", blocker.reason, blocker.cure)));
@@ -325,8 +327,7 @@ impl Source {
     }
 
     async fn put(&self, output: Output) {
-        // The receiver is gone only when the relay ends.
-        let _ = self.output.send(output).await;
+        self.output.put(output).await;
     }
 
     /// The destination's QEMU completed.

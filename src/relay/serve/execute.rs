@@ -1,30 +1,21 @@
 //! The client's commands that are the relay's.
 
 use serde_json::{Value, json, value::RawValue};
-use tokio::{
-    sync::{mpsc, oneshot, watch},
-    task::JoinHandle,
-};
+use tokio::task::JoinHandle;
 
-use super::{Migration, QUEUE, Relay, Reply};
+use super::Monitor;
 use crate::{
-    migration::messages::Address,
     qmp::{
-        Execute as _, QmpError, envelope,
+        Execute as _, envelope,
         hmp::{self, Line},
         monitor_line,
     },
     relay::{
-        Context, QemuEvent,
-        destination::Destination,
-        helper_commands,
-        intercept::Intercepted,
-        source::Source,
-        view::{Side, View},
+        Context, QemuEvent, helper_commands, intercept::Intercepted, migrations::Reply, view::View,
     },
 };
 
-impl Relay {
+impl Monitor {
     /// Execute a command that is ours.
     pub(super) fn execute(
         &mut self,
@@ -32,11 +23,13 @@ impl Relay {
         id: Option<Box<RawValue>>,
     ) -> JoinHandle<Vec<u8>> {
         let context = self.context.clone();
-        let view = self.view();
+        let view = self.migrations.view();
         match intercepted {
-            Intercepted::Migrate(address) => answer_with(self.migrate(address), id),
+            Intercepted::Migrate(address) => {
+                answer_with(self.migrations.migrate(context, address), id)
+            }
             Intercepted::MigrateIncoming { address, exit_on_error } => {
-                answer_with(self.migrate_incoming(address, exit_on_error), id)
+                answer_with(self.migrations.migrate_incoming(context, address, exit_on_error), id)
             }
             Intercepted::Cancel => answer_with(self.cancel_late(), id),
             Intercepted::QueryMigrate => answer_with(query_migrate(context, view), id),
@@ -63,9 +56,11 @@ impl Relay {
     fn monitor(&mut self, line: Line, id: Option<Box<RawValue>>) -> JoinHandle<Vec<u8>> {
         let context = self.context.clone();
         match line {
-            Line::Migrate(address) => answer_with(as_text(self.migrate(address)), id),
+            Line::Migrate(address) => {
+                answer_with(as_text(self.migrations.migrate(context, address)), id)
+            }
             Line::MigrateIncoming(address) => {
-                answer_with(as_text(self.migrate_incoming(address, None)), id)
+                answer_with(as_text(self.migrations.migrate_incoming(context, address, None)), id)
             }
             Line::PinAll(state) => {
                 let mut qemu = context.qemu;
@@ -78,71 +73,18 @@ impl Relay {
                 )
             }
             Line::Cancel => answer_with(as_text(self.cancel_late()), id),
-            Line::InfoMigrate => answer_with(info_migrate(context, self.view()), id),
+            Line::InfoMigrate => answer_with(info_migrate(context, self.migrations.view()), id),
             Line::Wrong(error) => answer_with(as_text(async move { Err(error) }), id),
             Line::Other => answer_with(async { Ok(json!("")) }, id),
         }
     }
 
-    /// What a client sees of the migration that concerns it: the last one of ours.
-    fn view(&self) -> Option<View> {
-        [&self.source, &self.destination].into_iter().flatten().find_map(Migration::shown)
-    }
-
-    fn migrate(&mut self, address: Address) -> impl Future<Output = Reply> + Send + use<> {
-        let (reply, result) = oneshot::channel();
-        if self.source.as_ref().is_some_and(Migration::runs) {
-            let error = QmpError::generic("There's a migration process in progress");
-            // The receiver is right here.
-            let _ = reply.send(Err(error));
-        } else {
-            let (events, event_receiver) = mpsc::channel(QUEUE);
-            let (view, view_receiver) = watch::channel(View::new(Side::Source));
-            let source = Source {
-                context: self.context.clone(),
-                events: event_receiver,
-                output: self.output_sender.clone(),
-                view,
-            };
-            let task = tokio::spawn(source.run(address, reply));
-            let before = self.source.as_ref().and_then(Migration::shown);
-            self.source = Some(Migration { events, view: view_receiver, before, task });
-        }
-        flatten(result)
-    }
-
-    fn migrate_incoming(
-        &mut self,
-        address: Address,
-        exit_on_error: Option<bool>,
-    ) -> impl Future<Output = Reply> + Send + use<> {
-        let (reply, result) = oneshot::channel();
-        if self.destination.as_ref().is_some_and(Migration::runs) {
-            let error = QmpError::generic("The incoming migration has already been started");
-            // The receiver is right here.
-            let _ = reply.send(Err(error));
-        } else {
-            let (events, event_receiver) = mpsc::channel(QUEUE);
-            let (view, view_receiver) = watch::channel(View::new(Side::Destination));
-            let context = self.context.clone();
-            let destination = Destination { context, events: event_receiver, view };
-            let task = tokio::spawn(destination.run(address, exit_on_error, reply));
-            let before = self.destination.as_ref().and_then(Migration::shown);
-            self.destination = Some(Migration { events, view: view_receiver, before, task });
-        }
-        flatten(result)
-    }
-
     /// Cancel a migration whose guest may run at the destination: QEMU itself would run it here.
     fn cancel_late(&self) -> impl Future<Output = Reply> + Send + use<> {
-        self.tell(&QemuEvent::Abort("The migration was cancelled at its very end".to_owned()));
+        self.migrations
+            .tell(&QemuEvent::Abort("The migration was cancelled at its very end".to_owned()));
         async { Ok(json!({})) }
     }
-}
-
-/// The result of a migration's start.
-async fn flatten(result: oneshot::Receiver<Reply>) -> Reply {
-    result.await.unwrap_or_else(|_| Err(QmpError::generic("The migration's task failed")))
 }
 
 /// The monitor's form of a result: nothing, or the error as text.

@@ -1,0 +1,39 @@
+//! `relay`: the relay of a QEMU that `run` is about to start, ordered over standard input.
+
+use std::{
+    io,
+    os::{fd::AsFd as _, unix::process::CommandExt as _},
+    process::{Command, Stdio},
+};
+
+use anyhow::Context as _;
+use qemu_rdma_helper::{memory, relay::started};
+
+/// The relay of a QEMU that `run` starts.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Be it; without this, start it and leave it alone
+    #[arg(long)]
+    detached: bool,
+}
+
+/// Run, or start what runs: a process that is nobody's child, and has nothing that QEMU inherits.
+pub fn run(args: &Args) -> anyhow::Result<u8> {
+    if !args.detached {
+        memory::close_on_exec_from(3).context("Cannot leave QEMU's descriptors alone")?;
+        let mut relay = Command::new("/proc/self/exe");
+        relay.arg0("qemu-rdma-helper").args(["relay", "--detached"]).stdout(Stdio::null());
+        relay.spawn().context("Cannot start the relay")?;
+        return Ok(super::DONE);
+    }
+    // It was started as /proc/self/exe, which says nothing in a list of processes. Without a name it
+    // works too.
+    let _ = rustix::thread::set_name(c"rdma-relay");
+    let control = io::stdin().as_fd().try_clone_to_owned();
+    let control = control.context("No socket on standard input")?;
+    started::detach().context("Cannot leave management's process group")?;
+    super::block_on(async {
+        started::run(control.into()).await.context("The relay is started by 'run' only")?;
+        Ok(super::DONE)
+    })
+}

@@ -1,0 +1,95 @@
+//! `run`: start a QEMU with a relay before its monitors, as management's emulator.
+
+use std::{
+    env,
+    ffi::{OsStr, OsString},
+    fs,
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+};
+
+use qemu_rdma_helper::relay::launch::{self, Launch};
+
+use super::settings::Settings;
+
+/// Options of `run` for an emulator that is a link: management passes none.
+const OPTIONS: &str = "QEMU_RDMA_HELPER_OPTIONS";
+
+/// Where emulators are, if not in PATH.
+const DIRECTORIES: [&str; 3] = ["/usr/local/bin", "/usr/bin", "/usr/libexec"];
+
+/// Start QEMU, and serve QMP in place of its monitors.
+///
+/// This process becomes QEMU, with its exit status, its signals and its descriptors; the helper runs
+/// beside it and ends with it. QMP monitors on Unix sockets are served by the helper
+/// (-qmp unix:..., and -mon mode=control on -chardev socket), all others are left alone. RAM that is
+/// private becomes shared. -incoming rdma:HOST:PORT works. What only asks QEMU for something is run
+/// as it is.
+///
+/// A link to this program whose name begins with 'qemu-system-' does the same with the QEMU of that
+/// name (without an '-rdma' at its end), so that it can be libvirt's <emulator>. Its options come
+/// from the environment variable QEMU_RDMA_HELPER_OPTIONS.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    #[command(flatten)]
+    settings: Settings,
+    /// Leave RAM backends as they are; what is private is migrated from QEMU's stream, and is not
+    /// written by RDMA at a destination
+    #[arg(long)]
+    keep_backends: bool,
+    /// QEMU and its arguments
+    #[arg(last = true, required = true, value_name = "QEMU")]
+    command: Vec<OsString>,
+}
+
+/// Become QEMU.
+pub fn run(args: Args) -> anyhow::Result<u8> {
+    let Args { settings, keep_backends, command } = args;
+    let mut command = command.into_iter();
+    let binary = command.next().unwrap_or_default();
+    let arguments = command.collect();
+    match launch::launch(Launch { binary, arguments, settings: settings.into(), keep_backends })? {}
+}
+
+/// The arguments of this process; for an emulator's name those of `run`.
+///
+/// # Errors
+/// When there is no emulator of that name.
+pub fn arguments() -> anyhow::Result<Vec<OsString>> {
+    let arguments: Vec<OsString> = env::args_os().collect();
+    let name = arguments.first().map(Path::new).and_then(Path::file_name);
+    let Some(name) = name.filter(|name| is_emulator(name)) else { return Ok(arguments) };
+    let Some(qemu) = find(name) else {
+        anyhow::bail!(
+            "No QEMU named {} is in PATH or {}, other than this link to the helper; install it, \
+             or let a script run 'qemu-rdma-helper run -- /path/of/qemu \"$@\"'",
+            name.display(),
+            DIRECTORIES.join(", ")
+        );
+    };
+    let mut words = vec!["qemu-rdma-helper".into(), "run".into()];
+    let options = env::var(OPTIONS).unwrap_or_default();
+    words.extend(options.split_whitespace().map(OsString::from));
+    words.extend(["--".into(), qemu.into()]);
+    words.extend(arguments.into_iter().skip(1));
+    Ok(words)
+}
+
+fn is_emulator(name: &OsStr) -> bool {
+    name.as_encoded_bytes().starts_with(b"qemu-system-")
+}
+
+/// The QEMU of this name, or of what is before its `-rdma`.
+fn find(name: &OsStr) -> Option<PathBuf> {
+    let own = fs::metadata("/proc/self/exe").ok()?;
+    let is_other = |path: &PathBuf| {
+        fs::metadata(path)
+            .is_ok_and(|file| file.is_file() && (file.dev(), file.ino()) != (own.dev(), own.ino()))
+    };
+    let shorter = name.to_str().and_then(|name| name.strip_suffix("-rdma")).map(OsStr::new);
+    let path = env::var_os("PATH").unwrap_or_default();
+    [Some(name), shorter].into_iter().flatten().find_map(|name| {
+        let directories = env::split_paths(&path).chain(DIRECTORIES.iter().map(PathBuf::from));
+        directories.map(|directory| directory.join(name)).find(is_other)
+    })
+}

@@ -1,0 +1,141 @@
+//! Where management comes in.
+
+use std::{
+    io,
+    os::unix::net::{UnixListener as StdUnixListener, UnixStream as StdUnixStream},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use tokio::{
+    net::{UnixListener, UnixStream},
+    time::{Instant, sleep_until},
+};
+use tracing::debug;
+
+/// Where clients come from, one at a time.
+pub enum Door {
+    /// They connect to a socket.
+    Listening(ServedSocket),
+    /// There is one, and no other will be.
+    Connected(Option<UnixStream>),
+    /// They are connected to, again and again.
+    Connecting {
+        /// Their socket.
+        path: PathBuf,
+        /// How long after an attempt the next one follows.
+        every: Duration,
+        /// When that is.
+        next: Instant,
+    },
+}
+
+impl Door {
+    /// Nobody comes.
+    pub fn closed() -> Self {
+        Self::Connected(None)
+    }
+
+    /// A socket that listens already.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn listening(listener: StdUnixListener, path: Option<PathBuf>) -> io::Result<Self> {
+        listener.set_nonblocking(true)?;
+        let listener = UnixListener::from_std(listener)?;
+        Ok(Self::Listening(ServedSocket { listener, path, first: None }))
+    }
+
+    /// A client that is there.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn connected(stream: StdUnixStream) -> io::Result<Self> {
+        stream.set_nonblocking(true)?;
+        Ok(Self::Connected(Some(UnixStream::from_std(stream)?)))
+    }
+
+    /// Connect to `path` now, and whenever the client is gone.
+    pub fn connecting(path: PathBuf, every: Duration) -> Self {
+        Self::Connecting { path, every, next: Instant::now() }
+    }
+
+    /// Wait until the first client is there; the next [`Self::client`] is that one.
+    ///
+    /// # Errors
+    /// The system's.
+    pub async fn wait(&mut self) -> io::Result<()> {
+        if let Self::Listening(socket) = self
+            && socket.first.is_none()
+        {
+            socket.first = Some(socket.listener.accept().await?.0);
+        }
+        Ok(())
+    }
+
+    /// The next client. Nothing is lost if the future is dropped.
+    ///
+    /// # Errors
+    /// The system's.
+    pub async fn client(&mut self) -> io::Result<UnixStream> {
+        match self {
+            Self::Listening(socket) => match socket.first.take() {
+                Some(stream) => Ok(stream),
+                None => Ok(socket.listener.accept().await?.0),
+            },
+            Self::Connected(stream) => match stream.take() {
+                Some(stream) => Ok(stream),
+                None => std::future::pending().await,
+            },
+            Self::Connecting { path, every, next } => loop {
+                sleep_until(*next).await;
+                *next = Instant::now() + *every;
+                match UnixStream::connect(&path).await {
+                    Ok(stream) => return Ok(stream),
+                    Err(error) => debug!(path = %path.display(), %error, "nobody is there"),
+                }
+            },
+        }
+    }
+}
+
+/// A socket that the relay serves; if it has a path, that goes with it.
+pub struct ServedSocket {
+    listener: UnixListener,
+    path: Option<PathBuf>,
+    first: Option<UnixStream>,
+}
+
+impl ServedSocket {
+    /// Bind `path`, in place of a socket that nobody serves any more.
+    ///
+    /// # Errors
+    /// The system's; `AddrInUse` if it is served.
+    pub async fn bind(path: &Path) -> io::Result<Self> {
+        use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
+
+        if let Ok(metadata) = std::fs::symlink_metadata(path)
+            && metadata.file_type().is_socket()
+        {
+            match UnixStream::connect(path).await {
+                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+                    std::fs::remove_file(path)?;
+                }
+                _ => return Err(io::ErrorKind::AddrInUse.into()),
+            }
+        }
+        let listener = UnixListener::bind(path)?;
+        // Whoever may connect controls the guest.
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+        Ok(Self { listener, path: Some(path.to_owned()), first: None })
+    }
+}
+
+impl Drop for ServedSocket {
+    fn drop(&mut self) {
+        if let Some(path) = &self.path {
+            // It may have been removed by somebody else.
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}

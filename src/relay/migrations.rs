@@ -1,0 +1,205 @@
+//! The migrations of a QEMU, whichever of its monitors they were asked for at.
+
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use serde_json::Value;
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    task::JoinHandle,
+    time::timeout,
+};
+
+use super::{
+    Context, Output, QemuEvent,
+    destination::Destination,
+    source::Source,
+    view::{Phase, Side, View},
+};
+use crate::{migration::messages::Address, qmp::QmpError};
+
+/// Events and lines that may wait for a migration's task, or for a monitor.
+const QUEUE: usize = 256;
+
+/// How long migrations get to end cleanly when the relay ends.
+pub const FAREWELL: Duration = Duration::from_secs(8);
+
+/// The result of a command.
+pub type Reply = Result<Value, QmpError>;
+
+/// A migration of ours, running or over.
+struct Migration {
+    events: mpsc::Sender<QemuEvent>,
+    view: watch::Receiver<View>,
+    /// What was shown before, and goes on to be if this one does not begin.
+    before: Option<View>,
+    task: JoinHandle<()>,
+}
+
+impl Migration {
+    fn runs(&self) -> bool {
+        !self.task.is_finished()
+    }
+
+    /// What a client sees.
+    fn shown(&self) -> Option<View> {
+        let view = self.view.borrow();
+        if view.shows() { Some(view.clone()) } else { self.before.clone() }
+    }
+
+    fn tell(&self, event: QemuEvent) {
+        // A task that is over, or that has more to do than it can, asks QEMU itself.
+        let _ = self.events.try_send(event);
+    }
+}
+
+/// One of each direction, at most.
+#[derive(Default)]
+struct Slots {
+    source: Option<Migration>,
+    destination: Option<Migration>,
+}
+
+impl Slots {
+    fn all(&self) -> impl Iterator<Item = &Migration> {
+        [&self.source, &self.destination].into_iter().flatten()
+    }
+}
+
+/// What migrations have for the clients, to all monitors.
+#[derive(Clone)]
+pub struct Outputs(Arc<[mpsc::Sender<Output>]>);
+
+impl Outputs {
+    /// Tell all monitors.
+    pub async fn put(&self, output: Output) {
+        for monitor in self.0.iter() {
+            // A monitor is gone only when the relay ends.
+            let _ = monitor.send(output.clone()).await;
+        }
+    }
+}
+
+/// The migrations. Nothing waits while they are locked.
+#[derive(Clone)]
+pub struct Migrations {
+    slots: Arc<Mutex<Slots>>,
+    outputs: Outputs,
+}
+
+impl Migrations {
+    /// None yet; and where each of `monitors` monitors gets their output.
+    pub fn new(monitors: usize) -> (Self, Vec<mpsc::Receiver<Output>>) {
+        let (senders, receivers): (Vec<_>, _) = (0..monitors).map(|_| mpsc::channel(QUEUE)).unzip();
+        (Self { slots: Arc::default(), outputs: Outputs(senders.into()) }, receivers)
+    }
+
+    fn slots(&self) -> MutexGuard<'_, Slots> {
+        // Each change of them is one assignment.
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What a client sees of the migration that concerns it: the last one of ours.
+    pub fn view(&self) -> Option<View> {
+        self.slots().all().find_map(Migration::shown)
+    }
+
+    /// Where the outgoing migration stands, and whether it still runs.
+    pub fn source(&self) -> Option<(Phase, bool)> {
+        let slots = self.slots();
+        let source = slots.source.as_ref()?;
+        let phase = source.view.borrow().phase.clone();
+        Some((phase, source.runs()))
+    }
+
+    /// The guest of a migration that runs may have come to run at the destination.
+    pub fn is_past_ram(&self) -> bool {
+        let slots = self.slots();
+        slots.source.as_ref().is_some_and(|source| source.runs() && source.view.borrow().past_ram)
+    }
+
+    /// A migration of ours that is over no longer shows.
+    pub fn forget(&self) {
+        let mut slots = self.slots();
+        slots.source.take_if(|source| !source.runs());
+        slots.destination.take_if(|destination| !destination.runs());
+    }
+
+    /// Tell them what happened.
+    pub fn tell(&self, event: &QemuEvent) {
+        self.slots().all().for_each(|migration| migration.tell(event.clone()));
+    }
+
+    /// `migrate`; resolves when the client is to be answered.
+    pub fn migrate(
+        &self,
+        context: Context,
+        address: Address,
+    ) -> impl Future<Output = Reply> + Send + use<> {
+        let (reply, result) = oneshot::channel();
+        let mut slots = self.slots();
+        if slots.source.as_ref().is_some_and(Migration::runs) {
+            let error = QmpError::generic("There's a migration process in progress");
+            // The receiver is right here.
+            let _ = reply.send(Err(error));
+        } else {
+            let (events, event_receiver) = mpsc::channel(QUEUE);
+            let (view, view_receiver) = watch::channel(View::new(Side::Source));
+            let output = self.outputs.clone();
+            let source = Source { context, events: event_receiver, output, view };
+            let task = tokio::spawn(source.run(address, reply));
+            let before = slots.source.as_ref().and_then(Migration::shown);
+            slots.source = Some(Migration { events, view: view_receiver, before, task });
+        }
+        flatten(result)
+    }
+
+    /// `migrate-incoming`; resolves when the client is to be answered.
+    pub fn migrate_incoming(
+        &self,
+        context: Context,
+        address: Address,
+        exit_on_error: Option<bool>,
+    ) -> impl Future<Output = Reply> + Send + use<> {
+        let (reply, result) = oneshot::channel();
+        let mut slots = self.slots();
+        if slots.destination.as_ref().is_some_and(Migration::runs) {
+            let error = QmpError::generic("The incoming migration has already been started");
+            // The receiver is right here.
+            let _ = reply.send(Err(error));
+        } else {
+            let (events, event_receiver) = mpsc::channel(QUEUE);
+            let (view, view_receiver) = watch::channel(View::new(Side::Destination));
+            let destination = Destination { context, events: event_receiver, view };
+            let task = tokio::spawn(destination.run(address, exit_on_error, reply));
+            let before = slots.destination.as_ref().and_then(Migration::shown);
+            slots.destination = Some(Migration { events, view: view_receiver, before, task });
+        }
+        flatten(result)
+    }
+
+    /// End them: because QEMU is gone, or the relay is told to end.
+    pub async fn end(&self, reason: Option<&str>) {
+        let Slots { source, destination } = std::mem::take(&mut *self.slots());
+        for migration in [source, destination].into_iter().flatten() {
+            if let (Some(reason), true) = (reason, migration.runs()) {
+                migration.tell(QemuEvent::Abort(reason.to_owned()));
+                // It keeps its end of the events, so that it does not take QEMU for gone.
+                let Migration { events, task, .. } = migration;
+                let _ = timeout(FAREWELL, task).await;
+                drop(events);
+            } else {
+                let Migration { events, task, .. } = migration;
+                drop(events);
+                let _ = timeout(FAREWELL, task).await;
+            }
+        }
+    }
+}
+
+/// The result of a migration's start.
+async fn flatten(result: oneshot::Receiver<Reply>) -> Reply {
+    result.await.unwrap_or_else(|_| Err(QmpError::generic("The migration's task failed")))
+}

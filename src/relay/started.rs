@@ -1,0 +1,290 @@
+//! The relay of a QEMU that is just starting; see [`launch`](super::launch).
+//!
+//! It lives exactly as long as QEMU: a manager that loses its monitor takes the guest for dead.
+
+use std::{
+    io::{self, Write as _},
+    os::{
+        fd::{AsFd as _, OwnedFd},
+        unix::net::UnixStream as StdUnixStream,
+    },
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, json};
+use tokio::{
+    net::UnixStream,
+    signal::unix::{SignalKind, signal},
+    sync::watch,
+    task::JoinSet,
+};
+use tracing::{error, info};
+
+use super::{
+    Context, Settings, confinement,
+    door::Door,
+    migrations::Migrations,
+    process::Process,
+    serve::Monitor,
+    session::{Qemu, Session},
+    worker,
+};
+use crate::{
+    migration::messages::{Address, LINE_MAX},
+    qemu::blocks::OwnMemory,
+    qmp::{Execute as _, QmpError, socket},
+};
+
+/// Name of a migration socket that nobody writes to.
+const FDNAME: &str = "qemu-rdma-helper-failed";
+
+/// Signals that would end or stop a process that does not expect them, of those that say nothing
+/// about itself (signal(7)).
+const SIGNALS: [libc::c_int; 17] = [
+    libc::SIGALRM,
+    libc::SIGHUP,
+    libc::SIGINT,
+    libc::SIGIO,
+    libc::SIGPROF,
+    libc::SIGPWR,
+    libc::SIGQUIT,
+    libc::SIGSTKFLT,
+    libc::SIGTERM,
+    libc::SIGTSTP,
+    libc::SIGTTIN,
+    libc::SIGTTOU,
+    libc::SIGUSR1,
+    libc::SIGUSR2,
+    libc::SIGVTALRM,
+    libc::SIGXCPU,
+    libc::SIGXFSZ,
+];
+
+/// What the relay is told, as a line of JSON. Descriptors come with it: for each monitor its
+/// session with QEMU, then what its door is made of; then the memory.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Start {
+    /// How migrations are carried.
+    pub settings: Settings,
+    /// QEMU's monitors.
+    pub monitors: Vec<StartMonitor>,
+    /// Memory of RAM backends.
+    pub memory: Vec<StartMemory>,
+    /// Where to listen from the start on.
+    pub incoming: Option<Address>,
+}
+
+/// A monitor.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct StartMonitor {
+    /// Where clients come in.
+    pub door: StartDoor,
+}
+
+/// Where clients come in.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub enum StartDoor {
+    /// At this socket, which comes along.
+    Listening {
+        /// Its path, if it is to be removed at the end.
+        path: Option<PathBuf>,
+        /// QEMU is to start only when a client is there.
+        wait: bool,
+    },
+    /// It is there: its connection comes along.
+    Connected,
+    /// It is to be connected to.
+    Connecting {
+        /// Its socket.
+        path: PathBuf,
+        /// How often to try.
+        every: Duration,
+    },
+    /// Nowhere.
+    Closed,
+}
+
+/// Memory of a RAM backend; it comes along.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct StartMemory {
+    /// The backend's id.
+    pub id: String,
+    /// Where QEMU finds it.
+    pub path: String,
+}
+
+/// The answer.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Started {
+    /// Clients can connect.
+    Ready,
+    /// Why they can't.
+    Failed(String),
+}
+
+/// Leave what management has started, and give up what is not needed. Called while there is one
+/// thread.
+///
+/// # Errors
+/// The system's.
+pub fn detach() -> io::Result<()> {
+    // Signals of a terminal are for QEMU.
+    rustix::process::setsid()?;
+    // Hold no file system.
+    std::env::set_current_dir("/")?;
+    confinement::confine();
+    Ok(())
+}
+
+/// Take the order that comes at `control`, and serve until QEMU is gone.
+///
+/// # Errors
+/// When no proper order comes; the same was told to who should have sent it.
+pub async fn run(control: StdUnixStream) -> io::Result<()> {
+    for number in SIGNALS {
+        // From now on it has no effect.
+        let _ = signal(SignalKind::from_raw(number))?;
+    }
+    let prepared = match prepare(&control).await {
+        Ok(prepared) => prepared,
+        Err(error) => {
+            answer(&control, &Started::Failed(error.to_string()));
+            return Err(error);
+        }
+    };
+    answer(&control, &Started::Ready);
+    drop(control);
+    serve(prepared).await
+}
+
+/// What an order has become.
+struct Prepared {
+    settings: Settings,
+    monitors: Vec<(UnixStream, Door)>,
+    memory: Vec<OwnMemory>,
+    incoming: Option<Address>,
+}
+
+async fn prepare(control: &StdUnixStream) -> io::Result<Prepared> {
+    let (start, fds) = receive(control)?;
+    let mut fds = fds.into_iter();
+    let mut next = || fds.next().ok_or_else(|| wrong("descriptors are missing"));
+    let mut monitors = Vec::new();
+    for monitor in start.monitors {
+        let session = StdUnixStream::from(next()?);
+        session.set_nonblocking(true)?;
+        let door = match monitor.door {
+            StartDoor::Listening { path, wait } => {
+                let mut door = Door::listening(next()?.into(), path)?;
+                if wait {
+                    door.wait().await?;
+                }
+                door
+            }
+            StartDoor::Connected => Door::connected(next()?.into())?,
+            StartDoor::Connecting { path, every } => Door::connecting(path, every),
+            StartDoor::Closed => Door::closed(),
+        };
+        monitors.push((UnixStream::from_std(session)?, door));
+    }
+    let mut memory = Vec::new();
+    for StartMemory { id, path } in start.memory {
+        memory.push(OwnMemory { id, path, file: next()? });
+    }
+    Ok(Prepared { settings: start.settings, monitors, memory, incoming: start.incoming })
+}
+
+/// The order, and its descriptors.
+fn receive(control: &StdUnixStream) -> io::Result<(Start, Vec<OwnedFd>)> {
+    let (mut line, mut fds) = (Vec::new(), Vec::new());
+    while !line.ends_with(b"\n") {
+        let mut piece = [0; 4096];
+        match socket::recv(control.as_fd(), &mut piece, &mut fds)? {
+            0 => return Err(wrong("it breaks off")),
+            received => line.extend_from_slice(&piece[..received]),
+        }
+        if line.len() > LINE_MAX {
+            return Err(wrong("it is too long"));
+        }
+    }
+    Ok((serde_json::from_slice(&line)?, fds))
+}
+
+fn wrong(why: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, format!("the order to the relay is wrong: {why}"))
+}
+
+fn answer(mut control: &StdUnixStream, answer: &Started) {
+    let line = json!(answer);
+    // Whoever is gone needs no answer: QEMU will not come.
+    let _ = control.write_all(format!("{line}\n").as_bytes());
+}
+
+async fn serve(prepared: Prepared) -> io::Result<()> {
+    let Prepared { settings, monitors, memory, incoming } = prepared;
+    let mut sessions = Vec::new();
+    for (stream, door) in monitors {
+        match Session::begin(stream).await? {
+            Some(session) => sessions.push((session, door)),
+            // It refused its arguments, or never came.
+            None => return Ok(()),
+        }
+    }
+    let Some(pid) = sessions.first().map(|(session, _)| session.pid) else { return Ok(()) };
+    let (memory, process): (Arc<[_]>, _) = (memory.into(), Arc::new(Process::open(pid)));
+    let context = |qemu: &Qemu| Context {
+        qemu: qemu.clone(),
+        qemu_qmp: None,
+        pid,
+        process: process.clone(),
+        settings: settings.clone(),
+        memory: memory.clone(),
+    };
+    let (migrations, outputs) = Migrations::new(sessions.len());
+    if let (Some(address), Some((session, _))) = (incoming, sessions.first()) {
+        let context = context(&session.qemu);
+        let listens = migrations.migrate_incoming(context, address.clone(), None);
+        if let Err(error) = listens.await {
+            error!("-incoming rdma:{address}: {error}");
+            refuse_incoming(session.qemu.clone()).await;
+        }
+    }
+    info!(pid, "serving QMP");
+    // Only QEMU's end is a reason to end.
+    let (_tell, ending) = watch::channel(None);
+    let mut running = JoinSet::new();
+    for ((session, door), output) in sessions.into_iter().zip(outputs) {
+        session.end_with(process.clone());
+        let monitor = Monitor::new(context(&session.qemu), migrations.clone(), session.greeting);
+        running.spawn(monitor.run(door, session.said, output, ending.clone()));
+    }
+    running.join_all().await;
+    migrations.end(None).await;
+    Ok(())
+}
+
+/// Let QEMU end as it does by itself when it can't listen: with a message, and exit status 1.
+async fn refuse_incoming(mut qemu: Qemu) {
+    let refused = async {
+        let (nobody, theirs) =
+            worker::migration_socket().map_err(|error| QmpError::generic(error.to_string()))?;
+        qemu.execute_with("getfd", json!({ "fdname": FDNAME }), vec![theirs]).await?;
+        drop(nobody);
+        let mut arguments = Map::new();
+        arguments.insert("uri".into(), format!("fd:{FDNAME}").into());
+        qemu.execute("migrate-incoming", arguments.into()).await
+    };
+    if let Err(error) = refused.await
+        && error.class != QmpError::CONNECTION_LOST
+    {
+        error!(%error, "QEMU waits for a migration that will not come");
+    }
+}
