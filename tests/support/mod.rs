@@ -7,6 +7,7 @@ pub mod proxy;
 pub mod qemu;
 pub mod qmp;
 pub mod wire;
+pub mod wrapped;
 
 use std::{
     fs,

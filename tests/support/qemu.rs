@@ -167,6 +167,12 @@ pub struct Qemu {
 /// A process that does not outlive its test.
 pub struct Process(Child);
 
+impl Process {
+    pub fn new(child: Child) -> Self {
+        Self(child)
+    }
+}
+
 impl std::ops::Deref for Process {
     type Target = Child;
 

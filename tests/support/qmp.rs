@@ -4,7 +4,7 @@ use std::{
     io::{BufRead as _, BufReader, ErrorKind, Write as _},
     os::{
         fd::{AsFd as _, BorrowedFd},
-        unix::net::UnixStream,
+        unix::net::{UnixListener, UnixStream},
     },
     path::Path,
 };
@@ -33,10 +33,22 @@ impl Qmp {
         qmp
     }
 
+    /// Be a manager that QEMU connects to.
+    #[track_caller]
+    pub fn accept(listener: &UnixListener) -> Self {
+        let mut qmp = Self::over(listener.accept().unwrap().0);
+        qmp.run("qmp_capabilities", json!({}));
+        qmp
+    }
+
     /// Connect and read the greeting only.
     #[track_caller]
     pub fn connect_raw(path: &Path) -> Self {
-        let stream = eventually(&format!("{}", path.display()), || UnixStream::connect(path).ok());
+        Self::over(eventually(&format!("{}", path.display()), || UnixStream::connect(path).ok()))
+    }
+
+    #[track_caller]
+    fn over(stream: UnixStream) -> Self {
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         let mut qmp =
             Self { stream: BufReader::new(stream), greeting: String::new(), events: Vec::new() };
