@@ -281,3 +281,60 @@ fn the_man_pages_are_the_help_texts() {
     };
     assert_eq!(pages(&kept), pages(dir.path()));
 }
+
+/// Every command and option that the help texts have is completed in every shell, and nothing else.
+#[test]
+fn completions_know_every_option() {
+    let dir = tempfile::tempdir().unwrap();
+    assert!(run(&["completions", dir.path().to_str().unwrap()]).status.success());
+    let words = |text: &str, from: &str| -> Vec<String> {
+        let lines = text.lines().skip_while(|line| *line != from).skip(1);
+        let lines = lines.take_while(|line| line.is_empty() || line.starts_with(' '));
+        let word = |line: &str| line.split_whitespace().next().map(str::to_owned);
+        lines
+            .filter(|line| line.starts_with("  ") && !line.starts_with("    "))
+            .filter_map(word)
+            .collect()
+    };
+    let help = |arguments: &[&str]| text(&run(arguments).stdout);
+    let mut commands = words(&help(&["--help"]), "Commands:");
+    commands.retain(|command| command != "help");
+    assert!(commands.len() >= 4, "{commands:?}");
+    let complete = |words: &[&str]| {
+        let script = dir.path().join("qemu-rdma-helper.bash");
+        let last = words.len().to_string();
+        let ask = "source $1; COMP_CWORD=$2; COMP_WORDS=(qemu-rdma-helper \"${@:3}\"); \
+            $(complete -p $COMP_WORDS | sed 's/.*-F \\([^ ]*\\).*/\\1/') $COMP_WORDS \"${@: -1}\" \"${@: -2:1}\"; echo ${COMPREPLY[@]}";
+        let mut bash = Command::new("bash");
+        bash.args(["-c", ask, "bash"]).arg(script).arg(last).args(words);
+        let reply = text(&bash.output().unwrap().stdout);
+        reply.split_whitespace().map(str::to_owned).collect::<Vec<_>>()
+    };
+    let mut known = complete(&[""]);
+    known.retain(|word| !word.starts_with('-'));
+    assert_eq!(known, commands);
+    let script = |name: &str| fs::read_to_string(dir.path().join(name)).unwrap();
+    let (fish, zsh) = (script("qemu-rdma-helper.fish"), script("_qemu-rdma-helper"));
+    for command in &commands {
+        let help = help(&[command, "-h"]);
+        let options =
+            help.split_whitespace().filter(|word| word.starts_with("--") && word.len() > 2);
+        let mut options: Vec<_> =
+            options.map(|word| word.trim_end_matches(',').to_owned()).collect();
+        options.sort();
+        options.dedup();
+        let mut known = complete(&[command, "--"]);
+        known.sort();
+        assert_eq!(known, options, "{help}");
+        for option in &options {
+            let line = format!("using_subcommand {command}\" ");
+            let long = format!("-l {} ", &option[2..]);
+            assert!(fish.lines().any(|l| l.contains(&line) && l.contains(&long)), "{option}");
+            assert!(zsh.contains(&format!("'{option}")), "{option}");
+        }
+    }
+    assert_eq!(complete(&["attach", "--fabric", ""]), ["auto", "verbs", "tcp"]);
+    for hidden in ["worker", "completions"] {
+        assert!(!fish.contains(hidden) && !zsh.contains(hidden), "{hidden}");
+    }
+}

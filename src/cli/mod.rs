@@ -3,6 +3,7 @@
 mod attach;
 mod check;
 mod client;
+mod completions;
 mod fabric;
 mod hmp;
 mod man;
@@ -62,6 +63,9 @@ enum Command {
     /// Write the man pages into a directory.
     #[command(hide = true)]
     Man(man::Args),
+    /// Write the shells' completions into a directory.
+    #[command(hide = true)]
+    Completions(completions::Args),
 }
 
 impl Cli {
@@ -85,6 +89,7 @@ impl Cli {
                 relay::run(&args)
             }
             Command::Man(args) => man::run(&args),
+            Command::Completions(args) => completions::run(&args),
             Command::Worker => {
                 log(LevelFilter::INFO);
                 worker::run()
