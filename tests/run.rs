@@ -6,7 +6,7 @@ use std::{
     fs::{self, File},
     io::{Read as _, Write as _},
     os::{
-        fd::{AsRawFd as _, OwnedFd},
+        fd::OwnedFd,
         unix::{
             fs::symlink,
             net::{UnixListener, UnixStream},
@@ -21,7 +21,7 @@ use command_fds::{CommandFdExt as _, FdMapping};
 use rustix::process::Signal;
 use serde_json::json;
 use support::{
-    Config, Guest, Memory, Qemu, Qmp, address, cache, eventually, free_port,
+    Config, Memory, Qmp, address, cache, eventually, free_port,
     helper::{BINARY, signal_process},
     qemu::Process,
     wrapped::{Wrapped, WrappedPair, has_ended, relay_of},
@@ -237,7 +237,7 @@ fn probes_are_left_alone() {
     let socket = dir.path().join("qmp.monitor");
     let pidfile = dir.path().join("qmp.pid");
     let probe = run(&format!(
-        "-S -no-user-config -nographic -machine none,accel=tcg -qmp unix:{},server=on,wait=off \
+        "-S -no-user-config -machine none -qmp unix:{},server=on,wait=off \
          -pidfile {} -daemonize",
         socket.display(),
         pidfile.display()

@@ -82,13 +82,14 @@ pub async fn find(
     let rows = rows(qmp).await?;
     let own = in_use(qmp, memory).await?;
     let of = |row: &Row| own.iter().find(|memory| memory.id == row.name);
-    // Then QEMU's process need not be looked into: ROMs are not shared.
+    // All that matters: what remains are ROMs, which are not shared.
     let all_own = rows.iter().all(|row| of(row).is_some() || row.used <= ROM_MAX);
-    let backings = if all_own {
-        let rom = || "it is not shared memory with a file behind it".to_owned();
-        rows.iter().map(|_| Err(rom())).collect()
-    } else {
-        backings(qmp, pid, &rows).await?
+    let backings = match backings(qmp, pid, &rows).await {
+        Err(QemuError::Process { .. }) if all_own && !own.is_empty() => {
+            let why = || "QEMU's process can't be looked into".to_owned();
+            rows.iter().map(|_| Err(why())).collect()
+        }
+        found => found?,
     };
     let mut blocks = Vec::with_capacity(rows.len());
     for (row, mut found) in rows.into_iter().zip(backings) {

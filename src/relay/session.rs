@@ -99,11 +99,12 @@ impl Session {
     /// Negotiate with a QEMU that is just starting, at the other end of `stream`; it may take as
     /// long as it needs. `None` if it ended before it greeted.
     ///
+    /// The socket has named senders (SO_PASSCRED) since before QEMU was there: who made the pair is
+    /// not who greets, because QEMU may go to the background in between.
+    ///
     /// # Errors
     /// As for [`Self::connect`].
     pub async fn begin(stream: UnixStream) -> io::Result<Option<Self>> {
-        // Who made the pair is not who greets: QEMU may go to the background before.
-        rustix::net::sockopt::set_socket_passcred(&stream, true)?;
         let mut lines = Lines::new(Arc::new(stream));
         let Some(greeting) = lines.greeting().await? else { return Ok(None) };
         let pid = lines.sender.ok_or_else(|| invalid("nobody has sent what it said"))?;

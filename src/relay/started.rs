@@ -181,6 +181,7 @@ async fn prepare(control: &StdUnixStream) -> io::Result<Prepared> {
     for monitor in start.monitors {
         let session = StdUnixStream::from(next()?);
         session.set_nonblocking(true)?;
+        rustix::net::sockopt::set_socket_passcred(&session, true)?;
         let door = match monitor.door {
             StartDoor::Listening { path, wait } => {
                 let mut door = Door::listening(next()?.into(), path)?;
