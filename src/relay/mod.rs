@@ -49,7 +49,7 @@ use process::Process;
 use session::{Qemu, Session};
 
 /// A worker that reports nothing for so long has hung.
-const HEARTBEAT: Duration = Duration::from_secs(30);
+const HEARTBEAT: Duration = Duration::from_secs(10);
 
 /// Which fabric migrations use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -41,26 +41,27 @@ use crate::{
 /// Name of a migration socket that nobody writes to.
 const FDNAME: &str = "qemu-rdma-helper-failed";
 
-/// Signals that would end or stop a process that does not expect them, of those that say nothing
-/// about itself (signal(7)).
-const SIGNALS: [libc::c_int; 17] = [
-    libc::SIGALRM,
-    libc::SIGHUP,
-    libc::SIGINT,
-    libc::SIGIO,
-    libc::SIGPROF,
-    libc::SIGPWR,
-    libc::SIGQUIT,
-    libc::SIGSTKFLT,
-    libc::SIGTERM,
-    libc::SIGTSTP,
-    libc::SIGTTIN,
-    libc::SIGTTOU,
-    libc::SIGUSR1,
-    libc::SIGUSR2,
-    libc::SIGVTALRM,
-    libc::SIGXCPU,
-    libc::SIGXFSZ,
+/// The last signal of Linux (signal(7), real-time signals).
+const SIGNAL_MAX: libc::c_int = 64;
+
+/// Signals that stay what they are: those that can't be caught, that do nothing by themselves, that
+/// a fault raises, and those of the C library (32 and 33).
+const SIGNALS_KEPT: [libc::c_int; 15] = [
+    libc::SIGKILL,
+    libc::SIGSTOP,
+    libc::SIGCHLD,
+    libc::SIGCONT,
+    libc::SIGURG,
+    libc::SIGWINCH,
+    libc::SIGABRT,
+    libc::SIGBUS,
+    libc::SIGFPE,
+    libc::SIGILL,
+    libc::SIGSEGV,
+    libc::SIGSYS,
+    libc::SIGTRAP,
+    32,
+    33,
 ];
 
 /// What the relay is told, as a line of JSON. Descriptors come with it: for each monitor its
@@ -149,7 +150,7 @@ pub fn detach() -> io::Result<()> {
 /// # Errors
 /// When no proper order comes; the same was told to who should have sent it.
 pub async fn run(control: StdUnixStream) -> io::Result<()> {
-    for number in SIGNALS {
+    for number in (1..=SIGNAL_MAX).filter(|number| !SIGNALS_KEPT.contains(number)) {
         // From now on it has no effect.
         let _ = signal(SignalKind::from_raw(number))?;
     }

@@ -11,7 +11,9 @@ use crate::{
         monitor_line,
     },
     relay::{
-        Context, QemuEvent, helper_commands, intercept::Intercepted, migrations::Reply, view::View,
+        Context, QemuEvent, helper_commands,
+        intercept::Intercepted,
+        migrations::{Migrations, Reply},
     },
 };
 
@@ -23,7 +25,7 @@ impl Monitor {
         id: Option<Box<RawValue>>,
     ) -> JoinHandle<Vec<u8>> {
         let context = self.context.clone();
-        let view = self.migrations.view();
+        let migrations = self.migrations.clone();
         match intercepted {
             Intercepted::Migrate(address) => {
                 answer_with(self.migrations.migrate(context, address), id)
@@ -32,7 +34,7 @@ impl Monitor {
                 answer_with(self.migrations.migrate_incoming(context, address, exit_on_error), id)
             }
             Intercepted::Cancel => answer_with(self.cancel_late(), id),
-            Intercepted::QueryMigrate => answer_with(query_migrate(context, view), id),
+            Intercepted::QueryMigrate => answer_with(query_migrate(context, migrations), id),
             Intercepted::SetCapabilities(arguments) => answer_with(
                 async move {
                     let mut qemu = context.qemu;
@@ -73,7 +75,7 @@ impl Monitor {
                 )
             }
             Line::Cancel => answer_with(as_text(self.cancel_late()), id),
-            Line::InfoMigrate => answer_with(info_migrate(context, self.migrations.view()), id),
+            Line::InfoMigrate => answer_with(info_migrate(context, self.migrations.clone()), id),
             Line::Wrong(error) => answer_with(as_text(async move { Err(error) }), id),
             Line::Other => answer_with(async { Ok(json!("")) }, id),
         }
@@ -102,19 +104,22 @@ fn answer_with(
     tokio::spawn(async move { envelope::reply(&result.await, id.as_deref()) })
 }
 
-async fn query_migrate(context: Context, view: Option<View>) -> Reply {
+async fn query_migrate(context: Context, migrations: Migrations) -> Reply {
     let mut qemu = context.qemu;
     let mut reply = qemu.execute("query-migrate", Value::Null).await?;
-    if let Some(view) = view {
+    // Looked at now: when QEMU says that it was cancelled, it is known whether by us.
+    if let Some(view) = migrations.view() {
         view.overlay(&mut reply);
     }
     Ok(reply)
 }
 
-async fn info_migrate(context: Context, view: Option<View>) -> Reply {
+async fn info_migrate(context: Context, migrations: Migrations) -> Reply {
     let mut qemu = context.qemu.clone();
     let text = monitor_line(&mut qemu, "info migrate").await?;
-    let Some(view) = view else { return Ok(text.into()) };
-    let reply = query_migrate(context, Some(view.clone())).await?;
-    Ok(view.overlay_text(&text, &reply).into())
+    let reply = query_migrate(context, migrations.clone()).await?;
+    Ok(match migrations.view() {
+        Some(view) => view.overlay_text(&text, &reply).into(),
+        None => text.into(),
+    })
 }

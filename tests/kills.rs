@@ -1,0 +1,271 @@
+//! A worker that is killed by any signal in any phase, or hangs; and signals to the relay: the
+//! guest runs on, its monitor stays connected, and the next migration succeeds.
+//!
+//! Some signals are tried everywhere, and all of them by `scripts/test --full`.
+
+mod support;
+
+use std::{net::TcpListener, thread};
+
+use rustix::process::Signal;
+use serde_json::{Value, json};
+use support::{
+    Config, Memory, Qmp, eventually,
+    helper::signal_process,
+    wrapped::{Wrapped, WrappedPair, has_ended},
+};
+
+/// Signals that end a process that does not expect them (signal(7)); SIGPIPE is expected.
+const DEADLY: [Signal; 22] = [
+    Signal::KILL,
+    Signal::SEGV,
+    Signal::TERM,
+    Signal::ABORT,
+    Signal::ALARM,
+    Signal::BUS,
+    Signal::FPE,
+    Signal::HUP,
+    Signal::ILL,
+    Signal::INT,
+    Signal::IO,
+    Signal::POWER,
+    Signal::PROF,
+    Signal::QUIT,
+    Signal::STKFLT,
+    Signal::SYS,
+    Signal::TRAP,
+    Signal::USR1,
+    Signal::USR2,
+    Signal::VTALARM,
+    Signal::XCPU,
+    Signal::XFSZ,
+];
+
+/// End a worker. The first SIGSEGV or SIGBUS without a fault is taken for none by the runtime.
+#[track_caller]
+fn end(worker: u32, signal: Signal) {
+    signal_process(worker, signal);
+    while signal != HANG && !has_ended(worker) {
+        let _ = rustix::process::kill_process(pid(worker), signal);
+        thread::yield_now();
+    }
+}
+
+fn pid(pid: u32) -> rustix::process::Pid {
+    rustix::process::Pid::from_raw(i32::try_from(pid).unwrap()).unwrap()
+}
+
+fn name(signal: Signal) -> String {
+    format!("{signal:?}").trim_matches('"').replace("Signal::", "SIG")
+}
+
+/// The process hangs.
+const HANG: Signal = Signal::STOP;
+
+fn full() -> bool {
+    std::env::var_os("QEMU_RDMA_HELPER_TEST_FULL").is_some()
+}
+
+/// What is tried in each phase.
+fn signals() -> Vec<Signal> {
+    let count = if full() { DEADLY.len() } else { 3 };
+    let hang = full().then_some(HANG);
+    DEADLY.into_iter().take(count).chain(hang).collect()
+}
+
+/// A guest that writes faster than it is sent.
+fn config() -> Config {
+    Config { memory: Memory::Private, mib: 64, ..Config::default() }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Phase {
+    FirstPass,
+    LaterPass,
+    PreSwitchover,
+}
+
+/// Bring a migration into this phase.
+#[track_caller]
+fn enter(pair: &mut WrappedPair, phase: Phase) {
+    let pause = phase == Phase::PreSwitchover;
+    pair.source.client.capability("pause-before-switchover", pause);
+    if phase == Phase::LaterPass {
+        // No pass is the last one.
+        pair.source.client.run("migrate-set-parameters", json!({ "downtime-limit": 0 }));
+    }
+    pair.begin(if phase == Phase::FirstPass { 16 } else { 400 });
+    let source = &mut pair.source;
+    match phase {
+        Phase::FirstPass => eventually("RAM to move", || {
+            let state = source.client.run("query-migrate", json!({}));
+            (state["ram"]["transferred"].as_u64().unwrap_or(0) > 1 << 20).then_some(())
+        }),
+        Phase::LaterPass => eventually("another pass", || {
+            let state = source.client.run("query-migrate", json!({}));
+            (state["ram"]["dirty-sync-count"].as_u64().unwrap_or(0) >= 2).then_some(())
+        }),
+        Phase::PreSwitchover => drop(source.await_status(&["pre-switchover"])),
+    }
+}
+
+/// The migration failed; the guest runs, and whoever asks is answered.
+#[track_caller]
+fn failed(source: &mut Wrapped) -> Value {
+    let end = source.await_status(&["failed", "completed", "cancelled"]);
+    assert_eq!(end["status"], "failed", "{end}");
+    source.runs_on();
+    eventually("the worker's end", || source.workers().is_empty().then_some(()));
+    source.client.run("migrate-set-parameters", json!({ "downtime-limit": 300 }));
+    end
+}
+
+/// One row of the table a signal.
+#[track_caller]
+fn kill_worker(phase: Phase, side: fn(&WrappedPair) -> &Wrapped) {
+    let mut pair = WrappedPair::start(&config());
+    let (source, first) = (pair.source.relay, &pair.source as *const _ == side(&pair) as *const _);
+    for signal in signals() {
+        enter(&mut pair, phase);
+        end(side(&pair).await_worker(), signal);
+        let end = failed(&mut pair.source);
+        let side = if first { "source" } else { "destination" };
+        let why = end["error-desc"].as_str().unwrap_or_default();
+        println!(
+            "| {side} | {phase:?} | {} | guest runs, monitor connected | {why} |",
+            name(signal)
+        );
+        assert!(!why.is_empty());
+        assert!(!has_ended(source));
+        pair.new_destination();
+    }
+    pair.source.client.capability("pause-before-switchover", false);
+    pair.migrate();
+    println!("| | | | the next migration succeeds | |");
+}
+
+#[test]
+fn the_sources_worker_in_the_first_pass() {
+    kill_worker(Phase::FirstPass, |pair| &pair.source);
+}
+
+#[test]
+fn the_sources_worker_in_a_later_pass() {
+    kill_worker(Phase::LaterPass, |pair| &pair.source);
+}
+
+#[test]
+fn the_sources_worker_at_pre_switchover() {
+    kill_worker(Phase::PreSwitchover, |pair| &pair.source);
+}
+
+#[test]
+fn the_destinations_worker_in_the_first_pass() {
+    kill_worker(Phase::FirstPass, |pair| &pair.destination);
+}
+
+#[test]
+fn the_destinations_worker_in_a_later_pass() {
+    kill_worker(Phase::LaterPass, |pair| &pair.destination);
+}
+
+#[test]
+fn the_destinations_worker_at_pre_switchover() {
+    kill_worker(Phase::PreSwitchover, |pair| &pair.destination);
+}
+
+/// At pre-switchover the guest is stopped: it must not stay so for long.
+#[test]
+fn a_worker_that_hangs_is_noticed() {
+    for side in [
+        |pair: &WrappedPair| pair.source.await_worker(),
+        |pair: &WrappedPair| pair.destination.await_worker(),
+    ] {
+        let mut pair = WrappedPair::start(&config());
+        enter(&mut pair, Phase::PreSwitchover);
+        signal_process(side(&pair), HANG);
+        let end = failed(&mut pair.source);
+        println!("{}", end["error-desc"]);
+        pair.new_destination();
+        pair.source.client.capability("pause-before-switchover", false);
+        pair.migrate();
+    }
+}
+
+/// Before QEMU knows of the migration.
+#[test]
+fn the_sources_worker_while_it_connects() {
+    let mut pair = WrappedPair::start(&config());
+    // It takes the connection and says nothing.
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let uri = format!("rdma:{}", silent.local_addr().unwrap());
+    for signal in signals() {
+        let socket = pair.source.qemu.spare_socket();
+        let asked = thread::spawn({
+            let uri = uri.clone();
+            move || Qmp::connect(&socket).refused("migrate", json!({ "uri": uri }))
+        });
+        let (connection, _) = silent.accept().unwrap();
+        let worker = pair.source.await_worker();
+        // If it hangs, nobody waits longer than for a destination that says nothing.
+        end(worker, signal);
+        let why = asked.join().unwrap();
+        println!("| source | connecting | {} | refused | {why} |", name(signal));
+        drop(connection);
+        pair.source.runs_on();
+        eventually("the worker's end", || pair.source.workers().is_empty().then_some(()));
+    }
+    pair.migrate();
+}
+
+/// Before a source is there. QEMU's incoming migration has failed then, and with it this QEMU.
+#[test]
+fn the_destinations_worker_while_it_listens() {
+    let mut pair = WrappedPair::start(&config());
+    for signal in signals().into_iter().filter(|signal| *signal != HANG) {
+        let uri = format!("rdma:127.0.0.1:{}", support::free_port());
+        pair.destination.client.run("migrate-incoming", json!({ "uri": uri }));
+        end(pair.destination.await_worker(), signal);
+        let (qemu, relay) = (&mut pair.destination.qemu, pair.destination.relay);
+        eventually("the destination's end", || qemu.child.try_wait().unwrap());
+        eventually("its relay's end", || has_ended(relay).then_some(()));
+        let why = pair.source.client.refused("migrate", json!({ "uri": uri }));
+        println!("| destination | listening | {} | it ends | source: {why} |", name(signal));
+        pair.source.runs_on();
+        pair.new_destination();
+    }
+    pair.migrate();
+}
+
+/// The relay ends with QEMU, and with nothing else.
+#[test]
+fn signals_to_the_relay_have_no_effect() {
+    let mut pair = WrappedPair::start(&config());
+    enter(&mut pair, Phase::FirstPass);
+    let faults = [
+        Signal::KILL,
+        Signal::STOP,
+        Signal::ABORT,
+        Signal::BUS,
+        Signal::FPE,
+        Signal::ILL,
+        Signal::SEGV,
+        Signal::SYS,
+        Signal::TRAP,
+    ];
+    let harmless =
+        [Signal::PIPE, Signal::CONT, Signal::WINCH, Signal::URG, Signal::CHILD, Signal::TSTP];
+    for relay in [pair.source.relay, pair.destination.relay] {
+        for signal in DEADLY.into_iter().chain(harmless) {
+            if !faults.contains(&signal) {
+                signal_process(relay, signal);
+            }
+        }
+    }
+    pair.source.client.run("migrate-set-parameters", json!({ "max-bandwidth": 4096_u64 << 20 }));
+    let end = pair.source.await_status(&["completed", "failed"]);
+    assert_eq!(end["status"], "completed", "{end}");
+    for relay in [pair.source.relay, pair.destination.relay] {
+        assert!(!has_ended(relay));
+    }
+}
