@@ -92,7 +92,7 @@ fn enter(pair: &mut WrappedPair, phase: Phase) {
     pair.source.client.capability("pause-before-switchover", pause);
     if phase == Phase::LaterPass {
         // No pass is the last one.
-        pair.source.client.run("migrate-set-parameters", json!({ "downtime-limit": 0 }));
+        pair.source.client.run("migrate-set-parameters", json!({ "downtime-limit": 1 }));
     }
     pair.begin(if phase == Phase::FirstPass { 16 } else { 400 });
     let source = &mut pair.source;
