@@ -11,7 +11,7 @@ use std::{
 
 use tokio::{
     net::UnixStream,
-    sync::{Notify, mpsc},
+    sync::{Notify, mpsc, watch},
     task::JoinHandle,
 };
 use tracing::{debug, warn};
@@ -55,6 +55,8 @@ pub struct Client {
     /// Events are lost because it does not read.
     loses: bool,
     reading: JoinHandle<()>,
+    /// Closed when nothing is read any more.
+    read: watch::Receiver<()>,
     writing: JoinHandle<()>,
 }
 
@@ -65,9 +67,16 @@ impl Client {
         let (sender, commands) = mpsc::channel(1);
         let (lines, to_write) = mpsc::unbounded_channel();
         let queued = Arc::new(Queued::default());
-        let reading = tokio::spawn(read(stream.clone(), sender));
+        let (reads, read) = watch::channel(());
+        let reading = tokio::spawn(read_all(stream.clone(), sender, reads));
         let writing = tokio::spawn(write(stream, to_write, queued.clone()));
-        Self { commands, negotiated: false, lines, queued, loses: false, reading, writing }
+        Self { commands, negotiated: false, lines, queued, loses: false, reading, read, writing }
+    }
+
+    /// It has gone, and all that it sent is read.
+    pub fn hung_up(&self) -> impl Future<Output = ()> + use<> {
+        let mut read = self.read.clone();
+        async move { while read.changed().await.is_ok() {} }
     }
 
     /// Send a line. That the client is gone shows where commands are read.
@@ -131,7 +140,11 @@ async fn write(
     }
 }
 
-async fn read(stream: Arc<UnixStream>, commands: mpsc::Sender<FromClient>) {
+async fn read_all(
+    stream: Arc<UnixStream>,
+    commands: mpsc::Sender<FromClient>,
+    _reads: watch::Sender<()>,
+) {
     if let Err(error) = read_commands(&stream, &commands).await {
         debug!(%error, "the client's connection failed");
     }

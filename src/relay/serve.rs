@@ -2,10 +2,11 @@
 
 mod execute;
 
-use std::os::fd::OwnedFd;
+use std::{io, os::fd::OwnedFd};
 
 use serde_json::{Value, json};
 use tokio::{
+    net::UnixStream,
     sync::{mpsc, watch},
     task::{JoinError, JoinHandle},
     time::timeout,
@@ -95,6 +96,7 @@ impl Monitor {
     ) {
         let reason = loop {
             let busy = self.current.is_some();
+            let hung_up = self.client.as_ref().map(Client::hung_up);
             tokio::select! {
                 // What QEMU said first goes out first.
                 biased;
@@ -109,7 +111,7 @@ impl Monitor {
                     Some(command) => self.command(command),
                     None => self.client = None,
                 },
-                accepted = door.client(), if self.client.is_none() => match accepted {
+                accepted = next_client(&mut door, hung_up) => match accepted {
                     Ok(stream) => self.accept(stream),
                     Err(error) => warn!(%error, "a client could not connect"),
                 },
@@ -133,7 +135,7 @@ impl Monitor {
         }
     }
 
-    fn accept(&mut self, stream: tokio::net::UnixStream) {
+    fn accept(&mut self, stream: UnixStream) {
         let client = Client::new(stream);
         client.send(self.greeting.clone());
         self.client = Some(client);
@@ -320,6 +322,17 @@ async fn answered(current: &mut Option<Current>) -> Result<Vec<u8>, JoinError> {
         Some(Current::Ours(task)) => task.await,
         _ => std::future::pending().await,
     }
+}
+
+/// The next client, once the one before has gone, whether its command is answered or not.
+async fn next_client(
+    door: &mut Door,
+    hung_up: Option<impl Future<Output = ()>>,
+) -> io::Result<UnixStream> {
+    if let Some(hung_up) = hung_up {
+        hung_up.await;
+    }
+    door.client().await
 }
 
 /// The client's next command; `None` when the client is gone. While one is not answered, none is
