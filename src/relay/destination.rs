@@ -166,6 +166,8 @@ impl Destination {
                 event = self.events.recv() => match event {
                     Some(QemuEvent::Resumed) => heard.resumed = true,
                     Some(QemuEvent::Migration) => self.ask(&mut heard, worker).await,
+                    // The source's.
+                    Some(QemuEvent::Cancel) => {}
                     Some(QemuEvent::Abort(reason)) => {
                         worker.order(&Order::Abort { reason }).await;
                     }

@@ -26,7 +26,7 @@ pub enum Intercepted {
         /// The client's `exit-on-error` (9.1).
         exit_on_error: Option<bool>,
     },
-    /// `migrate_cancel`: QEMU's business, unless it comes too late.
+    /// `migrate_cancel`: QEMU's business, unless it comes too early or too late.
     Cancel,
     /// `query-migrate`.
     QueryMigrate,

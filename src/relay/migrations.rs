@@ -114,10 +114,13 @@ impl Migrations {
         Some((phase, source.runs()))
     }
 
-    /// The guest of a migration that runs may have come to run at the destination.
-    pub fn is_past_ram(&self) -> bool {
-        let slots = self.slots();
-        slots.source.as_ref().is_some_and(|source| source.runs() && source.view.borrow().past_ram)
+    /// Not QEMU cancels a migration that is still connecting, or whose guest may have come to run
+    /// at the destination.
+    pub fn cancels_itself(&self) -> bool {
+        self.slots().source.as_ref().is_some_and(|source| {
+            let view = source.view.borrow();
+            source.runs() && (view.past_ram || view.phase == Phase::Connecting)
+        })
     }
 
     /// A migration of ours that is over no longer shows.

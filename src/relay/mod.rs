@@ -245,6 +245,8 @@ enum QemuEvent {
     Migration,
     /// RESUME: the guest runs.
     Resumed,
+    /// `migrate_cancel`, when it is not QEMU's business.
+    Cancel,
     /// The relay is told to end.
     Abort(String),
 }

@@ -268,7 +268,7 @@ impl Monitor {
                 self.forward(bytes, fds);
             }
             Ok(Some(Intercepted::Cancel | Intercepted::Monitor(Line::Cancel)))
-                if !self.migrations.is_past_ram() =>
+                if !self.migrations.cancels_itself() =>
             {
                 self.forward(bytes, fds);
             }

@@ -208,7 +208,17 @@ impl Source {
     async fn await_agreement(&mut self, worker: &mut Worker) -> Result<(), QmpError> {
         let mut emitted = Instant::now();
         loop {
-            match worker.report().await {
+            let report = tokio::select! {
+                biased;
+                report = worker.report() => report,
+                event = self.events.recv() => match event {
+                    Some(QemuEvent::Cancel) => return Err(self.cancel_early().await),
+                    Some(QemuEvent::Abort(reason)) => return Err(QmpError::generic(reason)),
+                    Some(QemuEvent::Migration | QemuEvent::Resumed) => continue,
+                    None => return Err(QmpError::connection_lost()),
+                },
+            };
+            match report {
                 Some(Report::Agreed) => return Ok(()),
                 Some(Report::Progress(progress)) => {
                     let pins = progress.pinned > 0;
@@ -223,6 +233,17 @@ impl Source {
                 _ => return Err(QmpError::generic(WORKER_DIED)),
             }
         }
+    }
+
+    /// Cancelled while it connects: QEMU knows nothing of it, and will say nothing.
+    async fn cancel_early(&self) -> QmpError {
+        self.view.send_modify(|view| view.phase = Phase::Cancelled);
+        let capabilities = self.qemu().execute("query-migrate-capabilities", Value::Null).await;
+        if capabilities.is_ok_and(|capabilities| blockers::is_on(&capabilities, "events")) {
+            let cancelled = envelope::event("MIGRATION", &json!({ "status": "cancelled" }));
+            self.put(Output::Emit(cancelled)).await;
+        }
+        QmpError::generic("The migration was cancelled before it began")
     }
 
     /// Follow the worker to its end.
@@ -260,6 +281,10 @@ impl Source {
                 }
                 event = self.events.recv() => match event {
                     Some(QemuEvent::Abort(reason)) => {
+                        worker.order(&Order::Abort { reason }).await;
+                    }
+                    Some(QemuEvent::Cancel) => {
+                        let reason = "The migration was cancelled at its very end".to_owned();
                         worker.order(&Order::Abort { reason }).await;
                     }
                     Some(_) => self.look_for_end(&mut ended).await,

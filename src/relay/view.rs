@@ -15,7 +15,7 @@ pub enum Phase {
     /// Not more than asked for; QEMU may refuse it because of another one. It does not show.
     #[default]
     Asked,
-    /// Connecting to the destination; QEMU knows nothing of it. It does not show yet.
+    /// Connecting to the destination; QEMU knows nothing of it.
     Connecting,
     /// QEMU's migration runs.
     Running,
@@ -74,7 +74,7 @@ impl View {
 
     /// It is, or was, a migration that a client should see.
     pub fn shows(&self) -> bool {
-        !matches!(self.phase, Phase::Asked | Phase::Connecting)
+        self.phase != Phase::Asked
     }
 
     /// It did not begin. Only what came as far as connecting counts as a migration that failed.
@@ -139,6 +139,9 @@ impl View {
             Phase::Failed(_) if self.side == Side::Destination && status == "completed" => {}
             // The relay cancels it because it failed, and QEMU is not done with that.
             Phase::Failed(_) if self.side == Side::Source && status == "cancelling" => {}
+            // What QEMU says is of another one.
+            Phase::Connecting => *reply = json!({ "status": "setup" }),
+            Phase::Cancelled => reply["status"] = "cancelled".into(),
             Phase::Failed(reason) => {
                 reply["status"] = "failed".into();
                 reply["error-desc"] = reason.as_str().into();
@@ -154,11 +157,7 @@ impl View {
                     reply.remove("error-desc");
                 }
             }
-            Phase::Asked
-            | Phase::Connecting
-            | Phase::Running
-            | Phase::Confirmed
-            | Phase::Cancelled => {}
+            Phase::Asked | Phase::Running | Phase::Confirmed => {}
         }
         if self.side == Side::Destination {
             return;

@@ -33,7 +33,7 @@ impl Monitor {
             Intercepted::MigrateIncoming { address, exit_on_error } => {
                 answer_with(self.migrations.migrate_incoming(context, address, exit_on_error), id)
             }
-            Intercepted::Cancel => answer_with(self.cancel_late(), id),
+            Intercepted::Cancel => answer_with(self.cancel(), id),
             Intercepted::QueryMigrate => answer_with(query_migrate(context, migrations), id),
             Intercepted::SetCapabilities(arguments) => answer_with(
                 async move {
@@ -74,17 +74,17 @@ impl Monitor {
                     id,
                 )
             }
-            Line::Cancel => answer_with(as_text(self.cancel_late()), id),
+            Line::Cancel => answer_with(as_text(self.cancel()), id),
             Line::InfoMigrate => answer_with(info_migrate(context, self.migrations.clone()), id),
             Line::Wrong(error) => answer_with(as_text(async move { Err(error) }), id),
             Line::Other => answer_with(async { Ok(json!("")) }, id),
         }
     }
 
-    /// Cancel a migration whose guest may run at the destination: QEMU itself would run it here.
-    fn cancel_late(&self) -> impl Future<Output = Reply> + Send + use<> {
-        self.migrations
-            .tell(&QemuEvent::Abort("The migration was cancelled at its very end".to_owned()));
+    /// Cancel a migration that QEMU has not begun, or whose guest may run at the destination: QEMU
+    /// itself would run it here.
+    fn cancel(&self) -> impl Future<Output = Reply> + Send + use<> {
+        self.migrations.tell(&QemuEvent::Cancel);
         async { Ok(json!({})) }
     }
 }
