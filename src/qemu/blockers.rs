@@ -126,6 +126,19 @@ pub async fn settings(qmp: &mut impl Execute) -> Result<Vec<Blocker>, QmpError> 
     Ok(blockers)
 }
 
+/// Refuse a migration that something stops: all of it at once, because QEMU may let settings be
+/// changed only together.
+///
+/// # Errors
+/// When there is anything.
+pub fn refuse(blockers: &[Blocker]) -> Result<(), QmpError> {
+    if blockers.is_empty() {
+        return Ok(());
+    }
+    let said = blockers.iter().map(|blocker| format!("{}; {}", blocker.reason, blocker.cure));
+    Err(QmpError::generic(said.collect::<Vec<_>>().join(". ")))
+}
+
 /// A capability's state in the reply of `query-migrate-capabilities`.
 pub fn is_on(capabilities: &Value, name: &str) -> bool {
     let list = capabilities.as_array().into_iter().flatten();

@@ -95,9 +95,7 @@ impl Destination {
         let worker = Worker::start(self.context.settings.fabric.kind()).await;
         let mut worker = worker.map_err(|error| generic(&error))?;
         let mut qemu = self.context.qemu.clone();
-        if let Some(blocker) = blockers::settings(&mut qemu).await?.first() {
-            return Err(QmpError::generic(format!("{}; {}", blocker.reason, blocker.cure)));
-        }
+        blockers::refuse(&blockers::settings(&mut qemu).await?)?;
         let blocks = self.context.blocks().await;
         let blocks = blocks.map_err(|error| generic(&error))?;
         let options = self.context.options(&mut qemu).await?;
@@ -159,7 +157,8 @@ impl Destination {
                             return Ok(());
                         }
                         Some(Report::Failed { reason, .. }) => return Err(reason),
-                        Some(Report::Agreed | Report::Listening { .. } | Report::PastRam) => {}
+                        Some(Report::Agreed) => self.look_at_settings(worker).await,
+                        Some(Report::Listening { .. } | Report::PastRam) => {}
                         None => return Err(WORKER_DIED.into()),
                     }
                 }
@@ -181,6 +180,17 @@ impl Destination {
                     self.ask(&mut heard, worker).await;
                 }
             }
+        }
+    }
+
+    /// A source is let in: settings may have changed since `migrate-incoming`. With multifd, for
+    /// one, QEMU would wait for channels that never come.
+    async fn look_at_settings(&self, worker: &mut Worker) {
+        // A QEMU that is gone closes `events`.
+        let Ok(found) = blockers::settings(&mut self.context.qemu.clone()).await else { return };
+        if let Err(error) = blockers::refuse(&found) {
+            let reason = format!("The destination refuses: {}", error.desc);
+            worker.order(&Order::Abort { reason }).await;
         }
     }
 

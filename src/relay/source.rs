@@ -154,9 +154,7 @@ impl Source {
         self.view.send_modify(|view| view.phase = Phase::Connecting);
         let mut blocks = self.context.blocks().await.map_err(generic)?;
         let options = self.context.options(&mut qemu).await?;
-        if let Some(blocker) = blockers::find(&mut qemu, &blocks, options.fabric).await?.first() {
-            return Err(QmpError::generic(format!("{}; {}", blocker.reason, blocker.cure)));
-        }
+        blockers::refuse(&blockers::find(&mut qemu, &blocks, options.fabric).await?)?;
         // The worker gets the memory that it may read, and no other.
         for block in &mut blocks {
             if block.travel(options.fabric).0 != Travel::Mapped {
