@@ -50,14 +50,17 @@ fn address(host: &str, port: &str) -> Result<Target, String> {
 /// # Errors
 /// When it names rdma and is wrong.
 pub fn target(arguments: &Map<String, Value>) -> Result<Target, QmpError> {
-    if let Some(uri) = arguments.get("uri") {
-        return uri.as_str().map_or(Ok(Target::Other), parse);
-    }
-    let Some(channels) = arguments.get("channels").and_then(Value::as_array) else {
-        return Ok(Target::Other);
-    };
+    let channels = arguments.get("channels").and_then(Value::as_array);
     let rdma = |channel: &&Value| channel["addr"]["transport"] == "rdma";
-    let Some(channel) = channels.iter().find(rdma) else { return Ok(Target::Other) };
+    let channel = channels.and_then(|channels| channels.iter().find(rdma));
+    if let Some(uri) = arguments.get("uri") {
+        let target = uri.as_str().map_or(Ok(Target::Other), parse)?;
+        if channel.is_some() || (target != Target::Other && arguments.contains_key("channels")) {
+            return Err(QmpError::generic("need either 'uri' or 'channels' argument"));
+        }
+        return Ok(target);
+    }
+    let (Some(channels), Some(channel)) = (channels, channel) else { return Ok(Target::Other) };
     if channels.len() > 1 || channel["channel-type"] != "main" {
         return Err(QmpError::generic(
             "Transport 'rdma' takes exactly one channel, of type 'main'",
@@ -114,6 +117,12 @@ mod tests {
         let addr = json!({"transport": "rdma", "host": "h", "port": "1"});
         let good = channels(json!({"channel-type": "main", "addr": addr}));
         assert_eq!(target(good.as_object().unwrap()).unwrap(), rdma("h", 1));
+        let mut both = good.clone();
+        for uri in ["rdma:h:1", "tcp:h:1"] {
+            both["uri"] = uri.into();
+            let error = target(both.as_object().unwrap()).unwrap_err();
+            assert_eq!(error.desc, "need either 'uri' or 'channels' argument");
+        }
         let socket = channels(json!({"channel-type": "main", "addr": {"transport": "socket"}}));
         assert_eq!(target(socket.as_object().unwrap()).unwrap(), Target::Other);
         for (expected, addr) in [
