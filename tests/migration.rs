@@ -185,14 +185,19 @@ fn with_compressed_pages_of_qemu_7_2() {
     pair.verify();
 }
 
+/// One guest, there and back: every pair of versions.
 #[test]
 fn between_qemu_7_2_and_10_0() {
-    for (from, to) in [("7.2", "10.0"), ("10.0", "7.2")] {
-        let config = Config { version: from, machine: "pc-i440fx-7.2", ..Config::default() };
-        let mut pair = Pair::start(&config);
-        pair.new_destination(&Config { version: to, ..config }, "other");
+    for machine in ["pc-i440fx-7.2", "pc-q35-7.2"] {
+        let config = |version| Config { version, machine, ..Config::default() };
+        let mut pair = Pair::start(&config("7.2"));
         pair.migrate();
         pair.verify();
+        for (turn, version) in ["10.0", "10.0", "7.2"].into_iter().enumerate() {
+            pair.turn_around(&config(version), &format!("host-{turn}"));
+            pair.migrate();
+            pair.verify();
+        }
     }
 }
 

@@ -159,6 +159,17 @@ impl Pair {
         self.destination = Host::start(&self.dir, name, &config.clone().incoming());
     }
 
+    /// What was the source is done with; the destination becomes the source of a new one.
+    pub fn turn_around(&mut self, config: &Config, name: &str) {
+        let next = Host::start(&self.dir, name, &config.clone().incoming());
+        self.source = std::mem::replace(&mut self.destination, next);
+        let limit = json!({ "max-bandwidth": 1_u64 << 32 });
+        self.source.client.run("migrate-set-parameters", limit);
+        for host in [&mut self.source, &mut self.destination] {
+            host.client.capability("events", true);
+        }
+    }
+
     /// Let the destination listen; returns the address.
     pub fn listen(&mut self) -> String {
         let uri = format!("rdma:{}:{}", address(), free_port());
