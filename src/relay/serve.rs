@@ -272,6 +272,12 @@ impl Monitor {
             {
                 self.forward(bytes, fds);
             }
+            // No migration of ours is to be shown.
+            Ok(Some(Intercepted::QueryMigrate | Intercepted::Monitor(Line::InfoMigrate)))
+                if self.migrations.view().is_none() =>
+            {
+                self.forward(bytes, fds);
+            }
             Ok(Some(intercepted)) => {
                 self.current = Some(Current::Ours(self.execute(intercepted, id)));
             }
