@@ -197,7 +197,7 @@ pub enum Report {
     /// Outgoing: connected, block lists agree. Incoming: a source connected and they agree.
     /// The source's relay starts QEMU's migration on this.
     Agreed,
-    /// Sent about once a second, and whenever the state changes: also the sign of life.
+    /// Sent about four times a second, and whenever the state changes: also the sign of life.
     Progress(Progress),
     /// Outgoing, sent before the first byte behind the last RAM section leaves: from here on the
     /// guest may come to run at the destination.

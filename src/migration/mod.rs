@@ -42,8 +42,9 @@ use statistics::Statistics;
 
 use crate::memory::Region;
 
-/// How often the relay gets figures, which are the worker's sign of life too.
-const REPORT_INTERVAL: Duration = Duration::from_millis(500);
+/// How often the relay gets figures, which are the worker's sign of life too. Managers ask for them
+/// twice a second.
+const REPORT_INTERVAL: Duration = Duration::from_millis(250);
 
 /// One of the attached QEMU's RAM blocks.
 pub(crate) struct Block {
