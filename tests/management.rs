@@ -94,6 +94,11 @@ fn as_libvirt_does(config: &Config, listen: &str, uri: &str) -> Seen {
     for figure in ["transferred", "remaining", "total"] {
         assert!(paused["ram"][figure].is_u64(), "{paused}");
     }
+    // The worker's figures come four times a second.
+    eventually("the progress", || {
+        let paused = source.client.run("query-migrate", json!({}));
+        (paused["ram"]["transferred"].as_u64() > Some(1 << 20)).then_some(())
+    });
     source.client.run("migrate-continue", json!({"state": "pre-switchover"}));
     source.client.await_event("MIGRATION", |data| data["status"] == "completed");
     let end = source.client.run("query-migrate", json!({}));
@@ -231,7 +236,7 @@ fn the_destination_dies_while_the_source_is_at_pre_switchover() {
         let end = pair.source.await_status(&["failed", "cancelled"]);
         println!("{end}");
         assert!(cancel || end["status"] == "failed", "{end}");
-        assert!(end["ram"]["transferred"].as_u64().unwrap() > 0, "{end}");
+        assert!(end["ram"]["total"].as_u64().unwrap() > 96 << 20, "{end}");
         let last = |data: &Value| data["status"] == end["status"];
         pair.source.client.await_event("MIGRATION", last);
         pair.source.qemu.assert_goes_on();
@@ -307,10 +312,10 @@ fn parameters_that_are_set_in_mid_migration_take_effect() {
     let client = &mut pair.source.client;
     client.run("migrate-set-parameters", json!({"max-bandwidth": 8 << 20, "downtime-limit": 1}));
     client.run("migrate", json!({ "uri": uri }));
-    for (mib, range) in [(8, 40.0..90.0), (32, 134.0..330.0), (8, 40.0..90.0)] {
+    for (mib, range) in [(8, 20.0..90.0), (32, 100.0..330.0), (8, 20.0..90.0)] {
         client.run("migrate-set-parameters", json!({ "max-bandwidth": mib << 20 }));
-        // The limit changed within the first of them.
-        let data = throughput(client, 2);
+        // The first two may count bytes from before the change.
+        let data = throughput(client, 3);
         println!("{mib} MiB/s: {data}");
         assert_eq!(data["max-bandwidth"], mib << 20);
         let mbps = data["mbps"].as_f64().unwrap();
@@ -408,8 +413,11 @@ fn what_excludes_rdma_at_a_destination_that_waits_already_is_refused() {
 /// Neither helper has anything to do with it, nor does the client see anything but QEMU.
 #[track_caller]
 fn assert_untouched(host: &mut Host) {
-    let shown = host.client.run("query-migrate", json!({}));
-    assert_eq!(shown, host.qemu.qmp.run("query-migrate", json!({})));
+    // QEMU says `completed` a moment before its figures are final.
+    eventually("the same reply", || {
+        let shown = host.client.run("query-migrate", json!({}));
+        (shown == host.qemu.qmp.run("query-migrate", json!({}))).then_some(())
+    });
     let ours = |event: &&Value| event["event"] == "RDMA_MIGRATION_THROUGHPUT";
     assert_eq!(host.client.events.iter().find(ours), None);
     assert_eq!(host.helper.workers(), [0; 0]);

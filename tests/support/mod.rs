@@ -199,7 +199,10 @@ impl Pair {
 
     #[track_caller]
     pub fn compare(&mut self) {
-        assert_eq!(self.source.qemu.status(), "postmigrate");
+        // QEMU says `completed` a moment before.
+        eventually("the source to be done", || {
+            (self.source.qemu.status() == "postmigrate").then_some(())
+        });
         let differences = memory::compare(&mut self.source.qemu, &mut self.destination.qemu);
         assert!(differences.is_empty(), "RAM differs: {differences:#?}");
     }
