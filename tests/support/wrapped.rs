@@ -8,11 +8,14 @@ use tempfile::TempDir;
 use super::{
     Config, PATIENCE, Qemu, Qmp, address, eventually, free_port,
     helper::{BINARY, signal_process},
-    memory,
+    in_lab, memory,
 };
 
 /// What QEMU is started under.
-pub const RUN: &[&str] = &[BINARY, "run", "--fabric", "tcp", "--"];
+const RUN: &[&str] = &[BINARY, "run", "--fabric", "tcp", "--"];
+
+/// The same where there is an RDMA device. Emulated processors may be away for seconds.
+const RUN_VERBS: &[&str] = &[BINARY, "run", "--fabric", "verbs", "--peer-timeout", "20", "--"];
 
 /// A QEMU, the relay before it, and a client.
 pub struct Wrapped {
@@ -24,7 +27,8 @@ pub struct Wrapped {
 impl Wrapped {
     #[track_caller]
     pub fn start(dir: &TempDir, name: &str, config: &Config) -> Self {
-        let under = if config.under.is_empty() { RUN } else { config.under };
+        let run = if in_lab() { RUN_VERBS } else { RUN };
+        let under = if config.under.is_empty() { run } else { config.under };
         let qemu = Qemu::start(dir.path(), name, &Config { under, ..config.clone() });
         let client = Qmp::connect(&qemu.helper_socket());
         let relay = relay_of(qemu.pid()).expect("no relay");
