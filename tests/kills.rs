@@ -10,7 +10,7 @@ use std::{net::TcpListener, thread};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use support::{
-    Config, Memory, Qmp, eventually,
+    Config, Guest, Memory, Qmp, eventually,
     helper::signal_process,
     wrapped::{Wrapped, WrappedPair, has_ended},
 };
@@ -75,7 +75,8 @@ fn signals() -> Vec<Signal> {
 
 /// A guest that writes faster than it is sent.
 fn config() -> Config {
-    Config { memory: Memory::Private, mib: 64, ..Config::default() }
+    let guest = Guest::Dirty { fill: 48, hot: 32, spin: 100 };
+    Config { memory: Memory::Private, mib: 64, guest, ..Config::default() }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -94,7 +95,11 @@ fn enter(pair: &mut WrappedPair, phase: Phase) {
         // No pass is the last one.
         pair.source.client.run("migrate-set-parameters", json!({ "downtime-limit": 1 }));
     }
-    pair.begin(if phase == Phase::FirstPass { 16 } else { 400 });
+    pair.begin(match phase {
+        Phase::FirstPass => 16,
+        Phase::LaterPass => 100,
+        Phase::PreSwitchover => 4096,
+    });
     let source = &mut pair.source;
     match phase {
         Phase::FirstPass => eventually("RAM to move", || {
