@@ -315,6 +315,31 @@ fn a_link_is_an_emulator() {
     assert!(text(&nothing.stderr).contains("No QEMU named qemu-system-nothing"), "{nothing:?}");
 }
 
+/// One of a package and one of one's own, each with its links.
+#[test]
+fn two_copies_of_the_helper_find_qemu() {
+    let dir = tempfile::tempdir().unwrap();
+    let copies = ["first", "second"].map(|name| dir.path().join(name));
+    for copy in &copies {
+        fs::create_dir(copy).unwrap();
+        fs::copy(BINARY, copy.join("qemu-rdma-helper")).unwrap();
+        for link in ["qemu-system-x86_64", "qemu-system-x86_64-rdma"] {
+            symlink("qemu-rdma-helper", copy.join(link)).unwrap();
+        }
+    }
+    let path = format!("{}:{}:/usr/bin:/bin", copies[0].display(), copies[1].display());
+    for link in ["qemu-system-x86_64", "qemu-system-x86_64-rdma"] {
+        // A helper that finds its copy would never end.
+        let version = Command::new("timeout")
+            .arg("20")
+            .args([copies[0].join(link), "--version".into()])
+            .env("PATH", &path)
+            .output()
+            .unwrap();
+        assert!(text(&version.stdout).contains("QEMU emulator version"), "{version:?}");
+    }
+}
+
 #[test]
 fn incoming_rdma_on_the_command_line() {
     let dir = tempfile::tempdir().unwrap();

@@ -15,6 +15,9 @@ use super::settings::Settings;
 /// Options of `run` for an emulator that is a link: management passes none.
 const OPTIONS: &str = "QEMU_RDMA_HELPER_OPTIONS";
 
+/// This program's name.
+const HELPER: &str = env!("CARGO_BIN_NAME");
+
 /// Where emulators are, if not in PATH.
 const DIRECTORIES: [&str; 3] = ["/usr/local/bin", "/usr/bin", "/usr/libexec"];
 
@@ -82,9 +85,11 @@ fn is_emulator(name: &OsStr) -> bool {
 /// The QEMU of this name, or of what is before its `-rdma`.
 fn find(name: &OsStr) -> Option<PathBuf> {
     let own = fs::metadata("/proc/self/exe").ok()?;
+    let is_own = |file: &fs::Metadata| (file.dev(), file.ino()) == (own.dev(), own.ino());
     let is_other = |path: &PathBuf| {
-        fs::metadata(path)
-            .is_ok_and(|file| file.is_file() && (file.dev(), file.ino()) != (own.dev(), own.ino()))
+        // A link to another copy of the helper would come back here, for ever.
+        let is_helper = fs::canonicalize(path).is_ok_and(|file| file.ends_with(HELPER));
+        !is_helper && fs::metadata(path).is_ok_and(|file| file.is_file() && !is_own(&file))
     };
     let shorter = name.to_str().and_then(|name| name.strip_suffix("-rdma")).map(OsStr::new);
     let path = env::var_os("PATH").unwrap_or_default();
