@@ -280,10 +280,15 @@ def guest():
     return current
 
 
-@case("tcp: without the helper")
+@case("tcp: without the helper; with it from --xml on")
 def stock():
     plain = Guest("plain", "/usr/bin/qemu-system-x86_64")
     plain.migrate(uri=None)
+    with open("/mnt/plain.changed.xml", "w") as file:
+        xml = plain.at.virsh("dumpxml", "--migratable", plain.name).succeeds()
+        file.write(xml.replace("/usr/bin/qemu-system-x86_64<", f"{EMULATOR}<"))
+    plain.migrate("--xml", "/mnt/plain.changed.xml", uri=None)
+    plain.migrate()
     plain.destroy()
 
 
@@ -363,7 +368,8 @@ def progress():
     here.moved()
     events.end()
     must(len(shown) > 1, f"--verbose shows no progress: {shown}")
-    mib = 1 << 20
+    mib, rates = 1 << 20, (job["Memory bandwidth"], event["mbps"] * 1e6 / 8)
+    must(max(rates) < 1.2 * min(rates), f"domjobinfo and the event say {rates} bytes per second")
     return (f"domjobinfo {job['Memory bandwidth'] / mib:.1f} MiB/s, "
             f"event {event['mbps']:.1f} mbps = {event['mbps'] * 1e6 / 8 / mib:.1f} MiB/s")
 
