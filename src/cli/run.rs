@@ -66,7 +66,7 @@ pub fn arguments() -> anyhow::Result<Vec<OsString>> {
         anyhow::bail!(
             "No QEMU named {} is in PATH or {}, other than this link to the helper; install it, \
              or let a script run 'qemu-rdma-helper run -- /path/of/qemu \"$@\"'",
-            name.display(),
+            shorter(name).unwrap_or(name).display(),
             DIRECTORIES.join(", ")
         );
     };
@@ -82,6 +82,11 @@ fn is_emulator(name: &OsStr) -> bool {
     name.as_encoded_bytes().starts_with(b"qemu-system-")
 }
 
+/// The name of the QEMU behind a link of its own name.
+fn shorter(name: &OsStr) -> Option<&OsStr> {
+    name.to_str()?.strip_suffix("-rdma").map(OsStr::new)
+}
+
 /// The QEMU of this name, or of what is before its `-rdma`.
 fn find(name: &OsStr) -> Option<PathBuf> {
     let own = fs::metadata("/proc/self/exe").ok()?;
@@ -91,9 +96,8 @@ fn find(name: &OsStr) -> Option<PathBuf> {
         let is_helper = fs::canonicalize(path).is_ok_and(|file| file.ends_with(HELPER));
         !is_helper && fs::metadata(path).is_ok_and(|file| file.is_file() && !is_own(&file))
     };
-    let shorter = name.to_str().and_then(|name| name.strip_suffix("-rdma")).map(OsStr::new);
     let path = env::var_os("PATH").unwrap_or_default();
-    [Some(name), shorter].into_iter().flatten().find_map(|name| {
+    [Some(name), shorter(name)].into_iter().flatten().find_map(|name| {
         let directories = env::split_paths(&path).chain(DIRECTORIES.iter().map(PathBuf::from));
         directories.map(|directory| directory.join(name)).find(is_other)
     })

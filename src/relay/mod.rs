@@ -181,6 +181,9 @@ pub async fn attach(options: AttachOptions) -> Result<(), RelayError> {
         monitor.run(Door::Listening(socket), session.said, output, ending.clone()).await;
     }
     let reason = *ending.borrow();
+    if reason.is_none() {
+        info!("QEMU is gone: ending");
+    }
     migrations.end(reason).await;
     Ok(())
 }

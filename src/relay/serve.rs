@@ -11,7 +11,7 @@ use tokio::{
     task::{JoinError, JoinHandle},
     time::timeout,
 };
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use super::{
     Context, Output, QemuEvent,
@@ -123,7 +123,10 @@ impl Monitor {
 
     /// End: with QEMU, or told to.
     async fn end(mut self, reason: Option<&str>) {
-        info!(reason = reason.unwrap_or("QEMU is gone"), "ending");
+        match reason {
+            Some(reason) => info!(reason, "ending"),
+            None => debug!("QEMU is gone"),
+        }
         if let (Some(Current::Ours(reply)), None) = (self.current.take(), reason)
             && let Ok(Ok(line)) = timeout(FAREWELL, reply).await
         {

@@ -21,7 +21,7 @@ use tokio::{
     sync::watch,
     task::JoinSet,
 };
-use tracing::{error, info};
+use tracing::{debug, error};
 
 use super::{
     Context, Settings, confinement,
@@ -259,7 +259,8 @@ async fn serve(prepared: Prepared) -> io::Result<()> {
             refuse_incoming(session.qemu.clone()).await;
         }
     }
-    info!(pid, "serving QMP");
+    // No more than that: a manager quotes the last words of a QEMU that has died.
+    debug!(pid, "serving QMP");
     // Only QEMU's end is a reason to end.
     let (_tell, ending) = watch::channel(None);
     let mut running = JoinSet::new();
