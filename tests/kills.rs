@@ -129,7 +129,7 @@ fn failed(source: &mut Wrapped) -> Value {
 #[track_caller]
 fn kill_worker(phase: Phase, side: fn(&WrappedPair) -> &Wrapped) {
     let mut pair = WrappedPair::start(&config());
-    let (source, first) = (pair.source.relay, &pair.source as *const _ == side(&pair) as *const _);
+    let (source, first) = (pair.source.relay, std::ptr::eq(&pair.source, side(&pair)));
     for signal in signals() {
         enter(&mut pair, phase);
         end(side(&pair).await_worker(), signal);
