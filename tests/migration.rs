@@ -59,22 +59,9 @@ fn file_on_tmpfs() {
     migrates(&Config { memory: Memory::File, ..Config::default() });
 }
 
-/// Huge pages for two guests, or the reason why there are none.
-fn huge_pages() -> Result<(), String> {
-    const PATH: &str = "/proc/sys/vm/nr_hugepages";
-    let wanted = 2 * Config::default().mib / 2 + 8;
-    let write = std::fs::write(PATH, wanted.to_string());
-    write.map_err(|error| format!("{PATH} can't be written: {error}"))?;
-    let text = std::fs::read_to_string(PATH).map_err(|error| error.to_string())?;
-    match text.trim().parse::<u32>() {
-        Ok(got) if got >= wanted => Ok(()),
-        _ => Err(format!("the kernel gives {} huge pages of {wanted}", text.trim())),
-    }
-}
-
 #[test]
 fn huge_pages_of_2_mib() {
-    if let Err(why) = huge_pages() {
+    if let Err(why) = support::huge_pages() {
         return println!("skipped: {why}");
     }
     migrates(&Config { memory: Memory::Huge, ..Config::default() });

@@ -21,7 +21,7 @@ use command_fds::{CommandFdExt as _, FdMapping};
 use rustix::process::Signal;
 use serde_json::json;
 use support::{
-    Config, Memory, Qmp, address, cache, eventually, free_port,
+    Config, Guest, Memory, Qmp, address, cache, eventually, free_port,
     helper::{BINARY, signal_process},
     qemu::Process,
     wrapped::{Wrapped, WrappedPair, has_ended, relay_of},
@@ -97,6 +97,23 @@ fn numa_settings_are_kept() {
     assert_eq!(of("a")["host-nodes"], json!([0]));
     assert_eq!(of("b")["prealloc"], true);
     assert_eq!(of("b")["share"], true);
+    pair.migrate();
+}
+
+#[test]
+fn huge_pages_are_kept() {
+    if let Err(why) = support::huge_pages() {
+        return println!("skipped: {why}");
+    }
+    let backend = "-object memory-backend-memfd,id=huge,size=32M,hugetlb=on,hugetlbsize=2M,share=off \
+                   -machine memory-backend=huge";
+    let guest = Guest::Dirty { fill: 24, hot: 4, spin: 3000 };
+    let mut pair =
+        WrappedPair::start(&Config { mib: 32, devices: vec![backend.into()], guest, ..private() });
+    let info = pair.source.client.run("query-rdma-helper", json!({}));
+    let block = &info["blocks"][0];
+    assert_eq!(block["page-size"], 2 << 20, "{info}");
+    assert_eq!(block["travel"], "mapped");
     pair.migrate();
 }
 

@@ -68,6 +68,20 @@ pub fn lab() -> bool {
     here
 }
 
+/// Huge pages for the guests of all tests that use them, or the reason why there are none.
+pub fn huge_pages() -> Result<(), String> {
+    const PATH: &str = "/proc/sys/vm/nr_hugepages";
+    // Two guests of a Config::default(), and two of 32 MiB.
+    let wanted = 192 + 32 + 8;
+    let write = fs::write(PATH, wanted.to_string());
+    write.map_err(|error| format!("{PATH} can't be written: {error}"))?;
+    let text = fs::read_to_string(PATH).map_err(|error| error.to_string())?;
+    match text.trim().parse::<u32>() {
+        Ok(got) if got >= wanted => Ok(()),
+        _ => Err(format!("the kernel gives {} huge pages of {wanted}", text.trim())),
+    }
+}
+
 /// A port that was free a moment ago.
 pub fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
