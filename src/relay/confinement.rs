@@ -64,7 +64,8 @@ const DENIED: [libc::c_long; 44] = [
 
 /// Give up what is not needed, for good. Called while there is one thread.
 ///
-/// What can't be given up is said and kept: a guest that starts is worth more.
+/// What can't be given up is said and kept: a guest that starts is worth more. A Landlock domain is none
+/// of it: from within one, QEMU's process could not be looked into any more.
 pub fn confine() {
     if let Err(error) = drop_capabilities() {
         warn!(%error, "capabilities could not be given up");
