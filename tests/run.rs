@@ -24,7 +24,7 @@ use support::{
     Config, Guest, Memory, Qmp, address, cache, eventually, free_port,
     helper::{BINARY, signal_process},
     qemu::Process,
-    wrapped::{Wrapped, WrappedPair, has_ended, relay_of},
+    wrapped::{Wrapped, WrappedPair, has_ended, relay_of, relays},
 };
 
 /// A guest in the machine's own, private memory.
@@ -183,26 +183,21 @@ fn descriptors_keep_their_numbers() {
         assert_eq!(sets[0]["fds"][0]["opaque"], "kept", "{sets}");
     }
     let relay = relay_of(child.id()).unwrap();
-    let files = |pid: u32| {
-        let fds = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten();
-        let paths = fds.filter_map(|fd| fs::read_link(fd.path()).ok());
-        paths.map(|path| path.display().to_string()).collect::<Vec<_>>()
-    };
     let is_kept = |path: &String| path.ends_with("/kept");
     assert!(files(child.id()).iter().any(is_kept));
     assert!(!files(relay).iter().any(is_kept), "the relay holds a file of QEMU's");
-    let listening = listening(&path);
+    let listening = listening(&path).unwrap();
     assert!(!files(child.id()).contains(&listening), "QEMU holds the manager's socket");
     assert!(files(relay).contains(&listening));
 }
 
 /// The name of a listening socket among a process's descriptors.
-fn listening(path: &Path) -> String {
+fn listening(path: &Path) -> Option<String> {
     let sockets = fs::read_to_string("/proc/net/unix").unwrap();
     let path = path.display().to_string();
     let is_it = |line: &&str| line.ends_with(&path) && line.contains(" 00010000 ");
-    let line = sockets.lines().find(is_it).expect("nobody listens");
-    format!("socket:[{}]", line.split_whitespace().nth(6).unwrap())
+    let line = sockets.lines().find(is_it)?;
+    Some(format!("socket:[{}]", line.split_whitespace().nth(6).unwrap()))
 }
 
 #[test]
@@ -238,6 +233,29 @@ fn qemu_waits_for_its_manager() {
     let mut client = Qmp::connect(&path);
     client.run("query-status", json!({}));
     assert!(program().to_str().unwrap().contains("qemu-system"));
+}
+
+#[test]
+fn nothing_stays_of_a_qemu_that_nobody_waited_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("monitor");
+    let child = run(&format!("-S -qmp unix:{},server", path.display())).spawn().unwrap();
+    let child = Process::new(child);
+    let socket = eventually("the socket", || listening(&path));
+    // It has its order when it has the socket.
+    let relay = eventually("the relay", || {
+        relays().into_iter().find(|relay| files(*relay).contains(&socket))
+    });
+    drop(child);
+    eventually("the relay's end", || has_ended(relay).then_some(()));
+    assert!(!path.exists());
+}
+
+/// What a process has open.
+fn files(pid: u32) -> Vec<String> {
+    let fds = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+    let paths = fds.filter_map(|fd| fs::read_link(fd.path()).ok());
+    paths.map(|path| path.display().to_string()).collect()
 }
 
 /// What only asks QEMU for something gets QEMU's answer, from QEMU.

@@ -3,7 +3,7 @@
 //! It lives exactly as long as QEMU: a manager that loses its monitor takes the guest for dead.
 
 use std::{
-    io::{self, Write as _},
+    io,
     os::{
         fd::{AsFd as _, OwnedFd},
         unix::net::UnixStream as StdUnixStream,
@@ -154,16 +154,34 @@ pub async fn run(control: StdUnixStream) -> io::Result<()> {
         // From now on it has no effect.
         let _ = signal(SignalKind::from_raw(number))?;
     }
-    let prepared = match prepare(&control).await {
-        Ok(prepared) => prepared,
-        Err(error) => {
-            answer(&control, &Started::Failed(error.to_string()));
-            return Err(error);
-        }
+    let order = receive(&control);
+    control.set_nonblocking(true)?;
+    let control = UnixStream::from_std(control)?;
+    let prepared = async {
+        let (start, fds) = order?;
+        prepare(start, fds).await
     };
-    answer(&control, &Started::Ready);
-    drop(control);
-    serve(prepared).await
+    let result = tokio::select! {
+        result = prepared => result,
+        // Nobody will become QEMU any more.
+        () = closed(&control) => return Ok(()),
+    };
+    match result {
+        Ok(prepared) => {
+            answer(&control, &Started::Ready).await;
+            drop(control);
+            serve(prepared).await
+        }
+        Err(error) => {
+            answer(&control, &Started::Failed(error.to_string())).await;
+            Err(error)
+        }
+    }
+}
+
+/// Wait until the other end is closed; it says nothing more.
+async fn closed(control: &UnixStream) {
+    while let Ok(1..) = socket::recv_async(control, &mut [0; 64], &mut Vec::new()).await {}
 }
 
 /// What an order has become.
@@ -174,8 +192,7 @@ struct Prepared {
     incoming: Option<Address>,
 }
 
-async fn prepare(control: &StdUnixStream) -> io::Result<Prepared> {
-    let (start, fds) = receive(control)?;
+async fn prepare(start: Start, fds: Vec<OwnedFd>) -> io::Result<Prepared> {
     let mut fds = fds.into_iter();
     let mut next = || fds.next().ok_or_else(|| wrong("descriptors are missing"));
     let mut monitors = Vec::new();
@@ -224,10 +241,10 @@ fn wrong(why: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, format!("the order to the relay is wrong: {why}"))
 }
 
-fn answer(mut control: &StdUnixStream, answer: &Started) {
+async fn answer(control: &UnixStream, answer: &Started) {
     let line = json!(answer);
     // Whoever is gone needs no answer: QEMU will not come.
-    let _ = control.write_all(format!("{line}\n").as_bytes());
+    let _ = socket::send_all_async(control, format!("{line}\n").as_bytes(), &[]).await;
 }
 
 async fn serve(prepared: Prepared) -> io::Result<()> {

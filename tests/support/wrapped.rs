@@ -124,7 +124,8 @@ pub fn relay_of(qemu: u32) -> Option<u32> {
     })
 }
 
-fn relays() -> Vec<u32> {
+/// All relays of `run` on this machine.
+pub fn relays() -> Vec<u32> {
     let pids = fs::read_dir("/proc").unwrap().flatten();
     let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
     let is_relay = |pid: &u32| {
