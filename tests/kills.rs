@@ -197,6 +197,28 @@ fn a_worker_that_hangs_is_noticed() {
     }
 }
 
+/// QEMU writes its last bytes with the lock held that its monitor needs: it answers nobody then.
+#[test]
+fn a_worker_that_takes_nothing_at_the_end_is_noticed() {
+    let mut pair = WrappedPair::start(&config());
+    for signal in [HANG, Signal::KILL] {
+        enter(&mut pair, Phase::PreSwitchover);
+        let worker = pair.source.await_worker();
+        signal_process(worker, HANG);
+        pair.source.client.run("migrate-continue", json!({ "state": "pre-switchover" }));
+        pair.source.client.await_event("MIGRATION", |data| data["status"] == "device");
+        pair.source.client.events.clear();
+        if signal != HANG {
+            end(worker, signal);
+        }
+        let end = failed(&mut pair.source);
+        println!("{}", end["error-desc"]);
+        pair.new_destination();
+    }
+    pair.source.client.capability("pause-before-switchover", false);
+    pair.migrate();
+}
+
 /// Before QEMU knows of the migration.
 #[test]
 fn the_sources_worker_while_it_connects() {

@@ -161,6 +161,36 @@ fn process_tree_and_end_are_qemus() {
     eventually("the socket to go", || (!socket.exists()).then_some(()));
 }
 
+/// A manager that starts its guest again does not wait for the end of the relay before.
+#[test]
+fn a_path_may_be_used_again_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("qmp");
+    let start = || {
+        let arguments = format!("-S -qmp unix:{},server=on,wait=off", socket.display());
+        Process::new(run(&arguments).spawn().unwrap())
+    };
+    let first = start();
+    let mut client = Qmp::connect(&socket);
+    let relay = relay_of(first.id()).unwrap();
+    // It does not read what it asks for, so that the relay ends late.
+    for _ in 0..30 {
+        client.send(b"{\"execute\": \"query-qmp-schema\"}\n");
+    }
+    let replies = || {
+        let queue = rustix::io::ioctl_fionread(client.fd());
+        queue.unwrap() > 100_000
+    };
+    eventually("replies that nobody reads", || replies().then_some(()));
+    drop(first);
+    let second = start();
+    Qmp::connect(&socket).run("query-version", json!({}));
+    drop(client);
+    eventually("the end of the first relay", || has_ended(relay).then_some(()));
+    Qmp::connect(&socket).run("quit", json!({}));
+    drop(second);
+}
+
 /// A manager's descriptors, as libvirt hands them over: a listening monitor, and others.
 #[test]
 fn descriptors_keep_their_numbers() {
@@ -189,6 +219,13 @@ fn descriptors_keep_their_numbers() {
     let listening = listening(&path).unwrap();
     assert!(!files(child.id()).contains(&listening), "QEMU holds the manager's socket");
     assert!(files(relay).contains(&listening));
+}
+
+/// What a process has open.
+fn files(pid: u32) -> Vec<String> {
+    let fds = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+    let paths = fds.filter_map(|fd| fs::read_link(fd.path()).ok());
+    paths.map(|path| path.display().to_string()).collect()
 }
 
 /// The name of a listening socket among a process's descriptors.
@@ -251,13 +288,6 @@ fn nothing_stays_of_a_qemu_that_nobody_waited_for() {
     assert!(!path.exists());
 }
 
-/// What a process has open.
-fn files(pid: u32) -> Vec<String> {
-    let fds = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
-    let paths = fds.filter_map(|fd| fs::read_link(fd.path()).ok());
-    paths.map(|path| path.display().to_string()).collect()
-}
-
 /// What only asks QEMU for something gets QEMU's answer, from QEMU.
 #[test]
 fn probes_are_left_alone() {
@@ -301,8 +331,9 @@ fn a_guest_may_go_to_the_background() {
         socket.display(),
         pidfile.display()
     );
-    let status = run(&arguments).stdout(Stdio::null()).stderr(Stdio::null()).status().unwrap();
-    assert!(status.success());
+    // Its starter reads what it says, to the end.
+    let output = run(&arguments).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
     let pid: u32 = fs::read_to_string(&pidfile).unwrap().trim().parse().unwrap();
     let mut client = Qmp::connect(&socket);
     let info = client.run("query-rdma-helper", json!({}));
@@ -310,6 +341,69 @@ fn a_guest_may_go_to_the_background() {
     let relay = relay_of(pid).unwrap();
     client.run("quit", json!({}));
     eventually("the relay's end", || has_ended(relay).then_some(()));
+}
+
+/// Signals are QEMU's own business, also those that it inherits ignored.
+#[test]
+fn children_may_be_ignored() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("qmp");
+    let mut command = Command::new("/usr/bin/python3");
+    let ignore = "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); \
+                  os.execv(sys.argv[1], sys.argv[1:])";
+    let plain = run(&format!("-S -qmp unix:{},server=on,wait=off", socket.display()));
+    command.args(["-c", ignore]).arg(plain.get_program()).args(plain.get_args());
+    let child = Process::new(command.spawn().unwrap());
+    let mut client = Qmp::connect(&socket);
+    assert_eq!(client.run("query-rdma-helper", json!({}))["pid"], child.id());
+    client.refused("migrate", json!({ "uri": "rdma:127.0.0.1:1" }));
+}
+
+/// What describes the guest's RAM elsewhere than on the command line stays QEMU's.
+#[test]
+fn memory_of_a_configuration_file_is_left_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("config");
+    fs::write(&file, "[memory]\n  size = \"64M\"\n").unwrap();
+    let memory = [format!("-readconfig {}", file.display()), "-machine memory.size=64M".into()];
+    for (index, memory) in memory.into_iter().enumerate() {
+        let socket = dir.path().join(format!("qmp{index}"));
+        let mut command = Command::new(BINARY);
+        command.args(["run", "--fabric", "tcp", "--"]).arg(cache("bin/qemu-10.0"));
+        let rest = "-accel tcg -nodefaults -display none -S -qmp";
+        command.args(
+            rest.split(' ').chain([&*format!("unix:{},server=on,wait=off", socket.display())]),
+        );
+        command.args(memory.split(' ')).stdin(Stdio::null());
+        let _child = Process::new(command.spawn().unwrap());
+        let size = Qmp::connect(&socket).run("query-memory-size-summary", json!({}));
+        assert_eq!(size["base-memory"], 64 << 20);
+    }
+}
+
+/// A backend that was a file's has a block of the same name, and its file stays as it was.
+#[test]
+fn files_of_backends_stay_what_they_are() {
+    let dir = tempfile::tempdir().unwrap();
+    for (index, place) in ["", "/ram"].into_iter().enumerate() {
+        let socket = dir.path().join(format!("qmp{index}"));
+        let child = run(&format!(
+            "-M pc-q35-3.1,memory-backend=x -object \
+             memory-backend-file,id=x,size=8M,mem-path={}{place} -qmp unix:{},server=on,wait=off",
+            dir.path().display(),
+            socket.display()
+        ));
+        let child = Process::new({ child }.spawn().unwrap());
+        let mut client = Qmp::connect(&socket);
+        let blocks = client.run("query-rdma-helper", json!({}))["blocks"].clone();
+        let names = blocks.as_array().unwrap().iter().map(|block| block["name"].as_str().unwrap());
+        assert!(names.clone().any(|name| name == "/objects/x"), "{blocks}");
+        let shared = client.run("query-memdev", json!({}))[0]["share"].clone();
+        assert_eq!(shared, place.is_empty());
+        drop(child);
+    }
+    use std::os::unix::fs::MetadataExt as _;
+    assert_eq!(fs::metadata(dir.path().join("ram")).unwrap().blocks(), 0);
 }
 
 /// The name of a QEMU is enough.

@@ -33,7 +33,7 @@ pub fn run(args: &Args) -> anyhow::Result<u8> {
     let control = control.context("No socket on standard input")?;
     started::detach().context("Cannot leave management's process group")?;
     super::block_on(async {
-        started::run(control.into()).await.context("The relay is started by 'run' only")?;
+        started::run(control.into()).await.context("The relay can't serve")?;
         Ok(super::DONE)
     })
 }

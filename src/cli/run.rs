@@ -91,10 +91,11 @@ fn shorter(name: &OsStr) -> Option<&OsStr> {
 fn find(name: &OsStr) -> Option<PathBuf> {
     let own = fs::metadata("/proc/self/exe").ok()?;
     let is_own = |file: &fs::Metadata| (file.dev(), file.ino()) == (own.dev(), own.ino());
+    let is_program = |file: &fs::Metadata| file.is_file() && file.mode() & 0o111 != 0;
     let is_other = |path: &PathBuf| {
         // A link to another copy of the helper would come back here, for ever.
         let is_helper = fs::canonicalize(path).is_ok_and(|file| file.ends_with(HELPER));
-        !is_helper && fs::metadata(path).is_ok_and(|file| file.is_file() && !is_own(&file))
+        !is_helper && fs::metadata(path).is_ok_and(|file| is_program(&file) && !is_own(&file))
     };
     let path = env::var_os("PATH").unwrap_or_default();
     [Some(name), shorter(name)].into_iter().flatten().find_map(|name| {

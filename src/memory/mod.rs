@@ -10,7 +10,7 @@ mod pipe;
 mod ranges;
 mod region;
 
-pub use inherited::close_on_exec_from;
+pub use inherited::{close_on_exec_from, inherited};
 pub use pipe::Pipe;
 pub use ranges::{CHUNK, RANGE_MAX, Ranges};
 pub use region::{Region, RegionError};

@@ -11,7 +11,7 @@ use tracing::{info, warn};
 
 use super::{
     Context, HEARTBEAT, QemuEvent,
-    source::WORKER_DIED,
+    source::{ANSWER, WORKER_DIED},
     view::{Phase, View},
     worker::{self, Worker},
 };
@@ -197,8 +197,9 @@ impl Destination {
     /// Ask QEMU for its verdict, and pass it on, once.
     async fn ask(&self, heard: &mut Heard, worker: &mut Worker) {
         let mut qemu = self.context.qemu.clone();
-        // A QEMU that is gone closes `events`.
-        let Ok(state) = qemu.execute("query-migrate", Value::Null).await else { return };
+        // A QEMU that is gone closes `events`; one that is busy is asked again.
+        let state = timeout(ANSWER, qemu.execute("query-migrate", Value::Null)).await;
+        let Ok(Ok(state)) = state else { return };
         let order = match state["status"].as_str() {
             Some("completed") if heard.stream_ended => Order::QemuCompleted,
             Some("failed") => {

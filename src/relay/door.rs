@@ -2,16 +2,22 @@
 
 use std::{
     io,
-    os::unix::net::{UnixListener as StdUnixListener, UnixStream as StdUnixStream},
+    os::unix::{
+        fs::MetadataExt as _,
+        net::{UnixListener as StdUnixListener, UnixStream as StdUnixStream},
+    },
     path::{Path, PathBuf},
     time::Duration,
 };
 
 use tokio::{
     net::{UnixListener, UnixStream},
-    time::{Instant, sleep_until},
+    time::{Instant, sleep, sleep_until},
 };
 use tracing::debug;
+
+/// How long after a client that could not be let in the next one is.
+const PAUSE: Duration = Duration::from_secs(1);
 
 /// Where clients come from, one at a time.
 pub enum Door {
@@ -43,7 +49,8 @@ impl Door {
     pub fn listening(listener: StdUnixListener, path: Option<PathBuf>) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
         let listener = UnixListener::from_std(listener)?;
-        Ok(Self::Listening(ServedSocket { listener, path, first: None }))
+        let file = path.map(SocketFile::open);
+        Ok(Self::Listening(ServedSocket { _file: file, listener, first: None }))
     }
 
     /// A client that is there.
@@ -81,7 +88,14 @@ impl Door {
         match self {
             Self::Listening(socket) => match socket.first.take() {
                 Some(stream) => Ok(stream),
-                None => Ok(socket.listener.accept().await?.0),
+                None => match socket.listener.accept().await {
+                    Ok((stream, _)) => Ok(stream),
+                    Err(error) => {
+                        // Descriptors that are missing now are missing for a while.
+                        sleep(PAUSE).await;
+                        Err(error)
+                    }
+                },
             },
             Self::Connected(stream) => match stream.take() {
                 Some(stream) => Ok(stream),
@@ -101,9 +115,38 @@ impl Door {
 
 /// A socket that the relay serves; if it has a path, that goes with it.
 pub struct ServedSocket {
+    /// Goes first: while the socket is there, its file's number is no other's.
+    _file: Option<SocketFile>,
     listener: UnixListener,
-    path: Option<PathBuf>,
     first: Option<UnixStream>,
+}
+
+/// The file of a socket, which goes with it.
+struct SocketFile {
+    path: PathBuf,
+    /// Which file it is: another QEMU that was started at this path since has its own there.
+    identity: Option<(u64, u64)>,
+}
+
+impl SocketFile {
+    fn open(path: PathBuf) -> Self {
+        let identity = Self::identity(&path);
+        Self { path, identity }
+    }
+
+    fn identity(path: &Path) -> Option<(u64, u64)> {
+        let metadata = std::fs::symlink_metadata(path).ok()?;
+        Some((metadata.dev(), metadata.ino()))
+    }
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        if self.identity.is_some() && Self::identity(&self.path) == self.identity {
+            // Somebody else may be just about to remove it.
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
 }
 
 impl ServedSocket {
@@ -127,15 +170,7 @@ impl ServedSocket {
         let listener = UnixListener::bind(path)?;
         // Whoever may connect controls the guest.
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
-        Ok(Self { listener, path: Some(path.to_owned()), first: None })
-    }
-}
-
-impl Drop for ServedSocket {
-    fn drop(&mut self) {
-        if let Some(path) = &self.path {
-            // It may have been removed by somebody else.
-            let _ = std::fs::remove_file(path);
-        }
+        let file = Some(SocketFile::open(path.to_owned()));
+        Ok(Self { _file: file, listener, first: None })
     }
 }

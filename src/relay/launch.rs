@@ -22,7 +22,6 @@ use std::{
 
 use command_fds::{CommandFdExt as _, FdMapping};
 use memfd::{FileSeal, MemfdOptions};
-use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
 use tracing::{info, warn};
 
 use super::{
@@ -30,12 +29,13 @@ use super::{
     started::{Start, StartDoor, StartMemory, StartMonitor, Started},
 };
 use crate::{
+    memory::inherited,
     qemu::argv::{Endpoint, Invocation, Memory, Monitor, Plan},
     qmp::{QmpError, socket},
 };
 
-/// How long the relay may take to start.
-const START: Duration = Duration::from_secs(10);
+/// How long the relay may take to start. A host that starts all its guests at once is slow.
+const START: Duration = Duration::from_secs(60);
 
 /// Sizes of memory are multiples of it, in bytes.
 const PAGE: u64 = 4096;
@@ -99,7 +99,7 @@ pub struct Launch {
 /// [`LaunchError`].
 pub fn launch(launch: Launch) -> Result<Infallible, LaunchError> {
     let Launch { binary, arguments, settings, keep_backends } = launch;
-    let invocation = Invocation::read(&binary, &arguments, keep_backends, Path::is_file);
+    let invocation = Invocation::read(&binary, &arguments, keep_backends, Path::is_dir);
     let plan = match invocation.map_err(LaunchError::Incoming)? {
         Invocation::Guest(plan) => plan,
         Invocation::Untouched(why) => {
@@ -171,12 +171,6 @@ fn door(endpoint: &Endpoint) -> io::Result<(StartDoor, Option<OwnedFd>)> {
     })
 }
 
-/// A descriptor of our own for what we have inherited under this number.
-fn inherited(fd: RawFd) -> io::Result<OwnedFd> {
-    let ourselves = pidfd_open(getpid(), PidfdFlags::empty())?;
-    Ok(pidfd_getfd(ourselves, fd, PidfdGetfdFlags::empty())?)
-}
-
 /// Memory for a backend, of a size that nobody can change.
 fn memfd(memory: &Memory) -> Result<OwnedFd, LaunchError> {
     let Memory { id, size, .. } = memory;
@@ -209,6 +203,7 @@ fn start_relay(
         monitors: sessions.iter().map(|s| StartMonitor { door: s.door.clone() }).collect(),
         memory: memory_listed.collect(),
         incoming: plan.incoming.clone(),
+        background: plan.background,
     };
     let mut fds: Vec<BorrowedFd<'_>> = Vec::new();
     for session in sessions {
@@ -217,15 +212,19 @@ fn start_relay(
     }
     fds.extend(memory.iter().map(|fd| fd.as_fd()));
     let (ours, theirs) = UnixStream::pair().map_err(relay)?;
-    let status = Command::new("/proc/self/exe")
+    let starter = Command::new("/proc/self/exe")
         .arg0("qemu-rdma-helper")
         .arg("relay")
         .stdin(Stdio::from(OwnedFd::from(theirs)))
         .stdout(Stdio::null())
-        .status()
-        .map_err(relay)?;
-    if !status.success() {
-        return Err(LaunchError::Relay(format!("it ended with {status}; see its messages")));
+        .spawn();
+    match starter.map_err(relay)?.wait() {
+        Ok(status) if !status.success() => {
+            return Err(LaunchError::Relay(format!("it ended with {status}; see its messages")));
+        }
+        // Management may ignore SIGCHLD, and QEMU inherits that: nothing is left to wait for.
+        Err(error) if error.raw_os_error() != Some(libc::ECHILD) => return Err(relay(error)),
+        _ => {}
     }
     let mut line = serde_json::to_vec(&start).map_err(|error| relay(error.into()))?;
     line.push(b'\n');
@@ -235,7 +234,12 @@ fn start_relay(
     let patience = (!sessions.iter().any(waits)).then_some(START);
     ours.set_read_timeout(patience).map_err(relay)?;
     let mut answer = String::new();
-    BufReader::new(ours).read_line(&mut answer).map_err(relay)?;
+    BufReader::new(ours).read_line(&mut answer).map_err(|error| match error.kind() {
+        io::ErrorKind::WouldBlock => {
+            LaunchError::Relay(format!("it was not ready within {} s", START.as_secs()))
+        }
+        _ => relay(error),
+    })?;
     match serde_json::from_str(&answer) {
         Ok(Started::Ready) => Ok(()),
         Ok(Started::Failed(why)) => Err(LaunchError::Relay(why)),

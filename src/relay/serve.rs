@@ -118,6 +118,8 @@ impl Monitor {
                 reason = told(&mut ending) => break Some(reason),
             }
         };
+        // Whoever comes now is not for us.
+        drop(door);
         self.end(reason).await;
     }
 
@@ -132,6 +134,9 @@ impl Monitor {
         {
             self.send(line);
         }
+        // No verdict will come.
+        let held = self.held.take().unwrap_or_default();
+        held.lines.into_iter().for_each(|line| self.send_event(line));
         if let Some(client) = self.client.take() {
             // Everything that QEMU said goes before the end of the connection.
             let _ = timeout(FAREWELL, client.finish()).await;

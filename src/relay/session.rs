@@ -97,7 +97,7 @@ impl Session {
     }
 
     /// Negotiate with a QEMU that is just starting, at the other end of `stream`; it may take as
-    /// long as it needs. `None` if it ended before it greeted.
+    /// long as it needs. `None` if it ended before that.
     ///
     /// The socket has named senders (SO_PASSCRED) since before QEMU was there: who made the pair is
     /// not who greets, because QEMU may go to the background in between.
@@ -108,7 +108,11 @@ impl Session {
         let mut lines = Lines::new(Arc::new(stream));
         let Some(greeting) = lines.greeting().await? else { return Ok(None) };
         let pid = lines.sender.ok_or_else(|| invalid("nobody has sent what it said"))?;
-        Self::negotiated(lines, greeting, pid).await.map(Some)
+        match Self::negotiated(lines, greeting, pid).await {
+            // It ended in the midst of it.
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(None),
+            session => session.map(Some),
+        }
     }
 
     /// End when `process` has ended, whoever else holds QEMU's end: a child of QEMU's may.
@@ -131,7 +135,12 @@ impl Session {
         let own_id: Arc<str> = format!("qemu-rdma-helper-{random:016x}-").into();
         tokio::spawn(read(lines, Replies { waiters, next: None, own_id: own_id.clone() }, say));
         let mut qemu = Qemu { requests, own_id, next_id: Arc::default() };
-        let refused = |error| invalid(&format!("it refused to negotiate: {error}"));
+        let refused = |error: QmpError| match &*error.class {
+            QmpError::CONNECTION_LOST => {
+                io::Error::new(io::ErrorKind::UnexpectedEof, "it ended while it negotiated")
+            }
+            _ => invalid(&format!("it refused to negotiate: {error}")),
+        };
         negotiate(&mut qemu).await.map_err(refused)?;
         Ok(Self { stream, qemu, said, greeting, pid })
     }

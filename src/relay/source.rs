@@ -37,6 +37,10 @@ const POLL: Duration = Duration::from_millis(20);
 /// waits at pre-switchover it does not notice by itself.
 const NOTICE: Duration = Duration::from_millis(500);
 
+/// How long QEMU is waited for while the worker is followed: QEMU answers nobody while it writes the
+/// end of its stream, and a worker that takes nothing then must be noticed all the same.
+pub(super) const ANSWER: Duration = Duration::from_secs(1);
+
 /// How long the worker may take to say why a migration failed that QEMU has ended.
 const VERDICT: Duration = Duration::from_secs(3);
 
@@ -313,8 +317,10 @@ impl Source {
         if ended.is_some() {
             return;
         }
-        // A QEMU that is gone closes `events`.
-        let Ok(state) = self.qemu().execute("query-migrate", Value::Null).await else { return };
+        // A QEMU that is gone closes `events`; one that is busy is asked again.
+        let mut qemu = self.qemu();
+        let state = timeout(ANSWER, qemu.execute("query-migrate", Value::Null)).await;
+        let Ok(Ok(state)) = state else { return };
         if let Some("failed" | "cancelled") = state["status"].as_str() {
             let why = state["error-desc"].as_str().unwrap_or("QEMU ended the migration");
             *ended = Some((Instant::now(), why.to_owned()));
@@ -323,7 +329,8 @@ impl Source {
 
     /// Once a second: what QEMU knows, and the event.
     async fn second(&mut self, last: &mut Progress) {
-        let Ok((ram, max_bandwidth)) = self.ask_figures().await else { return };
+        let figures = timeout(ANSWER, self.ask_figures()).await;
+        let Ok(Ok((ram, max_bandwidth))) = figures else { return };
         self.view.send_modify(|view| {
             let bytes = view.progress.ram_bytes.saturating_sub(last.ram_bytes);
             let milliseconds = view.progress.elapsed_ms.saturating_sub(last.elapsed_ms);

@@ -21,7 +21,7 @@ use tokio::{
     sync::watch,
     task::JoinSet,
 };
-use tracing::{debug, error};
+use tracing::{debug, error, warn};
 
 use super::{
     Context, Settings, confinement,
@@ -46,10 +46,11 @@ const SIGNAL_MAX: libc::c_int = 64;
 
 /// Signals that stay what they are: those that can't be caught, that do nothing by themselves, that
 /// a fault raises, and those of the C library (32 and 33).
-const SIGNALS_KEPT: [libc::c_int; 15] = [
+///
+/// SIGCHLD is not among them: where it is ignored, nobody learns how a worker ended.
+const SIGNALS_KEPT: [libc::c_int; 14] = [
     libc::SIGKILL,
     libc::SIGSTOP,
-    libc::SIGCHLD,
     libc::SIGCONT,
     libc::SIGURG,
     libc::SIGWINCH,
@@ -77,6 +78,8 @@ pub struct Start {
     pub memory: Vec<StartMemory>,
     /// Where to listen from the start on.
     pub incoming: Option<Address>,
+    /// QEMU goes to the background: it leaves standard error once it has started.
+    pub background: bool,
 }
 
 /// A monitor.
@@ -190,6 +193,7 @@ struct Prepared {
     monitors: Vec<(UnixStream, Door)>,
     memory: Vec<OwnMemory>,
     incoming: Option<Address>,
+    background: bool,
 }
 
 async fn prepare(start: Start, fds: Vec<OwnedFd>) -> io::Result<Prepared> {
@@ -218,7 +222,8 @@ async fn prepare(start: Start, fds: Vec<OwnedFd>) -> io::Result<Prepared> {
     for StartMemory { id, path } in start.memory {
         memory.push(OwnMemory { id, path, file: next()? });
     }
-    Ok(Prepared { settings: start.settings, monitors, memory, incoming: start.incoming })
+    let Start { settings, incoming, background, .. } = start;
+    Ok(Prepared { settings, monitors, memory, incoming, background })
 }
 
 /// The order, and its descriptors.
@@ -248,7 +253,7 @@ async fn answer(control: &UnixStream, answer: &Started) {
 }
 
 async fn serve(prepared: Prepared) -> io::Result<()> {
-    let Prepared { settings, monitors, memory, incoming } = prepared;
+    let Prepared { settings, monitors, memory, incoming, background } = prepared;
     let mut sessions = Vec::new();
     for (stream, door) in monitors {
         match Session::begin(stream).await? {
@@ -278,6 +283,9 @@ async fn serve(prepared: Prepared) -> io::Result<()> {
     }
     // No more than that: a manager quotes the last words of a QEMU that has died.
     debug!(pid, "serving QMP");
+    if background {
+        leave_stderr();
+    }
     // Only QEMU's end is a reason to end.
     let (_tell, ending) = watch::channel(None);
     let mut running = JoinSet::new();
@@ -289,6 +297,14 @@ async fn serve(prepared: Prepared) -> io::Result<()> {
     running.join_all().await;
     migrations.end(None).await;
     Ok(())
+}
+
+/// Whoever reads what QEMU said while it started waits for its end.
+fn leave_stderr() {
+    let null = std::fs::OpenOptions::new().write(true).open("/dev/null");
+    if let Err(error) = null.and_then(|null| Ok(rustix::stdio::dup2_stderr(null)?)) {
+        warn!(%error, "standard error could not be left");
+    }
 }
 
 /// Let QEMU end as it does by itself when it can't listen: with a message, and exit status 1.

@@ -62,6 +62,10 @@ impl Qmp {
         Self { stream: BufReader::new(stream), greeting: String::new(), events: Vec::new() }
     }
 
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.stream.get_ref().as_fd()
+    }
+
     pub fn send(&mut self, bytes: &[u8]) {
         self.stream.get_ref().write_all(bytes).unwrap();
     }

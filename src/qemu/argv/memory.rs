@@ -47,7 +47,7 @@ pub(super) fn find(
     binary: &OsStr,
     given: &[Given<'_>],
     machine: &Machine,
-    is_file: &impl Fn(&Path) -> bool,
+    is_directory: &impl Fn(&Path) -> bool,
     plan: &mut Plan,
     changes: &mut Changes,
 ) {
@@ -57,14 +57,14 @@ pub(super) fn find(
     }
     for option in given.iter().filter(|option| option.name == "object") {
         let options = Options::read(option.value.unwrap_or_default(), "qom-type");
-        backend(option, options, is_file, plan, changes);
+        backend(option, options, is_directory, plan, changes);
     }
     let by_nodes = given.iter().any(|option| {
         option.name == "numa"
             && Options::read(option.value.unwrap_or_default(), "type").get("memdev").is_some()
     });
     if machine.memory_backend.is_none() && !by_nodes {
-        default(binary, given, machine, is_file, plan, changes);
+        default(binary, given, machine, is_directory, plan, changes);
     }
 }
 
@@ -72,7 +72,7 @@ pub(super) fn find(
 fn backend(
     option: &Given<'_>,
     options: Options,
-    is_file: &impl Fn(&Path) -> bool,
+    is_directory: &impl Fn(&Path) -> bool,
     plan: &mut Plan,
     changes: &mut Changes,
 ) {
@@ -92,20 +92,24 @@ fn backend(
         }
         Some("memory-backend-file") if options.switch("share") != Some(true) => {
             let path = options.get("mem-path").unwrap_or_default();
-            if options.switch("readonly") == Some(true) || is_file(Path::new(&path)) {
-                plan.notes.push(format!(
-                    "RAM backend '{}' is a private copy of the file {path}, and stays that: it is \
-                     migrated from QEMU's stream; with share=on it would be faster, and the guest \
-                     would write the file",
-                    options.get("id").unwrap_or_default()
-                ));
+            if options.switch("readonly") == Some(true) || !is_directory(Path::new(&path)) {
+                let id = options.get("id").unwrap_or_default();
+                plan.notes.push(stays_private(&format!("RAM backend '{id}'"), &path));
                 return;
             }
-            let shared = named_by_id(options.with("share", json!(true)));
+            let shared = options.with("share", json!(true));
             changes.value(option, object(Part::text(shared.to_string())));
         }
         _ => {}
     }
+}
+
+/// A file that is not QEMU's alone, in a directory, would get the guest's memory, and keep it.
+fn stays_private(what: &str, path: &str) -> String {
+    format!(
+        "{what} is a private copy of the file {path}, and stays that: it is migrated from QEMU's \
+         stream; with share=on it would be faster, and the guest would write the file"
+    )
 }
 
 /// The same backend on a memfd.
@@ -126,10 +130,19 @@ fn default(
     binary: &OsStr,
     given: &[Given<'_>],
     machine: &Machine,
-    is_file: &impl Fn(&Path) -> bool,
+    is_directory: &impl Fn(&Path) -> bool,
     plan: &mut Plan,
     changes: &mut Changes,
 ) {
+    if machine.memory || given.iter().any(|option| option.name == "readconfig") {
+        plan.notes.push(
+            "The machine's RAM stays as it is, because not only -m describes it; give it a \
+             backend: -object memory-backend-memfd,id=ID,size=...,share=on -machine \
+             memory-backend=ID"
+                .into(),
+        );
+        return;
+    }
     let Some(id) = default_id(binary, machine.kind.as_deref()) else {
         plan.notes.push(
             "The machine's RAM stays as it is, because this machine's name for it is not known; \
@@ -158,10 +171,15 @@ fn default(
             plan.memory.push(Memory { id: id.into(), size: bytes, object });
             Part::Memory(plan.memory.len() - 1)
         }
-        Some((_, path)) if is_file(Path::new(path)) => return,
+        Some(path) if !is_directory(Path::new(path)) => {
+            plan.notes.push(stays_private("The machine's RAM", path));
+            return;
+        }
         // The directory of huge pages, most likely.
-        Some((option, path)) => {
-            changes.value(option, []);
+        Some(path) => {
+            for option in given.iter().filter(|option| option.name == "mem-path") {
+                changes.value(option, []);
+            }
             Part::text(object.with("mem-path", Value::from(path)).to_string())
         }
     };
@@ -173,10 +191,9 @@ fn default(
     ]);
 }
 
-fn mem_path<'a, 'b>(given: &'b [Given<'a>]) -> Option<(&'b Given<'a>, &'a str)> {
-    let mut paths = given.iter().filter(|option| option.name == "mem-path");
-    let option = paths.next_back()?;
-    Some((option, option.value?))
+/// The last `-mem-path`, which counts.
+fn mem_path<'a>(given: &[Given<'a>]) -> Option<&'a str> {
+    given.iter().rfind(|option| option.name == "mem-path")?.value
 }
 
 /// The id that QEMU gives the backend of `-m` (`default_ram_id` of the machine's class).

@@ -29,9 +29,10 @@ use crate::{
 };
 
 /// Options without a value (qemu-options.hx of 7.2 to 10.1).
-const FLAGS: [&str; 37] = [
+const FLAGS: [&str; 38] = [
     "S",
     "async-teardown",
+    "audio-help",
     "curses",
     "daemonize",
     "enable-fips",
@@ -87,6 +88,8 @@ pub struct Plan {
     pub memory: Vec<Memory>,
     /// `-incoming rdma:`: where to listen.
     pub incoming: Option<Address>,
+    /// QEMU goes to the background (`-daemonize`).
+    pub background: bool,
     /// What the user should know: RAM that stays private, and why.
     pub notes: Vec<String>,
     parts: Vec<Part>,
@@ -120,7 +123,7 @@ struct Given<'a> {
 impl Invocation {
     /// Read QEMU's arguments, without its name.
     ///
-    /// `is_file` tells whether a path is a file that exists already.
+    /// `is_directory` tells whether a path is a directory.
     ///
     /// # Errors
     /// When `-incoming` names rdma and is wrong.
@@ -128,7 +131,7 @@ impl Invocation {
         binary: &OsStr,
         arguments: &[OsString],
         keep_backends: bool,
-        is_file: impl Fn(&Path) -> bool,
+        is_directory: impl Fn(&Path) -> bool,
     ) -> Result<Self, QmpError> {
         let given = given(arguments);
         if given.iter().any(|option| matches!(option.name, "h" | "help" | "version")) {
@@ -142,6 +145,7 @@ impl Invocation {
             monitors: Vec::new(),
             memory: Vec::new(),
             incoming: incoming(&given)?,
+            background: given.iter().any(|option| option.name == "daemonize"),
             notes: Vec::new(),
             parts: Vec::new(),
         };
@@ -161,7 +165,7 @@ impl Invocation {
             }
         }
         if !keep_backends {
-            memory::find(binary, &given, &machine, &is_file, &mut plan, &mut changes);
+            memory::find(binary, &given, &machine, &is_directory, &mut plan, &mut changes);
         }
         plan.parts = changes.apply(arguments);
         Ok(Self::Guest(plan))
@@ -242,6 +246,8 @@ fn given(arguments: &[OsString]) -> Vec<Given<'_>> {
 struct Machine {
     kind: Option<String>,
     memory_backend: Option<String>,
+    /// Its memory is not, or not only, described by `-m`.
+    memory: bool,
     /// The guest's memory is encrypted or otherwise not ours to share.
     confidential: bool,
 }
@@ -253,6 +259,7 @@ impl Machine {
             let options = Options::read(option.value.unwrap_or_default(), "type");
             machine.kind = options.get("type").or(machine.kind);
             machine.memory_backend = options.get("memory-backend").or(machine.memory_backend);
+            machine.memory |= options.names().any(|name| name.starts_with("memory."));
             machine.confidential |= options.get("confidential-guest-support").is_some()
                 || options.get("memory-encryption").is_some();
         }

@@ -30,6 +30,16 @@ impl Options {
         Self::Pairs(pairs)
     }
 
+    /// The keys that are there.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        let (pairs, object) = match self {
+            Self::Pairs(pairs) => (Some(pairs), None),
+            Self::Json(object) => (None, Some(object)),
+        };
+        let names = pairs.into_iter().flatten().map(|(name, _)| name.as_str());
+        names.chain(object.into_iter().flat_map(Map::keys).map(String::as_str))
+    }
+
     /// The last value of `key` as text; a flag without a value is `on`.
     pub fn get(&self, key: &str) -> Option<String> {
         match self {

@@ -7,8 +7,8 @@ fn words(line: &str) -> Vec<OsString> {
 }
 
 fn read(line: &str) -> Invocation {
-    let is_file = |path: &Path| path.ends_with("image");
-    Invocation::read(OsStr::new("qemu-system-x86_64"), &words(line), false, is_file).unwrap()
+    let is_directory = |path: &Path| path.ends_with("hugepages");
+    Invocation::read(OsStr::new("qemu-system-x86_64"), &words(line), false, is_directory).unwrap()
 }
 
 fn plan(line: &str) -> Plan {
@@ -108,9 +108,18 @@ fn plain_memory_gets_a_backend() {
         )
     );
     assert_eq!(plan("-qmp unix:/q,server").memory[0].size, 128 << 20);
-    // Whose name for its RAM is not known, that has none of its own, or that is nobody's.
-    for line in ["-M virt", "-M q35 -numa node,memdev=a", "-M q35,confidential-guest-support=sev0"]
-    {
+    let twice = rewritten("-mem-path /a -m 1G -mem-path /dev/hugepages -qmp unix:/q,server");
+    assert!(twice.starts_with("-m 1G ") && twice.contains("mem-path=/dev/hugepages"), "{twice}");
+    // Whose name for its RAM is not known, that has none of its own, that is nobody's, that is
+    // described elsewhere, or that would be left behind in a file.
+    for line in [
+        "-M virt",
+        "-M q35 -numa node,memdev=a",
+        "-M q35,confidential-guest-support=sev0",
+        "-M q35,memory.size=1G",
+        "-readconfig /file",
+        "-mem-path /a/new/file",
+    ] {
         assert!(plan(&format!("{line} -qmp unix:/q,server")).memory.is_empty(), "{line}");
     }
 }
@@ -134,12 +143,12 @@ fn settings_of_backends_are_kept() {
     );
     assert_eq!(
         object("memory-backend-file,id=x,size=1G,mem-path=/dev/hugepages"),
-        "qom-type=memory-backend-file,id=x,size=1G,mem-path=/dev/hugepages,share=on,x-use-canonical-path-for-ramblock-id=off"
+        "qom-type=memory-backend-file,id=x,size=1G,mem-path=/dev/hugepages,share=on"
     );
     for kept in [
         "memory-backend-memfd,id=x,size=1G",
         "memory-backend-file,id=x,size=1G,mem-path=/a,share=on",
-        // A private copy of a file that exists must not be written to it.
+        // What is private must not be written to a file.
         "memory-backend-file,id=x,size=1G,mem-path=/image",
         "iothread,id=a",
     ] {
