@@ -153,7 +153,8 @@ impl FabricError {
 /// What helps when memory can't be registered.
 fn pin_cure(source: &io::Error) -> &'static str {
     if source.kind() == io::ErrorKind::OutOfMemory {
-        "raise the memlock limit ('ulimit -l unlimited', LimitMEMLOCK=infinity in the service)"
+        "raise the memlock limit ('ulimit -l unlimited', LimitMEMLOCK=infinity in the service, \
+         <hard_limit> in libvirt's domain)"
     } else {
         "'qemu-rdma-helper check' says what the device allows"
     }

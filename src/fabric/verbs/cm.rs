@@ -19,7 +19,7 @@ use rustix::{
 };
 
 use super::library::{Library, check};
-use crate::fabric::{FabricError, Result};
+use crate::fabric::{self, FabricError, Result};
 
 /// RDMA_OPTION_ID (rdma/rdma_user_cm.h) and its options.
 const OPTION_ID: i32 = 0;
@@ -59,6 +59,17 @@ unsafe impl Send for EventChannel {}
 // SAFETY: as for `Send`: two threads that take events each get other ones.
 unsafe impl Sync for EventChannel {}
 
+/// The connection manager can't be reached. Where there is a device, its files may be hidden.
+fn unreachable(why: &io::Error, has_device: bool) -> FabricError {
+    let cure = if has_device {
+        "load the module rdma_ucm, and let the helper's user read and write /dev/infiniband/rdma_cm \
+         (under libvirt, cgroup_device_acl in qemu.conf must name it)"
+    } else {
+        "is the module rdma_ucm loaded, and is there a device ('rdma link')?"
+    };
+    FabricError::Unavailable(format!("the connection manager can't be reached ({why}); {cure}"))
+}
+
 impl EventChannel {
     pub(super) fn new() -> Result<Arc<Self>> {
         let library = Library::get()?;
@@ -66,10 +77,7 @@ impl EventChannel {
         let raw = unsafe { (library.rdma_create_event_channel)() };
         let Some(raw) = NonNull::new(raw) else {
             let why = io::Error::last_os_error();
-            return Err(FabricError::Unavailable(format!(
-                "the connection manager can't be reached ({why}); is the module rdma_ucm loaded, \
-                 and is there a device ('rdma link')?"
-            )));
+            return Err(unreachable(&why, !fabric::devices().is_empty()));
         };
         let channel = Self { raw, library };
         let nonblocking = fcntl_getfl(channel.fd())
