@@ -93,7 +93,7 @@ class Host:
         self.number = number
         self.dir = f"/mnt/{number}"
         with open(f"{self.dir}/pid") as file:
-            self.network = os.readlink(f"/proc/{file.read().strip()}/ns/net")
+            self.name = os.readlink(f"/proc/{file.read().strip()}/ns/uts")
 
     def __str__(self):
         return f"host{self.number}"
@@ -106,7 +106,7 @@ class Host:
         found = []
         for path in glob.glob("/proc/[0-9]*"):
             try:
-                if os.readlink(f"{path}/ns/net") != self.network:
+                if os.readlink(f"{path}/ns/uts") != self.name:
                     continue
                 with open(f"{path}/comm") as file:
                     names = [file.read().strip(), os.readlink(f"{path}/exe")]
@@ -263,9 +263,9 @@ class Events:
 CASES = []
 
 
-def case(name):
+def case(name, cases=CASES):
     def add(function):
-        CASES.append((name, function))
+        cases.append((name, function))
         return function
     return add
 
@@ -556,10 +556,10 @@ def show_logs():
             print(f"--- {path}", *file.read().splitlines()[-25:], sep="\n", file=sys.stderr)
 
 
-def main():
+def main(cases=CASES):
     global current
     began, failed = time.monotonic(), 0
-    chosen = [c for c in CASES if len(sys.argv) == 1 or any(word in c[0] for word in sys.argv[1:])]
+    chosen = [c for c in cases if len(sys.argv) == 1 or any(word in c[0] for word in sys.argv[1:])]
     for name, run in chosen:
         start = time.monotonic()
         try:
@@ -579,4 +579,5 @@ def main():
     sys.exit(1 if failed or not chosen else 0)
 
 
-main()
+if __name__ == "__main__":
+    main()
