@@ -264,6 +264,21 @@ fn the_destinations_worker_while_it_listens() {
     pair.migrate();
 }
 
+/// Where memory ends, the kernel ends a migration rather than a guest.
+#[test]
+fn the_worker_goes_first_where_memory_ends() {
+    let mut pair = WrappedPair::start(&config());
+    enter(&mut pair, Phase::FirstPass);
+    let score = |pid: u32| {
+        let text = std::fs::read_to_string(format!("/proc/{pid}/oom_score_adj")).unwrap();
+        text.trim().parse::<i32>().unwrap()
+    };
+    for host in [&pair.source, &pair.destination] {
+        assert_eq!(score(host.await_worker()), 1000);
+        assert!(score(host.qemu.pid()) < 1000 && score(host.relay) < 1000);
+    }
+}
+
 /// The relay ends with QEMU, and with nothing else.
 #[test]
 fn signals_to_the_relay_have_no_effect() {

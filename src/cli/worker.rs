@@ -4,12 +4,21 @@ use std::os::fd::AsFd as _;
 
 use anyhow::Context as _;
 use qemu_rdma_helper::migration;
+use tracing::warn;
+
+/// The first to be ended where memory ends.
+const OOM_SCORE_ADJ: &str = "1000";
 
 /// Run the migration; its outcome is reported to the relay.
 pub fn run() -> anyhow::Result<u8> {
     // It was started as /proc/self/exe, which says nothing in a list of processes. Without a name it
     // works too.
     let _ = rustix::thread::set_name(c"rdma-worker");
+    // Where memory ends, it is not QEMU that has to go: a worker has mapped as much of the guest's,
+    // and without it only a migration fails. Anybody may offer himself (proc(5)).
+    if let Err(error) = std::fs::write("/proc/self/oom_score_adj", OOM_SCORE_ADJ) {
+        warn!(%error, "if memory ends, the kernel may choose QEMU");
+    }
     let control = std::io::stdin().as_fd().try_clone_to_owned();
     let control = control.context("No socket to the relay on standard input")?;
     migration::worker::run(control.into()).context("The worker is started by 'attach' only")?;

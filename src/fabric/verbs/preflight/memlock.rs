@@ -110,10 +110,10 @@ fn judge(
     let cure = match helper {
         Some(pid) => format!(
             "raise it: 'prlimit --pid {pid} --memlock=unlimited' as root, and LimitMEMLOCK=infinity \
-             in its service"
+             in its service (under libvirt, <hard_limit> in its domain)"
         ),
         None => "raise it: 'ulimit -l unlimited' where the helper is started, or \
-                 LimitMEMLOCK=infinity in its service"
+                 LimitMEMLOCK=infinity in its service (under libvirt, <hard_limit> in its domain)"
             .to_owned(),
     };
     let whose = format!("{whose}: {} KiB", bound >> 10);
