@@ -280,7 +280,9 @@ fn assert_limited(host: &mut Host, what: &str) {
     let (code, text) = check_helper(host);
     let pid = host.helper.pid();
     let finding = format!("fail     memlock of the helper, process {pid}: {what}");
-    assert_line(&text, &finding, "and LimitMEMLOCK=infinity in its service");
+    let cure =
+        "and LimitMEMLOCK=infinity in its service (under libvirt, <hard_limit> in its domain)";
+    assert_line(&text, &finding, cure);
     assert!(text.contains(&format!("'prlimit --pid {pid} --memlock=unlimited' as root")));
     assert_eq!(code, 1);
 }
