@@ -45,9 +45,11 @@ const DEADLY: [Signal; 22] = [
 #[track_caller]
 fn end(worker: u32, signal: Signal) {
     signal_process(worker, signal);
-    while signal != HANG && !has_ended(worker) {
-        let _ = rustix::process::kill_process(pid(worker), signal);
-        thread::yield_now();
+    if signal != HANG {
+        eventually("the worker's end", || {
+            let _ = rustix::process::kill_process(pid(worker), signal);
+            has_ended(worker).then_some(())
+        });
     }
 }
 

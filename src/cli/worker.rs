@@ -21,6 +21,6 @@ pub fn run() -> anyhow::Result<u8> {
     }
     let control = std::io::stdin().as_fd().try_clone_to_owned();
     let control = control.context("No socket to the relay on standard input")?;
-    migration::worker::run(control.into()).context("The worker is started by 'attach' only")?;
+    migration::worker::run(control.into()).context("The worker is started by the relay only")?;
     Ok(super::DONE)
 }

@@ -141,21 +141,11 @@ impl Migrations {
         context: Context,
         address: Address,
     ) -> impl Future<Output = Reply> + Send + use<> {
-        let (reply, result) = oneshot::channel();
-        let mut slots = self.slots();
-        if slots.source.as_ref().is_some_and(Migration::runs) {
-            let error = QmpError::generic("There's a migration process in progress");
-            // The receiver is right here.
-            let _ = reply.send(Err(error));
-        } else {
-            let (events, event_receiver) = mpsc::channel(QUEUE);
-            let (view, view_receiver) = watch::channel(View::new(Side::Source));
-            let output = self.outputs.clone();
-            let source = Source { context, events: event_receiver, output, view };
-            let task = tokio::spawn(source.run(address, reply));
-            let before = slots.source.as_ref().and_then(Migration::shown);
-            slots.source = Some(Migration { events, view: view_receiver, before, task });
-        }
+        let output = self.outputs.clone();
+        let busy = "There's a migration process in progress";
+        let result = begin(&mut self.slots().source, Side::Source, busy, |events, view, reply| {
+            tokio::spawn(Source { context, events, output, view }.run(address, reply))
+        });
         flatten(result)
     }
 
@@ -166,20 +156,12 @@ impl Migrations {
         address: Address,
         exit_on_error: Option<bool>,
     ) -> impl Future<Output = Reply> + Send + use<> {
-        let (reply, result) = oneshot::channel();
-        let mut slots = self.slots();
-        if slots.destination.as_ref().is_some_and(Migration::runs) {
-            let error = QmpError::generic("The incoming migration has already been started");
-            // The receiver is right here.
-            let _ = reply.send(Err(error));
-        } else {
-            let (events, event_receiver) = mpsc::channel(QUEUE);
-            let (view, view_receiver) = watch::channel(View::new(Side::Destination));
-            let destination = Destination { context, events: event_receiver, view };
-            let task = tokio::spawn(destination.run(address, exit_on_error, reply));
-            let before = slots.destination.as_ref().and_then(Migration::shown);
-            slots.destination = Some(Migration { events, view: view_receiver, before, task });
-        }
+        let busy = "The incoming migration has already been started";
+        let slot = &mut self.slots().destination;
+        let result = begin(slot, Side::Destination, busy, |events, view, reply| {
+            let destination = Destination { context, events, view };
+            tokio::spawn(destination.run(address, exit_on_error, reply))
+        });
         flatten(result)
     }
 
@@ -187,19 +169,43 @@ impl Migrations {
     pub async fn end(&self, reason: Option<&str>) {
         let Slots { source, destination } = std::mem::take(&mut *self.slots());
         for migration in [source, destination].into_iter().flatten() {
-            if let (Some(reason), true) = (reason, migration.runs()) {
-                migration.tell(QemuEvent::Abort(reason.to_owned()));
+            let Migration { events, task, .. } = migration;
+            let events = reason.map(|reason| {
+                // One that is over hears nothing.
+                let _ = events.try_send(QemuEvent::Abort(reason.to_owned()));
                 // It keeps its end of the events, so that it does not take QEMU for gone.
-                let Migration { events, task, .. } = migration;
-                let _ = timeout(FAREWELL, task).await;
-                drop(events);
-            } else {
-                let Migration { events, task, .. } = migration;
-                drop(events);
-                let _ = timeout(FAREWELL, task).await;
-            }
+                events
+            });
+            let _ = timeout(FAREWELL, task).await;
+            drop(events);
         }
     }
+}
+
+/// Start a migration in its slot, unless one runs there, which `busy` says. What comes is the
+/// client's answer.
+fn begin(
+    slot: &mut Option<Migration>,
+    side: Side,
+    busy: &str,
+    start: impl FnOnce(
+        mpsc::Receiver<QemuEvent>,
+        watch::Sender<View>,
+        oneshot::Sender<Reply>,
+    ) -> JoinHandle<()>,
+) -> oneshot::Receiver<Reply> {
+    let (reply, result) = oneshot::channel();
+    if slot.as_ref().is_some_and(Migration::runs) {
+        // The receiver is right here.
+        let _ = reply.send(Err(QmpError::generic(busy)));
+    } else {
+        let (events, event_receiver) = mpsc::channel(QUEUE);
+        let (view, view_receiver) = watch::channel(View::new(side));
+        let before = slot.as_ref().and_then(Migration::shown);
+        let task = start(event_receiver, view, reply);
+        *slot = Some(Migration { events, view: view_receiver, before, task });
+    }
+    result
 }
 
 /// The result of a migration's start.

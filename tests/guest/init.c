@@ -120,13 +120,13 @@ int main(void)
     load_modules();
 
     uint64_t fill = number("fill", 64) * (uint64_t)MIB;
-    long pause = number("pause", 0);
+    long gap = number("pause", 0);
     char *memory = mmap(NULL, fill, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     reads = mmap(NULL, sizeof *reads, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED || reads == MAP_FAILED) {
         printf("MISMATCH no memory for fill=%lu\n", fill / MIB);
         for (;;)
-            sleep(1000); /* init must not end */
+            pause(); /* init must not end */
     }
     for (long i = number("readers", 0); i > 0; i--)
         if (fork() == 0)
@@ -135,7 +135,7 @@ int main(void)
         for (uint64_t offset = 0; offset < fill; offset += MIB) {
             turn_over((uint64_t *)(memory + offset), offset, pass);
             tick(pass);
-            if (pause)
-                usleep(pause);
+            if (gap)
+                usleep(gap); /* the pace at which memory is written */
         }
 }
