@@ -2,21 +2,20 @@
 //!
 //! What QEMU itself counted while it sent them (`info migrate`) is what must be found in them.
 
+#[path = "support/streams.rs"]
+mod streams;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     convert::Infallible,
     fs,
-    io::Read as _,
-    path::PathBuf,
 };
 
-use lzma_rust2::XzReader;
 use qemu_rdma_helper::stream::{
     BlockRange, Inlet, Landing, Limits, Outlet, Rewriter, StreamBlock,
     Travel::{self, InStream, Mapped, Staged},
 };
-
-const PAGE: u64 = 4096;
+use streams::PAGE;
 
 /// How blocks travel, by name.
 type Choice = fn(&str) -> Travel;
@@ -42,20 +41,16 @@ struct Recording {
 
 impl Recording {
     fn all() -> Vec<Self> {
-        let dir = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data/streams");
-        let mut recordings = Vec::new();
-        for entry in fs::read_dir(dir).unwrap() {
-            let path = entry.unwrap().path();
-            let name = path.file_name().unwrap().to_str().unwrap();
-            let Some(name) = name.strip_suffix(".stream.xz").map(str::to_owned) else { continue };
-            let mut stream = Vec::new();
-            let file = fs::File::open(&path).unwrap();
-            XzReader::new(file, false).read_to_end(&mut stream).unwrap();
-            let said = fs::read_to_string(path.with_file_name(format!("{name}.txt"))).unwrap();
-            recordings.push(Self { name, stream, said });
-        }
-        assert_eq!(recordings.len(), 7, "see scripts/record-streams");
-        recordings
+        let recording = |(name, stream)| {
+            let said = streams::directory().join(format!("{name}.txt"));
+            Self { name, stream, said: fs::read_to_string(said).unwrap() }
+        };
+        streams::recorded().into_iter().map(recording).collect()
+    }
+
+    /// [`CHOICES`] that it allows: what is announced without content can't stay in the stream.
+    fn choices(&self) -> &'static [Choice] {
+        if self.kind() == "announced" { &CHOICES[2..] } else { &CHOICES }
     }
 
     /// What kind of records it is about.
@@ -88,6 +83,8 @@ struct Source {
     /// QEMU_FILE messages; one ends at each HOOK.
     messages: Vec<Vec<u8>>,
     hook_open: bool,
+    /// Bytes that came without content.
+    announced: u64,
     /// (zero, block, offset), a page each.
     pages: Vec<(bool, u32, u64)>,
     /// Staged bytes that were not written yet, and those that were.
@@ -102,6 +99,7 @@ impl Source {
             blocks: Vec::new(),
             messages: vec![Vec::new()],
             hook_open: false,
+            announced: 0,
             pages: Vec::new(),
             gathered: Vec::new(),
             staged: Vec::new(),
@@ -162,6 +160,11 @@ impl Outlet for Source {
 
     fn zero(&mut self, range: BlockRange) -> Result<(), Infallible> {
         self.range(true, range);
+        Ok(())
+    }
+
+    fn announced(&mut self, bytes: u64, _: bool) -> Result<(), Infallible> {
+        self.announced += bytes;
         Ok(())
     }
 
@@ -249,6 +252,8 @@ fn every_page_that_qemu_counted_is_found() {
             assert!(found.0 >= counted.0 * 9 / 10, "{found:?} of {counted:?}");
         }
         assert!(recording.count("dirty sync count") >= 3, "{}: no later pass", recording.name);
+        let announced = source.announced > 0;
+        assert_eq!(announced, recording.kind() == "announced", "{}", recording.name);
         let of_its_kind = match recording.kind() {
             "xbzrle" => sent[1],
             "compress" => sent[2],
@@ -262,7 +267,7 @@ fn every_page_that_qemu_counted_is_found() {
 fn no_cut_changes_anything() {
     for recording in Recording::all() {
         let staged = if recording.kind() == "plain" { &STAGED[..] } else { &[] };
-        for travel in CHOICES.iter().chain(staged) {
+        for travel in recording.choices().iter().chain(staged) {
             let whole = rewrite(&recording.stream, usize::MAX, *travel);
             for pieces in [1, 7, 4096, 4097, 65536] {
                 let cut = rewrite(&recording.stream, pieces, *travel);
@@ -294,8 +299,8 @@ fn what_is_not_ram_arrives_unchanged() {
 fn blocks_in_the_stream_keep_their_records() {
     for recording in Recording::all() {
         let all = rewrite(&recording.stream, 4096, |_| Mapped);
-        for travel in CHOICES {
-            let source = rewrite(&recording.stream, 4096, travel);
+        for travel in recording.choices() {
+            let source = rewrite(&recording.stream, 4096, *travel);
             // Read again what the destination's QEMU would get: just those blocks' pages.
             let kept = rewrite(&land(&source).bytes, 4096, |_| Mapped);
             let of = |pages: &[(bool, u32, u64)], wanted: bool| -> Vec<_> {

@@ -103,6 +103,11 @@ impl<I: Inlet> Taker for Passing<'_, I> {
             let why = "bytes behind a HOOK in its message".to_owned();
             return Err(PushError::Stream(StreamError::Malformed { at: 0, why }));
         }
+        // QEMU would take the content for granted.
+        if matches!(item, Item::Announced { .. }) {
+            let why = "pages without content".to_owned();
+            return Err(PushError::Stream(StreamError::Malformed { at: 0, why }));
+        }
         self.pass(item, raw, blocks).map_err(PushError::Taker)?;
         Ok(Payload::Take)
     }

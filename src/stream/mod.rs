@@ -9,6 +9,7 @@
 mod error;
 mod fields;
 mod landing;
+pub mod multifd;
 mod parser;
 mod records;
 mod rewriter;
@@ -19,4 +20,4 @@ pub use error::{PushError, StreamError};
 pub use landing::{Inlet, Landing};
 pub use parser::{PAGE, StreamBlock};
 pub use records::Records;
-pub use rewriter::{BlockRange, Limits, Outlet, Rewriter, Travel};
+pub use rewriter::{BlockRange, ChannelPage, Extent, Limits, Outlet, Rewriter, Travel};

@@ -19,6 +19,8 @@ const ITEM_MAX: usize = 2048;
 
 /// Flags in the low bits of a RAM record's word (RAM_SAVE_FLAG_* of `migration/ram.c`).
 pub(super) mod flag {
+    /// Of `qemu-patches/`; FULL in the streams of 2009.
+    pub const RANGE: u64 = 0x001;
     pub const ZERO: u64 = 0x002;
     pub const MEM_SIZE: u64 = 0x004;
     pub const PAGE: u64 = 0x008;
@@ -50,6 +52,8 @@ pub(super) enum Item {
     Page { block: u32, offset: u64, plain: bool },
     /// A page that is zero; no payload.
     Zero { block: u32, offset: u64 },
+    /// Pages that have to be sent, without their content; no payload.
+    Announced { block: u32, offset: u64, length: u64 },
     /// RDMA's synchronisation point.
     Hook,
     /// Multifd's.
@@ -205,34 +209,38 @@ impl Parser {
                         self.apply(found, raw, taker)?;
                         input = rest;
                     }
-                    None => return self.carry_over(input),
+                    None if input.len() < ITEM_MAX => {
+                        self.carry.extend_from_slice(input);
+                        return Ok(());
+                    }
+                    None => return Err(self.endless()),
                 }
             } else {
                 let carried = self.carry.len();
                 let more = input.len().min(ITEM_MAX - carried);
-                self.carry.extend_from_slice(&input[..more]);
-                let carry = std::mem::take(&mut self.carry);
-                match self.find(&carry).map_err(PushError::Stream)? {
+                let mut carry = std::mem::take(&mut self.carry);
+                carry.extend_from_slice(&input[..more]);
+                input = match self.find(&carry).map_err(PushError::Stream)? {
                     Some(found) => {
                         // The item was not whole before, so it ends within the new bytes.
                         let size = found.size;
                         self.apply(found, &carry[..size], taker)?;
-                        input = &input[size - carried..];
+                        carry.clear();
+                        &input[size - carried..]
                     }
-                    None => return self.carry_over(&carry),
-                }
+                    None if carry.len() < ITEM_MAX => &input[more..],
+                    None => return Err(self.endless()),
+                };
+                // Its memory serves the next cut too.
+                self.carry = carry;
             }
         }
         Ok(())
     }
 
-    /// Keep the bytes of an item that is not whole.
-    fn carry_over<E>(&mut self, bytes: &[u8]) -> Result<(), PushError<E>> {
-        if bytes.len() >= ITEM_MAX {
-            return Err(PushError::Stream(self.malformed("an item that does not end")));
-        }
-        self.carry = bytes.to_vec();
-        Ok(())
+    /// So many bytes, and still no whole item.
+    fn endless<E>(&self) -> PushError<E> {
+        PushError::Stream(self.malformed("an item that does not end"))
     }
 
     /// Hand an item over and move on.
@@ -380,6 +388,10 @@ impl Parser {
         let Some(block) = self.record_block(fields, flags, offset)? else { return Ok(None) };
         let (item, payload) = match flags & !flag::CONTINUE {
             flag::PAGE => (Item::Page { block, offset, plain: true }, PAGE),
+            flag::RANGE => {
+                let Some(pages) = fields.u64() else { return Ok(None) };
+                (self.announced(block, offset, pages)?, 0)
+            }
             flag::ZERO => match fields.u8() {
                 Some(0) => (Item::Zero { block, offset }, 0),
                 Some(fill) => return Err(self.malformed(format!("a page filled with {fill:#x}"))),
@@ -408,6 +420,18 @@ impl Parser {
         Ok(Some(Found { size: fields.next, item, payload, next }))
     }
 
+    /// Pages of a block that are announced without content.
+    fn announced(&self, block: u32, offset: u64, pages: u64) -> Result<Item, StreamError> {
+        let StreamBlock { name, length: most } = &self.blocks[block as usize];
+        let length = pages.checked_mul(PAGE).filter(|length| *length > 0);
+        let length = length.filter(|length| *length <= most - offset);
+        let length = length.ok_or_else(|| {
+            let why = format!("{pages} pages at {offset:#x} of RAM block '{name}' of {most} bytes");
+            self.malformed(why)
+        })?;
+        Ok(Item::Announced { block, offset, length })
+    }
+
     /// The block of a record: the last one's, or the one that its name says.
     fn record_block(
         &self,
@@ -415,7 +439,7 @@ impl Parser {
         flags: u64,
         offset: u64,
     ) -> Result<Option<u32>, StreamError> {
-        let known = [flag::PAGE, flag::ZERO, flag::XBZRLE, flag::COMPRESS_PAGE];
+        let known = [flag::RANGE, flag::PAGE, flag::ZERO, flag::XBZRLE, flag::COMPRESS_PAGE];
         if !known.contains(&(flags & !flag::CONTINUE)) {
             return Err(self.malformed(format!("RAM record with flags {flags:#x}")));
         }

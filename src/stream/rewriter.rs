@@ -30,6 +30,26 @@ pub struct BlockRange {
     pub length: u64,
 }
 
+/// A page from a multifd channel whose block is not [`Travel::Mapped`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ChannelPage {
+    /// Index in the stream's block list.
+    pub block: u32,
+    /// Offset in the block in bytes.
+    pub offset: u64,
+    /// What it contains; `None` if it is zero.
+    pub content: Option<Box<[u8; PAGE as usize]>>,
+}
+
+/// The beginning of a range: what all of it is alike.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Extent {
+    /// A hole of the memory's file, which reads as zero.
+    pub hole: bool,
+    /// Bytes, at least a page of them.
+    pub length: u64,
+}
+
 /// Neighbouring pages are joined to ranges that never cross a multiple of these, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
@@ -42,6 +62,12 @@ pub struct Limits {
 impl Default for Limits {
     fn default() -> Self {
         Self { write: 1 << 20, zero: 1 << 30 }
+    }
+}
+
+impl Limits {
+    fn of(&self, source: Source) -> u64 {
+        if source == Source::Zero { self.zero } else { self.write }
     }
 }
 
@@ -94,11 +120,39 @@ pub trait Outlet {
     /// The outlet's own.
     fn zero(&mut self, range: BlockRange) -> Result<(), Self::Error>;
 
+    /// What does this range of a mapped block begin with? QEMU announced it without content, and
+    /// thus without having looked whether anybody ever used it. To send all of it is never wrong.
+    ///
+    /// # Errors
+    /// The outlet's own.
+    fn extent(&mut self, range: BlockRange) -> Result<Extent, Self::Error> {
+        Ok(Extent { hole: false, length: range.length })
+    }
+
+    /// So many bytes that QEMU announced without content have been handed over, by the last call
+    /// of [`Outlet::write`] or, if they are a `hole`, of [`Outlet::zero`].
+    ///
+    /// # Errors
+    /// The outlet's own.
+    fn announced(&mut self, _bytes: u64, _hole: bool) -> Result<(), Self::Error> {
+        Ok(())
+    }
+
     /// All writes since the hook must land; then REGISTER_FINISHED.
     ///
     /// # Errors
     /// The outlet's own.
     fn finished(&mut self) -> Result<(), Self::Error>;
+
+    /// QEMU's multifd channels come to this point too, and all that they have written must land.
+    /// Returns the other pages that they had, oldest first. Called only of a rewriter
+    /// [`beside_channels`](Rewriter::beside_channels).
+    ///
+    /// # Errors
+    /// The outlet's own.
+    fn synchronise(&mut self) -> Result<Vec<ChannelPage>, Self::Error> {
+        Ok(Vec::new())
+    }
 }
 
 /// The rewriter; feed it with [`Rewriter::push`].
@@ -119,8 +173,16 @@ impl Rewriter {
             hook_open: false,
             held: Vec::new(),
             named: None,
+            channels: None,
         };
         Self { parser: Parser::new(), state }
+    }
+
+    /// The same for a stream whose pages come through multifd channels beside it.
+    pub fn beside_channels(limits: Limits) -> Self {
+        let mut rewriter = Self::new(limits);
+        rewriter.state.channels = Some(Meeting::Sections);
+        rewriter
     }
 
     /// Take the next bytes of the stream, cut anywhere.
@@ -176,6 +238,18 @@ struct Run {
     block: u32,
     start: u64,
     end: u64,
+    /// Bytes of it that QEMU announced without content.
+    announced: u64,
+}
+
+/// Where multifd channels meet the stream. QEMU synchronises once before the first section ends:
+/// whether there is a word for it then says how it goes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Meeting {
+    /// At the end of each RAM section.
+    Sections,
+    /// At each MULTIFD_FLUSH.
+    Flushes,
 }
 
 #[derive(Debug)]
@@ -191,6 +265,8 @@ struct State {
     held: Vec<u8>,
     /// The block that a CONTINUE in the rewritten stream would mean.
     named: Option<u32>,
+    /// There are multifd channels.
+    channels: Option<Meeting>,
 }
 
 struct Rewriting<'a, O> {
@@ -201,19 +277,37 @@ struct Rewriting<'a, O> {
 impl<O: Outlet> Rewriting<'_, O> {
     /// Join a page to the run, or begin a new one with it.
     fn page(&mut self, source: Source, block: u32, offset: u64) -> Result<(), O::Error> {
-        let limits = self.state.limits;
-        let limit = if source == Source::Zero { limits.zero } else { limits.write };
+        self.join(Run { source, block, start: offset, end: offset + PAGE, announced: 0 })
+    }
+
+    /// Join pages to the run, or begin a new one with them. They cross no limit.
+    fn join(&mut self, more: Run) -> Result<(), O::Error> {
         if let Some(run) = &mut self.state.run
-            && run.source == source
-            && run.block == block
-            && run.end == offset
-            && !offset.is_multiple_of(limit)
+            && (run.source, run.block, run.end) == (more.source, more.block, more.start)
+            && !more.start.is_multiple_of(self.state.limits.of(more.source))
         {
-            run.end += PAGE;
+            run.end = more.end;
+            run.announced += more.announced;
             return Ok(());
         }
         self.flush_run()?;
-        self.state.run = Some(Run { source, block, start: offset, end: offset + PAGE });
+        self.state.run = Some(more);
+        Ok(())
+    }
+
+    /// Pages of a mapped block that were announced without content.
+    fn announced(&mut self, block: u32, offset: u64, length: u64) -> Result<(), O::Error> {
+        let (mut start, end) = (offset, offset + length);
+        while start < end {
+            let left = BlockRange { block, offset: start, length: end - start };
+            let extent = self.out.extent(left)?;
+            let source = if extent.hole { Source::Zero } else { Source::Memory };
+            let limit = self.state.limits.of(source);
+            let piece = extent.length.min(limit - start % limit).clamp(PAGE, left.length);
+            let run = Run { source, block, start, end: start + piece, announced: piece };
+            self.join(run)?;
+            start = run.end;
+        }
         Ok(())
     }
 
@@ -228,6 +322,10 @@ impl<O: Outlet> Rewriting<'_, O> {
             Source::Memory => self.out.write(range),
             Source::Records => self.out.write_staged(range),
             Source::Zero => self.out.zero(range),
+        }?;
+        match run.announced {
+            0 => Ok(()),
+            bytes => self.out.announced(bytes, run.source == Source::Zero),
         }
     }
 
@@ -294,6 +392,34 @@ impl<O: Outlet> Rewriting<'_, O> {
         self.in_stream(rest)
     }
 
+    /// Meet the channels, and take the pages that they can't write as if they had come here.
+    fn synchronise(&mut self, blocks: &[StreamBlock]) -> Result<(), O::Error> {
+        self.flush_run()?;
+        for ChannelPage { block, offset, content } in self.out.synchronise()? {
+            match (self.travel(block), content) {
+                (Travel::InStream, Some(content)) => {
+                    let word = offset | flag::PAGE | flag::CONTINUE;
+                    self.record_head(&word.to_be_bytes(), block, blocks)?;
+                    self.in_stream(&*content)?;
+                }
+                (Travel::InStream, None) => {
+                    let word = offset | flag::ZERO | flag::CONTINUE;
+                    self.record_head(&word.to_be_bytes(), block, blocks)?;
+                    self.in_stream(&[0])?;
+                }
+                (Travel::Staged, Some(content)) => {
+                    self.page(Source::Records, block, offset)?;
+                    self.out.stage(&*content)?;
+                }
+                (Travel::Mapped, Some(_)) => self.page(Source::Memory, block, offset)?,
+                (Travel::Mapped | Travel::Staged, None) => {
+                    self.page(Source::Zero, block, offset)?
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// How a block's pages travel.
     fn travel(&self, block: u32) -> Travel {
         self.state.travels.get(block as usize).copied().unwrap_or(Travel::InStream)
@@ -329,9 +455,19 @@ impl<O: Outlet> Rewriting<'_, O> {
                 Travel::Mapped | Travel::Staged => self.page(Source::Zero, block, offset)?,
                 Travel::InStream => self.record_head(raw, block, blocks)?,
             },
-            // Multifd's synchronisation is none of the destination's business.
-            Item::Hook | Item::MultifdFlush => {}
+            Item::Hook => {}
+            // It is none of the destination's business.
+            Item::MultifdFlush => {
+                if let Some(meeting) = &mut self.state.channels {
+                    *meeting = Meeting::Flushes;
+                    self.synchronise(blocks)?;
+                }
+            }
+            Item::Announced { block, offset, length } => self.announced(block, offset, length)?,
             Item::Eos { .. } => {
+                if self.state.channels == Some(Meeting::Sections) {
+                    self.synchronise(blocks)?;
+                }
                 self.close_hook()?;
                 self.out.stream(raw)?;
             }
@@ -356,6 +492,11 @@ impl<O: Outlet> Taker for Rewriting<'_, O> {
             // Only QEMU can decode them, and it would race with what is written.
             Item::Page { block, plain: false, .. } if self.travel(block) == Travel::Staged => {
                 let what = "XBZRLE or compression for memory that is sent from it";
+                return Err(PushError::Stream(StreamError::Unsupported(what)));
+            }
+            // QEMU decides by itself which blocks to announce, and the relay whether it may.
+            Item::Announced { block, .. } if self.travel(block) != Travel::Mapped => {
+                let what = "x-shared-ram-external for memory that is not sent from it";
                 return Err(PushError::Stream(StreamError::Unsupported(what)));
             }
             _ => {}

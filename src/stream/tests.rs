@@ -1,9 +1,11 @@
 //! Streams built by hand, any cut of them, and hostile ones.
 
+mod announced;
+mod channels;
 mod early;
 mod staged;
 
-use std::convert::Infallible;
+use std::{collections::VecDeque, convert::Infallible};
 
 use proptest::prelude::*;
 
@@ -18,16 +20,19 @@ enum Asked {
     Write(u32, u64, u64),
     Staged(u32, u64, Vec<u8>),
     Zero(u32, u64, u64),
+    Announced(u64, bool),
     Finished,
     RamEnd,
+    Met,
 }
 
-#[derive(Default)]
+#[derive(Debug, Default)]
 struct Recorder {
     asked: Vec<Asked>,
     in_stream: Vec<&'static str>,
     staged: Vec<&'static str>,
     gathered: Vec<u8>,
+    meetings: VecDeque<Vec<ChannelPage>>,
 }
 
 impl Recorder {
@@ -97,9 +102,25 @@ impl Outlet for Recorder {
         Ok(())
     }
 
+    fn extent(&mut self, range: BlockRange) -> Result<Extent, Infallible> {
+        // The upper half of each MiB is a hole.
+        let (half, hole) = (1 << 19, range.offset >> 19 & 1 == 1);
+        Ok(Extent { hole, length: range.length.min(half - range.offset % half) })
+    }
+
+    fn announced(&mut self, bytes: u64, hole: bool) -> Result<(), Infallible> {
+        self.asked.push(Asked::Announced(bytes, hole));
+        Ok(())
+    }
+
     fn finished(&mut self) -> Result<(), Infallible> {
         self.asked.push(Asked::Finished);
         Ok(())
+    }
+
+    fn synchronise(&mut self) -> Result<Vec<ChannelPage>, Infallible> {
+        self.asked.push(Asked::Met);
+        Ok(self.meetings.pop_front().unwrap())
     }
 }
 

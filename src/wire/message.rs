@@ -167,6 +167,7 @@ pub enum Message<'a> {
 
 impl<'a> Message<'a> {
     /// Header and payload to send; `scratch` holds the payload where the message itself does not.
+    /// It does for those of which there may be one a page: they cost no allocation.
     pub fn encode<'b>(&'b self, scratch: &'b mut Vec<u8>) -> ([u8; HEADER_SIZE], &'b [u8]) {
         scratch.clear();
         let mut repeat = 1_u32;
@@ -185,23 +186,23 @@ impl<'a> Message<'a> {
             }
             Self::RamBlocksRequest => kind::RAM_BLOCKS_REQUEST,
             Self::RamBlocksResult(blocks) => {
-                scratch.extend_from_slice(blocks.as_bytes());
+                borrowed = Some(blocks.as_bytes());
                 kind::RAM_BLOCKS_RESULT
             }
             Self::Compress(compress) => {
-                scratch.extend_from_slice(compress.as_bytes());
+                borrowed = Some(compress.as_bytes());
                 kind::COMPRESS
             }
             Self::RegisterRequest(requests) | Self::UnregisterRequest(requests) => {
                 repeat = requests.len() as u32;
-                scratch.extend_from_slice(requests.as_bytes());
+                borrowed = Some(requests.as_bytes());
                 match self {
                     Self::RegisterRequest(_) => kind::REGISTER_REQUEST,
                     _ => kind::UNREGISTER_REQUEST,
                 }
             }
             Self::RegisterResult(result) => {
-                scratch.extend_from_slice(result.as_bytes());
+                borrowed = Some(result.as_bytes());
                 kind::REGISTER_RESULT
             }
             Self::RegisterFinished => kind::REGISTER_FINISHED,

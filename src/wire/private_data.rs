@@ -45,7 +45,12 @@ pub struct Extension {
 
 impl Extension {
     /// The version described in `docs/protocol.md`.
-    pub const VERSION: u16 = 1;
+    pub const VERSION: u16 = 2;
+
+    /// Messages about RAM may come at any time: since version 2.
+    pub fn any_time(&self) -> bool {
+        self.version >= 2
+    }
 }
 
 /// Private data, in either direction.

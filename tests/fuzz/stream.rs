@@ -6,7 +6,7 @@ use std::convert::Infallible;
 
 use libfuzzer_sys::fuzz_target;
 use qemu_rdma_helper::stream::{
-    BlockRange, Inlet, Landing, Limits, Outlet, Rewriter, StreamBlock, Travel,
+    BlockRange, Extent, Inlet, Landing, Limits, Outlet, Rewriter, StreamBlock, Travel,
 };
 
 #[derive(Default)]
@@ -93,6 +93,17 @@ impl Outlet for Source {
 
     fn zero(&mut self, range: BlockRange) -> Result<(), Infallible> {
         self.range(true, range);
+        Ok(())
+    }
+
+    fn extent(&mut self, range: BlockRange) -> Result<Extent, Infallible> {
+        let (half, hole) = (1 << 19, range.offset >> 19 & 1 == 1);
+        Ok(Extent { hole, length: range.length.min(half - range.offset % half) })
+    }
+
+    fn announced(&mut self, bytes: u64, hole: bool) -> Result<(), Infallible> {
+        let (zero, last) = self.ranges.last().expect("handed over");
+        assert!(*zero == hole && (1..=last.length).contains(&bytes));
         Ok(())
     }
 

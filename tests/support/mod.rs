@@ -22,7 +22,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 pub use helper::Helper;
-pub use proxy::Proxy;
+pub use proxy::{Proxy, QmpProxy};
 pub use qemu::{Config, Guest, Memory, Qemu};
 pub use qmp::Qmp;
 
@@ -45,7 +45,8 @@ pub fn eventually<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T 
 /// A file of the set-up; see scripts/setup.
 pub fn cache(path: &str) -> PathBuf {
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(".cache").join(path);
-    assert!(path.exists(), "{} is missing: run scripts/setup", path.display());
+    let script = if path.ends_with("qemu-patched") { "qemu-patched" } else { "setup" };
+    assert!(path.exists(), "{} is missing: run scripts/{script}", path.display());
     path
 }
 
@@ -135,11 +136,17 @@ impl Host {
     /// Wait for one of these states of the migration; returns the reply with it.
     #[track_caller]
     pub fn await_status(&mut self, wanted: &[&str]) -> Value {
-        eventually(&format!("one of {wanted:?}"), || {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
             let state = self.client.run("query-migrate", json!({}));
             let status = state["status"].as_str().unwrap_or("none");
-            wanted.contains(&status).then(|| state.clone())
-        })
+            if wanted.contains(&status) {
+                return state;
+            }
+            let late = Instant::now() >= deadline;
+            assert!(!late, "waited in vain for one of {wanted:?}; it is {state}");
+            thread::park_timeout(Duration::from_millis(10));
+        }
     }
 }
 

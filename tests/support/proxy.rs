@@ -1,13 +1,16 @@
-//! A link between two helpers that a test can break.
+//! Links that a test can break: between two helpers, and between a helper and its QEMU.
 
 use std::{
     io::{Read, Write},
     net::{Shutdown, TcpListener, TcpStream},
+    os::unix::net::{UnixListener, UnixStream},
+    path::{Path, PathBuf},
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering},
     },
     thread,
+    time::{Duration, Instant},
 };
 
 /// Kind of the tcp fabric's frames that carry a control message (docs/protocol.md).
@@ -26,6 +29,11 @@ pub struct Proxy {
 impl Proxy {
     /// Wait for a source on a port of its own, and connect it to the destination at `to`.
     pub fn start(to: u16) -> Self {
+        Self::throttled(to, u64::MAX)
+    }
+
+    /// The same, and let so many bytes a second pass towards the destination.
+    pub fn throttled(to: u16, rate: u64) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
         let proxy = Self { port, holding: Arc::default(), streams: Arc::default() };
@@ -40,10 +48,10 @@ impl Proxy {
             let (from, into) = (destination.try_clone().unwrap(), source.try_clone().unwrap());
             let both = streams.clone();
             thread::spawn(move || {
-                forward(from, into, &holding);
+                forward(from, into, &holding, u64::MAX);
                 shutdown(&both);
             });
-            forward(source, destination, &AtomicBool::new(false));
+            forward(source, destination, &AtomicBool::new(false), rate);
             shutdown(&streams);
         });
         proxy
@@ -67,7 +75,14 @@ fn shutdown(streams: &Mutex<Vec<TcpStream>>) {
     }
 }
 
-fn forward(mut from: TcpStream, mut into: TcpStream, holding: &AtomicBool) -> Option<()> {
+fn forward(
+    mut from: TcpStream,
+    mut into: TcpStream,
+    holding: &AtomicBool,
+    rate: u64,
+) -> Option<()> {
+    // When the link is free again.
+    let mut free = Instant::now();
     loop {
         let mut frame = vec![0; 24];
         from.read_exact(&mut frame).ok()?;
@@ -76,10 +91,52 @@ fn forward(mut from: TcpStream, mut into: TcpStream, holding: &AtomicBool) -> Op
         // LANDED and FLUSH have no payload, whatever else is in their header.
         frame.resize(24 + usize::try_from(length).unwrap(), 0);
         from.read_exact(&mut frame[24..]).ok()?;
+        free = free.max(Instant::now())
+            + Duration::from_nanos(frame.len() as u64 * 1_000_000_000 / rate);
+        // How long the frame takes on the slow link; nobody waits for an event here.
+        thread::sleep(free.saturating_duration_since(Instant::now()));
         // READY lets the source go on to the end.
         let held = kind == SEND && frame[28..32] != READY;
         if !held || !holding.load(Ordering::SeqCst) {
             into.write_all(&frame).ok()?;
+        }
+    }
+}
+
+/// A way to QEMU's QMP socket.
+pub struct QmpProxy {
+    pub path: PathBuf,
+    streams: Arc<Mutex<Vec<UnixStream>>>,
+}
+
+impl QmpProxy {
+    /// Lead from `path` to `qemu`.
+    pub fn start(path: &Path, qemu: PathBuf) -> Self {
+        let listener = UnixListener::bind(path).unwrap();
+        let streams = Arc::<Mutex<Vec<UnixStream>>>::default();
+        let proxy = Self { path: path.to_owned(), streams: streams.clone() };
+        thread::spawn(move || {
+            for client in listener.incoming() {
+                let ends = [client.unwrap(), UnixStream::connect(&qemu).unwrap()];
+                let [client, server] = ends.each_ref().map(|end| end.try_clone().unwrap());
+                for (mut from, mut into) in [(&client, &server), (&server, &client)]
+                    .map(|(from, into)| (from.try_clone().unwrap(), into.try_clone().unwrap()))
+                {
+                    thread::spawn(move || {
+                        let _ = std::io::copy(&mut from, &mut into);
+                        let _ = into.shutdown(Shutdown::Both);
+                    });
+                }
+                streams.lock().unwrap().extend(ends);
+            }
+        });
+        proxy
+    }
+
+    /// Break those that there are.
+    pub fn cut(&self) {
+        for stream in self.streams.lock().unwrap().drain(..) {
+            let _ = stream.shutdown(Shutdown::Both);
         }
     }
 }

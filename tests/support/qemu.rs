@@ -70,6 +70,17 @@ impl Default for Config {
 }
 
 impl Config {
+    /// A Linux that reads its disk past its page cache all the while: the host writes its memory.
+    pub fn with_direct_reads(self) -> Self {
+        let disk = super::cache("guest/disk");
+        let drive = format!(
+            "-drive file={},if=none,id=disk,format=raw,readonly=on,cache=none,aio=threads -device virtio-blk-pci,drive=disk",
+            disk.display()
+        );
+        let guest = Guest::Linux("fill=64 readers=8");
+        Self { machine: "q35", mib: 256, guest, devices: vec![drive], ..self }
+    }
+
     pub fn incoming(mut self) -> Self {
         self.incoming = true;
         self.paused = true;
@@ -130,8 +141,10 @@ impl Config {
                 add(&["-kernel", cache("guest/dirty.elf").to_str().unwrap(), "-append", &append]);
             }
             Guest::Linux(append) => {
-                let append =
-                    format!("console=ttyS0 quiet panic=-1 nokaslr mitigations=off {append}");
+                // KVM writes a guest's clock page before the guest runs, so it would differ.
+                let append = format!(
+                    "console=ttyS0 quiet panic=-1 nokaslr mitigations=off no-kvmclock {append}"
+                );
                 add(&["-kernel", cache("guest/vmlinuz").to_str().unwrap(), "-append", &append]);
                 add(&["-initrd", cache("guest/initrd").to_str().unwrap()]);
             }

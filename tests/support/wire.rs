@@ -22,6 +22,17 @@ pub const FINAL_ACK: u32 = 0x103;
 /// Version 1, no flags, and the extension with 64 buffers and no limit.
 pub const PRIVATE_DATA: &[u8] = b"\0\0\0\x01\0\0\0\0QRH1\0\x01\0\x40\0\0\0\0";
 
+/// [`PRIVATE_DATA`] with what it says of further connections: how many, which one, of which session.
+pub fn connections(count: u16, number: u16, session: u64) -> Vec<u8> {
+    let mut bytes = PRIVATE_DATA.to_vec();
+    bytes.resize(40, 0);
+    bytes.extend_from_slice(b"QRL1");
+    bytes.extend_from_slice(&count.to_be_bytes());
+    bytes.extend_from_slice(&number.to_be_bytes());
+    bytes.extend_from_slice(&session.to_be_bytes());
+    bytes
+}
+
 pub struct Peer(pub TcpStream);
 
 pub fn frame(kind: u32, rkey: u32, address: u64, payload: &[u8]) -> Vec<u8> {
