@@ -107,6 +107,72 @@ fn strange_clients_are_turned_away_and_the_next_source_is_let_in() {
     pair.verify();
 }
 
+/// Further connections, and none that are: each time the destination goes on waiting.
+#[test]
+fn further_connections_that_are_strangers_or_break_the_protocol() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = Config::default();
+    let start =
+        |name, config: &Config| Host::with_helper(&dir, name, config, &["--connections", "2"]);
+    let source = start("source", &config);
+    let destination = start("destination", &config.clone().incoming());
+    let mut pair = Pair { source, destination, dir };
+    pair.source.qemu.await_guest();
+    let uri = pair.listen();
+    let port = port_of(&uri);
+    let good = blocks(&mut pair.destination);
+    let logged = |pair: &Pair, word: &str| {
+        eventually(word, || pair.destination.helper.log().contains(word).then_some(()));
+    };
+
+    // One that belongs to nobody.
+    let mut stranger = Peer::connect(port);
+    stranger.send(&hello(&wire::connections(0, 1, 42)));
+    assert!(stranger.frame().is_err());
+    logged(&pair, "its connection belongs to none");
+
+    // One that is promised and does not come; a stranger's does not count.
+    let first = || {
+        let mut first = Peer::connect(port);
+        // It gets what the destination has.
+        first.send(&hello(&wire::connections(7, 0, 0)));
+        let (_, reply) = first.frame().unwrap();
+        assert_eq!(reply[40..48], *b"QRL1\0\x01\0\0");
+        (first, u64::from_be_bytes(reply[48..56].try_into().unwrap()))
+    };
+    let (lame, session) = first();
+    let mut stranger = Peer::connect(port);
+    stranger.send(&hello(&wire::connections(0, 1, session ^ 1)));
+    assert!(stranger.frame().is_err());
+    logged(&pair, "no progress for 5 s");
+    drop(lame);
+
+    // One with another number, and what must not come on one.
+    let cases: [(&str, u16, Vec<u8>); 5] = [
+        ("connection 2 where 1 belongs", 2, vec![]),
+        ("a message where only writes belong", 1, message(wire::READY, 1, &[])),
+        ("frame kind 77", 1, frame(77, 0, 0, &[])),
+        ("key 4000", 1, frame(3, 4000, 0, &[0; 4096])),
+        ("1 bytes landed of 0", 1, frame(5, 0, 1, &[])),
+    ];
+    for (word, number, bytes) in cases {
+        let (mut first, session) = first();
+        let mut further = Peer::connect(port);
+        further.send(&hello(&wire::connections(0, number, session)));
+        if further.frame().is_ok() {
+            first.send(&message(wire::BLOCK_LIST, 1, &wire::block_list(&good)));
+            assert_eq!(first.message().unwrap().0, wire::RAM_BLOCKS_RESULT);
+            further.send(&bytes);
+        }
+        drop(first.last_words());
+        logged(&pair, word);
+    }
+
+    pair.source.client.run("migrate", json!({ "uri": uri }));
+    pair.source.await_status(&["completed"]);
+    pair.verify();
+}
+
 /// The head of a stream, up to the block list's end.
 fn stream_head(blocks: &[(String, u64)]) -> Vec<u8> {
     let mut bytes =

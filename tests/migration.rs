@@ -3,7 +3,7 @@
 mod support;
 
 use serde_json::{Value, json};
-use support::{Config, Guest, Memory, Pair, eventually, memory};
+use support::{Config, Guest, Host, Memory, Pair, eventually, memory};
 
 fn migrates(config: &Config) -> Pair {
     let mut pair = Pair::start(config);
@@ -87,18 +87,7 @@ fn pc_with_vga_of_qemu_7_2() {
 
 #[test]
 fn linux_with_direct_reads_in_flight() {
-    let disk = support::cache("guest/disk");
-    let drive = format!(
-        "-drive file={},if=none,id=disk,format=raw,readonly=on,cache=none,aio=threads -device virtio-blk-pci,drive=disk",
-        disk.display()
-    );
-    migrates(&Config {
-        machine: "q35",
-        mib: 256,
-        guest: Guest::Linux("fill=64 readers=8"),
-        devices: vec![drive],
-        ..Config::default()
-    });
+    migrates(&Config::default().with_direct_reads());
 }
 
 #[test]
@@ -109,6 +98,29 @@ fn with_return_path() {
             host.client.capability("return-path", true);
         }
         pair.migrate();
+        pair.verify();
+    }
+}
+
+/// Over as many connections as both helpers have.
+#[test]
+fn over_several_connections() {
+    for (source, destination, connections) in [("1", "4", 1), ("2", "2", 2), ("16", "4", 4)] {
+        let dir = tempfile::tempdir().unwrap();
+        let config = Config::default();
+        let start = |name, config: &Config, count| {
+            Host::with_helper(&dir, name, config, &["--connections", count])
+        };
+        let source = start("source", &config, source);
+        let destination = start("destination", &config.clone().incoming(), destination);
+        let mut pair = Pair { source, destination, dir };
+        pair.source.qemu.await_guest();
+        let limit = json!({ "max-bandwidth": 1_u64 << 32 });
+        pair.source.client.run("migrate-set-parameters", limit);
+        pair.migrate();
+        let last = |data: &Value| data["remaining"] == 0;
+        let event = pair.source.client.await_event("RDMA_MIGRATION_THROUGHPUT", last);
+        assert_eq!(event["data"]["connections"], connections);
         pair.verify();
     }
 }

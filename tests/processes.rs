@@ -2,9 +2,14 @@
 
 mod support;
 
+use std::fs;
+
 use rustix::process::Signal;
 use serde_json::{Value, json};
-use support::{Config, Guest, Helper, Host, Pair, Proxy, Qmp, eventually, helper::signal_process};
+use support::{
+    Config, Guest, Helper, Host, Memory, Pair, Proxy, Qmp, QmpProxy, eventually,
+    helper::signal_process,
+};
 
 /// A guest that writes faster than it can be sent, and time to do something meanwhile.
 fn slow(pair: &mut Pair, mib_per_second: u64) {
@@ -23,6 +28,28 @@ fn in_mid_transfer(pair: &mut Pair) {
     });
 }
 
+/// A migration whose guest is stopped, and that waits to be told to go on.
+fn at_pre_switchover(config: &Config) -> Pair {
+    let mut pair = Pair::start(config);
+    pair.source.client.capability("pause-before-switchover", true);
+    let uri = pair.listen();
+    pair.source.client.run("migrate", json!({ "uri": uri }));
+    pair.source.await_status(&["pre-switchover"]);
+    pair
+}
+
+/// Behind that: the guest runs at the source, whose helper is gone, and migrates with another.
+#[track_caller]
+fn runs_on_with_a_new_helper(mut pair: Pair, config: &Config) {
+    eventually("the guest to run", || (pair.source.qemu.status() == "running").then_some(()));
+    pair.source.qemu.assert_goes_on();
+    let socket = pair.source.qemu.helper_socket();
+    pair.source.helper = Helper::attach(pair.dir.path(), "source", &socket, &[]);
+    pair.source.client = Qmp::connect(&pair.source.helper.socket);
+    pair.source.client.capability("pause-before-switchover", false);
+    migrates_after_all(pair, config);
+}
+
 /// The migration failed with one clear sentence; the guest runs at the source.
 #[track_caller]
 fn failed(pair: &mut Pair, words: &[&str]) -> Value {
@@ -36,6 +63,13 @@ fn failed(pair: &mut Pair, words: &[&str]) -> Value {
     assert!(!text.contains('\n'));
     runs_on(pair);
     end
+}
+
+/// A process ends by itself.
+#[track_caller]
+fn ends(pid: u32) {
+    let path = format!("/proc/{pid}");
+    eventually("the worker to end", || (!fs::exists(&path).unwrap()).then_some(()));
 }
 
 /// The guest runs at the source, and no worker is left.
@@ -110,11 +144,7 @@ fn the_sources_worker_is_killed() {
 #[test]
 fn the_sources_worker_is_killed_at_pre_switchover() {
     let config = Config::default();
-    let mut pair = Pair::start(&config);
-    pair.source.client.capability("pause-before-switchover", true);
-    let uri = pair.listen();
-    pair.source.client.run("migrate", json!({ "uri": uri }));
-    pair.source.await_status(&["pre-switchover"]);
+    let mut pair = at_pre_switchover(&config);
     signal_process(pair.source.helper.await_worker(), Signal::KILL);
     failed(&mut pair, &["worker process died"]);
     pair.source.client.await_event("MIGRATION", |data| data["status"] == "failed");
@@ -133,7 +163,6 @@ fn a_worker_that_hangs_does_not_hold_a_cancellation() {
     signal_process(worker, Signal::STOP);
     pair.source.client.run("migrate_cancel", json!({}));
     pair.source.await_status(&["cancelled"]);
-    signal_process(worker, Signal::CONT);
     runs_on(&mut pair);
     migrates_after_all(pair, &config);
 }
@@ -156,12 +185,11 @@ fn the_sources_relay_is_killed() {
     in_mid_transfer(&mut pair);
     let worker = pair.source.helper.await_worker();
     pair.source.helper.kill();
-    eventually("the worker to end", || {
-        (!std::path::Path::new(&format!("/proc/{worker}")).exists()).then_some(())
-    });
+    ends(worker);
     eventually("QEMU's migration to end", || {
         let state = pair.source.qemu.qmp.run("query-migrate", json!({}));
-        (state["status"] == "failed").then_some(())
+        // One with channels is cancelled.
+        matches!(state["status"].as_str(), Some("failed" | "cancelled")).then_some(())
     });
     assert_eq!(pair.source.qemu.status(), "running");
     destination_is_gone(&mut pair);
@@ -251,11 +279,7 @@ fn cancelled_in_a_later_pass() {
 #[test]
 fn cancelled_at_pre_switchover() {
     let config = Config::default();
-    let mut pair = Pair::start(&config);
-    pair.source.client.capability("pause-before-switchover", true);
-    let uri = pair.listen();
-    pair.source.client.run("migrate", json!({ "uri": uri }));
-    pair.source.await_status(&["pre-switchover"]);
+    let mut pair = at_pre_switchover(&config);
     pair.source.client.run("migrate_cancel", json!({}));
     pair.source.await_status(&["cancelled"]);
     runs_on(&mut pair);
@@ -268,14 +292,8 @@ fn cancelled_at_pre_switchover() {
 #[test]
 fn the_destination_fails_after_the_source_completed() {
     for return_path in [false, true] {
-        let config = Config::default();
-        let mut pair = Pair::start(&config);
-        let other = Config { devices: vec!["-device virtio-serial-pci".into()], ..config.clone() };
-        // A device that only the source has: its state has nowhere to go.
-        pair.source = Host::start(&pair.dir, "with-device", &other);
-        pair.source.qemu.await_guest();
+        let mut pair = with_a_device_at_the_source();
         for host in [&mut pair.source, &mut pair.destination] {
-            host.client.capability("events", true);
             host.client.capability("return-path", return_path);
         }
         slow(&mut pair, 4096);
@@ -286,18 +304,108 @@ fn the_destination_fails_after_the_source_completed() {
         assert!(!states.contains(&"completed".to_owned()), "{states:?}");
         assert_eq!(states.last().unwrap(), "failed");
         pair.source.client.capability("return-path", false);
-        migrates_after_all(pair, &other);
+        migrates_after_all(pair, &with_a_device());
     }
+}
+
+/// A device that only the source has: its state has nowhere to go.
+fn with_a_device() -> Config {
+    Config { devices: vec!["-device virtio-serial-pci".into()], ..Config::default() }
+}
+
+/// A destination that will fail to load, and a source with that device.
+fn with_a_device_at_the_source() -> Pair {
+    let mut pair = Pair::start(&Config::default());
+    pair.source = Host::start(&pair.dir, "with-device", &with_a_device());
+    pair.source.client.capability("events", true);
+    pair.source.qemu.await_guest();
+    pair
+}
+
+/// What a client has stopped, before or meanwhile, is not started by anybody else.
+#[test]
+fn a_guest_that_was_stopped_stays_so_when_the_destination_fails() {
+    for (before, meanwhile) in [("stop", "stop"), ("cont", "stop"), ("stop", "cont")] {
+        let mut pair = with_a_device_at_the_source();
+        pair.source.client.run(before, json!({}));
+        in_mid_transfer(&mut pair);
+        pair.source.client.run(meanwhile, json!({}));
+        slow(&mut pair, 4096);
+        if meanwhile == "stop" {
+            let end = pair.source.await_status(&["failed", "completed"]);
+            assert_eq!(end["status"], "failed", "{end}");
+            let text = end["error-desc"].as_str().unwrap();
+            assert!(
+                text.contains("destination's QEMU") && text.contains("stays stopped"),
+                "{text}"
+            );
+            pair.source.helper.await_no_worker();
+            assert_eq!(pair.source.qemu.status(), "postmigrate");
+            pair.source.client.run("cont", json!({}));
+            runs_on(&mut pair);
+        } else {
+            failed(&mut pair, &["destination's QEMU"]);
+        }
+        migrates_after_all(pair, &with_a_device());
+    }
+}
+
+/// QEMU took it for a success, and nobody but the worker knows better.
+#[test]
+fn the_sources_relay_is_killed_before_the_destination_fails() {
+    for before in ["cont", "stop"] {
+        let mut pair = with_a_device_at_the_source();
+        pair.source.client.run(before, json!({}));
+        pair.source.client.capability("pause-before-switchover", true);
+        let uri = pair.listen();
+        pair.source.client.run("migrate", json!({ "uri": uri }));
+        pair.source.await_status(&["pre-switchover"]);
+        let destination = pair.destination.qemu.child.id();
+        signal_process(destination, Signal::STOP);
+        pair.source.client.run("migrate-continue", json!({ "state": "pre-switchover" }));
+        eventually("QEMU to complete", || {
+            (pair.source.qemu.status() == "postmigrate").then_some(())
+        });
+        let worker = pair.source.helper.await_worker();
+        pair.source.helper.kill();
+        signal_process(destination, Signal::CONT);
+        ends(worker);
+        if before == "stop" {
+            assert_eq!(pair.source.qemu.status(), "postmigrate");
+            pair.source.qemu.qmp.run("cont", json!({}));
+        }
+        runs_on_with_a_new_helper(pair, &with_a_device());
+    }
+}
+
+/// As if it were gone, but it is not.
+#[test]
+fn the_session_with_qemu_is_lost_at_pre_switchover() {
+    let config = Config::default();
+    let mut pair = Pair::start(&config);
+    let proxy = QmpProxy::start(&pair.dir.path().join("between"), pair.source.qemu.spare_socket());
+    let pid = pair.source.qemu.pid().to_string();
+    pair.source.helper = Helper::attach(pair.dir.path(), "beside", &proxy.path, &["--pid", &pid]);
+    pair.source.client = Qmp::connect(&pair.source.helper.socket);
+    pair.source.client.capability("pause-before-switchover", true);
+    let uri = pair.listen();
+    pair.source.client.run("migrate", json!({ "uri": uri }));
+    pair.source.await_status(&["pre-switchover"]);
+    assert!(pair.source.helper.log().contains("QEMU sends through 2 channels"));
+    let worker = pair.source.helper.await_worker();
+    proxy.cut();
+    ends(worker);
+    assert_eq!(pair.source.qemu.qmp.run("query-migrate", json!({}))["status"], "cancelled");
+    let capabilities = pair.source.qemu.qmp.run("query-migrate-capabilities", json!({}));
+    let multifd = json!({"capability": "multifd", "state": false});
+    assert!(capabilities.as_array().unwrap().contains(&multifd), "{capabilities}");
+    runs_on_with_a_new_helper(pair, &config);
 }
 
 /// The same with a QEMU that stays after the failure.
 #[test]
 fn the_destination_fails_and_stays() {
-    let mut pair = Pair::start(&Config::default());
-    let other = Config { devices: vec!["-device virtio-serial-pci".into()], ..Config::default() };
-    pair.source = Host::start(&pair.dir, "with-device", &other);
-    pair.source.client.capability("events", true);
-    pair.source.qemu.await_guest();
+    let mut pair = with_a_device_at_the_source();
     let uri = format!("rdma:127.0.0.1:{}", support::free_port());
     let arguments = json!({ "uri": uri, "exit-on-error": false });
     pair.destination.client.run("migrate-incoming", arguments);
@@ -306,7 +414,7 @@ fn the_destination_fails_and_stays() {
     let state = pair.destination.await_status(&["failed"]);
     assert!(state["error-desc"].as_str().unwrap().contains("load of migration"), "{state}");
     pair.destination.helper.await_no_worker();
-    migrates_after_all(pair, &other);
+    migrates_after_all(pair, &with_a_device());
 }
 
 /// At the very end: the destination's guest runs, and the source does not know it yet.
@@ -384,9 +492,7 @@ fn the_sources_relay_is_killed_at_the_very_end() {
     let worker = pair.source.helper.await_worker();
     pair.source.helper.kill();
     proxy.cut();
-    eventually("the worker to end", || {
-        (!std::path::Path::new(&format!("/proc/{worker}")).exists()).then_some(())
-    });
+    ends(worker);
     runs_only_at_the_destination(&mut pair);
 }
 
@@ -402,17 +508,67 @@ fn the_destinations_worker_is_killed_at_the_very_end() {
 #[test]
 fn the_sources_relay_is_killed_at_pre_switchover() {
     let config = Config::default();
-    let mut pair = Pair::start(&config);
-    pair.source.client.capability("pause-before-switchover", true);
-    let uri = pair.listen();
-    pair.source.client.run("migrate", json!({ "uri": uri }));
-    pair.source.await_status(&["pre-switchover"]);
+    let mut pair = at_pre_switchover(&config);
     pair.source.helper.kill();
-    eventually("the guest to run", || (pair.source.qemu.status() == "running").then_some(()));
-    pair.source.qemu.assert_goes_on();
-    let socket = pair.source.qemu.helper_socket();
-    pair.source.helper = Helper::attach(pair.dir.path(), "source", &socket, &[]);
-    pair.source.client = Qmp::connect(&pair.source.helper.socket);
-    pair.source.client.capability("pause-before-switchover", false);
-    migrates_after_all(pair, &config);
+    runs_on_with_a_new_helper(pair, &config);
+}
+
+/// The migration has failed, and nobody cancels it: with channels their end would leave the guest
+/// stopped for good, and without any QEMU notices nothing.
+#[test]
+fn the_sources_relay_is_killed_before_it_cancels() {
+    for memory in [Memory::Memfd, Memory::Private] {
+        let config = Config { memory, ..Config::default() };
+        let mut pair = at_pre_switchover(&config);
+        pair.source.helper.signal(Signal::STOP);
+        signal_process(pair.destination.helper.await_worker(), Signal::KILL);
+        eventually("the worker to leave the rest to the relay", || {
+            pair.source.helper.log().contains("waiting for the relay").then_some(())
+        });
+        pair.source.helper.kill();
+        runs_on_with_a_new_helper(pair, &config);
+    }
+}
+
+/// What the kernel lets each thread of a process run on, as it writes it.
+fn processors(pid: u32) -> Vec<String> {
+    let threads = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    let allowed = |thread: &fs::DirEntry| {
+        let status = fs::read_to_string(thread.path().join("status")).ok()?;
+        let list = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"))?;
+        Some(list.trim().to_owned())
+    };
+    threads.flatten().filter_map(|thread| allowed(&thread)).collect()
+}
+
+#[test]
+fn workers_keep_to_their_processors() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = Config::default();
+    let options = &["--cpus", "0"];
+    let source = Host::with_helper(&dir, "source", &config, options);
+    let destination = Host::with_helper(&dir, "destination", &config.incoming(), options);
+    let mut pair = Pair { source, destination, dir };
+    pair.source.qemu.await_guest();
+    in_mid_transfer(&mut pair);
+    for host in [&pair.source, &pair.destination] {
+        let processors = processors(host.helper.await_worker());
+        // Who moves RAM, the state machine, and others.
+        assert!(
+            processors.len() > 2 && processors.iter().all(|list| list == "0"),
+            "{processors:?}"
+        );
+    }
+    slow(&mut pair, 4096);
+    pair.source.await_status(&["completed"]);
+    pair.verify();
+}
+
+#[test]
+fn processors_that_are_not_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut source = Host::with_helper(&dir, "source", &Config::default(), &["--cpus", "1000"]);
+    let error = source.client.refused("migrate", json!({ "uri": "rdma:127.0.0.1:1" }));
+    assert!(error.contains("none of the processors of its --cpus"), "{error}");
+    source.qemu.assert_goes_on();
 }

@@ -1,4 +1,4 @@
-//! What `attach` can be told about RDMA: `--queue-pairs` and `--pin-limit`.
+//! What `attach` can be told about RDMA: `--connections` and `--pin-limit`.
 //!
 //! They need an RDMA device: `scripts/lab/test` runs them in a machine that has one. Elsewhere they
 //! say so and do nothing.
@@ -52,7 +52,7 @@ fn with_several_queue_pairs() {
         return;
     }
     for (source, destination, connections) in [("16", "16", 16), ("4", "2", 2), ("1", "3", 1)] {
-        let options = |count| ["--queue-pairs", count];
+        let options = |count| ["--connections", count];
         let mut pair = pair(&options(source), &options(destination));
         let uri = pair.listen();
         let (figures, _) = migrate(&mut pair, &uri);

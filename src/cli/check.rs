@@ -15,7 +15,7 @@ use qemu_rdma_helper::{
 };
 
 use self::qemu::Attached;
-use super::{fabric::Fabric, settings::QUEUE_PAIRS};
+use super::{fabric::Fabric, settings::CONNECTIONS};
 
 /// Look for what would stop a migration over rdma: from or to this host.
 ///
@@ -62,7 +62,7 @@ pub async fn run(args: Args) -> anyhow::Result<u8> {
         guest: attached.as_ref().and_then(|attached| attached.guest.as_ref()),
         helper: helper.map(|helper| helper.pid),
         window: migration::WINDOW,
-        lanes: helper.map_or(QUEUE_PAIRS, |helper| helper.queue_pairs),
+        lanes: helper.map_or(CONNECTIONS, |helper| helper.connections),
     };
     let mut findings = look(&question, choice);
     findings.iter().for_each(print);

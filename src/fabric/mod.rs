@@ -8,6 +8,7 @@
 //! [`Receiver`], and a [`Handle`] ends it from anywhere.
 
 mod preflight;
+mod session;
 pub mod tcp;
 #[cfg(feature = "verbs")]
 pub mod verbs;
@@ -268,10 +269,14 @@ pub struct Pinned {
     pub time: Duration,
 }
 
-/// The half that sends. Order holds among what one thread posts.
+/// The half that sends, from any number of threads at once.
+///
+/// Messages arrive in their order. So do writes of one kind to one chunk of a region
+/// ([`CHUNK`](crate::memory::CHUNK)), which no write leaves. Between all else order holds only where
+/// [`Poster::drain`] makes it.
 pub trait Poster: Send + Sync {
     /// Send one control message, header and payload, at most [`MESSAGE_MAX`] bytes together.
-    /// It arrives after every write that was posted before.
+    /// It may overtake writes that were posted before, and be overtaken by later ones.
     ///
     /// # Errors
     /// When the connection is lost.
@@ -311,7 +316,7 @@ pub trait Poster: Send + Sync {
     /// Guest memory that is pinned on this side, for sending and for receiving.
     fn pinned(&self) -> Pinned;
 
-    /// Wait until every posted write has landed.
+    /// Wait until every write has landed that was posted before.
     ///
     /// # Errors
     /// When the connection is lost.
@@ -330,7 +335,8 @@ pub trait Poster: Send + Sync {
     fn landed(&self) -> u64;
 }
 
-/// The half that receives. The peer's writes land while [`Receiver::receive`] waits.
+/// The half that receives. Over tcp the peer's writes of the first connection land while
+/// [`Receiver::receive`] waits.
 pub trait Receiver: Send {
     /// The next control message, header and payload, at most [`MESSAGE_MAX`] bytes.
     ///

@@ -2,6 +2,7 @@
 
 use std::{
     io,
+    ops::Range,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     ptr::NonNull,
     sync::OnceLock,
@@ -16,6 +17,9 @@ use super::{Pipe, mapping::Mapping};
 
 /// `f_type` of hugetlbfs (linux/magic.h), memfds with MFD_HUGETLB included.
 const HUGETLBFS_MAGIC: u64 = 0x958458f6;
+
+/// Pages of guest RAM, in bytes.
+const PAGE: u64 = 4096;
 
 /// Zeroes are looked for in pieces of this size.
 const PIECE: usize = 64 << 10;
@@ -230,6 +234,33 @@ impl Region {
             }
             Access::Mapping(mapping) => mapping.write_at(bytes, offset),
         }
+    }
+
+    /// The first data of the block at or behind `offset`, to whole pages: what is before it was
+    /// never touched, or was discarded. Empty at the block's end if there is none, and
+    /// where it is discarded meanwhile. Nothing is read.
+    ///
+    /// Takes time in proportion to what it finds, so its result should be kept.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn next_data(&self, offset: u64) -> io::Result<Range<u64>> {
+        self.at(offset, 0)?;
+        let end = self.offset + self.length;
+        let data = match &self.access {
+            Access::File => self.offset + offset,
+            // hugetlbfs takes all for data.
+            Access::Mapping(_) => return Ok(offset..self.length),
+        };
+        let data = match seek(&self.file, SeekFrom::Data(data)) {
+            Ok(data) if data < end => data,
+            Ok(_) | Err(Errno::NXIO) => return Ok(self.length..self.length),
+            Err(error) => return Err(error.into()),
+        };
+        let hole = seek(&self.file, SeekFrom::Hole(data))?.min(end);
+        let (first, last) =
+            ((data - self.offset) / PAGE * PAGE, (hole - self.offset).next_multiple_of(PAGE));
+        Ok(first.max(offset)..last.min(self.length))
     }
 
     /// Make `length` bytes at `offset` zero. What is a hole stays one.

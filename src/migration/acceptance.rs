@@ -31,6 +31,8 @@ pub struct Accepted {
     pub blocks: Vec<AcceptedBlock>,
     /// Checks the source's ranges in them.
     pub table: BlockTable,
+    /// Messages about RAM may come at any time, not only within a section of the stream.
+    pub any_time: bool,
     /// A stock source has not named its blocks; whether they are to be pinned.
     unnamed: Option<bool>,
     /// What the source was let into at its request, by block.
@@ -64,6 +66,7 @@ impl Accepted {
             receiver,
             blocks: Vec::new(),
             table: BlockTable::default(),
+            any_time: false,
             unnamed,
             ranges: HashMap::new(),
             pinned: 0,
@@ -221,7 +224,8 @@ pub fn accept(
     let accepted = compared.and_then(|(blocks, table)| {
         let pin_limit = options.pin_limit;
         let accepted = Accepted::new(link.clone(), receiver, None);
-        let accepted = Accepted { blocks, table, pin_limit, ..accepted };
+        let any_time = theirs.any_time();
+        let accepted = Accepted { blocks, table, pin_limit, any_time, ..accepted };
         accepted.link.send(&Message::RamBlocksResult(accepted.entries()))?;
         Ok(accepted)
     });

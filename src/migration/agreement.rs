@@ -40,6 +40,33 @@ pub struct Agreement {
     pub blocks: SourceBlocks,
     /// Bytes of guest RAM that may be pinned at a time at both ends.
     pub pin_limit: Option<u64>,
+    /// Messages about RAM may be sent at any time, not only within a section of the stream.
+    pub any_time: bool,
+}
+
+impl Agreement {
+    /// Multifd channels that QEMU should use. They pay where pages are read from memory; what is not
+    /// mapped has to be kept until it fits into the stream.
+    pub fn channels(&self, options: &Options) -> u16 {
+        let SourceBlocks::Agreed(blocks) = &self.blocks else { return 0 };
+        let kept = blocks.iter().filter(|block| block.travel() != Travel::Mapped);
+        let kept: u64 = kept.map(|block| block.length).sum();
+        if self.any_time && kept <= ROM_MAX { options.channels } else { 0 }
+    }
+
+    /// How many blocks QEMU may announce without their content, because they are read from memory.
+    /// It needs a return path for that, and a stock destination has one only if it was told so too.
+    pub fn announceable(&self, options: &Options) -> usize {
+        match &self.blocks {
+            SourceBlocks::Agreed(blocks) => {
+                blocks.iter().filter(|block| block.travel() == Travel::Mapped).count()
+            }
+            SourceBlocks::Unnamed(blocks) if options.return_path => {
+                blocks.iter().filter(|block| block.region.is_some()).count()
+            }
+            SourceBlocks::Unnamed(_) => 0,
+        }
+    }
 }
 
 /// The source's blocks, and what the destination has said of them.
@@ -223,17 +250,18 @@ pub fn connect(
         let (link, receiver) = Link::stock(connection, Flow::Lockstep, stall);
         statistics.follow(&link);
         let (blocks, pin_limit) = (SourceBlocks::Unnamed(blocks), options.pin_limit);
-        return Ok(Agreement { link, receiver, blocks, pin_limit });
+        return Ok(Agreement { link, receiver, blocks, pin_limit, any_time: false });
     };
     let (sending, receiving) = (Flow::Window(theirs.window), Flow::Window(ours.window));
     let (link, mut receiver) = Link::new(connection, sending, receiving, stall);
     statistics.follow(&link);
+    let any_time = theirs.any_time();
     let theirs = Some(u64::from(theirs.pin_limit) << 20).filter(|limit| *limit > 0);
     let pin_limit = options.pin_limit.into_iter().chain(theirs).min();
     match list_blocks(&link, &mut receiver, blocks, options) {
         Ok(blocks) => {
             let blocks = SourceBlocks::Agreed(blocks);
-            Ok(Agreement { link, receiver, blocks, pin_limit })
+            Ok(Agreement { link, receiver, blocks, pin_limit, any_time })
         }
         Err(error) => {
             link.end(&error, true);

@@ -1,17 +1,13 @@
 //! What comes back from the destination: credits, QEMU's return path, and the verdict.
 
-use std::{
-    io::Write as _,
-    os::unix::net::UnixStream,
-    sync::mpsc::{Sender, SyncSender},
-};
+use std::sync::mpsc::{Sender, SyncSender};
 
 use super::{
     Result, agreement,
     error::MigrationError,
     link::{Link, LinkReceiver},
     outgoing::Event,
-    return_path::WholeMessages,
+    return_path::{ToQemu, WholeMessages},
     targets::Answer,
 };
 use crate::wire::Message;
@@ -20,7 +16,7 @@ use crate::wire::Message;
 pub fn receive(
     mut receiver: LinkReceiver,
     link: &Link,
-    qemu: &UnixStream,
+    qemu: &ToQemu,
     answers: &SyncSender<Answer>,
     events: &Sender<Event>,
 ) {
@@ -50,7 +46,7 @@ fn hand_on(answers: &SyncSender<Answer>, answer: Answer) -> Result<bool> {
 pub fn receive_return_path(
     mut receiver: LinkReceiver,
     link: &Link,
-    qemu: &UnixStream,
+    qemu: &ToQemu,
     events: &Sender<Event>,
 ) {
     let mut buffer = Vec::new();
@@ -65,8 +61,7 @@ pub fn receive_return_path(
             // The receiver is gone only when the migration has ended.
             Err(error) => return drop(events.send(Event::PeerFailed(error))),
         };
-        // QEMU closes its end when it has cancelled or failed; it needs no words then.
-        let _ = (&*qemu).write_all(&whole);
+        qemu.send(&whole);
         if link.consumed().is_err() {
             return;
         }
@@ -77,15 +72,14 @@ pub fn receive_return_path(
 fn receive_one(
     receiver: &mut LinkReceiver,
     link: &Link,
-    qemu: &UnixStream,
+    qemu: &ToQemu,
     answers: &SyncSender<Answer>,
     return_path: &mut WholeMessages,
     buffer: &mut Vec<u8>,
 ) -> Result<bool> {
     match receiver.next(link, buffer)? {
         Message::QemuFile(bytes) => {
-            // QEMU closes its end when it has cancelled or failed; it needs no words then.
-            let _ = (&*qemu).write_all(&return_path.push(bytes)?);
+            qemu.send(&return_path.push(bytes)?);
             link.consumed()?;
             Ok(false)
         }

@@ -128,7 +128,7 @@ impl Incoming {
     fn handle(self, event: Event, context: &Context, events: &Receiver<Event>) -> Self {
         match (self, event) {
             (Self::Listening, Event::Agreed(link)) => {
-                context.reports.send(&Report::Agreed);
+                context.reports.send(&Report::Agreed { channels: 0, announceable: 0 });
                 Self::Receiving(link)
             }
             (Self::Receiving(_), Event::Withdrawn) => Self::Listening,

@@ -3,7 +3,10 @@
 //! One thread does it all: it reads no faster than the fabric takes RAM, and that is what keeps
 //! QEMU's bandwidth estimate, and with it `downtime-limit`, true.
 
-use std::{os::unix::net::UnixStream, sync::atomic::Ordering::Relaxed};
+use std::{
+    os::unix::net::UnixStream,
+    sync::{Arc, atomic::Ordering::Relaxed},
+};
 
 use rustix::{
     io::Errno,
@@ -11,11 +14,19 @@ use rustix::{
 };
 
 use super::{
-    Result, agreement::Source, error::MigrationError, link::Link, statistics::Statistics,
-    targets::Targets,
+    Result,
+    announced::{Acknowledgement, Extents},
+    channels::Channels,
+    error::MigrationError,
+    return_path::ToQemu,
+    statistics::Statistics,
+    writer::Writer,
 };
 use crate::{
-    stream::{BlockRange, Limits, Outlet, PushError, Rewriter, StreamBlock, Travel},
+    fabric::FabricError,
+    stream::{
+        BlockRange, ChannelPage, Extent, Limits, Outlet, PushError, Rewriter, StreamBlock, Travel,
+    },
     wire::{Message, PAYLOAD_MAX},
 };
 
@@ -27,18 +38,32 @@ const READ: usize = 256 << 10;
 const BATCH: usize = 128 << 10;
 
 /// Take QEMU's stream to its end. `pass_ram` is asked before the first byte behind the last RAM
-/// section leaves; false ends the stream there.
+/// section leaves; false ends the stream there. `return_path` is QEMU's.
 pub fn take(
     qemu: &UnixStream,
-    link: &Link,
-    targets: Targets,
+    return_path: &ToQemu,
+    channels: Option<Arc<Channels>>,
+    writer: &Writer,
     statistics: &Statistics,
     pass_ram: impl FnOnce() -> bool,
 ) -> Result<()> {
     let mut pass_ram = Some(pass_ram);
-    let mut rewriter = Rewriter::new(Limits::default());
-    let mut outbound =
-        Outbound { link, statistics, targets, zeros: None, batch: Vec::new(), staged: Vec::new() };
+    let limits = Limits::default();
+    let mut rewriter = match channels {
+        Some(_) => Rewriter::beside_channels(limits),
+        None => Rewriter::new(limits),
+    };
+    let mut outbound = Outbound {
+        writer,
+        return_path,
+        channels,
+        statistics,
+        zeros: None,
+        batch: Vec::new(),
+        staged: Vec::new(),
+        extents: Extents::default(),
+        acknowledgement: Acknowledgement::default(),
+    };
     let mut buffer = vec![0; READ];
     loop {
         let received = match recv(qemu, &mut *buffer, RecvFlags::DONTWAIT) {
@@ -46,7 +71,7 @@ pub fn take(
                 // Nothing more is ready: what is gathered may be what somebody waits for.
                 rewriter.flush(&mut outbound).map_err(rewriting)?;
                 outbound.send_batch()?;
-                outbound.tally();
+                writer.tally();
                 recv(qemu, &mut *buffer, RecvFlags::empty())
             }
             other => other,
@@ -56,19 +81,26 @@ pub fn take(
             break;
         }
         rewriter.push(&buffer[..received], &mut outbound).map_err(rewriting)?;
-        if rewriter.ram_ended() && pass_ram.take().is_some_and(|pass_ram| !pass_ram()) {
-            return Err(MigrationError::Aborted("The migration has failed already".into()));
+        if rewriter.ram_ended()
+            && let Some(pass_ram) = pass_ram.take()
+        {
+            if outbound.channels.is_some() {
+                writer.settle()?;
+            }
+            if !pass_ram() {
+                return Err(MigrationError::Aborted("The migration has failed already".into()));
+            }
         }
         if outbound.batch.len() >= BATCH {
             outbound.send_batch()?;
         }
-        outbound.tally();
+        writer.tally();
     }
     rewriter
         .finish()
         .map_err(|cut| MigrationError::Qemu(format!("ended its migration stream early ({cut})")))?;
     outbound.send_batch()?;
-    outbound.tally();
+    writer.tally();
     Ok(())
 }
 
@@ -81,31 +113,38 @@ fn rewriting(error: PushError<MigrationError>) -> MigrationError {
 
 /// Where the rewritten stream goes.
 struct Outbound<'a> {
-    link: &'a Link,
+    writer: &'a Writer,
+    return_path: &'a ToQemu,
+    /// QEMU's multifd channels, if it has any.
+    channels: Option<Arc<Channels>>,
     statistics: &'a Statistics,
-    targets: Targets,
     /// Messages up to the end of the last RAM section, if it had zero ranges.
     zeros: Option<u64>,
     /// Stream bytes that were not sent yet. At most a read's worth and what the rewriter held.
     batch: Vec<u8>,
     /// Bytes of the next staged write: at most a chunk of them.
     staged: Vec<u8>,
+    /// Of blocks that QEMU announces without content.
+    extents: Extents,
+    acknowledgement: Acknowledgement,
 }
 
 impl Outbound<'_> {
     fn send_batch(&mut self) -> Result<()> {
         for piece in self.batch.chunks(PAYLOAD_MAX) {
-            self.link.send(&Message::QemuFile(piece))?;
+            self.writer.link().send(&Message::QemuFile(piece))?;
         }
         self.statistics.stream_bytes.fetch_add(self.batch.len() as u64, Relaxed);
         self.batch.clear();
         Ok(())
     }
+}
 
-    fn tally(&self) {
-        let (posted, landed) = self.link.written();
-        self.statistics.ram_posted.store(posted, Relaxed);
-        self.statistics.ram_landed.store(landed, Relaxed);
+impl Drop for Outbound<'_> {
+    fn drop(&mut self) {
+        if let Some(channels) = &self.channels {
+            channels.end();
+        }
     }
 }
 
@@ -113,7 +152,11 @@ impl Outlet for Outbound<'_> {
     type Error = MigrationError;
 
     fn ram_blocks(&mut self, blocks: &[StreamBlock]) -> Result<Vec<Travel>> {
-        self.targets.name(blocks)
+        let travels = self.writer.name(blocks)?;
+        if let Some(channels) = &self.channels {
+            channels.name(blocks, &travels);
+        }
+        Ok(travels)
     }
 
     fn stream(&mut self, bytes: &[u8]) -> Result<()> {
@@ -125,16 +168,12 @@ impl Outlet for Outbound<'_> {
         self.send_batch()?;
         // A page of this section may have been zero in the last one. A device writes it when it
         // likes; the processor that makes zero ranges must have done so before.
-        self.zeros.take().map_or(Ok(()), |messages| self.link.await_consumed(messages))
+        let zeros = self.zeros.take();
+        zeros.map_or(Ok(()), |messages| self.writer.link().await_consumed(messages))
     }
 
     fn write(&mut self, range: BlockRange) -> Result<()> {
-        let (source, remote) = self.targets.key(self.link, range.block, range.offset)?;
-        let Source::Mapped(region) = source else {
-            let why = format!("RAM block {} is not mapped", range.block);
-            return Err(MigrationError::Stream(why));
-        };
-        self.link.write(region, range.offset, range.length, remote)
+        self.writer.write(range)
     }
 
     fn stage(&mut self, bytes: &[u8]) -> Result<()> {
@@ -143,25 +182,47 @@ impl Outlet for Outbound<'_> {
     }
 
     fn write_staged(&mut self, range: BlockRange) -> Result<()> {
-        let (_, remote) = self.targets.key(self.link, range.block, range.offset)?;
-        self.link.write_bytes(&self.staged, range.offset, remote)?;
+        self.writer.write_staged(range, &self.staged)?;
         self.staged.clear();
         Ok(())
     }
 
     fn zero(&mut self, range: BlockRange) -> Result<()> {
-        let block = self.targets.block(range.block)?;
-        self.link.send(&block.compress(range.offset, range.length))?;
-        self.zeros = Some(self.link.messages());
-        self.statistics.zero_bytes.fetch_add(range.length, Relaxed);
+        self.writer.zero(range)?;
+        // Beside channels it is their meetings that wait for it. What those have sent may wait for
+        // an answer that comes behind theirs.
+        if self.channels.is_none() {
+            self.zeros = Some(self.writer.link().messages());
+        }
+        Ok(())
+    }
+
+    fn extent(&mut self, range: BlockRange) -> Result<Extent> {
+        let extent = self.extents.first(range, &*self.writer.region(range.block)?);
+        extent.map_err(|source| FabricError::Host { call: "lseek", source }.into())
+    }
+
+    fn announced(&mut self, bytes: u64, hole: bool) -> Result<()> {
+        let (posted, landed) = self.writer.link().written();
+        if self.acknowledgement.handed(bytes, hole, posted) {
+            self.return_path.acknowledge(self.acknowledgement.landed(landed));
+        }
         Ok(())
     }
 
     fn finished(&mut self) -> Result<()> {
-        self.targets.exchange(self.link)?;
-        self.link.drain()?;
-        self.link.send(&Message::RegisterFinished)?;
-        self.zeros = self.zeros.map(|_| self.link.messages());
+        self.writer.exchange()?;
+        // Beside channels that go on writing, only where all meet there is an end to it.
+        if self.channels.is_none() {
+            self.writer.link().drain()?;
+            self.return_path.acknowledge(self.acknowledgement.all_landed());
+        }
+        self.writer.link().send(&Message::RegisterFinished)?;
+        self.zeros = self.zeros.map(|_| self.writer.link().messages());
         Ok(())
+    }
+
+    fn synchronise(&mut self) -> Result<Vec<ChannelPage>> {
+        self.channels.as_ref().map_or(Ok(Vec::new()), |channels| channels.meet())
     }
 }

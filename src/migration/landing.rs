@@ -164,7 +164,7 @@ impl<'a> Receiving<'a> {
     fn message(&mut self, message: Message<'_>) -> Result<()> {
         match message {
             Message::QemuFile(bytes) if !self.hook_open && !self.ended => self.stream(bytes)?,
-            Message::Compress(compress) if self.hook_open => {
+            Message::Compress(compress) if self.takes_ram() => {
                 let (index, range) = self.accepted.table.compress(&compress)?;
                 let length = range.end - range.start;
                 self.region(index)?.zero(range.start, length).map_err(|source| {
@@ -173,7 +173,7 @@ impl<'a> Receiving<'a> {
                 })?;
                 self.context.statistics.zero_bytes.fetch_add(length, Relaxed);
             }
-            Message::RegisterRequest(requests) if self.hook_open => {
+            Message::RegisterRequest(requests) if self.takes_ram() => {
                 let [request] = requests.as_slice() else {
                     let why = format!("{} requests in one REGISTER_REQUEST", requests.len());
                     return Err(MigrationError::Peer(why));
@@ -187,14 +187,14 @@ impl<'a> Receiving<'a> {
                 };
                 self.accepted.link.send(&Message::RegisterResult(result))?;
             }
-            Message::UnregisterRequest(requests) if self.hook_open => {
+            Message::UnregisterRequest(requests) if self.takes_ram() => {
                 requests.iter().try_for_each(|request| self.accepted.unregister(request))?;
                 self.accepted.link.send(&Message::UnregisterFinished)?;
             }
             Message::RamBlocksRequest if self.hook_open => {
                 self.accepted.link.send(&Message::RamBlocksResult(self.accepted.entries()))?;
             }
-            Message::RegisterFinished if self.hook_open => {
+            Message::RegisterFinished if self.takes_ram() => {
                 self.hook_open = false;
                 return self.accepted.link.all_consumed();
             }
@@ -212,6 +212,11 @@ impl<'a> Receiving<'a> {
             other => return Err(agreement::unexpected(&other, "another message")),
         }
         self.accepted.link.consumed()
+    }
+
+    /// May a message be about RAM now? Between helpers always, until RAM has ended.
+    fn takes_ram(&self) -> bool {
+        self.hook_open || self.accepted.any_time && !self.context.commitment.is_past_ram()
     }
 
     /// The memory of a block that the source may write.
@@ -346,8 +351,8 @@ impl Inlet for Feed<'_> {
     }
 
     fn ram_end(&mut self) -> Result<()> {
-        // All writes have landed: the source's REGISTER_FINISHED was behind them. From here on
-        // the guest may come to run, and nobody writes its memory from outside any more.
+        // All writes have landed: the source has waited for them before it sent this. From here
+        // on the guest may come to run, and nobody writes its memory from outside any more.
         self.receiving.receiver.revoke();
         self.hand_over_stand_ins()?;
         if self.context.commitment.pass_ram() {

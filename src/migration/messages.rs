@@ -4,6 +4,7 @@
 use std::{path::PathBuf, time::Duration};
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::fabric;
 
@@ -79,6 +80,15 @@ impl FabricKind {
     }
 }
 
+/// A QMP command.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Command {
+    /// Its name.
+    pub execute: String,
+    /// Its arguments, an object.
+    pub arguments: Value,
+}
+
 /// What the client set that matters to the worker.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -91,10 +101,14 @@ pub struct Options {
     pub stall_timeout: u64,
     /// Seconds without any sign of life of the peer's RDMA device.
     pub peer_timeout: u64,
-    /// Queue pairs that carry RAM between two helpers.
-    pub queue_pairs: u16,
+    /// Connections, or queue pairs, that carry RAM between two helpers.
+    pub connections: u16,
+    /// Multifd channels that QEMU should send RAM to the helper through; 0 for none.
+    pub channels: u16,
     /// Bytes of guest RAM that may be pinned at a time; `None`: all of it.
     pub pin_limit: Option<u64>,
+    /// Processors that the worker may use; none: all.
+    pub cpus: Vec<u16>,
     /// What carries RAM.
     pub fabric: FabricKind,
 }
@@ -114,7 +128,7 @@ impl Options {
 }
 
 /// Relay to worker.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "order", rename_all = "kebab-case", deny_unknown_fields)]
 pub enum Order {
     /// Get ready for a migration with this fabric: what it is comes next, in one of the following.
@@ -122,8 +136,7 @@ pub enum Order {
         /// What will carry RAM.
         fabric: FabricKind,
     },
-    /// Be the source's worker. Descriptors: the worker's end of QEMU's migration socket, then
-    /// the blocks' files.
+    /// Be the source's worker. Descriptors: the blocks' files.
     Outgoing {
         /// The destination's helper.
         address: Address,
@@ -134,7 +147,34 @@ pub enum Order {
         /// Options.
         options: Options,
     },
-    /// Be the destination's worker. Descriptors as for [`Order::Outgoing`].
+    /// Source, after [`Report::Agreed`]: take QEMU's stream. Descriptors: the worker's end of its
+    /// socket, then those of QEMU's multifd channels, if it is to use any.
+    Take {
+        /// What sets QEMU back to what it was before, for a worker whose relay is gone.
+        give_back: Vec<Command>,
+    },
+    /// Source: whether the guest runs, but for the switchover. One that does is to run again after a
+    /// failure that QEMU took for a success.
+    Guest {
+        /// It does.
+        runs: bool,
+    },
+    /// Source: the relay can't reach QEMU any more. The worker does what is left to do, as if the relay
+    /// itself were gone.
+    Leave {
+        /// Why, for the peer.
+        reason: String,
+    },
+    /// Source: the relay has done all that there is to do behind QEMU's migration. A worker that has
+    /// taken its stream waits for it.
+    Over,
+    /// Source: write no more RAM than this.
+    Pace {
+        /// Bytes per second; `None`: any number.
+        rate: Option<u64>,
+    },
+    /// Be the destination's worker. Descriptors: the worker's end of QEMU's migration socket, then
+    /// the blocks' files.
     Incoming {
         /// Where to listen.
         address: Address,
@@ -196,7 +236,12 @@ pub enum Report {
     },
     /// Outgoing: connected, block lists agree. Incoming: a source connected and they agree.
     /// The source's relay starts QEMU's migration on this.
-    Agreed,
+    Agreed {
+        /// Multifd channels that QEMU should use; 0 for none.
+        channels: u16,
+        /// Blocks that QEMU may announce without content (`qemu-patches/`).
+        announceable: usize,
+    },
     /// Sent about four times a second, and whenever the state changes: also the sign of life.
     Progress(Progress),
     /// Outgoing, sent before the first byte behind the last RAM section leaves: from here on the

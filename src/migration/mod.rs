@@ -7,7 +7,9 @@
 
 mod acceptance;
 mod agreement;
+mod announced;
 mod answers;
+mod channels;
 mod commitment;
 mod control;
 mod door;
@@ -20,10 +22,14 @@ mod link;
 pub mod messages;
 mod orphan;
 mod outgoing;
+mod pacing;
 pub(crate) mod return_path;
+mod rounds;
 mod statistics;
+pub(crate) mod streams;
 mod targets;
 pub mod worker;
+mod writer;
 
 use std::{
     sync::{

@@ -1,51 +1,175 @@
 //! A source whose relay is gone: QEMU's migration must end without it.
 
 use std::{
-    io::{self, BufRead as _, BufReader, Read as _, Write as _},
+    io::{self, BufRead as _, BufReader, ErrorKind, Read as _, Write as _},
     os::unix::net::UnixStream,
-    path::Path,
-    time::Duration,
+    path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
 };
 
-use serde_json::Value;
+use rustix::{
+    io::{Errno, ioctl_fionbio},
+    net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with},
+};
+use serde_json::{Value, json};
+use tracing::{debug, warn};
 
-use crate::qmp::ITEM_MAX;
+use super::messages::Command;
+use crate::{qemu, qmp::ITEM_MAX};
 
-/// How long QEMU may take for each line.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// How long QEMU may take for all that there is to do: its monitor waits while it flushes its disks.
+const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Cancel a migration that waits at pre-switchover: the guest is stopped there, and QEMU does not
-/// notice by itself that nobody takes its stream any more.
-///
-/// # Errors
-/// The system's, and what QEMU says.
-pub fn release_guest(qmp: &Path) -> io::Result<()> {
-    let stream = UnixStream::connect(qmp)?;
-    stream.set_read_timeout(Some(PATIENCE))?;
-    let mut session = Session(BufReader::new(stream));
-    // The greeting.
-    session.line()?;
-    session.execute("qmp_capabilities")?;
-    if session.execute("query-migrate")?["status"] == "pre-switchover" {
-        session.execute("migrate_cancel")?;
-    }
-    Ok(())
+/// How long a place in QEMU's line is waited for at once: QEMU may not have noticed yet that the relay
+/// is gone, and others be in it who have given up. And how often it is looked for.
+const LINE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_millis(20));
+
+/// How long QEMU may take to clean up behind its migration, and how often it is asked.
+const CLEAN_UP: (Duration, Duration) = (Duration::from_secs(15), Duration::from_millis(20));
+
+/// In the place of the relay.
+#[derive(Debug)]
+pub enum Orphan {
+    /// In line, or served.
+    Session(Session),
+    /// There was no place in the line of this socket.
+    Late(PathBuf),
+    /// There is no way to QEMU.
+    Cut,
 }
 
-struct Session(BufReader<UnixStream>);
+impl Orphan {
+    /// Get in line at QEMU's QMP socket, if it has one that others than the relay can reach: QEMU serves
+    /// one client at a time, and no helper that is started again before this one. Without a session
+    /// QEMU finds out by itself what it can.
+    pub fn new(qmp: Option<&Path>) -> Self {
+        let Some(qmp) = qmp else { return Self::Cut };
+        match Session::connect(qmp, Instant::now() + LINE.0) {
+            Ok(session) => Self::Session(session),
+            Err(Errno::AGAIN) => Self::Late(qmp.to_owned()),
+            Err(Errno::NOENT | Errno::CONNREFUSED) => {
+                debug!("QEMU is gone too");
+                Self::Cut
+            }
+            Err(error) => {
+                warn!(%error, "QEMU can't be reached in the relay's place");
+                Self::Cut
+            }
+        }
+    }
+
+    /// The migration is over: see to it that it is at QEMU too, and set QEMU back. If the guest
+    /// `never_ran` at the destination, and runs, it is to run on.
+    pub fn finish(self, give_back: &[Command], never_ran: bool, guest_runs: bool) {
+        if give_back.is_empty() && !never_ran {
+            return;
+        }
+        let deadline = Instant::now() + PATIENCE;
+        let session = match self {
+            Self::Session(session) => Ok(session),
+            Self::Late(qmp) => Session::connect(&qmp, deadline).map_err(io::Error::from),
+            Self::Cut => return,
+        };
+        let done = session.and_then(|mut session| {
+            session.deadline = deadline;
+            session.finish(give_back, never_ran, guest_runs)
+        });
+        if let Err(error) = done {
+            warn!(%error, "QEMU stays as the migration left it");
+        }
+    }
+}
+
+/// With QEMU.
+#[derive(Debug)]
+pub struct Session {
+    stream: BufReader<UnixStream>,
+    /// When patience ends.
+    deadline: Instant,
+}
 
 impl Session {
+    /// Get in line. A QEMU that is not listening has room for one or two.
+    fn connect(qmp: &Path, deadline: Instant) -> rustix::io::Result<Self> {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+        let address = SocketAddrUnix::new(qmp)?;
+        loop {
+            match connect(&socket, &address) {
+                Err(Errno::AGAIN) if Instant::now() < deadline => thread::sleep(LINE.1),
+                connected => break connected?,
+            }
+        }
+        ioctl_fionbio(&socket, false)?;
+        Ok(Self { stream: BufReader::new(socket.into()), deadline })
+    }
+
+    fn finish(
+        mut self,
+        give_back: &[Command],
+        never_ran: bool,
+        guest_runs: bool,
+    ) -> io::Result<()> {
+        // The greeting.
+        self.line()?;
+        self.execute("qmp_capabilities", &Value::Null)?;
+        if never_ran {
+            // QEMU does not notice at pre-switchover that the stream has ended, and may come to wait there
+            // without writing anything more. Of a migration that has ended it thinks no more.
+            self.execute("migrate_cancel", &Value::Null)?;
+        }
+        let is_clean = self.await_clean_up()?;
+        // What fails keeps nothing else from being done.
+        let mut done = Ok(());
+        if never_ran
+            && guest_runs
+            && self.execute("query-status", &Value::Null)?["status"] == "postmigrate"
+        {
+            // QEMU took a failure for a success.
+            done = self.execute("cont", &Value::Null).map(drop);
+        }
+        if !is_clean {
+            return done.and(Err(ErrorKind::TimedOut.into()));
+        }
+        for Command { execute, arguments } in give_back {
+            done = done.and(self.execute(execute, arguments).map(drop));
+        }
+        done
+    }
+
+    /// Wait until QEMU has cleaned up: if it is set back before, it aborts. False if it takes too long.
+    fn await_clean_up(&mut self) -> io::Result<bool> {
+        let deadline = Instant::now() + CLEAN_UP.0;
+        while qemu::cleans_up(&self.execute("query-yank", &Value::Null)?) {
+            if Instant::now() > deadline {
+                return Ok(false);
+            }
+            thread::sleep(CLEAN_UP.1);
+        }
+        Ok(true)
+    }
+
     fn line(&mut self) -> io::Result<Value> {
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(ErrorKind::TimedOut.into());
+        }
+        self.stream.get_ref().set_read_timeout(Some(left))?;
         let mut line = String::new();
-        (&mut self.0).take(ITEM_MAX as u64).read_line(&mut line)?;
+        (&mut self.stream).take(ITEM_MAX as u64).read_line(&mut line)?;
         if line.is_empty() {
-            return Err(io::ErrorKind::UnexpectedEof.into());
+            return Err(ErrorKind::UnexpectedEof.into());
         }
         Ok(serde_json::from_str(&line)?)
     }
 
-    fn execute(&mut self, command: &str) -> io::Result<Value> {
-        self.0.get_ref().write_all(format!("{{\"execute\": \"{command}\"}}\r\n").as_bytes())?;
+    fn execute(&mut self, command: &str, arguments: &Value) -> io::Result<Value> {
+        let mut request = json!({ "execute": command });
+        if !arguments.is_null() {
+            request["arguments"] = arguments.clone();
+        }
+        self.stream.get_ref().write_all(format!("{request}\r\n").as_bytes())?;
         loop {
             let mut line = self.line()?;
             if line.get("return").is_some() {

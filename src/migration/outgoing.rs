@@ -1,34 +1,37 @@
 //! The source's side: QEMU's stream in, RAM and the rest of the stream out.
 
 use std::{
-    cell::Cell,
-    net::Shutdown,
-    os::unix::net::UnixStream,
+    cell::{Cell, OnceCell},
     path::PathBuf,
     sync::{
         Arc,
         atomic::Ordering,
         mpsc::{self, Receiver, Sender},
     },
-    thread,
+    thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use super::{
     Block, Result, Verdict,
     agreement::{self, Agreement},
     answers,
+    channels::Channels,
     commitment::Commitment,
     control::Reports,
     error::MigrationError,
     intake, lifetime,
     link::Link,
-    messages::{Address, Options, Order, Report},
-    orphan, return_path,
+    messages::{Address, Command, Options, Order, Report},
+    orphan::Orphan,
+    pacing::Pacer,
+    return_path::{self, ToQemu},
     statistics::Statistics,
+    streams::Streams,
     targets::Targets,
+    writer::Writer,
 };
 use crate::{
     fabric::{Fabric, FabricError},
@@ -42,10 +45,12 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 pub enum Event {
     /// From the relay.
     Order(Order),
-    /// The relay is gone.
-    RelayGone,
+    /// The relay is gone, or can't reach QEMU: why.
+    RelayGone(String),
     /// Connected, and the block lists agree; or not.
     Agreed(Result<Agreement>),
+    /// From the relay: QEMU's sockets; `None` if there were none.
+    Take(Option<Streams>, Vec<Command>),
     /// QEMU's stream ended and all of it was sent; or not.
     StreamTaken(Result<()>),
     /// The destination's QEMU completed.
@@ -58,20 +63,14 @@ pub enum Event {
 enum Outgoing {
     /// Connecting and comparing block lists; QEMU has not been asked to migrate.
     Connecting,
+    /// The block lists agree; QEMU is being asked to migrate.
+    Agreed(Box<Agreement>),
     /// QEMU's stream is being taken.
     Streaming(Arc<Link>),
     /// The end of the stream was sent; the destination's QEMU has not completed yet.
     Confirming(Arc<Link>),
     /// It is over.
     Ended(Verdict),
-}
-
-/// How QEMU is reached.
-pub struct Qemu {
-    /// The worker's end of its migration socket.
-    pub migration: UnixStream,
-    /// Its QMP socket, which is the relay's as long as there is one.
-    pub qmp: Option<PathBuf>,
 }
 
 /// How the destination is reached.
@@ -87,7 +86,7 @@ impl Way {
     fn open_return_path(
         &self,
         link: &Link,
-        qemu: &Arc<UnixStream>,
+        qemu: &Arc<ToQemu>,
         events: &Sender<Event>,
     ) -> Result<()> {
         if !link.is_stock() || !self.options.return_path {
@@ -111,22 +110,32 @@ impl Way {
 /// What all states need.
 struct Context {
     way: Arc<Way>,
-    qemu: Arc<UnixStream>,
+    /// QEMU's sockets, once it was asked to migrate, and what sets it back to what it was before.
+    qemu: OnceCell<(Arc<Streams>, Vec<Command>)>,
+    /// QEMU's QMP socket, for when the relay is gone.
+    qmp: Option<PathBuf>,
     /// The relay is gone.
-    orphaned: Cell<bool>,
+    is_alone: Cell<bool>,
+    /// What is in its place.
+    orphan: Cell<Option<Orphan>>,
+    /// The guest runs, but for the switchover.
+    guest_runs: Cell<bool>,
+    /// The relay has done all that there is to do.
+    over: Cell<bool>,
     reports: Arc<Reports>,
     statistics: Arc<Statistics>,
     commitment: Arc<Commitment>,
+    pacer: Arc<Pacer>,
     events: Sender<Event>,
 }
 
-/// Run one to its end.
+/// Run one to its end. `qmp` is QEMU's QMP socket, which is the relay's as long as there is one.
 pub fn run(
     fabric: Arc<dyn Fabric>,
     address: Address,
     blocks: Vec<Block>,
     options: Options,
-    qemu: Qemu,
+    qmp: Option<PathBuf>,
     reports: Arc<Reports>,
     (sender, events): (Sender<Event>, Receiver<Event>),
 ) {
@@ -135,11 +144,16 @@ pub fn run(
     let set_up = statistics.clone();
     let context = Context {
         way: way.clone(),
-        qemu: Arc::new(qemu.migration),
-        orphaned: Cell::new(false),
+        qemu: OnceCell::new(),
+        qmp,
+        is_alone: Cell::new(false),
+        orphan: Cell::default(),
+        guest_runs: Cell::new(true),
+        over: Cell::new(false),
         reports: reports.clone(),
         statistics: statistics.clone(),
         commitment: Arc::default(),
+        pacer: Arc::default(),
         events: sender.clone(),
     };
     thread::spawn(move || {
@@ -154,27 +168,78 @@ pub fn run(
             Outgoing::Ended(verdict) => Err(verdict),
             state => Ok(state),
         });
+    let (mut never_ran, mut threads) = (false, Vec::new());
     verdict.tell(&reports, &statistics, |guest_never_ran| {
-        if guest_never_ran {
-            // QEMU takes the end of its socket for a failure: the guest runs on. It fails only
-            // when QEMU has closed its end.
-            let _ = context.qemu.shutdown(Shutdown::Both);
-            if context.orphaned.get()
-                && let Some(qmp) = &qemu.qmp
-                && let Err(error) = orphan::release_guest(qmp)
-            {
-                warn!(%error, "QEMU could not be asked whether its guest waits");
-            }
-        } else {
-            return_path::settle(&context.qemu);
-        }
+        never_ran = guest_never_ran;
+        threads = context.let_go(guest_never_ran);
+        threads.extend(context.stand_in(guest_never_ran));
     });
+    if context.qemu.get().is_none() {
+        return;
+    }
+    // What the relay has not done when it dies is left to do here.
+    if !context.is_alone.get() && !context.over.get() && !relay_finishes(&events) {
+        context.become_orphan();
+        if never_ran {
+            threads.extend(context.let_go(true));
+        }
+    }
+    threads.extend(context.stand_in(never_ran));
+    for thread in threads {
+        // A panic of it was said.
+        let _ = thread.join();
+    }
+}
+
+impl Context {
+    fn become_orphan(&self) {
+        // A relay that can't reach QEMU says so, and then it goes.
+        if !self.is_alone.replace(true) {
+            self.orphan.set(Some(Orphan::new(self.qmp.as_deref())));
+        }
+    }
+
+    /// Tell QEMU of the end; by threads that the process should outlive.
+    fn let_go(&self, guest_never_ran: bool) -> Vec<JoinHandle<()>> {
+        let Some((qemu, _)) = self.qemu.get() else { return Vec::new() };
+        if !guest_never_ran {
+            return_path::settle(&qemu.main);
+            return Vec::new();
+        }
+        // QEMU takes the end of its stream for a failure: the guest runs on. One with channels the relay
+        // cancels before.
+        if qemu.channels.is_empty() || self.is_alone.get() { qemu.end() } else { Vec::new() }
+    }
+
+    /// Do what the relay would, if it is gone; on a thread, because neither QEMU nor the peer should
+    /// wait for the other.
+    fn stand_in(&self, never_ran: bool) -> Option<JoinHandle<()>> {
+        let (orphan, (_, give_back)) = (self.orphan.take()?, self.qemu.get()?);
+        let (give_back, guest_runs) = (give_back.clone(), self.guest_runs.get());
+        Some(thread::spawn(move || orphan.finish(&give_back, never_ran, guest_runs)))
+    }
 }
 
 impl Outgoing {
     fn handle(self, event: Event, context: &Context, events: &Receiver<Event>) -> Self {
         match (self, event) {
-            (Self::Connecting, Event::Agreed(Ok(agreement))) => Self::start(agreement, context),
+            (Self::Connecting, Event::Agreed(Ok(agreement))) => {
+                context.statistics.set_up();
+                info!("block lists agree");
+                let options = &context.way.options;
+                context.reports.send(&Report::Agreed {
+                    channels: agreement.channels(options),
+                    announceable: agreement.announceable(options),
+                });
+                Self::Agreed(Box::new(agreement))
+            }
+            (Self::Agreed(agreement), Event::Take(Some(streams), give_back)) => {
+                Self::start(*agreement, streams, give_back, context)
+            }
+            (state, Event::Take(..)) => {
+                let error = MigrationError::Aborted("The relay's order is out of turn".into());
+                Self::fail(state.link(), error, context, events)
+            }
             (Self::Connecting, Event::Agreed(Err(error))) => {
                 Self::Ended(Verdict::failed(error, true, None))
             }
@@ -214,13 +279,21 @@ impl Outgoing {
             }
             // The guest may be running at the destination: the verdict is waited for, so that
             // QEMU gets to know how it ends.
-            (state, Event::RelayGone) if context.commitment.is_past_ram() => state,
-            (state, Event::RelayGone) => {
-                context.orphaned.set(true);
-                let error = MigrationError::Aborted(
-                    "The source's helper is gone; start it again there, and migrate again".into(),
-                );
-                Self::fail(state.link(), error, context, events)
+            (state, Event::RelayGone(_)) if !context.commitment.withdraw() => {
+                context.become_orphan();
+                state
+            }
+            (state, Event::RelayGone(reason)) => {
+                context.become_orphan();
+                Self::fail(state.link(), MigrationError::Aborted(reason), context, events)
+            }
+            (state, Event::Order(Order::Guest { runs })) => {
+                context.guest_runs.set(runs);
+                state
+            }
+            (state, Event::Order(Order::Pace { rate })) => {
+                context.pacer.set(rate);
+                state
             }
             (state, Event::Order(order)) => {
                 warn!(?order, "an order that means nothing to a source");
@@ -234,23 +307,33 @@ impl Outgoing {
     fn link(self) -> Option<Arc<Link>> {
         match self {
             Self::Streaming(link) | Self::Confirming(link) => Some(link),
+            Self::Agreed(agreement) => Some(agreement.link),
             Self::Connecting | Self::Ended(_) => None,
         }
     }
 
-    /// The block lists agree: take QEMU's stream.
-    fn start(agreement: Agreement, context: &Context) -> Self {
-        let Agreement { link, receiver, blocks, pin_limit } = agreement;
-        context.statistics.set_up();
-        let (qemu, events) = (context.qemu.clone(), context.events.clone());
-        let answering = link.clone();
+    /// Take QEMU's stream.
+    fn start(
+        agreement: Agreement,
+        streams: Streams,
+        give_back: Vec<Command>,
+        context: &Context,
+    ) -> Self {
+        let Agreement { link, receiver, blocks, pin_limit, .. } = agreement;
+        let (answering, events) = (link.clone(), context.events.clone());
+        let (qemu, _) = context.qemu.get_or_init(|| (Arc::new(streams), give_back)).clone();
+        let to_qemu = Arc::new(ToQemu::new(qemu.main.clone()));
+        let return_path = to_qemu.clone();
         // A range that is needed, and the one that will be.
         let (answers, answered) = mpsc::sync_channel(2);
-        thread::spawn(move || answers::receive(receiver, &answering, &qemu, &answers, &events));
-        let targets = Targets::new(blocks, answered, pin_limit, context.way.options.clone());
-        let (qemu, events, way) =
-            (context.qemu.clone(), context.events.clone(), context.way.clone());
-        let (taking, statistics) = (link.clone(), context.statistics.clone());
+        thread::spawn(move || {
+            answers::receive(receiver, &answering, &return_path, &answers, &events);
+        });
+        let (events, way) = (context.events.clone(), context.way.clone());
+        let statistics = context.statistics.clone();
+        let targets = Targets::new(blocks, answered, pin_limit, way.options.clone());
+        let (pacer, counted) = (context.pacer.clone(), statistics.clone());
+        let writer = Arc::new(Writer::new(link.clone(), targets, pacer, counted));
         let (commitment, reports) = (context.commitment.clone(), context.reports.clone());
         let pass_ram = move || {
             let passed = commitment.pass_ram();
@@ -259,15 +342,16 @@ impl Outgoing {
             }
             passed
         };
+        let channels = (!qemu.channels.is_empty())
+            .then(|| Channels::start(&qemu.channels, writer.clone(), &events));
         thread::spawn(move || {
-            let taken = way
-                .open_return_path(&taking, &qemu, &events)
-                .and_then(|()| intake::take(&qemu, &taking, targets, &statistics, pass_ram));
+            let taken = way.open_return_path(writer.link(), &to_qemu, &events).and_then(|()| {
+                let (main, to_qemu) = (&qemu.main, &to_qemu);
+                intake::take(main, to_qemu, channels, &writer, &statistics, pass_ram)
+            });
             // As above: nobody waits for it any more.
             let _ = events.send(Event::StreamTaken(taken));
         });
-        info!("block lists agree");
-        context.reports.send(&Report::Agreed);
         Self::Streaming(link)
     }
 
@@ -278,28 +362,56 @@ impl Outgoing {
         context: &Context,
         events: &Receiver<Event>,
     ) -> Self {
-        let error = last_words(&error, events).unwrap_or(error);
+        // At once: what comes in the meantime must not make the guest run there.
         let never_ran = context.commitment.withdraw();
+        let error = last_words(&error, context, events).unwrap_or(error);
         Self::Ended(Verdict::failed(error, never_ran, link))
     }
 }
 
-/// When the connection was closed, the peer may have said why before, or another thread of ours
-/// know it.
-fn last_words(error: &MigrationError, events: &Receiver<Event>) -> Option<MigrationError> {
-    if !matches!(error, MigrationError::Fabric(FabricError::Closed)) {
-        return None;
+/// Wait until the relay has done its part; false if it is gone before.
+fn relay_finishes(events: &Receiver<Event>) -> bool {
+    debug!("waiting for the relay to end QEMU's migration");
+    loop {
+        match events.recv() {
+            Ok(Event::Order(Order::Over)) => return true,
+            Ok(Event::RelayGone(_)) | Err(_) => return false,
+            Ok(_) => {}
+        }
+    }
+}
+
+/// When the connection has ended, the peer may have said why before, or another thread of ours know
+/// it.
+fn last_words(
+    error: &MigrationError,
+    context: &Context,
+    events: &Receiver<Event>,
+) -> Option<MigrationError> {
+    let closed =
+        |error: &MigrationError| matches!(error, MigrationError::Fabric(FabricError::Closed));
+    match error {
+        MigrationError::Fabric(error) if !error.leaves_connection() => {}
+        _ => return None,
     }
     let deadline = Instant::now() + LAST_WORDS;
+    // What a thread of ours says may be the consequence of what the peer says next.
+    let mut known = None;
     loop {
         match events.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-            Ok(Event::PeerFailed(error) | Event::StreamTaken(Err(error)))
-                if !matches!(error, MigrationError::Fabric(FabricError::Closed)) =>
+            Ok(Event::PeerFailed(other @ MigrationError::PeerFailed { .. })) => return Some(other),
+            // A thread that was stopped because of this, and knows no more.
+            Ok(Event::StreamTaken(Err(MigrationError::Aborted(_)))) => {}
+            Ok(Event::PeerFailed(other) | Event::StreamTaken(Err(other)))
+                if closed(error) && !closed(&other) =>
             {
-                return Some(error);
+                known.get_or_insert(other);
             }
+            Ok(Event::RelayGone(_)) => context.become_orphan(),
+            Ok(Event::Order(Order::Guest { runs })) => context.guest_runs.set(runs),
+            Ok(Event::Order(Order::Over)) => context.over.set(true),
             Ok(_) => {}
-            Err(_) => return None,
+            Err(_) => return known,
         }
     }
 }

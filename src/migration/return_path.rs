@@ -7,12 +7,13 @@ use std::{
     io::{Read as _, Write as _},
     net::Shutdown,
     os::unix::net::UnixStream,
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
 use rustix::net::{RecvFlags, recv};
 
-use super::{Result, error::MigrationError, link::Link};
+use super::{Result, announced::RamAck, error::MigrationError, link::Link};
 use crate::wire::Message;
 
 /// Longest data of a message in bytes (the buffer of QEMU's reader).
@@ -64,6 +65,37 @@ impl WholeMessages {
             end += HEAD + length;
         }
         Ok(self.rest.drain(..end).collect())
+    }
+}
+
+/// The source's side: the way to QEMU, for whole messages of any thread.
+///
+/// A QEMU that reads no more holds whoever writes, until its migration ends: then the socket does.
+#[derive(Debug)]
+pub struct ToQemu {
+    qemu: Arc<UnixStream>,
+    /// Messages come one behind the other, however they are cut.
+    writing: Mutex<()>,
+}
+
+impl ToQemu {
+    /// Over QEMU's migration socket.
+    pub fn new(qemu: Arc<UnixStream>) -> Self {
+        Self { qemu, writing: Mutex::new(()) }
+    }
+
+    /// Hand on what [`WholeMessages`] gave.
+    pub fn send(&self, whole: &[u8]) {
+        let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        // QEMU closes its end when it has cancelled or failed; it needs no words then.
+        let _ = (&*self.qemu).write_all(whole);
+    }
+
+    /// Acknowledge announced RAM, if there is something to say.
+    pub fn acknowledge(&self, message: Option<RamAck>) {
+        if let Some(message) = message {
+            self.send(&message);
+        }
     }
 }
 

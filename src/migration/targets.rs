@@ -154,6 +154,11 @@ impl Targets {
         known.ok_or_else(|| MigrationError::Stream(format!("RAM block {index} was not announced")))
     }
 
+    /// A key that was got once is good for the whole migration.
+    pub fn keys_stay(&self) -> bool {
+        self.options.whole_keys()
+    }
+
     /// What to write from, and the key for a write to `offset`, which crosses no chunk.
     ///
     /// # Errors

@@ -7,6 +7,8 @@ use std::{
     time::Duration,
 };
 
+use rustix::thread::{CpuSet, sched_setaffinity};
+
 #[cfg(feature = "verbs")]
 use super::link::WINDOW;
 use super::{
@@ -16,6 +18,7 @@ use super::{
     incoming,
     messages::{self, FabricKind, Options, Order, Report},
     outgoing,
+    streams::Streams,
 };
 #[cfg(feature = "verbs")]
 use crate::fabric::verbs::{self, Timeouts, Verbs};
@@ -62,27 +65,55 @@ fn start(order: Order, fds: Vec<OwnedFd>, orders: Orders, reports: &Arc<Reports>
     let misuse =
         |what: &str| MigrationError::Aborted(format!("The relay's order is wrong: {what}"));
     let mut fds = fds.into_iter();
-    let qemu = UnixStream::from(fds.next().ok_or_else(|| misuse("no migration socket"))?);
     let reports = reports.clone();
     match order {
         Order::Outgoing { address, qemu_qmp, blocks, options } => {
+            keep_to(&options.cpus)?;
             let blocks = take_blocks(blocks, fds)?;
             let fabric = fabric(&options)?;
             let (sender, events) = mpsc::channel();
-            forward(orders, sender.clone(), outgoing::Event::Order, || outgoing::Event::RelayGone);
-            let qemu = outgoing::Qemu { migration: qemu, qmp: qemu_qmp };
-            outgoing::run(fabric, address, blocks, options, qemu, reports, (sender, events));
+            let order = |order, fds| match order {
+                Order::Take { give_back } => outgoing::Event::Take(Streams::new(fds), give_back),
+                Order::Leave { reason } => outgoing::Event::RelayGone(reason),
+                order => outgoing::Event::Order(order),
+            };
+            let gone = || {
+                let reason = "The source's helper is gone; start it again there, and migrate again";
+                outgoing::Event::RelayGone(reason.into())
+            };
+            forward(orders, sender.clone(), order, gone);
+            outgoing::run(fabric, address, blocks, options, qemu_qmp, reports, (sender, events));
         }
         Order::Incoming { address, blocks, options } => {
+            keep_to(&options.cpus)?;
+            let qemu = UnixStream::from(fds.next().ok_or_else(|| misuse("no migration socket"))?);
             let blocks = take_blocks(blocks, fds)?;
             let fabric = fabric(&options)?;
             let (sender, events) = mpsc::channel();
-            forward(orders, sender.clone(), incoming::Event::Order, || incoming::Event::RelayGone);
+            let order = |order, _| incoming::Event::Order(order);
+            forward(orders, sender.clone(), order, || incoming::Event::RelayGone);
             incoming::run(&*fabric, &address, blocks, options, qemu, reports, (sender, events));
         }
         _ => return Err(misuse("it begins no migration")),
     }
     Ok(())
+}
+
+/// Leave all other processors to others: from here on, and with all threads that are started.
+fn keep_to(cpus: &[u16]) -> Result<()> {
+    if cpus.is_empty() {
+        return Ok(());
+    }
+    let mut set = CpuSet::new();
+    for cpu in cpus {
+        set.set((*cpu).into());
+    }
+    sched_setaffinity(None, &set).map_err(|errno| {
+        MigrationError::Aborted(format!(
+            "The helper may use none of the processors of its --cpus ({errno}); name some that this \
+             host has"
+        ))
+    })
 }
 
 /// Do what takes time and can be done before anything is known.
@@ -97,11 +128,14 @@ fn prepare(fabric: FabricKind) {
 
 fn fabric(options: &Options) -> Result<Arc<dyn Fabric>> {
     match options.fabric {
-        FabricKind::Tcp => Ok(Arc::new(Tcp { stall_timeout: options.stall_timeout() })),
+        FabricKind::Tcp => Ok(Arc::new(Tcp {
+            stall_timeout: options.stall_timeout(),
+            connections: options.connections,
+        })),
         #[cfg(feature = "verbs")]
         FabricKind::Verbs => {
             let timeouts = Timeouts { peer: Duration::from_secs(options.peer_timeout) };
-            let lanes = options.queue_pairs;
+            let lanes = options.connections;
             Ok(Arc::new(Verbs { timeouts, window: WINDOW, lanes }))
         }
         #[cfg(not(feature = "verbs"))]
@@ -113,12 +147,12 @@ fn fabric(options: &Options) -> Result<Arc<dyn Fabric>> {
 fn forward<E: Send + 'static>(
     mut orders: Orders,
     events: mpsc::Sender<E>,
-    order: fn(Order) -> E,
+    order: fn(Order, Vec<OwnedFd>) -> E,
     gone: fn() -> E,
 ) {
     thread::spawn(move || {
-        while let Ok(Some((next, _fds))) = orders.next() {
-            if events.send(order(next)).is_err() {
+        while let Ok(Some((next, fds))) = orders.next() {
+            if events.send(order(next, fds)).is_err() {
                 return;
             }
         }

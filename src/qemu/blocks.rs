@@ -28,6 +28,8 @@ pub struct RamBlock {
     pub backing: Option<Backing>,
     /// Why there is no backing.
     pub why_not: Option<String>,
+    /// It is certain that nobody shares its memory.
+    pub private: bool,
     /// Who may take pages of it away while the guest runs, if anybody.
     pub discards: Option<String>,
 }
@@ -59,6 +61,14 @@ pub struct Backing {
     pub path: String,
 }
 
+/// What a look at QEMU's process has shown of a block.
+struct Found {
+    /// The file behind it, or why there is none.
+    backing: Result<Backing, String>,
+    /// See [`RamBlock::private`].
+    private: bool,
+}
+
 /// Memory that was made for a RAM backend before QEMU was there.
 #[derive(Debug)]
 pub struct OwnMemory {
@@ -87,7 +97,7 @@ pub async fn find(
     let backings = match backings(qmp, pid, &rows).await {
         Err(QemuError::Process { .. }) if all_own && !own.is_empty() => {
             let why = || "QEMU's process can't be looked into".to_owned();
-            rows.iter().map(|_| Err(why())).collect()
+            rows.iter().map(|_| Found { backing: Err(why()), private: false }).collect()
         }
         found => found?,
     };
@@ -99,14 +109,16 @@ pub async fn find(
                 what: format!("RAM block '{}'", row.name),
                 source,
             })?;
-            found = Ok(Backing { file, offset: 0, path: path.clone() });
+            found.backing = Ok(Backing { file, offset: 0, path: path.clone() });
         }
-        let (backing, why_not) = match found {
+        let Found { backing, private } = found;
+        let (backing, why_not) = match backing {
             Ok(backing) => (Some(backing), None),
             Err(why) => (None, Some(why)),
         };
         let Row { name, page_size, used: length, .. } = row;
-        blocks.push(RamBlock { name, length, page_size, backing, why_not, discards: None });
+        let discards = None;
+        blocks.push(RamBlock { name, length, page_size, backing, why_not, private, discards });
     }
     discards::find(qmp, &mut blocks).await?;
     Ok(blocks)
@@ -133,11 +145,7 @@ async fn in_use<'a>(
 }
 
 /// The file behind each block, or why there is none, as QEMU's process has them.
-async fn backings(
-    qmp: &mut impl Execute,
-    pid: u32,
-    rows: &[Row],
-) -> Result<Vec<Result<Backing, String>>, QemuError> {
+async fn backings(qmp: &mut impl Execute, pid: u32, rows: &[Row]) -> Result<Vec<Found>, QemuError> {
     let process = |what: &str| {
         let what = what.to_owned();
         move |source| QemuError::Process { pid, what, source }
@@ -152,18 +160,20 @@ async fn backings(
             let nothing = io::Error::new(io::ErrorKind::NotFound, "nothing is mapped there");
             return Err(process(&what)(nothing));
         }
+        let private = address.as_ref().is_ok_and(|address| maps::is_private(&mapped, *address));
         let found = match address {
             Ok(address) => maps::backing(&mappings, address, row.used)
                 .ok_or_else(|| "it is not shared memory with a file behind it".to_owned()),
             Err(why) => Err(why),
         };
-        backings.push(match found {
+        let backing = match found {
             Ok((mapping, offset)) => {
                 let file = mapping.open(pid).map_err(process(&mapping.path))?;
                 Ok(Backing { file, offset, path: mapping.path.clone() })
             }
             Err(why) => Err(why),
-        });
+        };
+        backings.push(Found { backing, private });
     }
     Ok(backings)
 }

@@ -78,6 +78,15 @@ pub(super) fn is_mapped(text: &str, address: u64) -> bool {
     text.lines().any(|line| is_there(line) == Some(true))
 }
 
+/// What is mapped at `address` is the process's own memory: a write to it is seen by nobody else.
+pub(super) fn is_private(text: &str, address: u64) -> bool {
+    let private = |line: &str| {
+        let mut words = line.split(' ');
+        Some(range(words.next()?)?.contains(&address) && words.next()?.ends_with('p'))
+    };
+    text.lines().any(|line| private(line) == Some(true))
+}
+
 fn range(word: &str) -> Option<Range<u64>> {
     let (start, end) = word.split_once('-')?;
     Some(u64::from_str_radix(start, 16).ok()?..u64::from_str_radix(end, 16).ok()?)

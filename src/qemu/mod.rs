@@ -11,7 +11,15 @@ mod ramblock_text;
 
 use std::{io, os::fd::AsFd};
 
+use serde_json::Value;
+
 use crate::qmp::QmpError;
+
+/// Of `query-yank`: a migration has ended, but for its yank instance, the last that goes.
+pub fn cleans_up(yank: &Value) -> bool {
+    let mut instances = yank.as_array().into_iter().flatten();
+    instances.any(|instance| instance["type"] == "migration")
+}
 
 /// A failure to learn something of QEMU.
 #[derive(Debug, thiserror::Error)]

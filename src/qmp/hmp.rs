@@ -19,6 +19,8 @@ pub enum Line {
     Cancel,
     /// `info migrate`.
     InfoMigrate,
+    /// `info migrate_capabilities` or `info migrate_parameters`: the word.
+    InfoSettings(String),
     /// One that is ours and wrong.
     Wrong(QmpError),
     /// QEMU's business.
@@ -49,6 +51,9 @@ pub fn parse(line: &str) -> Result<Line, QmpError> {
         ("migrate_set_capability", ["x-rdma-pin-all", state]) => Line::PinAll((*state).to_owned()),
         ("migrate_cancel", []) => Line::Cancel,
         ("info", ["migrate"]) => Line::InfoMigrate,
+        ("info", [what @ ("migrate_capabilities" | "migrate_parameters")]) => {
+            Line::InfoSettings((*what).to_owned())
+        }
         _ => Line::Other,
     })
 }

@@ -1,6 +1,6 @@
 //! The relay's side of an incoming migration.
 
-use std::time::Duration;
+use std::{os::fd::AsFd as _, time::Duration};
 
 use serde_json::{Map, Value, json};
 use tokio::{
@@ -101,7 +101,8 @@ impl Destination {
         let options = self.context.options(&mut qemu).await?;
         let (ours, theirs) = worker::migration_socket().map_err(|error| generic(&error))?;
         let order = Order::Incoming { address, blocks: super::listed(&blocks), options };
-        let fds = worker::order_fds(&ours, &blocks);
+        let files = worker::block_fds(&blocks);
+        let fds: Vec<_> = std::iter::once(ours.as_fd()).chain(files).collect();
         let listening = timeout(LISTENING, async {
             worker.begin(&order, &fds).await.map_err(|error| generic(&error))?;
             loop {
@@ -157,7 +158,7 @@ impl Destination {
                             return Ok(());
                         }
                         Some(Report::Failed { reason, .. }) => return Err(reason),
-                        Some(Report::Agreed) => self.look_at_settings(worker).await,
+                        Some(Report::Agreed { .. }) => self.look_at_settings(worker).await,
                         Some(Report::Listening { .. } | Report::PastRam) => {}
                         None => return Err(WORKER_DIED.into()),
                     }
@@ -166,7 +167,7 @@ impl Destination {
                     Some(QemuEvent::Resumed) => heard.resumed = true,
                     Some(QemuEvent::Migration) => self.ask(&mut heard, worker).await,
                     // The source's.
-                    Some(QemuEvent::Cancel) => {}
+                    Some(QemuEvent::Cancel | QemuEvent::Parameters | QemuEvent::Stopped) => {}
                     Some(QemuEvent::Abort(reason)) => {
                         worker.order(&Order::Abort { reason }).await;
                     }

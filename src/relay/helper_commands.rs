@@ -51,7 +51,7 @@ pub async fn query_helper(context: &Context) -> Result<Value, QmpError> {
         devices: crate::fabric::devices(),
         qemu: format!("{}.{}.{}", number("major"), number("minor"), number("micro")),
         pid: context.pid,
-        queue_pairs: context.settings.queue_pairs,
+        connections: context.settings.connections,
         pin_limit: context.settings.pin_limit,
         blocks: blocks.collect(),
     };

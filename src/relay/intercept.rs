@@ -32,6 +32,8 @@ pub enum Intercepted {
     QueryMigrate,
     /// `migrate-set-capabilities` with `x-rdma-pin-all`; these are the list with QEMU's name.
     SetCapabilities(Value),
+    /// `query-migrate-capabilities` or `query-migrate-parameters`, some of which may be borrowed.
+    QuerySettings(Settings),
     /// `query-rdma-helper`.
     QueryHelper,
     /// `query-rdma-migrate-blockers`.
@@ -40,14 +42,35 @@ pub enum Intercepted {
     Monitor(Line),
 }
 
+/// Which of QEMU's settings.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Settings {
+    /// Capabilities.
+    Capabilities,
+    /// Parameters.
+    Parameters,
+}
+
+impl Settings {
+    /// The command that queries them.
+    pub fn query(self) -> &'static str {
+        match self {
+            Self::Capabilities => "query-migrate-capabilities",
+            Self::Parameters => "query-migrate-parameters",
+        }
+    }
+}
+
 /// Commands that may be ours.
-const OURS: [&str; 8] = [
+const OURS: [&str; 10] = [
     "human-monitor-command",
     "migrate",
     "migrate-incoming",
     "migrate-set-capabilities",
     "migrate_cancel",
     "query-migrate",
+    "query-migrate-capabilities",
+    "query-migrate-parameters",
     "query-rdma-helper",
     "query-rdma-migrate-blockers",
 ];
@@ -95,6 +118,12 @@ pub fn intercept(command: &Command) -> Result<Option<Intercepted>, QmpError> {
         },
         "migrate_cancel" if arguments.is_empty() => Intercepted::Cancel,
         "query-migrate" if arguments.is_empty() => Intercepted::QueryMigrate,
+        "query-migrate-capabilities" if arguments.is_empty() => {
+            Intercepted::QuerySettings(Settings::Capabilities)
+        }
+        "query-migrate-parameters" if arguments.is_empty() => {
+            Intercepted::QuerySettings(Settings::Parameters)
+        }
         "migrate-set-capabilities" => match with_qemus_name(arguments) {
             Some(capabilities) => Intercepted::SetCapabilities(capabilities),
             None => return Ok(None),

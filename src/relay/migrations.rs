@@ -14,6 +14,7 @@ use tokio::{
 
 use super::{
     Context, Output, QemuEvent,
+    borrowed::Borrowed,
     destination::Destination,
     source::Source,
     view::{Phase, Side, View},
@@ -104,6 +105,12 @@ impl Migrations {
     /// What a client sees of the migration that concerns it: the last one of ours.
     pub fn view(&self) -> Option<View> {
         self.slots().all().find_map(Migration::shown)
+    }
+
+    /// What a migration has changed of QEMU's settings.
+    pub fn borrowed(&self) -> Option<Borrowed> {
+        let slots = self.slots();
+        slots.source.as_ref().and_then(|source| source.view.borrow().borrowed.clone())
     }
 
     /// Where the outgoing migration stands, and whether it still runs.

@@ -7,6 +7,7 @@
 //!
 //! It stands beside a running QEMU ([`attach`]), or is started with it ([`launch`]).
 
+mod borrowed;
 mod client;
 mod confinement;
 mod destination;
@@ -96,10 +97,15 @@ pub struct Settings {
     pub stall_timeout: Duration,
     /// How long the peer's RDMA device may give no sign of life.
     pub peer_timeout: Duration,
-    /// Queue pairs that carry RAM between two helpers.
-    pub queue_pairs: u16,
+    /// Connections, or queue pairs, that carry RAM between two helpers.
+    pub connections: u16,
+    /// Multifd channels that a source's QEMU should use; 0 for none.
+    pub channels: u16,
     /// Bytes of guest RAM that may be pinned at a time; `None`: all of it.
     pub pin_limit: Option<u64>,
+    /// Processors that workers may use; none: all.
+    #[serde(default)]
+    pub cpus: Vec<u16>,
 }
 
 /// What `attach` is told.
@@ -234,8 +240,10 @@ impl Context {
             return_path: blockers::is_on(&capabilities, "return-path"),
             stall_timeout: self.settings.stall_timeout.as_secs().max(1),
             peer_timeout: self.settings.peer_timeout.as_secs().max(1),
-            queue_pairs: self.settings.queue_pairs,
+            connections: self.settings.connections,
+            channels: self.settings.channels,
             pin_limit: self.settings.pin_limit,
+            cpus: self.settings.cpus.clone(),
             fabric: self.settings.fabric.kind(),
         })
     }
@@ -248,6 +256,10 @@ enum QemuEvent {
     Migration,
     /// RESUME: the guest runs.
     Resumed,
+    /// STOP: the guest does not run.
+    Stopped,
+    /// A parameter of migrations may have changed.
+    Parameters,
     /// `migrate_cancel`, when it is not QEMU's business.
     Cancel,
     /// The relay is told to end.

@@ -178,6 +178,10 @@ impl Monitor {
                 self.migrations.tell(&QemuEvent::Resumed);
                 None
             }
+            Ok(FromQemu::Event { name, .. }) if name == "STOP" => {
+                self.migrations.tell(&QemuEvent::Stopped);
+                None
+            }
             _ => None,
         };
         let line = match status {
@@ -185,34 +189,38 @@ impl Monitor {
                 self.migrations.tell(&QemuEvent::Migration);
                 self.migration_event(&status, line)
             }
-            None => line,
+            None => Some(line),
         };
+        let Some(line) = line else { return };
         match &mut self.held {
             Some(held) => held.push(line),
             None => self.send_event(line),
         }
     }
 
-    /// What the client gets of a MIGRATION event while a migration of ours runs.
-    fn migration_event(&mut self, status: &str, line: Vec<u8>) -> Vec<u8> {
-        let Some((phase, runs)) = self.migrations.source() else { return line };
-        match (status, phase) {
-            // Until the destination has confirmed it, or the worker has said why.
-            ("completed" | "failed", Phase::Running) if self.held.is_none() && runs => {
-                self.held = Some(Held::default());
-                line
-            }
+    /// What the client gets of a MIGRATION event while a migration of ours runs, if anything.
+    fn migration_event(&mut self, status: &str, line: Vec<u8>) -> Option<Vec<u8>> {
+        let Some((phase, runs)) = self.migrations.source() else { return Some(line) };
+        let failed = || envelope::event("MIGRATION", &json!({ "status": "failed" }));
+        let line = match (status, &phase) {
             // QEMU's word comes behind the verdict.
-            ("completed", Phase::Failed(_)) => {
-                envelope::event("MIGRATION", &json!({ "status": "failed" }))
-            }
-            (_, _) if !runs => line,
-            // The relay cancelled it because it failed.
-            ("cancelled", Phase::Failed(_)) => {
-                envelope::event("MIGRATION", &json!({ "status": "failed" }))
-            }
+            ("completed", Phase::Failed(_)) => failed(),
+            // The relay cancels it because it failed.
+            ("cancelling", Phase::Failed(_)) if runs => return None,
+            ("cancelled", Phase::Failed(_)) if runs => failed(),
             _ => line,
+        };
+        let waits = match (status, &phase) {
+            // Until the destination has confirmed it, or the worker has said why.
+            ("completed" | "failed", Phase::Running) => true,
+            // Until QEMU is set back to what it was.
+            ("cancelled" | "failed", _) => self.migrations.borrowed().is_some(),
+            _ => false,
+        };
+        if runs && waits && self.held.is_none() {
+            self.held = Some(Held::default());
         }
+        Some(line)
     }
 
     fn output(&mut self, output: Output) {
@@ -269,6 +277,8 @@ impl Monitor {
             return self.negotiate(command);
         }
         let intercepted = command.as_ref().map_or(Ok(None), intercept);
+        let sets_parameters =
+            command.as_ref().is_some_and(|command| sets_parameters(&command.name));
         let id = command.and_then(|command| command.id);
         match intercepted {
             Ok(Some(Intercepted::MigrateOther)) => {
@@ -286,10 +296,18 @@ impl Monitor {
             {
                 self.forward(bytes, fds);
             }
+            Ok(Some(
+                Intercepted::QuerySettings(_) | Intercepted::Monitor(Line::InfoSettings(_)),
+            )) if self.migrations.borrowed().is_none() => self.forward(bytes, fds),
             Ok(Some(intercepted)) => {
                 self.current = Some(Current::Ours(self.execute(intercepted, id)));
             }
-            Ok(None) => self.forward(bytes, fds),
+            Ok(None) => {
+                self.forward(bytes, fds);
+                if sets_parameters {
+                    self.migrations.tell(&QemuEvent::Parameters);
+                }
+            }
             Err(error) => self.send(envelope::reply(&Err(error), id.as_deref())),
         }
     }
@@ -328,6 +346,11 @@ impl Monitor {
         let line = envelope::reply(&result, id);
         self.send(line);
     }
+}
+
+/// May a command that is QEMU's change a parameter of migrations? A line of the human monitor may.
+fn sets_parameters(command: &str) -> bool {
+    ["migrate-set-parameters", "human-monitor-command"].contains(&command)
 }
 
 /// The reply to the current command, once it is there.

@@ -60,9 +60,18 @@ pub enum Said {
 #[derive(Clone)]
 pub struct Qemu {
     requests: mpsc::Sender<Request>,
+    /// Closed when nothing more of QEMU's is read.
+    waiting: mpsc::Sender<Waiter>,
     /// Begins the ids of the relay's own commands; no client can guess it.
     own_id: Arc<str>,
     next_id: Arc<AtomicU64>,
+}
+
+impl Qemu {
+    /// QEMU is gone, or only the session with it.
+    pub fn is_lost(&self) -> bool {
+        self.waiting.is_closed()
+    }
 }
 
 /// A session that was just made.
@@ -130,11 +139,11 @@ impl Session {
         let (requests, to_write) = mpsc::channel(QUEUE);
         let (waiting, waiters) = mpsc::channel(QUEUE);
         let (say, said) = mpsc::channel(QUEUE);
-        tokio::spawn(write(stream.clone(), to_write, waiting));
+        tokio::spawn(write(stream.clone(), to_write, waiting.clone()));
         let random = RandomState::new().build_hasher().finish();
         let own_id: Arc<str> = format!("qemu-rdma-helper-{random:016x}-").into();
         tokio::spawn(read(lines, Replies { waiters, next: None, own_id: own_id.clone() }, say));
-        let mut qemu = Qemu { requests, own_id, next_id: Arc::default() };
+        let mut qemu = Qemu { requests, waiting, own_id, next_id: Arc::default() };
         let refused = |error: QmpError| match &*error.class {
             QmpError::CONNECTION_LOST => {
                 io::Error::new(io::ErrorKind::UnexpectedEof, "it ended while it negotiated")

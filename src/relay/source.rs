@@ -1,14 +1,20 @@
 //! The relay's side of an outgoing migration.
 
-use std::{net::Shutdown, os::unix::net::UnixStream as StdUnixStream, time::Duration};
+mod door;
+mod failing;
+mod pace;
+mod stream;
+
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use tokio::{
     sync::{mpsc, oneshot, watch},
-    time::{Instant, Interval, MissedTickBehavior, interval, sleep, sleep_until, timeout},
+    time::{Instant, Interval, MissedTickBehavior, interval, sleep_until, timeout},
 };
-use tracing::{info, warn};
+use tracing::info;
 
+use self::pace::Pacing;
 use super::{
     Context, HEARTBEAT, Output, QemuEvent,
     migrations::Outputs,
@@ -20,6 +26,7 @@ use crate::{
     migration::{
         messages::{Address, Order, Progress, Report},
         return_path,
+        streams::Streams,
     },
     qemu::blockers,
     qmp::{Execute as _, QmpError, envelope},
@@ -79,9 +86,29 @@ pub struct Source {
 /// A migration that QEMU has begun.
 struct Begun {
     worker: Worker,
-    /// The worker's end of QEMU's migration socket: QEMU does not notice the worker's end by
-    /// itself, so that the relay decides what it is told.
-    socket: StdUnixStream,
+    streams: Streams,
+}
+
+/// Has QEMU a migration under way, by its `query-migrate`?
+fn is_under_way(state: &Value) -> bool {
+    state["status"].as_str().is_some_and(|status| UNDER_WAY.contains(&status))
+}
+
+/// What the relay has seen of a migration while it follows it.
+struct Seen {
+    pacing: Pacing,
+    /// The worker's figures a second ago.
+    last: Progress,
+    /// Since when QEMU cancels.
+    cancelling: Option<Instant>,
+    /// When QEMU's own migration ended without success, and why.
+    ended: Option<(Instant, String)>,
+}
+
+impl Seen {
+    fn new(pacing: Pacing) -> Self {
+        Self { pacing, last: Progress::default(), cancelling: None, ended: None }
+    }
 }
 
 /// How the worker ended.
@@ -96,7 +123,7 @@ enum Outcome {
     Silent {
         reason: String,
     },
-    /// QEMU is gone; there is nobody to tell.
+    /// QEMU is gone, or the session with it, so that only the worker can reach it.
     QemuGone,
 }
 
@@ -107,33 +134,55 @@ impl Source {
         let (result, begun) = match prepared {
             Ok((value, begun)) => (Ok(value), Some(begun)),
             Err(error) => {
+                self.give_back().await;
                 self.view.send_modify(|view| view.refuse(&error.desc));
                 (Err(error), None)
             }
         };
         // A client that is gone needs no reply; its migration goes on, as QEMU's would.
         let _ = reply.send(result);
-        let Some(Begun { mut worker, socket }) = begun else { return };
-        let outcome = self.follow(&mut worker).await;
+        let Some(Begun { mut worker, streams }) = begun else { return };
+        worker.has_stream();
+        let mut outcome = self.follow(&mut worker).await;
+        if matches!(outcome, Outcome::Silent { .. }) {
+            worker.kill().await;
+            // What it had said before counts, but for what it can't do any more: to settle QEMU.
+            while let Some(report) = worker.report().await {
+                match self.hear(report) {
+                    Some(Outcome::Failed { guest_never_ran: false, .. }) => {
+                        self.view.send_modify(|view| view.past_ram = true);
+                    }
+                    Some(said) => outcome = said,
+                    None => {}
+                }
+            }
+        }
+        let is_gone = matches!(outcome, Outcome::QemuGone);
         match outcome {
             Outcome::Done => self.confirm().await,
             Outcome::Silent { reason } => {
-                worker.kill().await;
                 let guest_never_ran = !self.view.borrow().past_ram;
                 if guest_never_ran {
-                    // It fails only when QEMU has closed its end.
-                    let _ = socket.shutdown(Shutdown::Both);
+                    self.break_off(&streams, &reason).await;
                 } else {
-                    tokio::task::spawn_blocking(move || return_path::settle(&socket));
+                    tokio::task::spawn_blocking(move || return_path::settle(&streams.main));
                 }
                 self.fail(reason, guest_never_ran).await;
             }
             Outcome::Failed { reason, guest_never_ran } => {
+                if guest_never_ran {
+                    self.break_off(&streams, &reason).await;
+                }
                 self.fail(reason, guest_never_ran).await;
             }
             Outcome::QemuGone => {}
         }
-        worker.finish().await;
+        // What was done meanwhile may have come to nothing.
+        if is_gone || self.context.qemu.is_lost() {
+            worker.leave("The source's QEMU is gone; look at its log".into()).await;
+        } else {
+            worker.finish().await;
+        }
     }
 
     fn qemu(&self) -> Qemu {
@@ -146,7 +195,7 @@ impl Source {
             Worker::start(self.context.settings.fabric.kind()).await.map_err(generic)?;
         let mut qemu = self.qemu();
         let state = qemu.execute("query-migrate", Value::Null).await?;
-        if state["status"].as_str().is_some_and(|status| UNDER_WAY.contains(&status)) {
+        if is_under_way(&state) {
             return Err(QmpError::generic("There's a migration process in progress"));
         }
         let guest = qemu.execute("query-status", Value::Null).await?;
@@ -159,6 +208,8 @@ impl Source {
         let mut blocks = self.context.blocks().await.map_err(generic)?;
         let options = self.context.options(&mut qemu).await?;
         blockers::refuse(&blockers::find(&mut qemu, &blocks, options.fabric).await?)?;
+        // QEMU announces what is shared, all of it or nothing.
+        let shared = blocks.iter().filter(|block| !block.private).count();
         // The worker gets the memory that it may read, and no other.
         for block in &mut blocks {
             if block.travel(options.fabric).0 != Travel::Mapped {
@@ -170,7 +221,6 @@ impl Source {
             view.pin_all = options.pin_all;
             view.begin(total);
         });
-        let (ours, theirs) = worker::migration_socket().map_err(generic)?;
         let agreement = AGREEMENT + options.pinning(total);
         let order = Order::Outgoing {
             address: address.clone(),
@@ -178,12 +228,12 @@ impl Source {
             blocks: super::listed(&blocks),
             options,
         };
-        let fds = worker::order_fds(&ours, &blocks);
+        let fds = worker::block_fds(&blocks);
         let agreed = async {
             worker.begin(&order, &fds).await.map_err(generic)?;
             self.await_agreement(&mut worker).await
         };
-        match timeout(agreement, agreed).await {
+        let (channels, announceable) = match timeout(agreement, agreed).await {
             Ok(result) => result?,
             Err(_) => {
                 let why = format!(
@@ -191,23 +241,15 @@ impl Source {
                 );
                 return Err(QmpError::generic(why));
             }
-        }
-        qemu.execute_with("getfd", json!({ "fdname": FDNAME }), vec![theirs]).await?;
-        let migrate = json!({ "uri": format!("fd:{FDNAME}") });
-        match qemu.execute("migrate", migrate).await {
-            Ok(value) => {
-                self.view.send_modify(|view| view.phase = Phase::Running);
-                Ok((value, Begun { worker, socket: ours.into() }))
-            }
-            Err(error) => {
-                // QEMU keeps what it did not use.
-                let _ = qemu.execute("closefd", json!({ "fdname": FDNAME })).await;
-                Err(error)
-            }
-        }
+        };
+        let announces = announceable == shared;
+        let (value, streams) = self.begin_stream(&mut worker, announces, channels).await?;
+        Ok((value, Begun { worker, streams }))
     }
 
-    async fn await_agreement(&mut self, worker: &mut Worker) -> Result<(), QmpError> {
+    /// Wait for it; returns how many channels QEMU should use, and how many blocks it may announce
+    /// without their content.
+    async fn await_agreement(&mut self, worker: &mut Worker) -> Result<(u16, usize), QmpError> {
         let mut emitted = Instant::now();
         loop {
             let report = tokio::select! {
@@ -216,12 +258,14 @@ impl Source {
                 event = self.events.recv() => match event {
                     Some(QemuEvent::Cancel) => return Err(self.cancel_early().await),
                     Some(QemuEvent::Abort(reason)) => return Err(QmpError::generic(reason)),
-                    Some(QemuEvent::Migration | QemuEvent::Resumed) => continue,
+                    Some(_) => continue,
                     None => return Err(QmpError::connection_lost()),
                 },
             };
             match report {
-                Some(Report::Agreed) => return Ok(()),
+                Some(Report::Agreed { channels, announceable }) => {
+                    return Ok((channels, announceable));
+                }
                 Some(Report::Progress(progress)) => {
                     let pins = progress.pinned > 0;
                     self.view.send_modify(|view| view.progress = progress);
@@ -252,33 +296,25 @@ impl Source {
     async fn follow(&mut self, worker: &mut Worker) -> Outcome {
         let mut seconds = every_second();
         let mut heard = Instant::now();
-        let mut last = Progress::default();
-        // When QEMU's own migration ended without success, and why.
-        let mut ended: Option<(Instant, String)> = None;
+        let mut seen = Seen::new(match &self.view.borrow().borrowed {
+            Some(borrowed) if borrowed.includes("multifd") => Pacing::At(None),
+            _ => Pacing::Never,
+        });
+        self.pace(worker, &mut seen.pacing).await;
+        // Events of this were not heard while QEMU connected.
+        self.look_at_guest(worker, &mut seen.pacing).await;
         loop {
-            let deadline = ended.as_ref().map(|(since, _)| *since + VERDICT);
+            let deadline = seen.ended.as_ref().map(|(since, _)| *since + VERDICT);
             tokio::select! {
                 // Reports first: they may have waited while QEMU was asked something.
                 biased;
                 report = worker.report() => {
                     heard = Instant::now();
-                    match report {
-                        Some(Report::Progress(progress)) => {
-                            self.view.send_modify(|view| view.progress = progress);
-                        }
-                        Some(Report::Done(progress)) => {
-                            self.view.send_modify(|view| view.progress = progress);
-                            return Outcome::Done;
-                        }
-                        Some(Report::Failed { reason, guest_never_ran, progress }) => {
-                            self.view.send_modify(|view| view.progress = progress);
-                            return Outcome::Failed { reason, guest_never_ran };
-                        }
-                        Some(Report::PastRam) => {
-                            self.view.send_modify(|view| view.past_ram = true);
-                        }
-                        Some(_) => {}
-                        None => return Outcome::Silent { reason: WORKER_DIED.into() },
+                    let Some(report) = report else {
+                        return Outcome::Silent { reason: WORKER_DIED.into() };
+                    };
+                    if let Some(outcome) = self.hear(report) {
+                        return outcome;
                     }
                 }
                 event = self.events.recv() => match event {
@@ -289,66 +325,140 @@ impl Source {
                         let reason = "The migration was cancelled at its very end".to_owned();
                         worker.order(&Order::Abort { reason }).await;
                     }
-                    Some(_) => self.look_for_end(&mut ended).await,
-                    None => {
-                        let reason = "The source's QEMU is gone; look at its log".to_owned();
-                        worker.order(&Order::Abort { reason }).await;
-                        return Outcome::QemuGone;
+                    // QEMU keeps to no limit any more.
+                    Some(QemuEvent::Stopped) => {
+                        seen.pacing.lift(worker).await;
+                        self.look_at_guest(worker, &mut seen.pacing).await;
+                        self.pace(worker, &mut seen.pacing).await;
                     }
+                    Some(QemuEvent::Parameters) => self.pace(worker, &mut seen.pacing).await,
+                    Some(QemuEvent::Resumed) => {
+                        seen.pacing.resume();
+                        self.look_at_guest(worker, &mut seen.pacing).await;
+                        self.look_for_end(worker, &mut seen).await;
+                    }
+                    Some(QemuEvent::Migration) => self.look_for_end(worker, &mut seen).await,
+                    None => return Outcome::QemuGone,
                 },
                 () = sleep_until(deadline.unwrap_or(heard)), if deadline.is_some() => {
-                    let reason = ended.map(|(_, why)| why).unwrap_or_default();
+                    let reason = seen.ended.map(|(_, why)| why).unwrap_or_default();
                     return Outcome::Silent { reason };
                 }
                 _ = seconds.tick() => {
-                    if heard.elapsed() > HEARTBEAT {
+                    let holds = seen.cancelling.is_some_and(|since| since.elapsed() > VERDICT);
+                    if heard.elapsed() > HEARTBEAT || holds {
                         let reason = "The source's worker hung and was killed; migrate again".to_owned();
                         return Outcome::Silent { reason };
                     }
-                    self.look_for_end(&mut ended).await;
-                    self.second(&mut last).await;
+                    self.second(worker, &mut seen).await;
                 }
             }
         }
     }
 
-    /// Notice when QEMU's migration has ended without success. Its worker will say why, if it can.
-    async fn look_for_end(&mut self, ended: &mut Option<(Instant, String)>) {
-        if ended.is_some() {
-            return;
+    /// Notice whether the guest stands still, and not for the switchover: then it must not run when the
+    /// migration fails. QEMU remembers the same (`vm_old_state`, `runstate_is_live`; 10.0).
+    async fn look_at_guest(&self, worker: &mut Worker, pacing: &mut Pacing) {
+        let mut qemu = self.qemu();
+        let state = timeout(ANSWER, qemu.execute("query-status", Value::Null)).await;
+        // One that does not answer switches over.
+        let Ok(Ok(state)) = state else { return };
+        let stopped = match state["status"].as_str() {
+            Some("running" | "suspended") => false,
+            Some("finish-migrate" | "postmigrate") | None => return,
+            Some(_) => true,
+        };
+        let changed =
+            |view: &mut View| std::mem::replace(&mut view.guest_stopped, stopped) != stopped;
+        if self.view.send_if_modified(changed) {
+            worker.order(&Order::Guest { runs: !stopped }).await;
         }
+        if stopped {
+            pacing.resume();
+        }
+    }
+
+    /// Take a report; says how it ends, if that is what it was.
+    fn hear(&self, report: Report) -> Option<Outcome> {
+        let (progress, outcome) = match report {
+            Report::Progress(progress) => (progress, None),
+            Report::Done(progress) => (progress, Some(Outcome::Done)),
+            Report::Failed { reason, guest_never_ran, progress } => {
+                (progress, Some(Outcome::Failed { reason, guest_never_ran }))
+            }
+            Report::PastRam => {
+                self.view.send_modify(|view| view.past_ram = true);
+                return None;
+            }
+            _ => return None,
+        };
+        self.view.send_modify(|view| view.progress = progress);
+        outcome
+    }
+
+    /// Notice when QEMU's migration has ended without success. Its worker will say why, if it can.
+    async fn look_for_end(&mut self, worker: &mut Worker, seen: &mut Seen) {
         // A QEMU that is gone closes `events`; one that is busy is asked again.
         let mut qemu = self.qemu();
         let state = timeout(ANSWER, qemu.execute("query-migrate", Value::Null)).await;
-        let Ok(Ok(state)) = state else { return };
-        if let Some("failed" | "cancelled") = state["status"].as_str() {
-            let why = state["error-desc"].as_str().unwrap_or("QEMU ended the migration");
-            *ended = Some((Instant::now(), why.to_owned()));
+        if let Ok(Ok(state)) = state {
+            self.look_at(&state, worker, seen).await;
+        }
+    }
+
+    async fn look_at(&mut self, state: &Value, worker: &mut Worker, seen: &mut Seen) {
+        let status = state["status"].as_str().unwrap_or("none");
+        if ["cancelling", "cancelled", "failed"].contains(&status) {
+            // QEMU may wait for what is being held back.
+            seen.pacing.lift(worker).await;
+        }
+        if seen.ended.is_some() || !["cancelled", "failed"].contains(&status) {
+            return;
+        }
+        let why = state["error-desc"].as_str().unwrap_or("QEMU ended the migration");
+        seen.ended = Some((Instant::now(), why.to_owned()));
+        if status == "cancelled" {
+            // Whatever the worker says, or does not.
+            self.give_back().await;
+            self.put(Output::Release).await;
         }
     }
 
     /// Once a second: what QEMU knows, and the event.
-    async fn second(&mut self, last: &mut Progress) {
-        let figures = timeout(ANSWER, self.ask_figures()).await;
-        let Ok(Ok((ram, max_bandwidth))) = figures else { return };
+    async fn second(&mut self, worker: &mut Worker, seen: &mut Seen) {
+        let Ok(Ok((mut state, max_bandwidth))) = timeout(ANSWER, self.ask_figures()).await else {
+            return;
+        };
+        self.look_at(&state, worker, seen).await;
+        if state["status"] != "cancelling" {
+            seen.cancelling = None;
+        } else if seen.cancelling.get_or_insert_with(Instant::now).elapsed() > NOTICE {
+            // It waits for a channel, and the worker for the peer, or for ever.
+            let reason = "The migration was cancelled".to_owned();
+            worker.order(&Order::Abort { reason }).await;
+        }
+        // One that flushed its disks did not answer at once when it was stopped.
+        self.look_at_guest(worker, &mut seen.pacing).await;
+        seen.pacing.follow(worker, max_bandwidth).await;
         self.view.send_modify(|view| {
-            let bytes = view.progress.ram_bytes.saturating_sub(last.ram_bytes);
-            let milliseconds = view.progress.elapsed_ms.saturating_sub(last.elapsed_ms);
+            let bytes = view.progress.ram_bytes.saturating_sub(seen.last.ram_bytes);
+            let milliseconds = view.progress.elapsed_ms.saturating_sub(seen.last.elapsed_ms);
             view.mbps = rate(bytes, milliseconds);
-            *last = view.progress.clone();
-            if ram.is_object() {
-                view.ram = ram;
+            seen.last = view.progress.clone();
+            if state["ram"].is_object() {
+                view.ram = state["ram"].take();
             }
             view.max_bandwidth = max_bandwidth;
         });
         self.emit_throughput().await;
     }
 
+    /// QEMU's state of the migration, and `max-bandwidth`.
     async fn ask_figures(&mut self) -> Result<(Value, u64), QmpError> {
         let mut qemu = self.qemu();
-        let mut state = qemu.execute("query-migrate", Value::Null).await?;
+        let state = qemu.execute("query-migrate", Value::Null).await?;
         let parameters = qemu.execute("query-migrate-parameters", Value::Null).await?;
-        Ok((state["ram"].take(), parameters["max-bandwidth"].as_u64().unwrap_or(0)))
+        Ok((state, parameters["max-bandwidth"].as_u64().unwrap_or(0)))
     }
 
     async fn emit_throughput(&self) {
@@ -363,110 +473,22 @@ impl Source {
     /// The destination's QEMU completed.
     async fn confirm(&mut self) {
         info!("migration completed");
-        if let Ok((ram, max_bandwidth)) = self.ask_figures().await {
+        if let Ok((mut state, max_bandwidth)) = self.ask_figures().await {
             self.view.send_modify(|view| {
-                view.ram = ram;
+                view.ram = state["ram"].take();
                 view.max_bandwidth = max_bandwidth;
             });
         }
+        self.give_back().await;
         self.view.send_modify(|view| view.phase = Phase::Confirmed);
         self.emit_throughput().await;
         self.put(Output::Release).await;
-    }
-
-    /// The migration failed: let QEMU end it, and the guest run on.
-    async fn fail(&mut self, reason: String, guest_never_ran: bool) {
-        warn!(%reason, "migration failed");
-        let status = self.end_qemus_migration(&reason, guest_never_ran).await;
-        let phase = match status.as_deref() {
-            Ok("cancelled") if !matches!(self.view.borrow().phase, Phase::Failed(_)) => {
-                Phase::Cancelled
-            }
-            Ok("completed") => Phase::Failed(self.roll_back(reason, guest_never_ran).await),
-            Ok(status) if UNDER_WAY.contains(&status) && !guest_never_ran => {
-                Phase::Failed(stays_stopped(&reason))
-            }
-            _ => Phase::Failed(reason),
-        };
-        self.view.send_modify(|view| view.phase = phase);
-        self.emit_throughput().await;
-        if matches!(status.as_deref(), Ok("completed")) {
-            let failed = envelope::event("MIGRATION", &json!({ "status": "failed" }));
-            self.put(Output::FailInstead(failed)).await;
-        } else {
-            self.put(Output::Release).await;
-        }
-    }
-
-    /// Wait until QEMU's migration is over; returns its last state.
-    async fn end_qemus_migration(
-        &mut self,
-        reason: &str,
-        guest_never_ran: bool,
-    ) -> Result<String, QmpError> {
-        let mut qemu = self.qemu();
-        let begun = Instant::now();
-        let mut cancelled = false;
-        loop {
-            let mut state = qemu.execute("query-migrate", Value::Null).await?;
-            let status = state["status"].as_str().unwrap_or("none").to_owned();
-            if state["ram"].is_object() {
-                self.view.send_modify(|view| view.ram = state["ram"].take());
-            }
-            if !UNDER_WAY.contains(&status.as_str()) || begun.elapsed() > END {
-                return Ok(status);
-            }
-            // Cancelled, QEMU would run its guest.
-            let may_cancel = guest_never_ran && status != "cancelling" && !cancelled;
-            if may_cancel && begun.elapsed() > NOTICE {
-                cancelled = true;
-                // From here on the relay shows QEMU's `cancelled` as the failure that it is.
-                self.view.send_modify(|view| view.phase = Phase::Failed(reason.to_owned()));
-                qemu.execute("migrate_cancel", Value::Null).await?;
-            }
-            sleep(POLL).await;
-        }
-    }
-
-    /// QEMU has completed, and the destination has not: let the guest run again here, if it is
-    /// certain that it never ran there. Returns the error text.
-    async fn roll_back(&mut self, reason: String, guest_never_ran: bool) -> String {
-        if !guest_never_ran {
-            return stays_stopped(&reason);
-        }
-        match self.run_again().await {
-            Ok(()) => reason,
-            Err(error) => {
-                format!("{reason}. The guest could not be started again here ({error}): 'cont' it")
-            }
-        }
-    }
-
-    async fn run_again(&mut self) -> Result<(), QmpError> {
-        let mut qemu = self.qemu();
-        let begun = Instant::now();
-        // `completed` may come while QEMU is still in `finish-migrate`, which refuses `cont`.
-        loop {
-            let state = qemu.execute("query-status", Value::Null).await?;
-            match state["status"].as_str() {
-                Some("finish-migrate") if begun.elapsed() < END => sleep(POLL).await,
-                _ => break,
-            }
-        }
-        qemu.execute("cont", Value::Null).await.map(drop)
     }
 }
 
 /// What is said when there is no worker to say it.
 pub(super) const WORKER_DIED: &str =
     "The helper's worker process died; see its messages in the helper's log, and migrate again";
-
-fn stays_stopped(reason: &str) -> String {
-    format!(
-        "{reason}. The guest stays stopped here, because it may be running at the destination: \
-         look there, and 'cont' here only if it is not"
-    )
-}
 
 fn generic(error: impl std::fmt::Display) -> QmpError {
     QmpError::generic(error.to_string())

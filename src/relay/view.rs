@@ -3,6 +3,7 @@
 use qapi::qmp::MigrationStats;
 use serde_json::{Value, json};
 
+use super::borrowed::Borrowed;
 use super::schema::{RDMA_MIGRATION_THROUGHPUT, RdmaCapabilityState, RdmaFabric};
 use crate::{
     migration::messages::Progress,
@@ -55,6 +56,10 @@ pub struct View {
     pub max_bandwidth: u64,
     /// The guest may have come to run at the destination.
     pub past_ram: bool,
+    /// The guest stands still, and not for the switchover: it is not to run when the migration fails.
+    pub guest_stopped: bool,
+    /// QEMU's settings that the migration has changed.
+    pub borrowed: Option<Borrowed>,
 }
 
 impl View {
@@ -69,6 +74,8 @@ impl View {
             pin_all: false,
             max_bandwidth: 0,
             past_ram: false,
+            guest_stopped: false,
+            borrowed: None,
         }
     }
 
@@ -139,6 +146,12 @@ impl View {
             Phase::Failed(_) if self.side == Side::Destination && status == "completed" => {}
             // The relay cancels it because it failed, and QEMU is not done with that.
             Phase::Failed(_) if self.side == Side::Source && status == "cancelling" => {}
+            // Nor is it set back to what it was.
+            Phase::Failed(_)
+                if self.borrowed.is_some() && ["cancelled", "failed"].contains(&&*status) =>
+            {
+                reply["status"] = "cancelling".into();
+            }
             // What QEMU says is of another one.
             Phase::Connecting => *reply = json!({ "status": "setup" }),
             Phase::Cancelled => reply["status"] = "cancelled".into(),
@@ -149,6 +162,10 @@ impl View {
             // Not before the destination's QEMU has said so.
             Phase::Running if self.side == Side::Source && status == "completed" => {
                 reply["status"] = "device".into();
+            }
+            // Not before QEMU is set back to what it was.
+            Phase::Running if self.borrowed.is_some() && status == "cancelled" => {
+                reply["status"] = "cancelling".into();
             }
             // Not before the worker has said why.
             Phase::Running if self.side == Side::Source && status == "failed" => {
@@ -162,6 +179,12 @@ impl View {
         if self.side == Side::Destination {
             return;
         }
+        // Of channels that QEMU closes to cancel it says that they broke.
+        if reply["status"] == "cancelled"
+            && let Some(reply) = reply.as_object_mut()
+        {
+            reply.remove("error-desc");
+        }
         if !reply["ram"].is_object() {
             if !self.ram.is_object() {
                 return;
@@ -173,6 +196,11 @@ impl View {
         ram["transferred"] = self.transferred().into();
         ram["remaining"] = remaining.into();
         ram["mbps"] = self.shown_mbps().into();
+        // Multifd is between QEMU and us.
+        if let Some(bytes @ 1..) = ram["multifd-bytes"].as_u64() {
+            ram["multifd-bytes"] = 0.into();
+            ram["precopy-bytes"] = (ram["precopy-bytes"].as_u64().unwrap_or(0) + bytes).into();
+        }
     }
 
     /// The same for the text of `info migrate`.
@@ -192,6 +220,13 @@ impl View {
             values.push(("throughput", format!("{:.2} mbps", self.shown_mbps())));
             values.push(("remaining ram", kbytes("remaining")));
             values.push(("total ram", kbytes("total")));
+            for (line, name) in
+                [("precopy ram", "precopy-bytes"), ("multifd bytes", "multifd-bytes")]
+            {
+                if text.contains(line) {
+                    values.push((line, kbytes(name)));
+                }
+            }
             values.push(("rdma fabric", self.progress.fabric.clone()));
             if self.progress.pin_ms > 0 {
                 let Progress { pinned, pin_ms, .. } = self.progress;
@@ -273,6 +308,14 @@ mod tests {
         assert_eq!(shown(&view), (json!("device"), json!(12.5)));
         view.phase = Phase::Confirmed;
         assert_eq!(shown(&view), (json!("completed"), json!(80.0)));
+    }
+
+    #[test]
+    fn a_cancellation_is_no_error() {
+        let mut shown = json!({"status": "cancelled", "error-desc": "Broken pipe"});
+        view(Side::Source).overlay(&mut shown);
+        assert_eq!(shown["status"], "cancelled");
+        assert!(shown.get("error-desc").is_none());
     }
 
     #[test]

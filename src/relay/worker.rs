@@ -19,15 +19,18 @@ use tracing::warn;
 
 use crate::{
     migration::messages::{FabricKind, LINE_MAX, Order, Report},
+    qemu::blocks::RamBlock,
     qmp::socket,
 };
 
 /// How long a worker may take to tell the peer of a failure.
 const LAST_WORDS: Duration = Duration::from_secs(4);
 
-/// A running worker. It is killed when this is dropped.
+/// A running worker. It is killed when this is dropped, unless it has taken QEMU's stream: then it
+/// ends QEMU's migration by itself.
 pub struct Worker {
     child: Child,
+    has_stream: bool,
     control: UnixStream,
     buffer: Vec<u8>,
 }
@@ -45,14 +48,14 @@ impl Worker {
             .arg("worker")
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .stdout(Stdio::null())
-            .kill_on_drop(true)
             .spawn()?;
-        let mut worker = Self { child, control: UnixStream::from_std(ours)?, buffer: Vec::new() };
+        let control = UnixStream::from_std(ours)?;
+        let mut worker = Self { child, has_stream: false, control, buffer: Vec::new() };
         worker.send(&Order::Prepare { fabric }, &[]).await?;
         Ok(worker)
     }
 
-    /// Give it the order that begins its migration, with these descriptors.
+    /// Give it an order that has descriptors.
     ///
     /// # Errors
     /// The system's.
@@ -105,10 +108,33 @@ impl Worker {
         }
     }
 
+    /// From here on it is not killed when this is dropped.
+    pub fn has_stream(&mut self) {
+        self.has_stream = true;
+    }
+
+    /// Leave what is to be done at QEMU to it, because nothing of that can be done here.
+    pub async fn leave(mut self, reason: String) {
+        // It may have ended already; and if not, it goes on by itself.
+        let _ = self.send(&Order::Leave { reason }, &[]).await;
+        let _ = timeout(LAST_WORDS, self.child.wait()).await;
+    }
+
     /// Wait until it has told the peer what there is to tell; kill it if that takes too long.
     pub async fn finish(mut self) {
+        // It may have ended already.
+        let _ = self.send(&Order::Over, &[]).await;
         if timeout(LAST_WORDS, self.child.wait()).await.is_err() {
             self.kill().await;
+        }
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        if !self.has_stream {
+            // It may have ended already.
+            let _ = self.child.start_kill();
         }
     }
 }
@@ -122,11 +148,8 @@ pub fn migration_socket() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok((worker.into(), qemu.into()))
 }
 
-/// The descriptors of an order: the worker's end of the migration socket, then the files.
-pub fn order_fds<'a>(
-    socket: &'a OwnedFd,
-    blocks: &'a [crate::qemu::blocks::RamBlock],
-) -> Vec<BorrowedFd<'a>> {
-    let files = blocks.iter().filter_map(|block| block.backing.as_ref());
-    std::iter::once(socket.as_fd()).chain(files.map(|backing| backing.file.as_fd())).collect()
+/// The files of those blocks that have one.
+pub fn block_fds(blocks: &[RamBlock]) -> Vec<BorrowedFd<'_>> {
+    let backings = blocks.iter().filter_map(|block| block.backing.as_ref());
+    backings.map(|backing| backing.file.as_fd()).collect()
 }

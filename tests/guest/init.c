@@ -5,17 +5,24 @@
  *   fill=MIB      memory that is written over and over (64)
  *   pause=US      pause after each MiB, microseconds (0)
  *   readers=N     processes that read the disk /dev/vda with O_DIRECT for ever (0)
+ *   stress=MIB    instead of all this do what `stress --vm 1 --vm-bytes MIB --vm-keep` does (0)
  *
  * Every half second the console gets a line
  *   tick N passes P reads R ok
  * and, as soon as memory or a sector does not hold what it should, a line that begins with
  * MISMATCH. Each pass checks what the pass before wrote. The disk holds, in each eight bytes, their
  * own offset times an odd constant, little endian; see `word`.
+ *
+ * With stress= it writes one byte of each page and checks them all, in turns; from the second turn on
+ * the console gets, ten times a second, a line
+ *   work N MiB at T ms
+ * of what was written or checked since then, and the guest's own clock.
  */
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <fcntl.h>
 #include <stdatomic.h>
+#include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -30,6 +37,7 @@
 #include <linux/fs.h>
 
 #define MIB (1u << 20)
+#define PAGE 4096
 #define WORDS (MIB / sizeof(uint64_t))
 
 static _Atomic uint64_t *reads; /* shared with the readers; in MiB */
@@ -109,6 +117,41 @@ static void tick(uint64_t pass)
     printf("tick %lu passes %lu reads %lu ok\n", ++ticks, pass, atomic_load(reads));
 }
 
+static uint64_t milliseconds(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * 1000ull + now.tv_nsec / 1000000;
+}
+
+/* One more MiB of work; says so when it is time. */
+static void worked(void)
+{
+    static uint64_t work, last;
+    uint64_t now = milliseconds();
+    if (now / 100 != last / 100)
+        printf("work %lu MiB at %lu ms\n", work, last = now);
+    work++;
+}
+
+/* What stress 1.0 does: hogvm with --vm-keep, and its stride of a page. */
+static void stress(volatile char *memory, uint64_t fill)
+{
+    for (uint64_t pass = 0;; pass++) {
+        for (uint64_t offset = 0; offset < fill; offset += PAGE) {
+            memory[offset] = 'Z';
+            if (offset % MIB == 0 && pass > 0)
+                worked();
+        }
+        for (uint64_t offset = 0; offset < fill; offset += PAGE) {
+            if (memory[offset] != 'Z')
+                printf("MISMATCH memory offset %#lx\n", offset);
+            if (offset % MIB == 0 && pass > 0)
+                worked();
+        }
+    }
+}
+
 int main(void)
 {
     mkdir("/dev", 0755);
@@ -119,7 +162,8 @@ int main(void)
     setvbuf(stdout, NULL, _IOLBF, 0);
     load_modules();
 
-    uint64_t fill = number("fill", 64) * (uint64_t)MIB;
+    bool stressed = number("stress", 0) > 0;
+    uint64_t fill = number(stressed ? "stress" : "fill", 64) * (uint64_t)MIB;
     long gap = number("pause", 0);
     char *memory = mmap(NULL, fill, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     reads = mmap(NULL, sizeof *reads, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
@@ -128,6 +172,8 @@ int main(void)
         for (;;)
             pause(); /* init must not end */
     }
+    if (stressed)
+        stress(memory, fill);
     for (long i = number("readers", 0); i > 0; i--)
         if (fork() == 0)
             read_disk(i * 11);

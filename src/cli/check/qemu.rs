@@ -15,7 +15,7 @@ use qemu_rdma_helper::{
 };
 use serde_json::Value;
 
-use crate::cli::{client::Client, settings::QUEUE_PAIRS};
+use crate::cli::{client::Client, settings::CONNECTIONS};
 
 /// A helper that serves the socket.
 pub struct Helper {
@@ -23,8 +23,8 @@ pub struct Helper {
     pub pid: u32,
     /// What carries its migrations.
     pub fabric: FabricChoice,
-    /// Queue pairs that carry RAM.
-    pub queue_pairs: u16,
+    /// Connections, or queue pairs, that carry RAM.
+    pub connections: u16,
     /// Bytes of guest RAM that may be pinned at a time.
     pin_limit: Option<u64>,
     /// Its QEMU's process.
@@ -35,11 +35,11 @@ impl Helper {
     /// A helper knows its QEMU's process; asked at QEMU's own socket the command is unknown.
     async fn ask(client: &mut Client) -> Option<Self> {
         let info = client.execute("query-rdma-helper", Value::Null).await.ok()?;
-        let queue_pairs = info["queue-pairs"].as_u64().and_then(|count| count.try_into().ok());
+        let connections = info["connections"].as_u64().and_then(|count| count.try_into().ok());
         Some(Self {
             pid: client.pid,
             fabric: if info["fabric"] == "verbs" { FabricChoice::Verbs } else { FabricChoice::Tcp },
-            queue_pairs: queue_pairs.unwrap_or(QUEUE_PAIRS),
+            connections: connections.unwrap_or(CONNECTIONS),
             pin_limit: info["pin-limit"].as_u64(),
             qemu: info["pid"].as_u64().and_then(|pid| pid.try_into().ok()),
         })

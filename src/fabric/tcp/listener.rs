@@ -13,9 +13,12 @@ use std::{
 
 use tracing::{debug, info, warn};
 
-use super::{connection::TcpConnection, frame, resolve};
+use super::{Tcp, connection::TcpConnection, frame, resolve};
 use crate::{
-    fabric::{Connection, FabricError, Handle, Listener, Request, Result},
+    fabric::{
+        Connection, FabricError, Handle, Listener, Request, Result,
+        session::{Sessions, Trailer},
+    },
     migration::messages::Address,
 };
 
@@ -36,7 +39,7 @@ pub(super) struct TcpFabricListener {
 }
 
 impl TcpFabricListener {
-    pub(super) fn bind(address: &Address, stall_timeout: Duration) -> Result<Self> {
+    pub(super) fn bind(address: &Address, fabric: Tcp) -> Result<Self> {
         let mut bound = address.clone();
         let (sender, requests) = mpsc::sync_channel(GREETING_MAX);
         let mut sockets = Vec::new();
@@ -54,9 +57,10 @@ impl TcpFabricListener {
         if let (true, Some(source)) = (sockets.is_empty(), failed) {
             return Err(FabricError::Listen { address: address.clone(), source });
         }
+        let reception = Reception { fabric, sessions: Arc::default(), requests: sender };
         for socket in &sockets {
-            let (socket, sender) = (socket.clone(), sender.clone());
-            thread::spawn(move || accept_clients(&socket, &sender, stall_timeout));
+            let (socket, reception) = (socket.clone(), reception.clone());
+            thread::spawn(move || accept_clients(&socket, &reception));
         }
         Ok(Self { address: bound, sockets, requests })
     }
@@ -95,7 +99,7 @@ fn close(sockets: &[Arc<TcpListener>]) {
 }
 
 /// Accept until the socket is shut down.
-fn accept_clients(socket: &TcpListener, sender: &SyncSender<TcpRequest>, stall_timeout: Duration) {
+fn accept_clients(socket: &TcpListener, reception: &Reception) {
     let greeting = Arc::new(AtomicUsize::new(0));
     loop {
         let (stream, peer) = match socket.accept() {
@@ -116,23 +120,44 @@ fn accept_clients(socket: &TcpListener, sender: &SyncSender<TcpRequest>, stall_t
             info!(%peer, "turned away: too many clients that do not greet");
             continue;
         }
-        let (sender, greeting) = (sender.clone(), greeting.clone());
+        let (reception, greeting) = (reception.clone(), greeting.clone());
         thread::spawn(move || {
-            match greet(stream, stall_timeout) {
-                // The receiver is gone when another peer was let in meanwhile.
-                Ok(request) => drop(sender.send(request)),
-                Err(error) => info!(%peer, %error, "turned away: no helper's greeting"),
+            if let Err(error) = reception.greet(stream) {
+                info!(%peer, %error, "turned away: no helper's greeting");
             }
             greeting.fetch_sub(1, Ordering::Relaxed);
         });
     }
 }
 
-/// Read the client's greeting.
-fn greet(stream: TcpStream, stall_timeout: Duration) -> std::io::Result<TcpRequest> {
-    let peer = stream.peer_addr()?.to_string();
-    let private_data = frame::read_hello(&stream, Instant::now() + GREETING_TIMEOUT)?;
-    Ok(TcpRequest { stream, peer, private_data, stall_timeout })
+/// Where clients go that have greeted.
+#[derive(Clone)]
+struct Reception {
+    fabric: Tcp,
+    sessions: Arc<Sessions<TcpStream>>,
+    requests: SyncSender<TcpRequest>,
+}
+
+impl Reception {
+    /// Read the client's greeting, and hand the client on.
+    fn greet(self, stream: TcpStream) -> std::io::Result<()> {
+        let peer = stream.peer_addr()?.to_string();
+        let private_data = frame::read_hello(&stream, Instant::now() + GREETING_TIMEOUT)?;
+        let trailer = Trailer::find(&private_data);
+        if let Some(trailer) = trailer.filter(|trailer| trailer.lane.get() > 0) {
+            if !self.sessions.add(&trailer, stream) {
+                info!(%peer, "turned away: its connection belongs to none");
+            }
+            return Ok(());
+        }
+        let own = self.fabric.connections.saturating_sub(1);
+        let further = trailer.map_or(0, |trailer| trailer.lanes.get().min(own));
+        let (stall_timeout, sessions) = (self.fabric.stall_timeout, self.sessions);
+        let request = TcpRequest { stream, peer, private_data, further, stall_timeout, sessions };
+        // The receiver is gone when another peer was let in meanwhile.
+        let _ = self.requests.send(request);
+        Ok(())
+    }
 }
 
 /// A client that greeted.
@@ -140,7 +165,10 @@ struct TcpRequest {
     stream: TcpStream,
     peer: String,
     private_data: Vec<u8>,
+    /// Connections that it gets beside this one.
+    further: u16,
     stall_timeout: Duration,
+    sessions: Arc<Sessions<TcpStream>>,
 }
 
 impl Request for TcpRequest {
@@ -153,8 +181,21 @@ impl Request for TcpRequest {
     }
 
     fn accept(self: Box<Self>, private_data: &[u8]) -> Result<Box<dyn Connection>> {
-        frame::write_hello(&self.stream, private_data)
-            .map_err(|source| FabricError::Host { call: "Accepting the peer", source })?;
-        Ok(Box::new(TcpConnection::new(self.stream, self.stall_timeout)?))
+        let accepting = |source| FabricError::Host { call: "Accepting the peer", source };
+        let Self { stream, further, stall_timeout, sessions, .. } = *self;
+        let mut others = Vec::new();
+        if further == 0 {
+            frame::write_hello(&stream, private_data).map_err(accepting)?;
+        } else {
+            let session = sessions.open(further);
+            let reply = Trailer::new(further, 0, session.number()).append(private_data)?;
+            frame::write_hello(&stream, &reply).map_err(accepting)?;
+            for lane in 1..=further {
+                let other = session.next(lane)?;
+                frame::write_hello(&other, &[]).map_err(accepting)?;
+                others.push(other);
+            }
+        }
+        Ok(Box::new(TcpConnection::new(stream, others, stall_timeout)?))
     }
 }

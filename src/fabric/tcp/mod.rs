@@ -1,13 +1,15 @@
-//! The operations of a queue pair, framed over one TCP connection: for hosts without an RDMA
-//! device.
+//! The operations of a queue pair, framed over TCP connections: for hosts without an RDMA device.
 //!
-//! RAM leaves by `sendfile` and is received straight into the destination's RAM. Frames are
-//! `docs/protocol.md`'s: a 24-byte header, then the payload. The peer is not authenticated and
-//! nothing is encrypted, as with RDMA itself.
+//! Short writes are copied, others leave by `sendfile` and are spliced into the destination's RAM.
+//! Frames are `docs/protocol.md`'s: a 24-byte header, then the payload. The peer is not
+//! authenticated and nothing is encrypted, as with RDMA itself.
 
 mod connection;
 mod frame;
 mod listener;
+mod receiving;
+mod sending;
+mod socket;
 #[cfg(test)]
 mod tests;
 
@@ -19,7 +21,9 @@ use std::{
 
 use rustix::net::sockopt;
 
-use super::{Connection, Fabric, FabricError, Finding, Listener, Result, resolve};
+use super::{
+    Connection, Fabric, FabricError, Finding, Listener, Result, resolve, session::Trailer,
+};
 use crate::migration::messages::Address;
 
 /// The `tcp` fabric.
@@ -27,6 +31,8 @@ use crate::migration::messages::Address;
 pub struct Tcp {
     /// How long a transfer that is due may make no progress.
     pub stall_timeout: Duration,
+    /// Connections of a link, if the peer has as many.
+    pub connections: u16,
 }
 
 impl Fabric for Tcp {
@@ -35,7 +41,7 @@ impl Fabric for Tcp {
     }
 
     fn listen(&self, address: &Address) -> Result<Box<dyn Listener>> {
-        Ok(Box::new(listener::TcpFabricListener::bind(address, self.stall_timeout)?))
+        Ok(Box::new(listener::TcpFabricListener::bind(address, self.clone())?))
     }
 
     fn connect(
@@ -45,12 +51,40 @@ impl Fabric for Tcp {
         timeout: Duration,
     ) -> Result<(Vec<u8>, Box<dyn Connection>)> {
         let deadline = Instant::now() + timeout;
-        let stream = connect_any(address, deadline)?;
+        let (stream, peer) = connect_any(address, deadline)?;
         let connect = |source| FabricError::Connect { address: address.clone(), source };
-        frame::write_hello(&stream, private_data).map_err(connect)?;
-        let reply = frame::read_hello(&stream, deadline).map_err(connect)?;
-        Ok((reply, Box::new(connection::TcpConnection::new(stream, self.stall_timeout)?)))
+        let further = self.connections.saturating_sub(1);
+        let hello = match further {
+            0 => private_data.to_vec(),
+            _ => Trailer::new(further, 0, 0).append(private_data)?,
+        };
+        let reply = greet(&stream, &hello, deadline).map_err(connect)?;
+        let mut others = Vec::new();
+        if let Some(granted) = Trailer::find(&reply) {
+            for lane in 1..=granted.lanes.get().min(further) {
+                let hello = Trailer::new(0, lane, granted.session.get()).append(&[])?;
+                others.push(connect_further(peer, &hello, deadline).map_err(connect)?);
+            }
+        }
+        Ok((reply, Box::new(connection::TcpConnection::new(stream, others, self.stall_timeout)?)))
     }
+}
+
+/// Send a greeting and receive the peer's.
+fn greet(stream: &TcpStream, private_data: &[u8], deadline: Instant) -> io::Result<Vec<u8>> {
+    frame::write_hello(stream, private_data)?;
+    frame::read_hello(stream, deadline)
+}
+
+/// Connect once more to where the first connection leads.
+fn connect_further(peer: SocketAddr, hello: &[u8], deadline: Instant) -> io::Result<TcpStream> {
+    let left = deadline.saturating_duration_since(Instant::now());
+    if left.is_zero() {
+        return Err(io::ErrorKind::TimedOut.into());
+    }
+    let stream = TcpStream::connect_timeout(&peer, left)?;
+    greet(&stream, hello, deadline)?;
+    Ok(stream)
 }
 
 /// Does a route lead to `address`, or is it this host's? Found without connecting.
@@ -84,8 +118,8 @@ fn any(address: SocketAddr) -> IpAddr {
     }
 }
 
-/// Connect to the first address of `address` that answers.
-fn connect_any(address: &Address, deadline: Instant) -> Result<TcpStream> {
+/// Connect to the first address of `address` that answers; says which.
+fn connect_any(address: &Address, deadline: Instant) -> Result<(TcpStream, SocketAddr)> {
     let mut last = io::Error::from(io::ErrorKind::TimedOut);
     for candidate in resolve(address)? {
         let left = deadline.saturating_duration_since(Instant::now());
@@ -93,7 +127,7 @@ fn connect_any(address: &Address, deadline: Instant) -> Result<TcpStream> {
             break;
         }
         match TcpStream::connect_timeout(&candidate, left) {
-            Ok(stream) => return Ok(stream),
+            Ok(stream) => return Ok((stream, candidate)),
             Err(error) => last = error,
         }
     }

@@ -14,15 +14,15 @@ use rustix::{
 
 use super::{
     Timeouts,
-    buffers::Buffers,
     cm::Id,
     cm::wait_for,
     objects::{Access, Completion, CompletionQueue, MemoryRegion, ProtectionDomain},
-    queue_pair::{Depth, Local, QueuePair, Queues},
+    queue_pair::{Depth, QueuePair, Queues},
+    received::Received,
     sending::{SEND_DEPTH, Shared, VerbsPoster, identity},
 };
 use crate::{
-    fabric::{Connection, FabricError, Handle, MESSAGE_MAX, Poster, Receiver, RemoteKey, Result},
+    fabric::{Connection, FabricError, Handle, Poster, Receiver, RemoteKey, Result},
     memory::Region,
 };
 
@@ -42,13 +42,6 @@ pub(super) fn completions(lanes: u16) -> u32 {
 /// A connection before its halves go to their threads.
 pub(super) struct VerbsConnection {
     shared: Arc<Shared>,
-    received: Received,
-}
-
-/// Buffers for messages from the peer.
-struct Received {
-    buffers: Arc<Buffers>,
-    registration: MemoryRegion,
 }
 
 /// Where a region's first byte is.
@@ -78,14 +71,7 @@ impl Opening {
         };
         let (domain, ram_domain) = (ProtectionDomain::new(&id)?, ProtectionDomain::new(&id)?);
         let pair = QueuePair::new(id, domain, queues.clone(), depth)?;
-        let buffers = Arc::new(Buffers::new(depth.receive as usize));
-        let received = Received {
-            registration: MemoryRegion::of_buffers(&pair.domain, &buffers, Access::Receive)?,
-            buffers,
-        };
-        for index in 0..received.buffers.count() {
-            received.offer(&pair, index)?;
-        }
+        let received = Received::offer_all(&pair, depth.receive as usize)?;
         Ok(Self { pairs: vec![pair], queues, ram_domain, received })
     }
 
@@ -104,31 +90,16 @@ impl Opening {
 
     /// All of them are connected.
     pub(super) fn finish(self, timeouts: Timeouts) -> Result<VerbsConnection> {
-        let shared = Arc::new(Shared::new(self.pairs, timeouts)?);
-        Ok(VerbsConnection { shared, received: self.received })
-    }
-}
-
-impl Received {
-    fn offer(&self, pair: &QueuePair, index: usize) -> Result<()> {
-        let local = Local {
-            address: self.buffers.address(index),
-            length: MESSAGE_MAX as u32,
-            lkey: self.registration.lkey(),
-        };
-        pair.receive(index as u64, local)
+        let shared = Arc::new(Shared::new(self.pairs, self.received, timeouts)?);
+        Ok(VerbsConnection { shared })
     }
 }
 
 impl Connection for VerbsConnection {
     fn split(self: Box<Self>) -> (Arc<dyn Poster>, Box<dyn Receiver>) {
         let poster = VerbsPoster { shared: self.shared.clone() };
-        let receiver = VerbsReceiver {
-            shared: self.shared,
-            received: self.received,
-            registered: HashMap::new(),
-            disconnected: false,
-        };
+        let receiver =
+            VerbsReceiver { shared: self.shared, registered: HashMap::new(), disconnected: false };
         (Arc::new(poster), Box::new(receiver))
     }
 
@@ -141,7 +112,6 @@ impl Connection for VerbsConnection {
 /// The half that receives.
 struct VerbsReceiver {
     shared: Arc<Shared>,
-    received: Received,
     /// What the peer may write, by region and range.
     registered: HashMap<(usize, u64, u64), MemoryRegion>,
     disconnected: bool,
@@ -234,11 +204,8 @@ impl VerbsReceiver {
         }
     }
 
-    /// Copy a message out of its buffer and offer the buffer again: messages are what is left of the
-    /// stream without RAM, and small.
     fn take(&mut self, completion: Completion, message: &mut Vec<u8>) -> Result<()> {
-        let index = completion.id as usize;
-        self.received.buffers.take(index, completion.length as usize, message);
-        self.received.offer(&self.shared.pairs[0], index)
+        let (index, length) = (completion.id as usize, completion.length as usize);
+        self.shared.received.take(&self.shared.pairs[0], index, length, message)
     }
 }

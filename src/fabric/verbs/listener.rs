@@ -1,15 +1,12 @@
 //! Waiting for peers.
 
 use std::{
-    collections::HashMap,
-    hash::{BuildHasher as _, Hasher as _, RandomState},
     net::SocketAddr,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc,
         atomic::{AtomicBool, Ordering},
-        mpsc::{Receiver, SyncSender, sync_channel},
     },
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use rdma_sys::rdma_cm_event_type as kind;
@@ -24,15 +21,14 @@ use super::{
     cm::{Event, EventChannel, Id},
     connection::Opening,
     route::no_device,
-    trailer::Trailer,
 };
 use crate::{
-    fabric::{Connection, FabricError, Handle, Listener, Request, Result, resolve},
+    fabric::{
+        Connection, FabricError, Handle, Listener, Request, Result, resolve,
+        session::{ESTABLISHING, Session, Sessions, Trailer},
+    },
     migration::messages::Address,
 };
-
-/// How long a peer may take from the acceptance to the established connection.
-const ESTABLISHING: Duration = Duration::from_secs(5);
 
 /// A listening identifier.
 pub(super) struct VerbsListener {
@@ -40,14 +36,7 @@ pub(super) struct VerbsListener {
     fabric: Verbs,
     id: Id,
     stop: Arc<Stop>,
-    sessions: Arc<Sessions>,
-}
-
-/// Connections that wait for further queue pairs, by what those name.
-type Sessions = Mutex<HashMap<u64, SyncSender<(u16, Id)>>>;
-
-fn lock(sessions: &Sessions) -> MutexGuard<'_, HashMap<u64, SyncSender<(u16, Id)>>> {
-    sessions.lock().unwrap_or_else(PoisonError::into_inner)
+    sessions: Arc<Sessions<Id>>,
 }
 
 /// Ends a blocked accept.
@@ -110,7 +99,12 @@ impl Listener for VerbsListener {
             let own = EventChannel::new().and_then(|channel| id.migrate(&channel));
             let trailer = Trailer::find(&private_data);
             match (own, trailer) {
-                (Ok(id), Some(trailer)) if trailer.lane.get() > 0 => self.add_lane(&trailer, id),
+                (Ok(id), Some(trailer)) if trailer.lane.get() > 0 => {
+                    // An identifier that is dropped tells its peer.
+                    if !self.sessions.add(&trailer, id) {
+                        info!("a queue pair was turned away: it belongs to no connection");
+                    }
+                }
                 (Ok(id), _) => {
                     let (fabric, sessions) = (self.fabric.clone(), self.sessions.clone());
                     let lanes = trailer.map_or(0, |trailer| trailer.lanes.get());
@@ -134,19 +128,6 @@ impl Listener for VerbsListener {
     }
 }
 
-impl VerbsListener {
-    /// A further queue pair of a connection that is being made.
-    fn add_lane(&self, trailer: &Trailer, id: Id) {
-        let sessions = lock(&self.sessions);
-        let session = sessions.get(&trailer.session.get());
-        match session.map(|session| session.try_send((trailer.lane.get(), id))) {
-            Some(Ok(())) => {}
-            // The identifier is dropped, which tells the peer.
-            _ => info!("a queue pair was turned away: it belongs to no connection"),
-        }
-    }
-}
-
 /// A peer that asks to connect.
 struct VerbsRequest {
     /// Until it is let in.
@@ -155,7 +136,7 @@ struct VerbsRequest {
     /// Further queue pairs that it gets.
     lanes: u16,
     fabric: Verbs,
-    sessions: Arc<Sessions>,
+    sessions: Arc<Sessions<Id>>,
 }
 
 impl Request for VerbsRequest {
@@ -171,20 +152,13 @@ impl Request for VerbsRequest {
         let id = self.id.take().ok_or(FabricError::Closed)?;
         id.set_peer_timeout(self.fabric.timeouts.acknowledgement())?;
         let mut opening = Opening::new(id, self.fabric.window, self.lanes)?;
-        let deadline = Instant::now() + ESTABLISHING;
         if self.lanes == 0 {
-            establish(opening.id(), private_data, deadline)?;
+            establish(opening.id(), private_data, Instant::now() + ESTABLISHING)?;
         } else {
-            let session = RandomState::new().build_hasher().finish();
-            let (lanes, arrived) = sync_channel(self.lanes.into());
-            lock(&self.sessions).insert(session, lanes);
-            let trailer = Trailer::new(self.lanes, 0, session);
-            let opened = trailer
-                .append(private_data)
-                .and_then(|reply| establish(opening.id(), &reply, deadline))
-                .and_then(|()| self.take_lanes(&mut opening, &arrived, deadline));
-            lock(&self.sessions).remove(&session);
-            opened?;
+            let session = self.sessions.open(self.lanes);
+            let reply = Trailer::new(self.lanes, 0, session.number()).append(private_data)?;
+            establish(opening.id(), &reply, session.deadline())?;
+            self.take_lanes(&mut opening, &session)?;
         }
         Ok(Box::new(opening.finish(self.fabric.timeouts)?))
     }
@@ -201,21 +175,11 @@ fn establish(id: &Id, private_data: &[u8], deadline: Instant) -> Result<()> {
 
 impl VerbsRequest {
     /// The peer connects its further queue pairs, one after the other.
-    fn take_lanes(
-        &self,
-        opening: &mut Opening,
-        arrived: &Receiver<(u16, Id)>,
-        deadline: Instant,
-    ) -> Result<()> {
-        for expected in 1..=self.lanes {
-            let left = deadline.saturating_duration_since(Instant::now());
-            let (lane, id) = arrived.recv_timeout(left).map_err(|_| FabricError::Closed)?;
-            if lane != expected {
-                let why = format!("queue pair {lane} where {expected} belongs");
-                return Err(FabricError::Malformed(why));
-            }
+    fn take_lanes(&self, opening: &mut Opening, session: &Session<Id>) -> Result<()> {
+        for lane in 1..=self.lanes {
+            let id = session.next(lane)?;
             id.set_peer_timeout(self.fabric.timeouts.acknowledgement())?;
-            establish(opening.add_lane(id)?, &[], deadline)?;
+            establish(opening.add_lane(id)?, &[], session.deadline())?;
         }
         Ok(())
     }

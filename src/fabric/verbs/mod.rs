@@ -13,10 +13,10 @@ mod listener;
 mod objects;
 pub mod preflight;
 mod queue_pair;
+mod received;
 mod ring;
 mod route;
 mod sending;
-mod trailer;
 
 use std::{
     io,
@@ -29,9 +29,8 @@ use rdma_sys::rdma_cm_event_type as kind;
 use self::{
     cm::{EventChannel, Id},
     connection::Opening,
-    trailer::Trailer,
 };
-use super::{Connection, Fabric, FabricError, Listener, Result, resolve};
+use super::{Connection, Fabric, FabricError, Listener, Result, resolve, session::Trailer};
 use crate::migration::messages::Address;
 
 /// How long things may take.

@@ -22,6 +22,7 @@ use super::{
     cm::wait_for,
     objects::{Access, Completion, CompletionQueue, MemoryRegion, ProtectionDomain},
     queue_pair::{Local, QueuePair},
+    received::Received,
     ring::Ring,
 };
 use crate::{
@@ -102,6 +103,8 @@ pub(super) struct Shared {
     /// Messages go through the first one. So does RAM if it is the only one, else through the
     /// others: a chunk through the same one for ever.
     pub(super) pairs: Vec<QueuePair>,
+    /// Of the first one. Fields are dropped in their order: it outlives the queue pairs.
+    pub(super) received: Received,
     /// Ends whoever waits.
     pub(super) wake: OwnedFd,
     pub(super) closed: AtomicBool,
@@ -124,7 +127,11 @@ pub(super) fn identity(region: &Arc<Region>) -> usize {
 }
 
 impl Shared {
-    pub(super) fn new(pairs: Vec<QueuePair>, timeouts: Timeouts) -> Result<Self> {
+    pub(super) fn new(
+        pairs: Vec<QueuePair>,
+        received: Received,
+        timeouts: Timeouts,
+    ) -> Result<Self> {
         let buffers = Arc::new(Buffers::new(SEND_BUFFERS));
         let sending = Sending {
             registration: MemoryRegion::of_buffers(&pairs[0].domain, &buffers, Access::Read)?,
@@ -139,6 +146,7 @@ impl Shared {
             .map_err(|errno| FabricError::Host { call: "eventfd", source: errno.into() })?;
         Ok(Self {
             pairs,
+            received,
             wake,
             closed: AtomicBool::new(false),
             failure: Mutex::default(),

@@ -12,7 +12,7 @@ use crate::{
     },
     relay::{
         Context, QemuEvent, helper_commands,
-        intercept::Intercepted,
+        intercept::{Intercepted, Settings},
         migrations::{Migrations, Reply},
     },
 };
@@ -42,6 +42,9 @@ impl Monitor {
                 },
                 id,
             ),
+            Intercepted::QuerySettings(settings) => {
+                answer_with(query_settings(context, migrations, settings), id)
+            }
             Intercepted::QueryHelper => {
                 answer_with(async move { helper_commands::query_helper(&context).await }, id)
             }
@@ -76,6 +79,9 @@ impl Monitor {
             }
             Line::Cancel => answer_with(as_text(self.cancel()), id),
             Line::InfoMigrate => answer_with(info_migrate(context, self.migrations.clone()), id),
+            Line::InfoSettings(what) => {
+                answer_with(info_settings(context, self.migrations.clone(), what), id)
+            }
             Line::Wrong(error) => answer_with(as_text(async move { Err(error) }), id),
             Line::Other => answer_with(async { Ok(json!("")) }, id),
         }
@@ -112,6 +118,24 @@ async fn query_migrate(context: Context, migrations: Migrations) -> Reply {
         view.overlay(&mut reply);
     }
     Ok(reply)
+}
+
+/// As they are without what a migration has borrowed.
+async fn query_settings(context: Context, migrations: Migrations, settings: Settings) -> Reply {
+    let borrowed = migrations.borrowed();
+    let mut reply = context.qemu.clone().execute(settings.query(), Value::Null).await?;
+    match (borrowed, settings) {
+        (Some(borrowed), Settings::Capabilities) => borrowed.hide_capabilities(&mut reply),
+        (Some(borrowed), Settings::Parameters) => borrowed.hide_parameters(&mut reply),
+        (None, _) => {}
+    }
+    Ok(reply)
+}
+
+async fn info_settings(context: Context, migrations: Migrations, what: String) -> Reply {
+    let borrowed = migrations.borrowed();
+    let text = monitor_line(&mut context.qemu.clone(), &format!("info {what}")).await?;
+    Ok(borrowed.map_or(text.clone(), |borrowed| borrowed.hide_text(&text)).into())
 }
 
 async fn info_migrate(context: Context, migrations: Migrations) -> Reply {

@@ -1,0 +1,176 @@
+//! How further connections, or queue pairs, find the one that they belong to.
+//!
+//! What a fabric itself says in private data stands at the end of the longest one, behind what
+//! migrations say there: how many connections there are to be, and a number that only the peer
+//! knows. A stock QEMU reads the first 8 bytes and sends no more; a helper that knows no further
+//! connections says nothing of them.
+
+use std::{
+    collections::HashMap,
+    hash::{BuildHasher as _, Hasher as _, RandomState},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel},
+    },
+    time::{Duration, Instant},
+};
+
+use zerocopy::{
+    FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned,
+    byteorder::big_endian::{U16, U32, U64},
+};
+
+use crate::fabric::{FabricError, PRIVATE_DATA_MAX, Result};
+
+/// "QRL1".
+const MAGIC: u32 = u32::from_be_bytes(*b"QRL1");
+
+/// How long a peer may take to connect all of its further connections.
+pub(super) const ESTABLISHING: Duration = Duration::from_secs(5);
+
+/// Where a trailer begins.
+const START: usize = PRIVATE_DATA_MAX - size_of::<Trailer>();
+
+/// Of a request, or of the reply to it.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,
+)]
+#[repr(C)]
+pub(super) struct Trailer {
+    magic: U32,
+    /// Connections beside the first one: what is asked for, and what is granted.
+    pub(super) lanes: U16,
+    /// 0 for the first connection, else which of the further ones of a session.
+    pub(super) lane: U16,
+    /// Chosen by who accepts; names what the further ones belong to.
+    pub(super) session: U64,
+}
+
+impl Trailer {
+    pub(super) fn new(lanes: u16, lane: u16, session: u64) -> Self {
+        let magic = MAGIC.into();
+        Self { magic, lanes: lanes.into(), lane: lane.into(), session: session.into() }
+    }
+
+    /// Put it behind `private_data`.
+    pub(super) fn append(&self, private_data: &[u8]) -> Result<Vec<u8>> {
+        if private_data.len() > START {
+            let source = std::io::ErrorKind::InvalidInput.into();
+            return Err(FabricError::Host { call: "Private data", source });
+        }
+        let mut bytes = private_data.to_vec();
+        bytes.resize(START, 0);
+        bytes.extend_from_slice(self.as_bytes());
+        Ok(bytes)
+    }
+
+    /// The peer's, if it sent one.
+    pub(super) fn find(private_data: &[u8]) -> Option<Self> {
+        let (trailer, _) = Self::read_from_prefix(private_data.get(START..)?).ok()?;
+        (trailer.magic == MAGIC).then_some(trailer)
+    }
+}
+
+/// Connections that wait for further ones, by the number that those name.
+pub(super) struct Sessions<T>(Mutex<HashMap<u64, SyncSender<(u16, T)>>>);
+
+impl<T> Default for Sessions<T> {
+    fn default() -> Self {
+        Self(Mutex::default())
+    }
+}
+
+impl<T> Sessions<T> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<u64, SyncSender<(u16, T)>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Expect `lanes` further connections, until the session is dropped.
+    pub(super) fn open(self: &Arc<Self>, lanes: u16) -> Session<T> {
+        // Keyed from the system's randomness (std's RandomState): nobody guesses it.
+        let number = RandomState::new().build_hasher().finish();
+        let (lane, arrived) = sync_channel(lanes.into());
+        self.lock().insert(number, lane);
+        Session { sessions: self.clone(), number, arrived, deadline: Instant::now() + ESTABLISHING }
+    }
+
+    /// A further connection came; false if it belongs to nobody, or is one too many.
+    pub(super) fn add(&self, trailer: &Trailer, connection: T) -> bool {
+        let sessions = self.lock();
+        let session = sessions.get(&trailer.session.get());
+        session.is_some_and(|lane| lane.try_send((trailer.lane.get(), connection)).is_ok())
+    }
+}
+
+/// A connection that waits for its further ones.
+pub(super) struct Session<T> {
+    sessions: Arc<Sessions<T>>,
+    number: u64,
+    arrived: Receiver<(u16, T)>,
+    deadline: Instant,
+}
+
+impl<T> Session<T> {
+    /// What the further ones have to name.
+    pub(super) fn number(&self) -> u64 {
+        self.number
+    }
+
+    /// When all of them must have come.
+    pub(super) fn deadline(&self) -> Instant {
+        self.deadline
+    }
+
+    /// The next one, whose number is `lane`: they come one after the other.
+    pub(super) fn next(&self, lane: u16) -> Result<T> {
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        match self.arrived.recv_timeout(left) {
+            Ok((came, connection)) if came == lane => Ok(connection),
+            Ok((came, _)) => {
+                Err(FabricError::Malformed(format!("connection {came} where {lane} belongs")))
+            }
+            Err(RecvTimeoutError::Timeout) => Err(FabricError::Stalled(ESTABLISHING)),
+            Err(RecvTimeoutError::Disconnected) => Err(FabricError::Closed),
+        }
+    }
+}
+
+impl<T> Drop for Session<T> {
+    fn drop(&mut self) {
+        self.sessions.lock().remove(&self.number);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_stands_at_the_end() {
+        let trailer = Trailer::new(4, 2, 0x0123_4567_89ab_cdef);
+        let bytes = trailer.append(b"\0\0\0\x01\0\0\0\0").unwrap();
+        assert_eq!(bytes.len(), PRIVATE_DATA_MAX);
+        assert_eq!(bytes[..8], *b"\0\0\0\x01\0\0\0\0");
+        assert_eq!(bytes[40..], *b"QRL1\0\x04\0\x02\x01\x23\x45\x67\x89\xab\xcd\xef");
+        assert_eq!(Trailer::find(&bytes), Some(trailer));
+        assert_eq!(Trailer::find(&bytes[..55]), None);
+        assert_eq!(Trailer::find(&[0; PRIVATE_DATA_MAX]), None);
+        assert!(trailer.append(&[0; 41]).is_err());
+    }
+
+    #[test]
+    fn only_what_belongs_to_a_session_gets_in() {
+        let sessions = Arc::new(Sessions::default());
+        let session = sessions.open(2);
+        let lane = |lane, number| Trailer::new(0, lane, number);
+        assert!(!sessions.add(&lane(1, session.number() ^ 1), "a stranger"));
+        assert!(sessions.add(&lane(1, session.number()), "first"));
+        assert!(sessions.add(&lane(3, session.number()), "third"));
+        assert!(!sessions.add(&lane(2, session.number()), "one too many"));
+        assert_eq!(session.next(1).unwrap(), "first");
+        assert!(matches!(session.next(2), Err(FabricError::Malformed(_))));
+        let number = session.number();
+        drop(session);
+        assert!(!sessions.add(&lane(2, number), "too late"));
+    }
+}

@@ -1,0 +1,150 @@
+//! One TCP connection of a link: whole frames out, one after the other.
+
+use std::{
+    io::{self, IoSlice},
+    net::{Shutdown, TcpStream},
+    os::fd::AsFd as _,
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg};
+use zerocopy::IntoBytes as _;
+
+use super::frame::Header;
+use crate::memory::Region;
+
+/// Longest write that is copied out of guest memory, to leave with its header in one system call.
+/// `sendfile` needs a second one and copies nothing: it costs the sender 0.52 s/GiB where copying
+/// costs 0.36 in writes of 4 KiB, 0.20 and 0.23 in writes of 16 KiB.
+const COPIED_MAX: u64 = 8 << 10;
+
+/// Most bytes that one `sendfile` is asked for.
+const SENDFILE_MAX: u64 = 16 << 20;
+
+/// A connection.
+pub(super) struct Socket {
+    pub(super) stream: TcpStream,
+    /// Held while a frame is sent, because several threads send, and the receiver answers with
+    /// LANDED on the same connection. Taken once a frame, not once a page.
+    sending: Mutex<Sending>,
+    /// Bytes of writes that were sent or are being sent.
+    posted: AtomicU64,
+    /// Bytes of them that have landed.
+    pub(super) landed: AtomicU64,
+}
+
+/// What belongs to who sends a frame.
+#[derive(Default)]
+struct Sending {
+    /// Bytes that are copied out of guest memory.
+    copied: Vec<u8>,
+}
+
+impl Socket {
+    pub(super) fn new(stream: TcpStream) -> Self {
+        Self {
+            stream,
+            sending: Mutex::default(),
+            posted: AtomicU64::new(0),
+            landed: AtomicU64::new(0),
+        }
+    }
+
+    pub(super) fn posted(&self) -> u64 {
+        self.posted.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn landed(&self) -> u64 {
+        self.landed.load(Ordering::Relaxed)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Sending> {
+        self.sending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Send a frame without RAM.
+    pub(super) fn send(&self, header: Header, payload: [&[u8]; 2]) -> io::Result<()> {
+        let _sending = self.lock();
+        self.send_all([header.as_bytes(), payload[0], payload[1]], false)
+    }
+
+    /// Send a write of `bytes`.
+    pub(super) fn write_bytes(&self, header: Header, bytes: &[u8]) -> io::Result<()> {
+        let _sending = self.lock();
+        self.posted.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        self.send_all([header.as_bytes(), bytes, &[]], false)
+    }
+
+    /// Send a write of what is at `offset` of `region`.
+    pub(super) fn write(
+        &self,
+        header: Header,
+        region: &Region,
+        mut offset: u64,
+    ) -> Result<(), WriteError> {
+        let length = header.length.get();
+        let mut sending = self.lock();
+        // Before the first byte leaves: the peer's LANDED may overtake the end of the write.
+        self.posted.fetch_add(length, Ordering::Relaxed);
+        if length <= COPIED_MAX {
+            sending.copied.resize(length as usize, 0);
+            region.read_at(&mut sending.copied, offset).map_err(WriteError::Memory)?;
+            let frame = [header.as_bytes(), &sending.copied, &[]];
+            return self.send_all(frame, false).map_err(WriteError::Socket);
+        }
+        self.send_all([header.as_bytes(), &[], &[]], true).map_err(WriteError::Socket)?;
+        let end = offset + length;
+        while offset < end {
+            let some = (end - offset).min(SENDFILE_MAX) as usize;
+            offset += match region.send_to(self.stream.as_fd(), offset, some) {
+                Ok(sent) => sent as u64,
+                Err(error) => {
+                    // Else the peer would take what follows, the last words, for the rest of it.
+                    let _ = self.stream.shutdown(Shutdown::Write);
+                    return Err(WriteError::Either(error));
+                }
+            };
+        }
+        Ok(())
+    }
+
+    /// If writes are under way, ask how much of them has landed. Returns how much that must be when
+    /// all of them have.
+    pub(super) fn flush(&self, header: Header) -> io::Result<u64> {
+        // Under the lock: what is posted later is behind the question.
+        let _sending = self.lock();
+        let posted = self.posted();
+        if posted > self.landed() {
+            self.send_all([header.as_bytes(), &[], &[]], false)?;
+        }
+        Ok(posted)
+    }
+
+    /// Send all of `parts`; `more` follows at once.
+    fn send_all(&self, parts: [&[u8]; 3], more: bool) -> io::Result<()> {
+        let flags = SendFlags::NOSIGNAL | if more { SendFlags::MORE } else { SendFlags::empty() };
+        let mut slices = parts.map(IoSlice::new);
+        let mut left = &mut slices[..];
+        // What is empty at the front goes away.
+        IoSlice::advance_slices(&mut left, 0);
+        while !left.is_empty() {
+            let mut none = SendAncillaryBuffer::default();
+            let sent = sendmsg(&self.stream, left, &mut none, flags)?;
+            IoSlice::advance_slices(&mut left, sent);
+        }
+        Ok(())
+    }
+}
+
+/// Why a write of guest memory was not sent.
+pub(super) enum WriteError {
+    /// The connection's fault.
+    Socket(io::Error),
+    /// The memory's.
+    Memory(io::Error),
+    /// Of a system call that has to do with both.
+    Either(io::Error),
+}

@@ -1,0 +1,216 @@
+//! RAM that QEMU announces without its content (capability `x-shared-ram-external` of
+//! `qemu-patches/`): what of it are holes, and what QEMU is told about it.
+//!
+//! Records without content fill no socket buffer. What holds QEMU back, and tells it the bandwidth,
+//! is the return-path message RAM_ACK: how much is done, and how much of that had to be transferred.
+
+use std::{collections::VecDeque, io, ops::Range};
+
+use crate::{
+    memory::Region,
+    stream::{BlockRange, Extent},
+};
+
+/// QEMU is told again after so many bytes. It keeps no less than 1 MiB on its way.
+const STEP: u64 = 256 << 10;
+
+/// RAM_ACK: type and length (`migration/migration.c`, patched).
+const HEAD: [u8; 4] = [0, 8, 0, 16];
+
+/// A RAM_ACK message.
+pub type RamAck = [u8; 20];
+
+/// Where a block's memory is data. To be asked in the order in which QEMU goes through RAM.
+#[derive(Debug, Default)]
+pub struct Extents(Vec<Known>);
+
+/// What is known of a block.
+#[derive(Debug, Clone, Default)]
+struct Known {
+    /// It was looked at up to here. What is announced before that was written by the guest since.
+    seen: u64,
+    /// Data at or behind `seen`. A hole is not remembered: the guest may fill it at any time.
+    data: Range<u64>,
+}
+
+impl Extents {
+    /// What `range` begins with, whose block is `region`. May say data where a hole was made since.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn first(&mut self, range: BlockRange, region: &Region) -> io::Result<Extent> {
+        let BlockRange { block, offset, length } = range;
+        let block = block as usize;
+        if self.0.len() <= block {
+            self.0.resize(block + 1, Known::default());
+        }
+        let known = &mut self.0[block];
+        if offset < known.seen {
+            return Ok(Extent { hole: false, length: length.min(known.seen - offset) });
+        }
+        if !known.data.contains(&offset) {
+            known.data = region.next_data(offset)?;
+        }
+        let hole = offset < known.data.start;
+        let end = if hole { known.data.start } else { known.data.end };
+        let length = length.min(end - offset);
+        known.seen = offset + length;
+        Ok(Extent { hole, length })
+    }
+}
+
+/// Bytes since the migration's start.
+#[derive(Debug, Clone, Copy, Default)]
+struct Count {
+    done: u64,
+    transferred: u64,
+}
+
+/// Counts what has landed.
+#[derive(Debug, Default)]
+pub struct Acknowledgement {
+    /// What will be done when so many posted bytes have landed, in that order, a step apart. Over
+    /// several connections later bytes may land first: then it is said early by what is in flight.
+    marks: VecDeque<(u64, Count)>,
+    handed: Count,
+    told: Count,
+}
+
+impl Acknowledgement {
+    /// So many announced bytes were posted, with which `posted` bytes were in all; a `hole` is done
+    /// without. Says whether it is time to look what has landed.
+    pub fn handed(&mut self, bytes: u64, hole: bool, posted: u64) -> bool {
+        self.handed.done += bytes;
+        self.handed.transferred += if hole { 0 } else { bytes };
+        let last = self.marks.back().map_or(self.told, |(_, count)| *count);
+        if self.handed.done - last.done < STEP {
+            return false;
+        }
+        match self.marks.back_mut() {
+            Some((at, count)) if *at == posted => *count = self.handed,
+            _ => self.marks.push_back((posted, self.handed)),
+        }
+        true
+    }
+
+    /// What QEMU is to be told when `landed` of the posted bytes have landed.
+    pub fn landed(&mut self, landed: u64) -> Option<RamAck> {
+        let mut done = self.told;
+        while let Some((posted, count)) = self.marks.front().copied()
+            && posted <= landed
+        {
+            done = count;
+            self.marks.pop_front();
+        }
+        self.tell(done)
+    }
+
+    /// What QEMU is to be told when all of them have.
+    pub fn all_landed(&mut self) -> Option<RamAck> {
+        self.marks.clear();
+        self.tell(self.handed)
+    }
+
+    fn tell(&mut self, count: Count) -> Option<RamAck> {
+        if count.done == self.told.done {
+            return None;
+        }
+        self.told = count;
+        let mut message = RamAck::default();
+        message[..4].copy_from_slice(&HEAD);
+        message[4..12].copy_from_slice(&count.done.to_be_bytes());
+        message[12..].copy_from_slice(&count.transferred.to_be_bytes());
+        Some(message)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::OwnedFd;
+
+    use proptest::prelude::*;
+    use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+
+    use super::*;
+
+    const PAGE: u64 = 4096;
+
+    fn told(message: Option<RamAck>) -> Option<(u64, u64)> {
+        let message = message?;
+        assert_eq!(message[..4], HEAD);
+        let field = |at: usize| u64::from_be_bytes(message[at..at + 8].try_into().unwrap());
+        Some((field(4), field(12)))
+    }
+
+    fn region(pages: u64) -> Region {
+        let fd: OwnedFd = memfd_create("ram", MemfdFlags::CLOEXEC).unwrap();
+        ftruncate(&fd, (pages + 1) * PAGE).unwrap();
+        Region::new("ram", fd, PAGE, pages * PAGE).unwrap()
+    }
+
+    fn range(first: u64, pages: u64) -> BlockRange {
+        BlockRange { block: 2, offset: first * PAGE, length: pages * PAGE }
+    }
+
+    #[test]
+    fn what_is_told_has_landed() {
+        let mut acknowledgement = Acknowledgement::default();
+        assert!(!acknowledgement.handed(STEP - PAGE, false, STEP - PAGE));
+        assert!(acknowledgement.handed(PAGE, false, STEP));
+        assert_eq!(told(acknowledgement.landed(STEP - 1)), None);
+        // A hole waits for what was handed over before it.
+        assert!(acknowledgement.handed(1 << 30, true, STEP));
+        assert_eq!(told(acknowledgement.landed(STEP)), Some((STEP + (1 << 30), STEP)));
+        assert!(!acknowledgement.handed(PAGE, false, STEP + PAGE));
+        assert_eq!(told(acknowledgement.landed(STEP + PAGE)), None);
+        assert_eq!(
+            told(acknowledgement.all_landed()),
+            Some((STEP + (1 << 30) + PAGE, STEP + PAGE))
+        );
+        assert_eq!(told(acknowledgement.all_landed()), None);
+    }
+
+    #[test]
+    fn a_hole_is_looked_at_each_time_and_data_but_once() {
+        let region = region(8);
+        region.write_at(&[1; 4096], 2 * PAGE).unwrap();
+        let mut extents = Extents::default();
+        assert_eq!(
+            extents.first(range(0, 4), &region).unwrap(),
+            Extent { hole: true, length: 2 * PAGE }
+        );
+        assert_eq!(
+            extents.first(range(2, 2), &region).unwrap(),
+            Extent { hole: false, length: PAGE }
+        );
+        // The guest fills a hole before it is announced.
+        region.write_at(&[1; 4096], 3 * PAGE).unwrap();
+        assert!(!extents.first(range(3, 1), &region).unwrap().hole);
+        assert!(extents.first(range(4, 4), &region).unwrap().hole);
+        // The second time it is announced because it was written.
+        assert!(!extents.first(range(4, 1), &region).unwrap().hole);
+    }
+
+    proptest! {
+        #[test]
+        fn extents_cover_a_pass_and_miss_no_data(data in proptest::collection::vec(any::<bool>(), 1..64)) {
+            let pages = data.len() as u64;
+            let region = region(pages);
+            for (page, _) in data.iter().enumerate().filter(|(_, data)| **data) {
+                region.write_at(&[1; 4096], page as u64 * PAGE).unwrap();
+            }
+            let mut extents = Extents::default();
+            let mut at = 0;
+            while at < pages {
+                let extent = extents.first(range(at, (pages - at).min(7)), &region).unwrap();
+                prop_assert!(extent.length > 0 && extent.length.is_multiple_of(PAGE));
+                let next = at + extent.length / PAGE;
+                for page in at..next {
+                    prop_assert_eq!(data[page as usize], !extent.hole);
+                }
+                at = next;
+            }
+            prop_assert_eq!(at, pages);
+        }
+    }
+}

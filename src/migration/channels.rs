@@ -1,0 +1,274 @@
+//! The source's threads for QEMU's multifd channels: each takes its packets and writes their pages.
+//!
+//! A page is read from memory after its packet's head was read, so it is at least as new as QEMU's
+//! copy of it, which is dropped.
+
+use std::{
+    collections::HashMap,
+    io::{ErrorKind, Read as _},
+    os::unix::net::UnixStream,
+    sync::{
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        atomic::{AtomicBool, Ordering::Relaxed},
+        mpsc::Sender,
+    },
+    thread,
+};
+
+use super::{
+    Result,
+    error::MigrationError,
+    outgoing::Event,
+    rounds::{Met, Rounds},
+    writer::Writer,
+};
+use crate::{
+    memory::CHUNK,
+    stream::{
+        BlockRange, ChannelPage, PAGE, StreamBlock, Travel,
+        multifd::{self, INIT_SIZE, PACKET_SIZE, PAGES_MAX, Packet},
+    },
+};
+
+/// Bytes of dropped content that are read at once: they should stay in the cache.
+const READ: usize = 128 << 10;
+
+/// What the threads share with the one that takes the stream.
+pub struct Channels {
+    writer: Arc<Writer>,
+    rounds: Rounds,
+    blocks: OnceLock<Blocks>,
+    others: Mutex<Others>,
+    /// A channel's thread has failed, and said why.
+    failed: AtomicBool,
+}
+
+/// Pages that can't be written from here.
+#[derive(Default)]
+struct Others {
+    /// Since the last meeting.
+    coming: Vec<ChannelPage>,
+    /// Before it. Apart, because the channels go on before the stream's thread has them: a page may be
+    /// in both.
+    met: Vec<ChannelPage>,
+}
+
+/// The stream's blocks.
+struct Blocks {
+    by_name: HashMap<String, u32>,
+    blocks: Vec<(u64, Travel)>,
+    /// Pages of blocks that are not mapped: there can't be more of them between two meetings.
+    others_max: usize,
+}
+
+impl Channels {
+    /// Take these channels, each on a thread of its own; the first failure is said to `events`.
+    pub fn start(
+        channels: &[Arc<UnixStream>],
+        writer: Arc<Writer>,
+        events: &Sender<Event>,
+    ) -> Arc<Self> {
+        let shared = Arc::new(Self {
+            writer,
+            rounds: Rounds::new(channels.len() + 1),
+            blocks: OnceLock::new(),
+            others: Mutex::default(),
+            failed: AtomicBool::new(false),
+        });
+        for channel in channels {
+            let (channel, shared, events) = (channel.clone(), shared.clone(), events.clone());
+            thread::spawn(move || {
+                if let Err(error) = (Channel { socket: &channel, shared: &shared }).take() {
+                    // The receiver is gone only when the migration has ended otherwise.
+                    let _ = events.send(Event::StreamTaken(Err(error)));
+                    shared.failed.store(true, Relaxed);
+                }
+                shared.rounds.end();
+            });
+        }
+        shared
+    }
+
+    /// The stream's block list is complete. QEMU sends no page before the first meeting, which is
+    /// behind it.
+    pub fn name(&self, blocks: &[StreamBlock], travels: &[Travel]) {
+        let by_name = blocks.iter().zip(0..).map(|(block, index)| (block.name.clone(), index));
+        let blocks: Vec<_> =
+            blocks.iter().zip(travels).map(|(block, travel)| (block.length, *travel)).collect();
+        let others = blocks.iter().filter(|(_, travel)| *travel != Travel::Mapped);
+        let others_max = others.map(|(length, _)| (length / PAGE) as usize).sum();
+        // There is one list in a stream.
+        let _ = self.blocks.set(Blocks { by_name: by_name.collect(), blocks, others_max });
+    }
+
+    /// Wait until the channels come to this point of the stream; returns the pages that they could
+    /// not write.
+    ///
+    /// # Errors
+    /// When a channel has ended, or what was written can't land.
+    pub fn meet(&self) -> Result<Vec<ChannelPage>> {
+        match self.come_together()? {
+            Met::All => Ok(std::mem::take(&mut self.others().met)),
+            // The end of the meetings, behind which this is read, came behind it.
+            Met::Never if self.failed.load(Relaxed) => {
+                Err(MigrationError::Aborted("A channel has failed already".into()))
+            }
+            Met::Never => Err(MigrationError::Qemu(
+                "ended its migration stream early (it closed a channel)".into(),
+            )),
+        }
+    }
+
+    fn come_together(&self) -> Result<Met> {
+        self.rounds.meet(|| {
+            self.writer.settle()?;
+            let mut others = self.others();
+            others.met = std::mem::take(&mut others.coming);
+            Ok(())
+        })
+    }
+
+    fn others(&self) -> MutexGuard<'_, Others> {
+        self.others.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The stream has ended, or failed.
+    pub fn end(&self) {
+        self.rounds.end();
+    }
+}
+
+/// One of them.
+struct Channel<'a> {
+    socket: &'a UnixStream,
+    shared: &'a Channels,
+}
+
+impl Channel<'_> {
+    /// Take its packets to its end.
+    fn take(mut self) -> Result<()> {
+        let mut init = [0; INIT_SIZE];
+        if !self.read(&mut init)? {
+            return Ok(());
+        }
+        multifd::init(&init).map_err(malformed)?;
+        let mut bytes = [0; PACKET_SIZE];
+        let mut content = vec![0; PAGES_MAX * PAGE as usize].into_boxed_slice();
+        while self.read(&mut bytes)? {
+            let packet = Packet::read(&bytes).map_err(malformed)?;
+            if packet.normal().len() + packet.zero().len() > 0 {
+                self.pages(&packet, &mut content)?;
+            }
+            // QEMU 9.1 and 9.2 synchronise the channels once more at the very end, and the stream's
+            // thread does not come.
+            if packet.sync && self.shared.come_together()? == Met::Never {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// The pages of a packet.
+    fn pages(&mut self, packet: &Packet<'_>, content: &mut [u8]) -> Result<()> {
+        let known = self.shared.blocks.get().and_then(|blocks| {
+            let block = *blocks.by_name.get(packet.block)?;
+            let (length, travel) = *blocks.blocks.get(block as usize)?;
+            Some((block, length, travel, blocks.others_max))
+        });
+        let Some((block, block_length, travel, others_max)) = known else {
+            return Err(stream(format!("a page of unknown RAM block '{}'", packet.block)));
+        };
+        for offset in packet.normal().chain(packet.zero()) {
+            if offset % PAGE != 0 || offset >= block_length {
+                return Err(stream(format!(
+                    "a page at {offset:#x} of RAM block '{}'",
+                    packet.block
+                )));
+            }
+        }
+        if travel != Travel::Mapped {
+            return self.others(packet, block, content, others_max);
+        }
+        let writer = &self.shared.writer;
+        for (offset, length) in multifd::ranges(packet.normal(), CHUNK) {
+            writer.write(BlockRange { block, offset, length })?;
+        }
+        for (offset, length) in multifd::ranges(packet.zero(), u64::MAX) {
+            writer.zero(BlockRange { block, offset, length })?;
+        }
+        self.drop_content(packet.content(), content)
+    }
+
+    /// Keep the pages for the stream.
+    fn others(
+        &mut self,
+        packet: &Packet<'_>,
+        block: u32,
+        content: &mut [u8],
+        most: usize,
+    ) -> Result<()> {
+        let content = &mut content[..packet.content()];
+        if !content.is_empty() && !self.read(content)? {
+            return Err(cut());
+        }
+        let others = &mut self.shared.others().coming;
+        let (pages, _) = content.as_chunks::<{ PAGE as usize }>();
+        let normal = packet.normal().zip(pages.iter().map(|page| Some(Box::new(*page))));
+        let zero = packet.zero().map(|offset| (offset, None));
+        others.extend(normal.chain(zero).map(|(offset, content)| ChannelPage {
+            block,
+            offset,
+            content,
+        }));
+        if others.len() > most {
+            return Err(stream("more pages than there are".into()));
+        }
+        Ok(())
+    }
+
+    /// Fill `bytes`; false if the channel has ended before the first of them.
+    fn read(&mut self, bytes: &mut [u8]) -> Result<bool> {
+        let mut read = 0;
+        while read < bytes.len() {
+            match self.receive(&mut bytes[read..])? {
+                0 if read == 0 => return Ok(false),
+                0 => return Err(cut()),
+                received => read += received,
+            }
+        }
+        Ok(true)
+    }
+
+    fn drop_content(&mut self, mut left: usize, buffer: &mut [u8]) -> Result<()> {
+        while left > 0 {
+            match self.receive(&mut buffer[..left.min(READ)])? {
+                0 => return Err(cut()),
+                received => left -= received,
+            }
+        }
+        Ok(())
+    }
+
+    fn receive(&mut self, bytes: &mut [u8]) -> Result<usize> {
+        loop {
+            match self.socket.read(bytes) {
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                // QEMU closed it with bytes unread.
+                Err(error) if error.kind() == ErrorKind::ConnectionReset => return Ok(0),
+                other => return other.map_err(MigrationError::QemuSocket),
+            }
+        }
+    }
+}
+
+fn malformed(error: multifd::PacketError) -> MigrationError {
+    MigrationError::Stream(error.to_string())
+}
+
+fn stream(why: String) -> MigrationError {
+    MigrationError::Stream(format!("Malformed packet on a multifd channel: {why}"))
+}
+
+fn cut() -> MigrationError {
+    MigrationError::Qemu("ended its migration stream early (it cut a channel)".into())
+}

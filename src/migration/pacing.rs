@@ -1,0 +1,137 @@
+//! Keeps RAM within `max-bandwidth` where QEMU does not: what its multifd channels have queued it
+//! counts only when that was sent, and so exceeds a low limit by some packets in each tenth of a
+//! second.
+
+use std::{
+    sync::{Condvar, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+/// What may be sent at once because less was sent before: a hundredth of what a second allows.
+const CREDIT: Duration = Duration::from_millis(10);
+
+/// Pieces of writes take a two-hundredth of a second, so that none exceeds the limit by itself.
+const PIECES: u64 = 200;
+
+/// Pieces are whole pages, in bytes.
+const PAGE: u64 = 4096;
+
+/// Lets through so many bytes a second.
+#[derive(Debug)]
+pub struct Pacer {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Debug)]
+struct State {
+    /// Bytes per second; `None`: any number.
+    rate: Option<u64>,
+    /// When the next byte is due.
+    next: Instant,
+}
+
+impl Default for Pacer {
+    fn default() -> Self {
+        let state = State { rate: None, next: Instant::now() };
+        Self { state: Mutex::new(state), changed: Condvar::new() }
+    }
+}
+
+impl Pacer {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// From now on `rate` bytes per second; `None`: any number.
+    pub fn set(&self, rate: Option<u64>) {
+        self.state().rate = rate;
+        self.changed.notify_all();
+    }
+
+    /// Wait until some of `length` bytes may be sent; returns how many. Taken once a write, not once
+    /// a page, and free where there is no limit.
+    pub fn take(&self, length: u64) -> u64 {
+        let mut state = self.state();
+        loop {
+            let Some(rate) = state.rate else { return length };
+            let now = Instant::now();
+            match state.take(rate, length, now) {
+                Ok(piece) => return piece,
+                Err(due) => {
+                    let wait = due.saturating_duration_since(now);
+                    let waited = self.changed.wait_timeout(state, wait);
+                    state = waited.unwrap_or_else(PoisonError::into_inner).0;
+                }
+            }
+        }
+    }
+}
+
+impl State {
+    /// How many of `length` bytes may be sent at `now`, or when some may be.
+    fn take(&mut self, rate: u64, length: u64, now: Instant) -> Result<u64, Instant> {
+        let earliest = now.checked_sub(CREDIT).unwrap_or(now);
+        let due = self.next.max(earliest);
+        if due > now {
+            return Err(due);
+        }
+        let piece = length.min((rate / PIECES / PAGE).max(1) * PAGE);
+        self.next = due + Duration::from_secs_f64(piece as f64 / rate.max(1) as f64);
+        Ok(piece)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Bytes that go in each of `seconds` at `rate`, for one who always has more and is `late` by so
+    /// much at each turn.
+    fn sent(rate: u64, seconds: u64, late: Duration) -> Vec<u64> {
+        let begun = Instant::now();
+        let mut state = State { rate: Some(rate), next: begun };
+        let (mut now, end) = (begun, begun + Duration::from_secs(seconds));
+        let mut sums = vec![0; seconds as usize];
+        while now < end {
+            match state.take(rate, 1 << 20, now) {
+                Ok(piece) => sums[(now - begun).as_secs() as usize] += piece,
+                Err(due) => now = due + late,
+            }
+        }
+        sums
+    }
+
+    proptest! {
+        #[test]
+        fn no_second_is_two_percent_off(rate in (8_u64 << 20)..(100 << 30), late in 0..8_u64) {
+            for sum in sent(rate, 3, Duration::from_millis(late)) {
+                let share = sum as f64 / rate as f64;
+                prop_assert!((0.98..1.02).contains(&share), "{share}");
+            }
+        }
+    }
+
+    #[test]
+    fn without_a_limit_all_goes_at_once() {
+        let pacer = Pacer::default();
+        assert_eq!(pacer.take(u64::MAX), u64::MAX);
+        pacer.set(Some(1 << 20));
+        assert_eq!(pacer.take(1 << 20), 4096);
+    }
+
+    #[test]
+    fn whoever_waits_notices_that_the_limit_is_lifted() {
+        let pacer = Pacer::default();
+        pacer.set(Some(1));
+        // Its next is due in an hour.
+        assert_eq!(pacer.take(4096), 4096);
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| pacer.take(8192));
+            pacer.set(None);
+            assert_eq!(waiting.join().unwrap(), 8192);
+        });
+    }
+}

@@ -1,0 +1,157 @@
+//! Writes guest RAM to the destination, for all threads that learn what to write.
+
+use std::sync::{
+    Arc, Mutex, MutexGuard, PoisonError,
+    atomic::{AtomicBool, Ordering},
+};
+
+use super::{
+    Result, agreement::Source, error::MigrationError, link::Link, pacing::Pacer,
+    statistics::Statistics, targets::Targets,
+};
+use crate::{
+    memory::Region,
+    stream::{BlockRange, StreamBlock, Travel},
+    wire::Message,
+};
+
+/// Shared by the threads that take QEMU's stream and its channels.
+pub struct Writer {
+    link: Arc<Link>,
+    pacer: Arc<Pacer>,
+    statistics: Arc<Statistics>,
+    /// Taken once for a run of pages. Held while it is written where keys come and go: else another
+    /// thread might give the run's key back.
+    targets: Mutex<Targets>,
+    /// There were zero ranges since the last [`Self::settle`].
+    zeros: AtomicBool,
+}
+
+impl Writer {
+    /// To the blocks that `targets` knows.
+    pub fn new(
+        link: Arc<Link>,
+        targets: Targets,
+        pacer: Arc<Pacer>,
+        statistics: Arc<Statistics>,
+    ) -> Self {
+        let zeros = AtomicBool::new(false);
+        Self { link, pacer, statistics, targets: Mutex::new(targets), zeros }
+    }
+
+    fn targets(&self) -> MutexGuard<'_, Targets> {
+        self.targets.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The connection.
+    pub fn link(&self) -> &Link {
+        &self.link
+    }
+
+    /// The stream's block list is complete; see [`Targets::name`].
+    ///
+    /// # Errors
+    /// It is not the list that the migration was prepared for.
+    pub fn name(&self, blocks: &[StreamBlock]) -> Result<Vec<Travel>> {
+        self.targets().name(blocks)
+    }
+
+    /// Behind the block list; see [`Targets::exchange`].
+    ///
+    /// # Errors
+    /// When the destination does not have the same blocks.
+    pub fn exchange(&self) -> Result<()> {
+        self.targets().exchange(&self.link)
+    }
+
+    /// The memory of a mapped block.
+    ///
+    /// # Errors
+    /// When it is not mapped.
+    pub fn region(&self, block: u32) -> Result<Arc<Region>> {
+        let targets = self.targets();
+        targets.block(block)?.region().cloned().ok_or_else(|| not_mapped(block))
+    }
+
+    /// Write a run of pages from memory.
+    ///
+    /// # Errors
+    /// When the block is not mapped, or the connection is lost.
+    pub fn write(&self, range: BlockRange) -> Result<()> {
+        let BlockRange { block, mut offset, length } = range;
+        let end = offset.saturating_add(length);
+        while offset < end {
+            let length = self.pacer.take(end - offset);
+            self.write_piece(BlockRange { block, offset, length })?;
+            offset += length;
+        }
+        self.tally();
+        Ok(())
+    }
+
+    fn write_piece(&self, range: BlockRange) -> Result<()> {
+        let mut targets = self.targets();
+        let (source, remote) = targets.key(&self.link, range.block, range.offset)?;
+        let Source::Mapped(region) = source else { return Err(not_mapped(range.block)) };
+        let region = region.clone();
+        let _held = (!targets.keys_stay()).then_some(targets);
+        self.link.write(&region, range.offset, range.length, remote)
+    }
+
+    /// Write a run of pages from their records.
+    ///
+    /// # Errors
+    /// As for [`Self::write`].
+    pub fn write_staged(&self, range: BlockRange, mut bytes: &[u8]) -> Result<()> {
+        let mut offset = range.offset;
+        while !bytes.is_empty() {
+            let piece = self.pacer.take(bytes.len() as u64) as usize;
+            let (now, rest) = bytes.split_at(piece.min(bytes.len()));
+            let mut targets = self.targets();
+            let (_, remote) = targets.key(&self.link, range.block, offset)?;
+            self.link.write_bytes(now, offset, remote)?;
+            offset += now.len() as u64;
+            bytes = rest;
+        }
+        self.tally();
+        Ok(())
+    }
+
+    /// Say that these pages are zero.
+    ///
+    /// # Errors
+    /// When the connection is lost.
+    pub fn zero(&self, range: BlockRange) -> Result<()> {
+        let message = self.targets().block(range.block)?.compress(range.offset, range.length);
+        self.link.send(&message)?;
+        self.zeros.store(true, Ordering::SeqCst);
+        self.statistics.zero_bytes.fetch_add(range.length, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// All that was written, or said to be zero, must be so at the destination. While other threads
+    /// write there is no end to it.
+    ///
+    /// # Errors
+    /// When the connection is lost.
+    pub fn settle(&self) -> Result<()> {
+        self.link.drain()?;
+        if self.zeros.swap(false, Ordering::SeqCst) {
+            self.link.send(&Message::RegisterFinished)?;
+            self.link.await_consumed(self.link.messages())?;
+        }
+        self.tally();
+        Ok(())
+    }
+
+    /// Let the figures be seen.
+    pub fn tally(&self) {
+        let (posted, landed) = self.link.written();
+        self.statistics.ram_posted.fetch_max(posted, Ordering::Relaxed);
+        self.statistics.ram_landed.fetch_max(landed, Ordering::Relaxed);
+    }
+}
+
+fn not_mapped(block: u32) -> MigrationError {
+    MigrationError::Stream(format!("RAM block {block} is not mapped"))
+}

@@ -1,0 +1,108 @@
+//! Where QEMU connects when its migration has multifd channels, which it has only over an address.
+
+use std::{
+    hash::{BuildHasher as _, RandomState},
+    io,
+    os::{
+        fd::OwnedFd,
+        unix::{fs::PermissionsExt as _, net::UnixListener as StdUnixListener},
+    },
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use serde_json::{Value, json};
+use tokio::{net::UnixListener, time::timeout};
+use tracing::debug;
+
+use crate::{
+    qemu,
+    qmp::{Execute, QmpError},
+    relay::Context,
+};
+
+/// How long QEMU may take to connect once it has said that it does.
+const CONNECTED: Duration = Duration::from_secs(5);
+
+/// The id of the chardev by which QEMU tries to connect.
+const CHARDEV: &str = "qemu-rdma-helper-probe";
+
+/// A socket that QEMU can reach, and whoever else connects is not let in. Its name is gone when this
+/// is dropped.
+pub struct QemusDoor {
+    listener: UnixListener,
+    path: PathBuf,
+    pid: u32,
+}
+
+impl QemusDoor {
+    /// Make one. QEMU may be another user, see other directories, or be confined to some: so it is
+    /// asked to connect, as a chardev. `None` if there is no place.
+    pub async fn open(context: &Context) -> Option<Self> {
+        let beside_qmp = context.qemu_qmp.as_ref().and_then(|path| path.parent());
+        let directories = beside_qmp.map(Path::to_owned).into_iter().chain([std::env::temp_dir()]);
+        for directory in directories {
+            let door = match Self::bind(&directory, context.pid) {
+                Ok(door) => door,
+                Err(error) => {
+                    debug!(%error, directory = %directory.display(), "no socket for QEMU here");
+                    continue;
+                }
+            };
+            match door.is_reached_by(&mut context.qemu.clone()).await {
+                Ok(()) => return Some(door),
+                Err(error) => debug!(%error, path = %door.path.display(), "QEMU can't connect"),
+            }
+        }
+        None
+    }
+
+    fn bind(directory: &Path, pid: u32) -> io::Result<Self> {
+        let name = format!("qemu-rdma-helper-{:016x}", RandomState::new().hash_one(pid));
+        let path = directory.join(name);
+        let listener = StdUnixListener::bind(&path)?;
+        listener.set_nonblocking(true)?;
+        let door = Self { listener: UnixListener::from_std(listener)?, path, pid };
+        // QEMU may be another user; who connects is looked at.
+        std::fs::set_permissions(&door.path, std::fs::Permissions::from_mode(0o666))?;
+        Ok(door)
+    }
+
+    async fn is_reached_by(&self, qemu: &mut impl Execute) -> Result<(), QmpError> {
+        let address = json!({ "type": "unix", "data": { "path": self.path } });
+        let backend = json!({ "type": "socket", "data": { "addr": address, "server": false } });
+        qemu.execute("chardev-add", json!({ "id": CHARDEV, "backend": backend })).await?;
+        let connected = timeout(CONNECTED, self.accept()).await;
+        qemu.execute("chardev-remove", json!({ "id": CHARDEV })).await?;
+        match connected {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(error)) => Err(QmpError::generic(error.to_string())),
+            Err(_) => Err(QmpError::generic("another process connects in its place")),
+        }
+    }
+
+    /// The URI for `migrate`.
+    pub fn uri(&self) -> Value {
+        format!("unix:{}", self.path.display()).into()
+    }
+
+    /// QEMU's next connection. Nothing is lost if the future is dropped.
+    pub async fn accept(&self) -> io::Result<OwnedFd> {
+        loop {
+            let (stream, _) = self.listener.accept().await?;
+            if qemu::peer_pid(&stream).is_ok_and(|pid| pid == self.pid) {
+                let stream = stream.into_std()?;
+                stream.set_nonblocking(false)?;
+                return Ok(stream.into());
+            }
+            debug!("somebody else than QEMU connected");
+        }
+    }
+}
+
+impl Drop for QemusDoor {
+    fn drop(&mut self) {
+        // Whoever has removed it did what we would.
+        let _ = std::fs::remove_file(&self.path);
+    }
+}

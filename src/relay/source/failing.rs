@@ -1,0 +1,130 @@
+//! A migration that failed: QEMU's ends too, and the guest runs on here unless it may run there.
+
+use serde_json::{Value, json};
+use tokio::time::{Instant, sleep, timeout};
+use tracing::warn;
+
+use super::{ANSWER, END, NOTICE, POLL, Source, UNDER_WAY};
+use crate::{
+    migration::streams::Streams,
+    qmp::{Execute as _, QmpError, envelope},
+    relay::{Output, view::Phase},
+};
+
+impl Source {
+    /// Let QEMU's migration end. One with channels is cancelled first: a channel that breaks while QEMU
+    /// waits at pre-switchover fails the migration and leaves the guest stopped for good
+    /// (`multifd_send_set_error` sets the state, and nobody wakes the thread that waits; 10.0).
+    pub(super) async fn break_off(&self, streams: &Streams, reason: &str) {
+        if !streams.channels.is_empty() {
+            // One that holds its lock while it writes to nobody does not answer.
+            let _ = timeout(ANSWER, self.cancel_as_failed(reason)).await;
+        }
+        streams.end();
+    }
+
+    /// Cancel QEMU's migration, if it goes on; clients see that it failed.
+    async fn cancel_as_failed(&self, reason: &str) -> Result<(), QmpError> {
+        let mut qemu = self.qemu();
+        let state = qemu.execute("query-migrate", Value::Null).await?;
+        let status = state["status"].as_str().unwrap_or("none");
+        if UNDER_WAY.contains(&status) && status != "cancelling" {
+            self.view.send_modify(|view| view.phase = Phase::Failed(reason.to_owned()));
+            qemu.execute("migrate_cancel", Value::Null).await?;
+        }
+        Ok(())
+    }
+
+    /// The migration failed: let QEMU end it, and the guest run on.
+    pub(super) async fn fail(&mut self, reason: String, guest_never_ran: bool) {
+        warn!(%reason, "migration failed");
+        let status = self.end_qemus_migration(&reason, guest_never_ran).await;
+        let phase = match status.as_deref() {
+            Ok("cancelled") if !matches!(self.view.borrow().phase, Phase::Failed(_)) => {
+                Phase::Cancelled
+            }
+            Ok("completed") => Phase::Failed(self.roll_back(reason, guest_never_ran).await),
+            Ok(status) if UNDER_WAY.contains(&status) && !guest_never_ran => {
+                Phase::Failed(stays_stopped(&reason))
+            }
+            _ => Phase::Failed(reason),
+        };
+        self.give_back().await;
+        self.view.send_modify(|view| view.phase = phase);
+        self.emit_throughput().await;
+        if matches!(status.as_deref(), Ok("completed")) {
+            let failed = envelope::event("MIGRATION", &json!({ "status": "failed" }));
+            self.put(Output::FailInstead(failed)).await;
+        } else {
+            self.put(Output::Release).await;
+        }
+    }
+
+    /// Wait until QEMU's migration is over; returns its last state.
+    async fn end_qemus_migration(
+        &mut self,
+        reason: &str,
+        guest_never_ran: bool,
+    ) -> Result<String, QmpError> {
+        let mut qemu = self.qemu();
+        let begun = Instant::now();
+        let mut cancelled = false;
+        loop {
+            let mut state = qemu.execute("query-migrate", Value::Null).await?;
+            let status = state["status"].as_str().unwrap_or("none").to_owned();
+            if state["ram"].is_object() {
+                self.view.send_modify(|view| view.ram = state["ram"].take());
+            }
+            if !UNDER_WAY.contains(&status.as_str()) || begun.elapsed() > END {
+                return Ok(status);
+            }
+            // Cancelled, QEMU would run its guest.
+            let may_cancel = guest_never_ran && status != "cancelling" && !cancelled;
+            if may_cancel && begun.elapsed() > NOTICE {
+                cancelled = true;
+                self.cancel_as_failed(reason).await?;
+            }
+            sleep(POLL).await;
+        }
+    }
+
+    /// QEMU has completed, and the destination has not: let the guest run again here, if it is
+    /// certain that it never ran there. Returns the error text.
+    async fn roll_back(&mut self, reason: String, guest_never_ran: bool) -> String {
+        if !guest_never_ran {
+            return stays_stopped(&reason);
+        }
+        if self.view.borrow().guest_stopped {
+            return format!(
+                "{reason}. The guest stays stopped, as it was; it must run before it can migrate again"
+            );
+        }
+        match self.run_again().await {
+            Ok(()) => reason,
+            Err(error) => {
+                format!("{reason}. The guest could not be started again here ({error}): 'cont' it")
+            }
+        }
+    }
+
+    async fn run_again(&mut self) -> Result<(), QmpError> {
+        let mut qemu = self.qemu();
+        let begun = Instant::now();
+        // `completed` may come while QEMU is still in `finish-migrate`, which refuses `cont`.
+        loop {
+            let state = qemu.execute("query-status", Value::Null).await?;
+            match state["status"].as_str() {
+                Some("finish-migrate") if begun.elapsed() < END => sleep(POLL).await,
+                _ => break,
+            }
+        }
+        qemu.execute("cont", Value::Null).await.map(drop)
+    }
+}
+
+fn stays_stopped(reason: &str) -> String {
+    format!(
+        "{reason}. The guest stays stopped here, because it may be running at the destination: \
+         look there, and 'cont' here only if it is not"
+    )
+}

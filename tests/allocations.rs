@@ -1,0 +1,271 @@
+//! No page costs an allocation: two workers migrate a guest's RAM from one memfd to another, and
+//! four times as much of it makes their threads allocate no more often.
+
+#[path = "support/streams.rs"]
+mod streams;
+
+use std::{
+    alloc::{GlobalAlloc, Layout, System},
+    cell::Cell,
+    io::{BufRead as _, BufReader, Read as _, Write as _},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::net::UnixStream,
+    },
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    thread::{self, JoinHandle},
+};
+
+use qemu_rdma_helper::{
+    memory::Region,
+    migration::{
+        messages::{Address, Block, FabricKind, Options, Order, Report},
+        worker,
+    },
+    qmp::socket,
+};
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use streams::{PAGE, Stream};
+
+/// The system's allocator, with a count of the calls that give or move memory.
+struct Counting;
+
+/// Bytes come in other pieces each time, and buffers grow otherwise. It is less than one for each of
+/// the 192 MiB that are compared, which are as many writes.
+const BY_CHANCE: u64 = 64;
+
+static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
+
+thread_local! {
+    /// This thread's calls are not counted.
+    static IS_EXEMPT: Cell<bool> = const { Cell::new(false) };
+}
+
+fn count() {
+    if !IS_EXEMPT.get() {
+        ALLOCATIONS.fetch_add(1, Relaxed);
+    }
+}
+
+// SAFETY: every call goes to the system's allocator as it came. Counting allocates nothing: the
+// thread's flag is initialised at compile time and has no destructor.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        count();
+        // SAFETY: the caller's promises are those that the callee asks for; so below.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        count();
+        // SAFETY: as above.
+        unsafe { System.alloc_zeroed(layout) }
+    }
+
+    unsafe fn realloc(&self, memory: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        count();
+        // SAFETY: as above.
+        unsafe { System.realloc(memory, layout, size) }
+    }
+
+    unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
+        // SAFETY: as above.
+        unsafe { System.dealloc(memory, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// A thread that plays a part of what surrounds the workers' data threads.
+fn exempt<T: Send + 'static>(run: impl FnOnce() -> T + Send + 'static) -> JoinHandle<T> {
+    thread::spawn(|| {
+        IS_EXEMPT.set(true);
+        run()
+    })
+}
+
+/// How the pages of a guest look.
+type Pages = fn(u64) -> bool;
+
+const NO_ZEROES: Pages = |_| false;
+const EVERY_OTHER_ZERO: Pages = |page| page % 2 == 1;
+
+/// One worker, and its relay's end.
+struct Worker {
+    thread: JoinHandle<()>,
+    orders: UnixStream,
+    reports: BufReader<UnixStream>,
+}
+
+impl Worker {
+    /// Start one; its state machine is on an exempt thread, because it reports by the clock.
+    fn start(order: &Order, fds: &[OwnedFd]) -> Self {
+        let (orders, control) = UnixStream::pair().unwrap();
+        let thread = exempt(move || worker::run(control).unwrap());
+        let reports = BufReader::new(orders.try_clone().unwrap());
+        let worker = Self { thread, orders, reports };
+        worker.order(order, fds);
+        worker
+    }
+
+    fn order(&self, order: &Order, fds: &[OwnedFd]) {
+        let mut line = serde_json::to_vec(order).unwrap();
+        line.push(b'\n');
+        let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+        assert_eq!(socket::send(&self.orders, &line, &fds).unwrap(), line.len());
+    }
+
+    /// The first report that `wanted` gives something for.
+    fn await_report<T>(&mut self, wanted: impl Fn(&Report) -> Option<T>) -> T {
+        loop {
+            let mut line = String::new();
+            assert!(self.reports.read_line(&mut line).unwrap() > 0, "the worker went");
+            let report = serde_json::from_str(&line).unwrap();
+            assert!(!matches!(report, Report::Failed { .. }), "{line}");
+            if let Some(found) = wanted(&report) {
+                return found;
+            }
+        }
+    }
+
+    fn await_done(mut self) {
+        self.await_report(|report| matches!(report, Report::Done(_)).then_some(()));
+        // A source's worker stays until its relay has done its part.
+        let Self { thread, orders, reports } = self;
+        drop((orders, reports));
+        thread.join().unwrap();
+    }
+}
+
+fn memfd(name: &str, length: u64) -> OwnedFd {
+    let file = memfd_create(name, MemfdFlags::CLOEXEC).unwrap();
+    ftruncate(&file, length).unwrap();
+    file
+}
+
+fn blocks(length: u64, file_offset: Option<u64>) -> Vec<Block> {
+    vec![Block { name: "pc.ram".into(), length, page_size: PAGE, file_offset }]
+}
+
+fn options() -> Options {
+    Options {
+        pin_all: false,
+        return_path: false,
+        stall_timeout: 30,
+        peer_timeout: 30,
+        connections: 2,
+        channels: 0,
+        pin_limit: None,
+        cpus: Vec::new(),
+        fabric: FabricKind::Tcp,
+    }
+}
+
+/// Send what QEMU would for `length` bytes of RAM, in one section.
+fn send_stream(mut qemu: UnixStream, length: u64, is_zero: Pages) {
+    let mut stream = Stream::new("pc.ram", length);
+    stream.begin_section(true);
+    for page in 0..length / PAGE {
+        match is_zero(page) {
+            true => stream.zero(page * PAGE),
+            false => stream.page(page * PAGE, 7),
+        }
+        if stream.bytes.len() >= 1 << 20 {
+            qemu.write_all(&stream.bytes).unwrap();
+            stream.bytes.clear();
+        }
+    }
+    stream.end_section();
+    stream.end();
+    qemu.write_all(&stream.bytes).unwrap();
+}
+
+/// Migrations take turns: allocations are counted in all of the process.
+static TURN: Mutex<()> = Mutex::new(());
+
+/// Migrate a guest of `mib` MiB, mapped at the source or not; how often did the workers' threads
+/// allocate?
+fn allocations(mib: u64, mapped: bool, is_zero: Pages) -> u64 {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    IS_EXEMPT.set(true);
+    let length = mib << 20;
+    let before = ALLOCATIONS.load(Relaxed);
+
+    let (mut qemu, incoming) = UnixStream::pair().unwrap();
+    let landed = memfd("landed", length);
+    let address = Address { host: "127.0.0.1".into(), port: 0 };
+    let order = Order::Incoming { address, blocks: blocks(length, Some(0)), options: options() };
+    let mut fds = vec![incoming.into(), landed.try_clone().unwrap()];
+    let mut destination = Worker::start(&order, &fds);
+    let address = destination.await_report(|report| match report {
+        Report::Listening { address } => Some(address.clone()),
+        _ => None,
+    });
+    let loading = exempt(move || qemu.read_to_end(&mut Vec::new()).unwrap());
+
+    fds.clear();
+    if mapped {
+        let file = memfd("ram", length);
+        let region = Region::new("ram", file.try_clone().unwrap(), 0, length).unwrap();
+        let pages = (0..length / PAGE).filter(|page| !is_zero(*page));
+        pages.for_each(|page| region.write_at(&[7; PAGE as usize], page * PAGE).unwrap());
+        fds.push(file);
+    }
+    let order = Order::Outgoing {
+        address,
+        qemu_qmp: None,
+        blocks: blocks(length, mapped.then_some(0)),
+        options: options(),
+    };
+    let mut source = Worker::start(&order, &fds);
+    source.await_report(|report| matches!(report, Report::Agreed { .. }).then_some(()));
+    let (qemu, outgoing) = UnixStream::pair().unwrap();
+    source.order(&Order::Take { give_back: Vec::new() }, &[outgoing.into()]);
+    send_stream(qemu, length, is_zero);
+
+    destination.await_report(|report| matches!(report, Report::StreamEnded).then_some(()));
+    assert!(loading.join().unwrap() > 0);
+    destination.order(&Order::QemuCompleted, &[]);
+    source.await_done();
+    destination.await_done();
+    check(landed, length, is_zero);
+    ALLOCATIONS.load(Relaxed) - before
+}
+
+/// The pages have landed.
+fn check(file: OwnedFd, length: u64, is_zero: Pages) {
+    let region = Region::new("landed", file, 0, length).unwrap();
+    let mut bytes = [0; PAGE as usize];
+    for page in 0..length / PAGE {
+        region.read_at(&mut bytes, page * PAGE).unwrap();
+        let fill = if is_zero(page) { 0 } else { 7 };
+        assert!(bytes.iter().all(|byte| *byte == fill), "page {page}");
+    }
+}
+
+/// Four times the pages: no more allocations.
+#[track_caller]
+fn assert_none_per_page(allocations: impl Fn(u64) -> u64) {
+    let [some, more] = [64, 256].map(allocations);
+    assert!(more < some + BY_CHANCE, "64 MiB: {some} allocations, 256 MiB: {more}");
+}
+
+#[test]
+fn pages_from_a_mapping() {
+    assert_none_per_page(|mib| allocations(mib, true, NO_ZEROES));
+}
+
+#[test]
+fn pages_from_the_stream() {
+    assert_none_per_page(|mib| allocations(mib, false, NO_ZEROES));
+}
+
+/// Then each page is a range of its own.
+#[test]
+fn zero_pages_between_others() {
+    assert_none_per_page(|mib| allocations(mib, true, EVERY_OTHER_ZERO));
+}
