@@ -1,0 +1,107 @@
+"""pacing - does what arrives at the destination keep to `max-bandwidth`, in each second?
+
+What arrives is counted at the loopback interface of a network namespace in which nothing but the
+migration is: the packets' headers and acknowledgements count too, some 0.2 % together. The limit is
+changed in mid-flight.
+"""
+import dataclasses, pathlib, time
+
+from . import warmth
+from .host import Pair
+from .qmp import Failed
+from .workloads import PACING
+
+CONTENDERS = ("tcp", "multifd-4", "helpers-1", "helpers-2", "helpers-4")
+LIMITS = (100, 300)  # MiB a second
+SAMPLE, STEP, WINDOW = 0.02, 0.1, 1.0  # seconds
+SETTLE = 0.2  # QEMU limits in slices of 0.1 s
+
+
+def experiment(settings):
+    print(f"limits {' then '.join(map(str, LIMITS))} MiB/s", flush=True)
+    rows = []
+    for number in range(1, (settings.runs or 1) + 1):
+        for contender in settings.chosen(CONTENDERS):
+            row = {"contender": contender.name, "run": number}
+            try:
+                row["parts"] = migration(settings, contender)
+            except Failed as failure:
+                row["failed"] = str(failure)
+            rows.append(row)
+            print("\n".join(lines(row)), flush=True)
+    workload = dataclasses.asdict(PACING.scaled(settings.scale))
+    return {"workload": workload, "limits": LIMITS, "runs": rows}
+
+
+def migration(settings, contender):
+    """For each limit: what arrived in windows of a second, in proportion to the limit."""
+    workload = PACING.scaled(settings.scale)
+    first, second = LIMITS
+    with Pair(dataclasses.replace(settings, max_bandwidth=first), workload, contender) as pair:
+        uri, client = pair.listen(), pair.source.client
+        warmth.settle()
+        client.run("migrate", uri=uri)
+        begin = client.await_event("MIGRATION", status="active")
+        # Half of the time at either limit.
+        change = begin + workload.used / sum(LIMITS)
+        samples, changed = [], []
+
+        def sample():
+            samples.append((time.time(), arrived()))
+            if not changed and samples[-1][0] > change:
+                client.run("migrate-set-parameters", **{"max-bandwidth": second << 20})
+                changed.append(time.time())
+
+        client.await_event("MIGRATION", sample, SAMPLE, status="completed")
+        end = pair.source.own.await_event("STOP")
+    if not changed:
+        raise Failed("Completed before the limit was changed")
+    return [
+        {"limit": first, "windows": windows(samples, first, begin + SETTLE, change)},
+        {"limit": second, "windows": windows(samples, second, changed[0] + SETTLE, end)},
+    ]
+
+
+def arrived():
+    """Bytes that the loopback interface has received."""
+    rows = pathlib.Path("/proc/self/net/dev").read_text().splitlines()
+    return next(int(row.split(":")[1].split()[0]) for row in rows if row.strip().startswith("lo:"))
+
+
+def windows(samples, limit, begin, end):
+    """What arrived in each second between two points of time, in proportion to the limit."""
+    ratios, at = [], begin
+    while at + WINDOW <= end:
+        count = between(samples, at + WINDOW) - between(samples, at)
+        ratios.append(count / WINDOW / (limit << 20))
+        at += STEP
+    return ratios
+
+
+def between(samples, when):
+    """The counter at a time, between two samples of it."""
+    last = samples[0]
+    for sample in samples:
+        if sample[0] >= when:
+            share = (when - last[0]) / (sample[0] - last[0]) if sample[0] > last[0] else 0
+            return last[1] + share * (sample[1] - last[1])
+        last = sample
+    return last[1]
+
+
+def lines(row):
+    """What is printed of a run."""
+    label = f"run {row['run']}  {row['contender']}"
+    if "failed" in row:
+        return [f"{label:22}  failed: {row['failed']}"]
+    return [f"{label:22}  {part['limit']} MiB/s: {describe(part['windows'])}" for part in row["parts"]]
+
+
+def describe(ratios):
+    if not ratios:
+        return "no whole second"
+    within = sum(abs(ratio - 1) <= 0.02 for ratio in ratios) / len(ratios)
+    return (
+        f"{len(ratios)} windows of a second, {min(ratios):.3f} to {max(ratios):.3f} of the limit, "
+        f"{within:.0%} within 2 %"
+    )
