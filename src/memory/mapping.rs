@@ -7,7 +7,10 @@ use std::{
     ptr::{self, NonNull},
 };
 
-use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
+use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
+
+/// Since Linux 6.1 (asm-generic/mman-common.h).
+const MADV_COLLAPSE: libc::c_int = 25;
 
 /// A shared, writable mapping of guest RAM.
 ///
@@ -17,6 +20,8 @@ use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 pub(super) struct Mapping {
     start: NonNull<u8>,
     length: usize,
+    /// What is unmapped in the end: more than that where an alignment was asked for.
+    whole: (NonNull<u8>, usize),
 }
 
 // SAFETY: the mapping is plain memory that stays valid until drop; no method hands out a
@@ -33,7 +38,39 @@ impl Mapping {
         let start =
             unsafe { mmap(ptr::null_mut(), length, protection, MapFlags::SHARED, file, offset)? };
         let start = NonNull::new(start.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
-        Ok(Self { start, length })
+        Ok(Self { start, length, whole: (start, length) })
+    }
+
+    /// As [`Self::new`], at a multiple of `alignment` bytes, which is one of two.
+    pub(super) fn aligned(
+        file: BorrowedFd<'_>,
+        offset: u64,
+        length: usize,
+        alignment: usize,
+    ) -> io::Result<Self> {
+        let reserved = length.checked_add(alignment).ok_or(io::ErrorKind::InvalidInput)?;
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+        // SAFETY: a new mapping at an address of the kernel's choice overlaps nothing of ours.
+        let whole =
+            unsafe { mmap_anonymous(ptr::null_mut(), reserved, ProtFlags::empty(), flags)? };
+        let whole = NonNull::new(whole.cast::<u8>()).ok_or(io::ErrorKind::OutOfMemory)?;
+        let before = whole.as_ptr().align_offset(alignment);
+        // SAFETY: there is less than `alignment` before it.
+        let start = unsafe { whole.add(before) };
+        let mapping = Self { start, length, whole: (whole, reserved) };
+        let protection = ProtFlags::READ | ProtFlags::WRITE;
+        let flags = MapFlags::SHARED | MapFlags::FIXED;
+        // SAFETY: the place is in what was just reserved, which nobody else knows.
+        unsafe { mmap(start.as_ptr().cast(), length, protection, flags, file, offset)? };
+        Ok(mapping)
+    }
+
+    /// Put large pages in the place of small ones. All of it must exist at least in part.
+    pub(super) fn collapse(&self) -> io::Result<()> {
+        // SAFETY: the range is a mapping of ours, whose content stays as it is.
+        let result =
+            unsafe { libc::madvise(self.start.as_ptr().cast(), self.length, MADV_COLLAPSE) };
+        if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
     }
 
     /// The address of `offset`, after checking that `length` bytes from it are mapped.
@@ -101,6 +138,6 @@ impl Drop for Mapping {
     fn drop(&mut self) {
         // SAFETY: the range is exactly what `mmap` returned, and no pointer into it outlives self.
         // An error can only mean that it is no mapping, which `new` excludes.
-        let _ = unsafe { munmap(self.start.as_ptr().cast(), self.length) };
+        let _ = unsafe { munmap(self.whole.0.as_ptr().cast(), self.whole.1) };
     }
 }

@@ -5,12 +5,14 @@
 //! system call on the file or by raw pointer on the mapping. Knows neither messages nor fabrics.
 
 mod inherited;
+mod large_pages;
 mod mapping;
 mod pipe;
 mod ranges;
 mod region;
 
 pub use inherited::{close_on_exec_from, inherited};
+pub use large_pages::Room;
 pub use pipe::Pipe;
 pub use ranges::{CHUNK, RANGE_MAX, Ranges};
 pub use region::{Region, RegionError};

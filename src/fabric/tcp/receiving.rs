@@ -114,6 +114,9 @@ pub(super) struct Incoming {
     ahead: Box<[u8]>,
     next: usize,
     end: usize,
+    /// The last frame was a long write. So, most often, is the next one, whose bytes had better not
+    /// come into the buffer.
+    after_long: bool,
     /// Bytes of writes that landed from here, and how many of them the peer was told.
     received: u64,
     reported: u64,
@@ -131,6 +134,7 @@ impl Incoming {
             ahead: vec![0; READ_AHEAD].into_boxed_slice(),
             next: 0,
             end: 0,
+            after_long: false,
             received: 0,
             reported: 0,
             report_every: REPORT_EVERY.min(most),
@@ -212,6 +216,7 @@ impl Incoming {
                 region.length()
             )));
         };
+        let room = region.make_room(address, length);
         let mut at = address;
         while at < end {
             let left = usize::try_from(end - at).unwrap_or(usize::MAX);
@@ -220,7 +225,7 @@ impl Incoming {
             } else {
                 let stream = self.shared.sockets[self.index].stream.as_fd();
                 region
-                    .receive_from(stream, &mut self.pipe, at, left)
+                    .receive_from(stream, &mut self.pipe, &room, at, left)
                     .map_err(|error| self.shared.failure_at(&region, error))?
             };
             if landed == 0 {
@@ -261,10 +266,10 @@ impl Incoming {
         if !self.read_exact(&mut bytes)? {
             return Ok(None);
         }
-        match Header::read_from_bytes(&bytes) {
-            Ok(header) => Ok(Some(header)),
-            Err(_) => Err(FabricError::Malformed("header size".into())),
-        }
+        let header = Header::read_from_bytes(&bytes)
+            .map_err(|_| FabricError::Malformed("header size".into()))?;
+        self.after_long = header.kind == frame::WRITE && header.length.get() > BUFFERED_MAX;
+        Ok(Some(header))
     }
 
     /// Fill `to`; false if the connection ends before its first byte.
@@ -287,7 +292,8 @@ impl Incoming {
         let stream = &self.shared.sockets[self.index].stream;
         self.next = 0;
         self.end = 0;
-        self.end = recv(stream, &mut *self.ahead, RecvFlags::empty())
+        let most = if self.after_long { HEADER_SIZE } else { READ_AHEAD };
+        self.end = recv(stream, &mut self.ahead[..most], RecvFlags::empty())
             .map_err(|errno| self.shared.failure(errno.into()))?
             .0;
         Ok(self.end > 0)
