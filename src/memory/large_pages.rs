@@ -9,7 +9,7 @@ use std::{
     os::fd::{AsFd as _, BorrowedFd, OwnedFd},
     sync::{
         Mutex, PoisonError,
-        atomic::{AtomicU32, AtomicU64, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -25,43 +25,49 @@ use super::mapping::Mapping;
 /// A large page, in bytes (`PMD_SIZE`).
 const LARGE: u64 = 2 << 20;
 
+/// A small one.
+const PAGE: u64 = 4096;
+
+/// What of a large page is accounted for by itself, in bytes.
+const PIECE: u64 = 64 << 10;
+
 /// Shortest write that says that what is around it will be written too.
-const DENSE: u64 = 128 << 10;
+const DENSE: u64 = 2 * PIECE;
 
 /// Memory that a block may be given before it is written, as a part of what was written to it: a
 /// guest with little memory in use, or with many holes in it, keeps them.
 const AHEAD_PART: u64 = 32;
 
-/// How long a page may take. Where free memory is in pieces the kernel looks for long.
-const TIME_MAX: Duration = Duration::from_millis(10);
+/// What a page may take in the mean, about what it saves, and what a refusal counts as. Where free
+/// memory is in pieces the kernel looks for long.
+const TIME_EACH: Duration = Duration::from_millis(2);
+const TIME_REFUSED: Duration = Duration::from_millis(20);
 
-/// So many requests in vain are tried, and one more for so many that were not.
-const FAILURES_MAX: u64 = 8;
-const FAILURES_PART: u64 = 4;
+/// What they may take beyond that.
+const TIME_SLACK: Duration = Duration::from_millis(200);
 
-/// In place of the bytes that a page lacks: nobody has asked for it yet, and it is not a large one.
-const UNKNOWN: u32 = u32::MAX;
-const SMALL: u32 = u32::MAX - 1;
+/// What a page is. The bits below say which of its pieces were written.
+const IS_LARGE: u64 = 1 << 32;
+const STAYS_SMALL: u64 = 1 << 33;
+const PIECES: u64 = IS_LARGE - 1;
 
 /// What is known of one block's large pages.
 #[derive(Debug)]
 pub(super) struct LargePages {
-    /// Bytes of each that were not written yet. What is written twice counts twice, so it is exact in
-    /// the first pass.
-    left: Box<[AtomicU32]>,
-    /// Their sum.
+    pages: Box<[AtomicU64]>,
+    /// Bytes of large pages that were not written yet, in whole pieces.
     ahead: AtomicU64,
-    /// Bytes that came in dense writes.
-    dense: AtomicU64,
-    /// Taken where a page is densely written for the first time.
+    /// Bytes that were written at least once, in whole pieces.
+    written: AtomicU64,
+    /// Taken where a page is densely written for the first time; what is `ahead` grows under it.
     requests: Mutex<Requests>,
 }
 
 /// How requests went.
 #[derive(Debug, Default)]
 struct Requests {
-    granted: u64,
-    failed: u64,
+    granted: u32,
+    spent: Duration,
 }
 
 /// The place of a write in a region; see [`Region::make_room`](super::Region::make_room).
@@ -90,66 +96,69 @@ impl LargePages {
     /// For a file's part that ends at `end`.
     pub(super) fn new(end: u64) -> Self {
         Self {
-            left: (0..end / LARGE).map(|_| AtomicU32::new(UNKNOWN)).collect(),
+            pages: (0..end / LARGE).map(|_| AtomicU64::new(0)).collect(),
             ahead: AtomicU64::new(0),
-            dense: AtomicU64::new(0),
+            written: AtomicU64::new(0),
             requests: Mutex::default(),
         }
     }
 
     /// For `length` bytes at `at` of `file`, of which the block's part begins at `first`.
     pub(super) fn make_room(&self, file: &OwnedFd, first: u64, at: u64, length: u64) -> Room {
-        let dense = length >= DENSE;
-        if dense {
-            self.dense.fetch_add(length, Ordering::Relaxed);
-        }
         let (mut room, mut from, end) = (Room::default(), at, at + length);
         while from < end {
-            let page = from / LARGE;
-            let next = ((page + 1) * LARGE).min(end);
+            let start = from / LARGE * LARGE;
+            let next = (start + LARGE).min(end);
             // The last one is not whole.
-            let Some(left) = self.left.get(page as usize) else { break };
-            if dense && page * LARGE >= first {
-                room = self.room(left, file, page * LARGE);
+            let Some(page) = self.pages.get((start / LARGE) as usize) else { break };
+            if length >= DENSE && start >= first {
+                room = self.room(page, file, start);
             }
-            self.written(left, next - from);
+            self.account(page, from - start, next - start);
             from = next;
         }
         room
     }
 
     /// Room in the page at `start`.
-    fn room(&self, left: &AtomicU32, file: &OwnedFd, start: u64) -> Room {
-        match left.load(Ordering::Relaxed) {
-            SMALL => Room::default(),
-            UNKNOWN if self.allowed() < LARGE => Room::default(),
-            UNKNOWN => self.request(left, file, start),
+    fn room(&self, page: &AtomicU64, file: &OwnedFd, start: u64) -> Room {
+        let state = page.load(Ordering::Relaxed);
+        if state & IS_LARGE != 0 {
             // Without it, it lands as anywhere else.
-            _ => Room { page: map(file, start).ok().map(|mapping| (start, mapping)) },
+            return Room { page: map(file, start).ok().map(|mapping| (start, mapping)) };
         }
+        if state & STAYS_SMALL != 0 || self.allowed() < LARGE {
+            return Room::default();
+        }
+        self.request(page, file, start)
     }
 
     /// How many bytes more may be given ahead.
     fn allowed(&self) -> u64 {
-        let allowed = self.dense.load(Ordering::Relaxed) / AHEAD_PART;
+        let allowed = self.written.load(Ordering::Relaxed) / AHEAD_PART;
         allowed.saturating_sub(self.ahead.load(Ordering::Relaxed))
     }
 
-    /// Account for `length` bytes that come into a page.
-    fn written(&self, left: &AtomicU32, length: u64) {
-        let less = |left| match left {
-            UNKNOWN | SMALL | 0 => None,
-            left => Some(u64::from(left).saturating_sub(length) as u32),
-        };
-        if let Ok(before) = left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less) {
-            self.ahead.fetch_sub(length.min(before.into()), Ordering::Relaxed);
+    /// Bytes of a page from `from` to `to` will be written.
+    fn account(&self, page: &AtomicU64, from: u64, to: u64) {
+        let (first, last) = (from.div_ceil(PIECE), to / PIECE);
+        if first >= last {
+            return;
+        }
+        let bits = (1 << last) - (1 << first);
+        let before = page.fetch_or(bits, Ordering::Relaxed);
+        let new = bytes(bits & !before);
+        self.written.fetch_add(new, Ordering::Relaxed);
+        if before & IS_LARGE != 0 {
+            self.ahead.fetch_sub(new, Ordering::Relaxed);
         }
     }
 
     /// Have the page at `start` be a large one, if nothing of it exists yet.
-    fn request(&self, left: &AtomicU32, file: &OwnedFd, start: u64) -> Room {
+    fn request(&self, page: &AtomicU64, file: &OwnedFd, start: u64) -> Room {
         let mut requests = self.requests.lock().unwrap_or_else(PoisonError::into_inner);
-        if left.load(Ordering::Relaxed) != UNKNOWN {
+        let state = page.load(Ordering::Relaxed);
+        if state & (IS_LARGE | STAYS_SMALL) != 0 || self.allowed() < LARGE {
             // Another thread was faster.
             return Room::default();
         }
@@ -158,31 +167,38 @@ impl LargePages {
             let made = make(file, start);
             requests.note(made.as_ref().err(), begun.elapsed());
             if let Ok(mapping) = made {
+                // First: others subtract from it as soon as they see the bit.
                 self.ahead.fetch_add(LARGE, Ordering::Relaxed);
-                left.store(LARGE as u32, Ordering::Relaxed);
+                let before = page.fetch_or(IS_LARGE, Ordering::AcqRel);
+                self.ahead.fetch_sub(bytes(before & PIECES), Ordering::Relaxed);
                 return Room { page: Some((start, mapping)) };
             }
         }
-        left.store(SMALL, Ordering::Relaxed);
+        page.fetch_or(STAYS_SMALL, Ordering::Relaxed);
         Room::default()
     }
 }
 
 impl Requests {
     fn are_in_vain(&self) -> bool {
-        self.failed > FAILURES_MAX + self.granted / FAILURES_PART
+        self.spent > TIME_SLACK + TIME_EACH.saturating_mul(self.granted)
     }
 
     fn note(&mut self, error: Option<&io::Error>, took: Duration) {
-        if error.is_none() && took <= TIME_MAX {
-            self.granted += 1;
-            return;
+        self.spent += took;
+        match error {
+            None => self.granted = self.granted.saturating_add(1),
+            Some(_) => self.spent += TIME_REFUSED,
         }
-        self.failed += 1;
         if self.are_in_vain() {
-            debug!(?error, ?took, granted = self.granted, "no large pages are asked for any more");
+            debug!(?error, ?self, "no large pages are asked for any more");
         }
     }
+}
+
+/// Bytes of the pieces whose bits are set.
+fn bytes(pieces: u64) -> u64 {
+    u64::from(pieces.count_ones()) * PIECE
 }
 
 fn map(file: &OwnedFd, start: u64) -> io::Result<Mapping> {
@@ -197,11 +213,13 @@ fn is_hole(file: &OwnedFd, start: u64) -> bool {
     }
 }
 
-/// Make a hole one large page of zeroes.
+/// Make a hole one large page of zeroes. Where that fails, 4 KiB of it are no hole any more.
 fn make(file: &OwnedFd, start: u64) -> io::Result<Mapping> {
-    // The kernel makes it of small ones: there has to be one. It is not written, because another
-    // thread may just have done so.
-    fallocate(file, FallocateFlags::KEEP_SIZE, start, 4096)?;
+    // The kernel makes it of small ones, on the node where these are: there has to be one. It is not
+    // written, because another thread may just have done so. Where memory is interleaved, the node
+    // follows from the number of the small page.
+    let small = start + start / LARGE % (LARGE / PAGE) * PAGE;
+    fallocate(file, FallocateFlags::KEEP_SIZE, small, PAGE)?;
     let mapping = map(file, start)?;
     mapping.collapse()?;
     Ok(mapping)
@@ -209,14 +227,21 @@ fn make(file: &OwnedFd, start: u64) -> io::Result<Mapping> {
 
 #[cfg(test)]
 mod tests {
-    use std::{io::Write as _, os::unix::net::UnixStream, thread};
+    use std::{io::Write as _, os::unix::net::UnixStream, sync::LazyLock, thread};
 
     use rustix::fs::{MemfdFlags, fstat, ftruncate, memfd_create};
 
     use super::*;
     use crate::memory::{Pipe, Region};
 
-    const PIECE: u64 = 512 << 10;
+    /// A long write.
+    const WRITE: u64 = 512 << 10;
+
+    /// Does this host's kernel have them at all?
+    static KERNEL_HAS_THEM: LazyLock<bool> = LazyLock::new(|| {
+        let (_, file) = block(0, LARGE);
+        make(&file, 0).is_ok()
+    });
 
     /// A block in a file of its own, and that file.
     fn block(offset: u64, length: u64) -> (Region, OwnedFd) {
@@ -230,31 +255,27 @@ mod tests {
         fstat(file).unwrap().st_blocks.cast_unsigned() * 512
     }
 
-    /// Does this host's kernel have them at all?
-    fn kernel_has_them() -> bool {
-        let (_, file) = block(0, LARGE);
-        make(&file, 0).is_ok()
+    fn write(region: &Region, at: u64, length: u64) {
+        region.make_room(at, length);
+        region.write_at(&vec![1; length as usize], at).unwrap();
     }
 
     /// Write as much as has to be before any are given; returns where that ends.
     fn fill(region: &Region) -> u64 {
         let length = LARGE * AHEAD_PART;
-        for at in (0..length).step_by(PIECE as usize) {
-            region.make_room(at, PIECE);
-            region.write_at(&vec![1; PIECE as usize], at).unwrap();
-        }
+        (0..length).step_by(WRITE as usize).for_each(|at| write(region, at, WRITE));
         length
     }
 
     #[test]
-    fn a_dense_write_gets_large_pages_and_a_short_one_none() {
+    fn a_long_write_gets_a_large_page_and_a_short_one_none() {
         let (region, file) = block(0, 1 << 30);
         let first = fill(&region);
         let before = allocated(&file);
-        region.make_room(first + LARGE, 4096);
+        region.make_room(first + LARGE, DENSE - 1);
         assert_eq!(allocated(&file), before);
-        region.make_room(first + LARGE, PIECE);
-        let expected = if kernel_has_them() { LARGE } else { 0 };
+        region.make_room(first + LARGE, DENSE);
+        let expected = if *KERNEL_HAS_THEM { LARGE } else { PAGE };
         assert_eq!(allocated(&file) - before, expected);
         // It is full of zeroes.
         let mut bytes = vec![1; 2 * LARGE as usize];
@@ -267,51 +288,68 @@ mod tests {
         // The block begins in the midst of one page and ends in the midst of another.
         let length = 128 * LARGE;
         let (region, file) = block(LARGE / 2, length);
-        fill(&region);
+        let middle = 32 * LARGE;
+        for at in (middle..middle + 2 * LARGE * AHEAD_PART).step_by(WRITE as usize) {
+            write(&region, at, WRITE);
+        }
         region.write_at(&[7; 4096], length - 3 * LARGE).unwrap();
         let before = allocated(&file);
-        region.make_room(length - PIECE, PIECE);
-        region.make_room(length - 3 * LARGE, PIECE);
+        region.make_room(0, WRITE);
+        region.make_room(length - WRITE, WRITE);
+        region.make_room(length - 3 * LARGE, WRITE);
         // Nothing beyond the block.
-        region.make_room(length, PIECE);
-        region.make_room(u64::MAX, PIECE);
+        region.make_room(length, WRITE);
+        region.make_room(u64::MAX, WRITE);
         assert_eq!(allocated(&file), before);
-    }
-
-    #[test]
-    fn a_block_with_holes_keeps_them() {
-        let length = 512 << 20;
-        let (region, file) = block(0, length);
-        let mut written = 0;
-        for at in (0..length).step_by(LARGE as usize) {
-            region.make_room(at, PIECE);
-            region.write_at(&vec![1; PIECE as usize], at).unwrap();
-            written += PIECE;
-        }
-        let most = written + written / AHEAD_PART;
-        assert!((written..=most).contains(&allocated(&file)), "{} of {most}", allocated(&file));
+        // All else would have been given one.
+        region.make_room(4 * LARGE, WRITE);
+        assert!(allocated(&file) > before);
     }
 
     #[test]
     fn a_full_block_consists_of_them() {
         let length = 256 << 20;
         let (region, file) = block(0, length);
-        for at in (0..length).step_by(PIECE as usize) {
-            region.make_room(at, PIECE);
-            if at >= LARGE * AHEAD_PART && kernel_has_them() {
-                assert!(allocated(&file) >= (at + PIECE).next_multiple_of(LARGE), "at {at:#x}");
+        for at in (fill(&region)..length).step_by(WRITE as usize) {
+            region.make_room(at, WRITE);
+            if *KERNEL_HAS_THEM {
+                assert!(allocated(&file) >= (at + WRITE).next_multiple_of(LARGE), "at {at:#x}");
             }
-            region.write_at(&vec![1; PIECE as usize], at).unwrap();
+            region.write_at(&vec![1; WRITE as usize], at).unwrap();
         }
         assert_eq!(allocated(&file), length);
     }
 
-    /// Receive a piece full of `byte` at `at`.
+    /// Whoever writes it, and however often.
+    #[test]
+    fn a_block_with_holes_keeps_them() {
+        let length = 512 << 20;
+        let (region, file) = block(0, length);
+        let written = length / LARGE * WRITE;
+        for pass in 0..3 {
+            thread::scope(|scope| {
+                for thread in 0..4 {
+                    let region = &region;
+                    scope.spawn(move || {
+                        for page in (thread..length / LARGE).step_by(4) {
+                            write(region, page * LARGE, WRITE);
+                        }
+                    });
+                }
+            });
+            let (all, most) = (allocated(&file), written + written / AHEAD_PART);
+            assert!((written..=most).contains(&all), "pass {pass}: {all} of {most}");
+        }
+        let given = allocated(&file) - written;
+        assert_eq!(given > 0, *KERNEL_HAS_THEM, "{given}");
+    }
+
+    /// Receive a write full of `byte` at `at`.
     fn receive(region: &Region, pipe: &mut Pipe, at: u64, byte: u8) {
         let (mut there, here) = UnixStream::pair().unwrap();
-        let room = region.make_room(at, PIECE);
+        let room = region.make_room(at, WRITE);
         let mut landed = 0;
-        while landed < PIECE {
+        while landed < WRITE {
             there.write_all(&[byte; 4096]).unwrap();
             let mut left = 4096;
             while left > 0 {
@@ -328,38 +366,44 @@ mod tests {
     fn what_was_received_meanwhile_stays() {
         let length = 256 << 20;
         let (region, _file) = block(0, length);
+        let first = fill(&region);
         thread::scope(|scope| {
             for half in 0..2 {
                 let region = &region;
                 scope.spawn(move || {
                     let mut pipe = Pipe::new().unwrap();
-                    for at in (half * LARGE / 2..length).step_by(LARGE as usize) {
-                        for at in [at, at + PIECE] {
-                            receive(region, &mut pipe, at, 1 + (at / PIECE % 251) as u8);
+                    for at in (first + half * LARGE / 2..length).step_by(LARGE as usize) {
+                        for at in [at, at + WRITE] {
+                            receive(region, &mut pipe, at, 1 + (at / WRITE % 251) as u8);
                         }
                     }
                 });
             }
         });
-        let mut bytes = vec![0; PIECE as usize];
-        for at in (0..length).step_by(PIECE as usize) {
+        let mut bytes = vec![0; WRITE as usize];
+        for at in (first..length).step_by(WRITE as usize) {
             region.read_at(&mut bytes, at).unwrap();
-            let byte = 1 + (at / PIECE % 251) as u8;
+            let byte = 1 + (at / WRITE % 251) as u8;
             assert!(bytes.iter().all(|it| *it == byte), "at {at:#x}");
         }
     }
 
-    /// Where none are to be had, that is tried some times and not for ever.
+    /// Where none are to be had, or only slowly, that is tried some times and not for ever.
     #[test]
     fn requests_in_vain_end() {
+        let refused = io::Error::from(io::ErrorKind::OutOfMemory);
         let mut requests = Requests::default();
-        let refused = io::ErrorKind::OutOfMemory.into();
-        (0..FAILURES_MAX).for_each(|_| requests.note(Some(&refused), Duration::ZERO));
+        (0..10).for_each(|_| requests.note(Some(&refused), Duration::ZERO));
         assert!(!requests.are_in_vain());
-        (0..FAILURES_PART).for_each(|_| requests.note(None, Duration::ZERO));
+        requests.note(None, TIME_EACH / 2);
+        assert!(!requests.are_in_vain());
         requests.note(Some(&refused), Duration::ZERO);
+        assert!(requests.are_in_vain());
+
+        let mut requests = Requests::default();
+        (0..200).for_each(|_| requests.note(None, TIME_EACH));
         assert!(!requests.are_in_vain());
-        requests.note(None, TIME_MAX * 2);
+        (0..101).for_each(|_| requests.note(None, 2 * TIME_EACH));
         assert!(requests.are_in_vain());
     }
 }

@@ -41,7 +41,7 @@ impl Mapping {
         Ok(Self { start, length, whole: (start, length) })
     }
 
-    /// As [`Self::new`], at a multiple of `alignment` bytes, which is one of two.
+    /// As [`Self::new`], at a multiple of `alignment` bytes, which is a power of two.
     pub(super) fn aligned(
         file: BorrowedFd<'_>,
         offset: u64,
@@ -57,15 +57,16 @@ impl Mapping {
         let before = whole.as_ptr().align_offset(alignment);
         // SAFETY: there is less than `alignment` before it.
         let start = unsafe { whole.add(before) };
-        let mapping = Self { start, length, whole: (whole, reserved) };
         let protection = ProtFlags::READ | ProtFlags::WRITE;
         let flags = MapFlags::SHARED | MapFlags::FIXED;
+        // Where this fails, what was reserved stays so: the kernel may have given a part of it up, which
+        // may be another's by now.
         // SAFETY: the place is in what was just reserved, which nobody else knows.
         unsafe { mmap(start.as_ptr().cast(), length, protection, flags, file, offset)? };
-        Ok(mapping)
+        Ok(Self { start, length, whole: (whole, reserved) })
     }
 
-    /// Put large pages in the place of small ones. All of it must exist at least in part.
+    /// Put large pages in the place of small ones. Each needs one small page at least.
     pub(super) fn collapse(&self) -> io::Result<()> {
         // SAFETY: the range is a mapping of ours, whose content stays as it is.
         let result =
@@ -136,7 +137,7 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: the range is exactly what `mmap` returned, and no pointer into it outlives self.
+        // SAFETY: the range is what `mmap` returned and kept, and no pointer into it outlives self.
         // An error can only mean that it is no mapping, which `new` excludes.
         let _ = unsafe { munmap(self.whole.0.as_ptr().cast(), self.whole.1) };
     }

@@ -188,8 +188,8 @@ impl Region {
     }
 
     /// The place of a write of `length` bytes at `offset`. Where it is long and fills memory that does
-    /// not exist yet, it gets large pages, which takes a third of the time. What the block is given
-    /// in that way and is not written in the end is at most a 32nd of what is.
+    /// not exist yet, it gets large pages, which takes half of the time. What the block is given in
+    /// that way and is not written is at most a 32nd of what is.
     ///
     /// It is no matter if there are none: the memory comes in small pages then.
     pub fn make_room(&self, offset: u64, length: u64) -> Room {

@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     fabric::{FabricError, MESSAGE_MAX, Receiver, RemoteKey, Result},
-    memory::{Pipe, Region},
+    memory::{CHUNK, Pipe, Region},
 };
 
 /// Bytes that land on a connection before the sender is told unasked.
@@ -216,17 +216,28 @@ impl Incoming {
                 region.length()
             )));
         };
-        let room = region.make_room(address, length);
         let mut at = address;
+        while at < end {
+            // No honest write leaves its chunk. One that does is not given memory before it is there.
+            let next = (at / CHUNK + 1).saturating_mul(CHUNK).min(end);
+            self.land_piece(&region, at, next, length)?;
+            at = next;
+        }
+        Ok(())
+    }
+
+    /// Receive the part of a write of `length` bytes that goes from `at` to `end`.
+    fn land_piece(&mut self, region: &Region, mut at: u64, end: u64, length: u64) -> Result<()> {
+        let room = region.make_room(at, end - at);
         while at < end {
             let left = usize::try_from(end - at).unwrap_or(usize::MAX);
             let landed = if length <= BUFFERED_MAX || self.next < self.end {
-                self.land_copied(&region, at, left)?
+                self.land_copied(region, at, left)?
             } else {
                 let stream = self.shared.sockets[self.index].stream.as_fd();
                 region
                     .receive_from(stream, &mut self.pipe, &room, at, left)
-                    .map_err(|error| self.shared.failure_at(&region, error))?
+                    .map_err(|error| self.shared.failure_at(region, error))?
             };
             if landed == 0 {
                 return Err(self.shared.end());
