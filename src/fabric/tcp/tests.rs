@@ -118,6 +118,64 @@ fn writes_land_before_the_message_that_follows() {
     assert!(bytes == expected, "what landed differs from what was written");
 }
 
+/// How much is read ahead depends on what came before, and on how it was cut.
+#[test]
+fn frames_of_all_lengths_follow_one_another() {
+    use std::os::unix::fs::FileExt as _;
+    let mut listener = listener();
+    let mut client = TcpStream::connect(listener.address().to_string()).unwrap();
+    client.set_nodelay(true).unwrap();
+    frame::write_hello(&client, &[]).unwrap();
+    let connection = listener.accept().unwrap().accept(&[]).unwrap();
+    let (to, to_file) = region("to");
+    let (_poster, mut receiver) = connection.split();
+    receiver.announce(&to).unwrap();
+
+    let message = vec![9; 5000];
+    let mut expected = vec![0; SIZE as usize];
+    let mut sent = Vec::new();
+    // The last but one leaves its chunk, which is unusual and no error.
+    let writes = [
+        (0, CHUNK),
+        (3 << 20, CHUNK),
+        (CHUNK, 4096),
+        (5 << 20, 100_000),
+        (CHUNK + 1, CHUNK),
+        (7, 9),
+    ];
+    for (value, (at, length)) in (1_u8..).zip(writes) {
+        let bytes = vec![value; length as usize];
+        expected[at as usize..][..bytes.len()].copy_from_slice(&bytes);
+        sent.extend_from_slice(Header::new(frame::WRITE, 1, at, length).as_bytes());
+        sent.extend(bytes);
+        if value % 2 == 0 {
+            sent.extend_from_slice(Header::new(frame::SEND, 0, 0, 5000).as_bytes());
+            sent.extend_from_slice(&message);
+        }
+    }
+    let sender = thread::spawn(move || {
+        let mut rest = &sent[..];
+        for cut in [1, 23, 25, 4096, 7, 70_000].into_iter().cycle() {
+            let (now, later) = rest.split_at(cut.min(rest.len()));
+            client.write_all(now).unwrap();
+            rest = later;
+            if rest.is_empty() {
+                return client;
+            }
+        }
+        unreachable!("the cuts have no end");
+    });
+    for _ in 0..3 {
+        let mut received = Vec::new();
+        receiver.receive(&mut received).unwrap();
+        assert_eq!(received, message);
+    }
+    drop(sender.join().unwrap());
+    let mut landed = vec![0; SIZE as usize];
+    to_file.read_exact_at(&mut landed, 0).unwrap();
+    assert!(landed == expected, "what landed differs from what was written");
+}
+
 #[test]
 fn refuses_writes_outside_what_is_registered() {
     let cases: [(&str, RemoteKey, u64, u64); 4] = [
