@@ -38,8 +38,8 @@ const DENSE: u64 = 2 * PIECE;
 /// guest with little memory in use, or with many holes in it, keeps them.
 const AHEAD_PART: u64 = 32;
 
-/// What a page may take in the mean, about what it saves, and what a refusal counts as. Where free
-/// memory is in pieces the kernel looks for long.
+/// What a page may take in the mean, and what a refusal counts as. It saves some 0.6 ms, but waits for
+/// processors too where others keep them busy; where free memory is in pieces the kernel looks for long.
 const TIME_EACH: Duration = Duration::from_millis(2);
 const TIME_REFUSED: Duration = Duration::from_millis(20);
 

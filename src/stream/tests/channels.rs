@@ -33,20 +33,15 @@ fn with_flush() -> Build {
     Build(setup).word(0x200).raw(&end)
 }
 
+/// This section has a meeting at its end, and so does the last one, behind it.
+fn met_twice(section: Build) -> Vec<u8> {
+    section.word(0x200).end_of_section().last().word(0x200).end_of_section().raw(&[0]).0
+}
+
 /// QEMU 8.1 and later: a word wherever all channels are at the same point.
 #[test]
 fn channels_meet_at_each_flush() {
-    let stream = with_flush()
-        .part()
-        .end_of_section()
-        .part()
-        .word(0x200)
-        .end_of_section()
-        .last()
-        .word(0x200)
-        .end_of_section()
-        .raw(&[0])
-        .0;
+    let stream = met_twice(with_flush().part().end_of_section().part());
     let asked = rewrite_beside(&stream, vec![vec![], vec![], vec![]], &[]);
     let met = asked.iter().filter(|asked| **asked == Asked::Met).count();
     assert_eq!(met, 3);
@@ -79,15 +74,7 @@ fn without_a_word_they_meet_at_each_sections_end() {
 
 #[test]
 fn pages_that_channels_cannot_write_are_records_again() {
-    let stream = with_flush()
-        .part()
-        .word(0x200)
-        .end_of_section()
-        .last()
-        .word(0x200)
-        .end_of_section()
-        .raw(&[0])
-        .0;
+    let stream = met_twice(with_flush().part());
     let pages =
         vec![page(1, 4096, Some(7)), page(1, 0, None), page(2, 0, Some(8)), page(2, 4096, Some(9))];
     let meetings = vec![vec![], pages, vec![page(1, 4096, Some(6))]];
