@@ -7,11 +7,13 @@ memory, lets go of it while others take what is free, and takes it back when the
 import contextlib, mmap, os, pathlib, select, signal, time
 
 from . import processes
+from .processes import MIB
 
-LOW, HIGH = 320, 576  # MiB that are left free
+LOW, HIGH = 320, 576  # MiB that are left free, in large pages
 STEP = 32  # MiB that are let go, or taken back, at once
-POLL = 0.005  # seconds; in them others take 20 MiB at the most
+POLL = 0.002  # seconds; in them others take 30 MiB at the most
 POPULATE_WRITE = 23  # madvise(2), Linux 5.14
+PAGE, LARGE = 4096, 2 << 20  # bytes
 
 
 holder = None  # the process, while there is one
@@ -70,5 +72,8 @@ def hold(life):
 
 
 def free():
-    """MiB."""
-    return processes.memory("MemFree")
+    """MiB, in pieces that a large page fits into: small ones may be all that is left of much memory."""
+    zones = [line.split() for line in pathlib.Path("/proc/buddyinfo").read_text().splitlines()]
+    # Node 0, zone Normal, and how many there are of 1, 2, 4, ... pages.
+    counts = [(order, int(count)) for zone in zones for order, count in enumerate(zone[4:])]
+    return sum(count * (PAGE << order) for order, count in counts if PAGE << order >= LARGE) // MIB
