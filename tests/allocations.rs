@@ -148,7 +148,7 @@ fn memfd(name: &str, length: u64) -> OwnedFd {
 }
 
 fn blocks(length: u64, file_offset: Option<u64>) -> Vec<Block> {
-    vec![Block { name: "pc.ram".into(), length, page_size: PAGE, file_offset }]
+    vec![Block { name: "pc.ram".into(), length, page_size: PAGE, file_offset, read_whole: true }]
 }
 
 fn options() -> Options {

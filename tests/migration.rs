@@ -301,8 +301,12 @@ fn with_virtio_mem() {
         let devices = devices.map(str::to_owned).to_vec();
         let mut pair = Pair::start(&Config { version, devices, ..Config::default() });
         // The tcp fabric pins nothing.
-        assert_eq!(pair.source.travel("0000:00:02.0/vmem0"), "mapped");
+        let block = "0000:00:02.0/vmem0";
+        assert_eq!(pair.source.travel(block), "mapped");
         pair.migrate();
+        for host in [&mut pair.source, &mut pair.destination] {
+            assert_eq!(memory::allocated(&mut host.qemu, block), 0, "QEMU {version}");
+        }
         pair.verify();
     }
 }

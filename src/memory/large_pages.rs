@@ -23,7 +23,7 @@ use tracing::debug;
 use super::mapping::Mapping;
 
 /// A large page, in bytes (`PMD_SIZE`).
-const LARGE: u64 = 2 << 20;
+pub(super) const LARGE: u64 = 2 << 20;
 
 /// A small one.
 const PAGE: u64 = 4096;
@@ -125,7 +125,7 @@ impl LargePages {
         let state = page.load(Ordering::Relaxed);
         if state & IS_LARGE != 0 {
             // Without it, it lands as anywhere else.
-            return Room { page: map(file, start).ok().map(|mapping| (start, mapping)) };
+            return Room { page: map(file, start, 1).ok().map(|mapping| (start, mapping)) };
         }
         if state & STAYS_SMALL != 0 || self.allowed() < LARGE {
             return Room::default();
@@ -164,7 +164,7 @@ impl LargePages {
         }
         if !requests.are_in_vain() && is_hole(file, start) {
             let begun = Instant::now();
-            let made = make(file, start);
+            let made = make(file, start, 1);
             requests.note(made.as_ref().err(), begun.elapsed());
             if let Ok(mapping) = made {
                 // First: others subtract from it as soon as they see the bit.
@@ -201,8 +201,8 @@ fn bytes(pieces: u64) -> u64 {
     u64::from(pieces.count_ones()) * PIECE
 }
 
-fn map(file: &OwnedFd, start: u64) -> io::Result<Mapping> {
-    Mapping::aligned(file.as_fd(), start, LARGE as usize, LARGE as usize)
+fn map(file: &OwnedFd, start: u64, pages: u64) -> io::Result<Mapping> {
+    Mapping::aligned(file.as_fd(), start, (pages * LARGE) as usize, LARGE as usize)
 }
 
 /// Does nothing exist of the page at `start`?
@@ -213,14 +213,16 @@ fn is_hole(file: &OwnedFd, start: u64) -> bool {
     }
 }
 
-/// Make a hole one large page of zeroes. Where that fails, 4 KiB of it are no hole any more.
-fn make(file: &OwnedFd, start: u64) -> io::Result<Mapping> {
-    // The kernel makes it of small ones, on the node where these are: there has to be one. It is not
-    // written, because another thread may just have done so. Where memory is interleaved, the node
-    // follows from the number of the small page.
-    let small = start + start / LARGE % (LARGE / PAGE) * PAGE;
-    fallocate(file, FallocateFlags::KEEP_SIZE, small, PAGE)?;
-    let mapping = map(file, start)?;
+/// Make a hole so many large pages of zeroes. Where that fails, 4 KiB of each are no hole any more.
+pub(super) fn make(file: &OwnedFd, start: u64, pages: u64) -> io::Result<Mapping> {
+    for page in (start..).step_by(LARGE as usize).take(pages as usize) {
+        // The kernel makes it of small ones, on the node where these are: there has to be one. It is not
+        // written, because another thread may just have done so. Where memory is interleaved, the node
+        // follows from the number of the small page.
+        let small = page + page / LARGE % (LARGE / PAGE) * PAGE;
+        fallocate(file, FallocateFlags::KEEP_SIZE, small, PAGE)?;
+    }
+    let mapping = map(file, start, pages)?;
     mapping.collapse()?;
     Ok(mapping)
 }
@@ -243,7 +245,7 @@ mod tests {
     /// Does this host's kernel have them at all?
     static KERNEL_HAS_THEM: LazyLock<bool> = LazyLock::new(|| {
         let (_, file) = block(0, TRIES * LARGE);
-        (0..TRIES).any(|page| make(&file, page * LARGE).is_ok())
+        (0..TRIES).any(|page| make(&file, page * LARGE, 1).is_ok())
     });
 
     /// A block in a file of its own, and that file.

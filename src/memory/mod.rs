@@ -4,6 +4,7 @@
 //! to it (`&[u8]`) ever exists: bytes move between a region and a socket or a buffer of ours, by
 //! system call on the file or by raw pointer on the mapping. Knows neither messages nor fabrics.
 
+mod holes;
 mod inherited;
 mod large_pages;
 mod mapping;

@@ -14,7 +14,7 @@ use rustix::{
 };
 
 use super::{
-    Pipe,
+    Pipe, holes,
     large_pages::{LargePages, Room},
     mapping::Mapping,
 };
@@ -200,6 +200,14 @@ impl Region {
         let large_pages =
             self.large_pages.get_or_init(|| LargePages::new(self.offset + self.length));
         large_pages.make_room(&self.file, self.offset, self.offset + offset, length)
+    }
+
+    /// Make large pages of zeroes of what does not exist yet, as long as somebody `wants` them, for one
+    /// who reads all from the start: it would be allocated anyway, and in small pages takes longer.
+    pub fn fill_holes(&self, wants: impl Fn() -> bool) {
+        if matches!(self.access, Access::File) {
+            holes::fill(&self.file, self.offset..self.offset + self.length, wants);
+        }
     }
 
     /// Receive some of `length` bytes from a stream socket to `offset`, in `room` where that is;

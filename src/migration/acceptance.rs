@@ -247,7 +247,7 @@ fn compare(
         Ok((region.clone(), let_in(receiver, region, pin)?))
     };
     let mut blocks = Vec::with_capacity(order.len());
-    for Block { name, length, region } in order.into_iter().map(|index| &own[index]) {
+    for Block { name, length, region, .. } in order.into_iter().map(|index| &own[index]) {
         let target = region.as_ref().map(&mut target).transpose()?;
         let (name, length, stand_in) = (name.clone(), *length, false);
         blocks.push(AcceptedBlock { name, length, target, stand_in });

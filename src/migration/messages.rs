@@ -48,6 +48,8 @@ pub struct Block {
     /// of it: its pages are staged, or travel in the stream. The files' descriptors are attached to
     /// the order, in the order of the blocks that have one.
     pub file_offset: Option<u64>,
+    /// QEMU reads all of it in a migration.
+    pub read_whole: bool,
 }
 
 /// QEMU resizes some of its ROMs when it loads a guest. None is nearly as long as this, in bytes:

@@ -60,6 +60,8 @@ pub(crate) struct Block {
     length: u64,
     /// Its memory; `None` if its pages travel in the stream.
     region: Option<Arc<Region>>,
+    /// QEMU reads all of it.
+    read_whole: bool,
 }
 
 /// How a migration ended.

@@ -4,7 +4,7 @@ use std::{
     cell::{Cell, OnceCell},
     path::PathBuf,
     sync::{
-        Arc,
+        Arc, Weak,
         atomic::Ordering,
         mpsc::{self, Receiver, Sender},
     },
@@ -35,6 +35,7 @@ use super::{
 };
 use crate::{
     fabric::{Fabric, FabricError},
+    memory::Region,
     wire::{Message, credit::Flow},
 };
 
@@ -126,6 +127,8 @@ struct Context {
     statistics: Arc<Statistics>,
     commitment: Arc<Commitment>,
     pacer: Arc<Pacer>,
+    /// The memory that QEMU reads, all of it, where it does not announce it.
+    read: Vec<Arc<Region>>,
     events: Sender<Event>,
 }
 
@@ -142,6 +145,8 @@ pub fn run(
     let statistics = Statistics::new(fabric.name());
     let way = Arc::new(Way { fabric, address, options });
     let set_up = statistics.clone();
+    let read = blocks.iter().filter(|block| block.read_whole);
+    let read = read.filter_map(|block| block.region.clone()).collect();
     let context = Context {
         way: way.clone(),
         qemu: OnceCell::new(),
@@ -154,6 +159,7 @@ pub fn run(
         statistics: statistics.clone(),
         commitment: Arc::default(),
         pacer: Arc::default(),
+        read,
         events: sender.clone(),
     };
     thread::spawn(move || {
@@ -342,8 +348,11 @@ impl Outgoing {
             }
             passed
         };
-        let channels = (!qemu.channels.is_empty())
-            .then(|| Channels::start(&qemu.channels, writer.clone(), &events));
+        let channels = (!qemu.channels.is_empty()).then(|| {
+            // Who has channels reads memory by itself.
+            fill_holes(context.read.clone(), Arc::downgrade(&writer));
+            Channels::start(&qemu.channels, writer.clone(), &events)
+        });
         thread::spawn(move || {
             let taken = way.open_return_path(writer.link(), &to_qemu, &events).and_then(|()| {
                 let (main, to_qemu) = (&qemu.main, &to_qemu);
@@ -367,6 +376,14 @@ impl Outgoing {
         let error = last_words(&error, context, events).unwrap_or(error);
         Self::Ended(Verdict::failed(error, never_ran, link))
     }
+}
+
+/// Make large pages of the holes that QEMU reads, as long as something of it is `written`.
+fn fill_holes(read: Vec<Arc<Region>>, written: Weak<Writer>) {
+    let wants = move || written.strong_count() > 0;
+    let fill = move || read.iter().for_each(|region| region.fill_holes(&wants));
+    // Without it, QEMU's reading takes longer.
+    let _ = thread::Builder::new().name("holes".into()).spawn(fill);
 }
 
 /// Wait until the relay has done its part; false if it is gone before.

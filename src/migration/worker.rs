@@ -168,7 +168,7 @@ fn take_blocks(
 ) -> Result<Vec<Block>> {
     blocks
         .into_iter()
-        .map(|messages::Block { name, length, file_offset, .. }| {
+        .map(|messages::Block { name, length, file_offset, read_whole, .. }| {
             let region = match file_offset {
                 Some(offset) => {
                     let lacks = || MigrationError::Aborted(format!("No file for block '{name}'"));
@@ -177,7 +177,7 @@ fn take_blocks(
                 }
                 None => None,
             };
-            Ok(Block { name, length, region })
+            Ok(Block { name, length, region, read_whole })
         })
         .collect()
 }

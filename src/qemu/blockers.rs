@@ -1,8 +1,11 @@
 //! What would stop a migration over `rdma:`.
 
-use serde_json::{Value, json};
+use serde_json::Value;
 
-use super::blocks::RamBlock;
+use super::{
+    blocks::RamBlock,
+    devices::{self, Device},
+};
 use crate::{
     migration::messages::FabricKind,
     qmp::{Execute, QmpError},
@@ -147,24 +150,10 @@ pub fn is_on(capabilities: &Value, name: &str) -> bool {
 
 /// Devices with state whose length can't be known.
 async fn devices(qmp: &mut impl Execute) -> Result<Vec<String>, QmpError> {
-    let mut found = Vec::new();
-    for path in ["/machine/peripheral", "/machine/peripheral-anon"] {
-        let entries = match qmp.execute("qom-list", json!({ "path": path })).await {
-            Ok(entries) => entries,
-            // A machine without such devices may lack the container.
-            Err(error) if error.class == QmpError::CONNECTION_LOST => return Err(error),
-            Err(_) => continue,
-        };
-        for entry in entries.as_array().into_iter().flatten() {
-            let kind = entry["type"].as_str().unwrap_or_default();
-            let kind = kind.strip_prefix("child<").unwrap_or_default();
-            if DEVICES.iter().any(|device| kind.starts_with(device)) {
-                let name = entry["name"].as_str().unwrap_or_default();
-                found.push(format!("{name} ({})", kind.trim_end_matches('>')));
-            }
-        }
-    }
-    Ok(found)
+    let devices = devices::list(qmp).await?.into_iter();
+    let unknown = |kind: &str| DEVICES.iter().any(|device| kind.starts_with(device));
+    let unknown = devices.filter(|device| unknown(&device.kind));
+    Ok(unknown.map(|Device { name, kind, .. }| format!("{name} ({kind})")).collect())
 }
 
 /// Guest memory that is not shared costs a copy at the source; at the destination all of it takes
@@ -186,6 +175,8 @@ pub fn memory(blocks: &[RamBlock]) -> Option<Blocker> {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     /// A QEMU with these devices.

@@ -32,6 +32,9 @@ pub struct RamBlock {
     pub private: bool,
     /// Who may take pages of it away while the guest runs, if anybody.
     pub discards: Option<String>,
+    /// A migration reads all of it. Of a virtio-mem device's memory QEMU reads what is plugged, and of
+    /// any what no balloon hints to be free.
+    pub read_whole: bool,
 }
 
 impl RamBlock {
@@ -117,8 +120,17 @@ pub async fn find(
             Err(why) => (None, Some(why)),
         };
         let Row { name, page_size, used: length, .. } = row;
-        let discards = None;
-        blocks.push(RamBlock { name, length, page_size, backing, why_not, private, discards });
+        let (discards, read_whole) = (None, true);
+        blocks.push(RamBlock {
+            name,
+            length,
+            page_size,
+            backing,
+            why_not,
+            private,
+            discards,
+            read_whole,
+        });
     }
     discards::find(qmp, &mut blocks).await?;
     Ok(blocks)

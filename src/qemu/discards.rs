@@ -1,12 +1,12 @@
 //! Who may take pages of the guest's memory away, and give others back, while it runs.
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use super::{QemuError, blocks::RamBlock};
+use super::{QemuError, blocks::RamBlock, devices};
 use crate::qmp::Execute;
 
 /// Note in each of `blocks` who may discard its pages: a balloon any of them, a virtio-mem device
-/// those of its own memory.
+/// those of its own memory. And whether QEMU reads them all.
 ///
 /// # Errors
 /// When QEMU does not answer.
@@ -14,18 +14,36 @@ pub(super) async fn find(qmp: &mut impl Execute, blocks: &mut [RamBlock]) -> Res
     const COMMAND: &str = "query-memory-devices";
     // There is a balloon if it can be asked how large the guest is. It reports free pages too.
     let balloon = qmp.execute("query-balloon", Value::Null).await.is_ok();
+    let hints = balloon && hints(qmp).await?;
     let devices = match qmp.execute(COMMAND, Value::Null).await {
         Ok(devices) => devices,
         Err(error) if error.class == "CommandNotFound" => Value::Null,
         Err(error) => return Err(QemuError::Qmp { command: COMMAND, error }),
     };
     for block in blocks {
-        block.discards = match virtio_mem(&devices, &block.name) {
+        let device = virtio_mem(&devices, &block.name);
+        block.read_whole = device.is_none() && !hints;
+        block.discards = match device {
             Some(device) => Some(format!("virtio-mem device '{device}' may discard its pages")),
             None => balloon.then(|| "the balloon may discard its pages".to_owned()),
         };
     }
     Ok(())
+}
+
+/// Does a balloon tell QEMU, while it migrates, what it need not read (`free-page-hint`)?
+async fn hints(qmp: &mut impl Execute) -> Result<bool, QemuError> {
+    const COMMAND: &str = "qom-list";
+    let devices = devices::list(qmp).await;
+    let devices = devices.map_err(|error| QemuError::Qmp { command: COMMAND, error })?;
+    for device in devices.iter().filter(|device| device.kind.starts_with("virtio-balloon")) {
+        let property = json!({ "path": device.path, "property": "free-page-hint" });
+        // One that does not say so may.
+        if qmp.execute("qom-get", property).await != Ok(Value::Bool(false)) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 /// The virtio-mem device whose memory is block `name`: that ends with the name of the memory's
@@ -46,6 +64,31 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::qmp::QmpError;
+
+    /// A QEMU with a balloon of a name, if that is not empty.
+    struct Balloon(&'static str);
+
+    impl Execute for Balloon {
+        async fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, QmpError> {
+            match (command, arguments["path"].as_str()) {
+                ("qom-list", Some("/machine/peripheral")) => Ok(json!([
+                    {"name": "net0", "type": "child<virtio-net-pci>"},
+                    {"name": self.0, "type": "child<virtio-balloon-pci>"},
+                ])),
+                ("qom-get", Some("/machine/peripheral/hints")) => Ok(json!(true)),
+                ("qom-get", Some("/machine/peripheral/does-not")) => Ok(json!(false)),
+                _ => Err(QmpError::generic("no such thing")),
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn a_balloon_that_may_hint_does() {
+        assert!(hints(&mut Balloon("hints")).await.unwrap());
+        assert!(hints(&mut Balloon("does-not-say")).await.unwrap());
+        assert!(!hints(&mut Balloon("does-not")).await.unwrap());
+    }
 
     #[test]
     fn a_virtio_mem_device_has_a_block_of_its_own() {

@@ -5,6 +5,7 @@
 pub mod argv;
 pub mod blockers;
 pub mod blocks;
+mod devices;
 mod discards;
 mod maps;
 mod ramblock_text;

@@ -284,6 +284,7 @@ fn listed(blocks: &[RamBlock]) -> Vec<messages::Block> {
         length: block.length,
         page_size: block.page_size,
         file_offset: block.backing.as_ref().map(|backing| backing.offset),
+        read_whole: block.read_whole,
     };
     blocks.iter().map(listed).collect()
 }

@@ -1,0 +1,109 @@
+//! Large pages in the place of holes that QEMU is about to read.
+//!
+//! Whoever reads shared memory that does not exist yet has it allocated, small page by small page, and
+//! that takes many times as long as the search for what is not zero.
+
+use std::{ops::Range, os::fd::OwnedFd};
+
+use rustix::fs::{SeekFrom, seek};
+use tracing::debug;
+
+use super::large_pages::{LARGE, make};
+
+/// Pages that are asked for together: each request waits for all processors once, however many it is
+/// for. Until it is answered they count as the process's memory.
+const TOGETHER: u64 = 8;
+
+/// How far ahead of the reader to work, in bytes: a page that both are at is refused, and takes long.
+const LEAD: u64 = 64 << 20;
+
+/// Refusals that are taken as bad luck, and how many requests that are granted make up for another.
+const REFUSED_MAX: u64 = 8;
+const GRANTED_FOR_REFUSED: u64 = 4;
+
+/// Make large pages of the holes of `part` of `file`, as long as somebody `wants` them. Who reads has
+/// begun at the part's start.
+pub(super) fn fill(file: &OwnedFd, part: Range<u64>, wants: impl Fn() -> bool) {
+    let (mut granted, mut refused) = (0, 0);
+    let mut at = part.start.next_multiple_of(LARGE).saturating_add(LEAD);
+    while at + LARGE <= part.end && wants() {
+        let pages = (hole(file, at..part.end) / LARGE).min(TOGETHER);
+        if pages == 0 {
+            at += LARGE;
+            continue;
+        }
+        match make(file, at, pages) {
+            Ok(_) => {
+                granted += 1;
+                at += pages * LARGE;
+            }
+            Err(error) => {
+                refused += 1;
+                if refused > REFUSED_MAX + granted / GRANTED_FOR_REFUSED {
+                    debug!(%error, granted, refused, "no large pages are asked for any more");
+                    return;
+                }
+                at += LEAD;
+            }
+        }
+    }
+}
+
+/// Length of the hole that begins at the start of `part`, and at most the part's.
+fn hole(file: &OwnedFd, part: Range<u64>) -> u64 {
+    match seek(file, SeekFrom::Data(part.start)) {
+        Ok(data) => data.min(part.end) - part.start,
+        // There is nothing up to the file's end. Other errors say themselves again in the request.
+        Err(_) => part.end - part.start,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::fs::{MemfdFlags, fstat, ftruncate, memfd_create};
+
+    use super::*;
+    use crate::memory::Region;
+
+    fn allocated(file: &OwnedFd) -> u64 {
+        fstat(file).unwrap().st_blocks.cast_unsigned() * 512
+    }
+
+    /// A block at `offset` of a file, and that file.
+    fn block(offset: u64, length: u64) -> (Region, OwnedFd) {
+        let file = memfd_create("pc.ram", MemfdFlags::CLOEXEC).unwrap();
+        ftruncate(&file, offset + length).unwrap();
+        let region = Region::new("pc.ram", file.try_clone().unwrap(), offset, length).unwrap();
+        (region, file)
+    }
+
+    #[test]
+    fn holes_become_large_pages_and_the_rest_stays() {
+        let length = 512 << 20;
+        let (region, file) = block(LARGE / 2, length);
+        let (data, small) = (LEAD + 9 * LARGE, 4096);
+        region.write_at(&vec![7; small as usize], data).unwrap();
+        region.fill_holes(|| false);
+        assert_eq!(allocated(&file), small);
+        region.fill_holes(|| true);
+        // Without the lead, half a page at each end, and the page with data.
+        let most = length - LEAD - 2 * LARGE + small;
+        let allocated = allocated(&file);
+        assert!(allocated <= most, "{allocated} of {most}");
+        let kernel_has_them = make(&file, LARGE, 1).is_ok();
+        assert_eq!(allocated >= most / 2, kernel_has_them, "{allocated} of {most}");
+        let mut bytes = vec![1; length as usize];
+        region.read_at(&mut bytes, 0).unwrap();
+        let data = data as usize..(data + small) as usize;
+        assert!(bytes[data.clone()].iter().all(|byte| *byte == 7));
+        bytes[data].fill(0);
+        assert!(bytes.iter().all(|byte| *byte == 0));
+    }
+
+    #[test]
+    fn a_short_block_is_left_alone() {
+        let (region, file) = block(0, LEAD + LARGE - 1);
+        region.fill_holes(|| true);
+        assert_eq!(allocated(&file), 0);
+    }
+}
