@@ -4,37 +4,38 @@ A virtual machine's free memory may go back to its hypervisor at once, and then 
 much to touch: more than all else that is measured here. So a process of its own holds nearly all
 memory, lets go of it while others take what is free, and takes it back when they have ended.
 """
-import contextlib, mmap, os, pathlib, select, signal, time
+import contextlib, mmap, os, pathlib, select, signal, socket, time
 
 from . import processes
 from .processes import MIB
 
-LOW, HIGH = 320, 576  # MiB that are left free, in large pages
+LEAST, LOW, HIGH = 224, 320, 576  # MiB that are left free, in large pages
 STEP = 32  # MiB that are let go, or taken back, at once
-POLL = 0.002  # seconds; in them others take 30 MiB at the most
+POLL = 0.005  # seconds; in them others take 60 MiB at the most
 POPULATE_WRITE = 23  # madvise(2), Linux 5.14
 PAGE, LARGE = 4096, 2 << 20  # bytes
 
 
 holder = None  # the process, while there is one
+asking = None  # our end of a socket to it
 
 
 @contextlib.contextmanager
 def kept():
     """As long as this lasts."""
-    global holder
-    child, life = os.pipe()
+    global holder, asking
+    asking, asked = socket.socketpair()
     holder = os.fork()
     if not holder:
-        os.close(life)
-        hold(child)
-    os.close(child)
+        asking.close()
+        hold(asked)
+    asked.close()
     try:
         yield
     finally:
-        os.close(life)
+        asking.close()
         os.waitpid(holder, 0)
-        holder = None
+        holder = asking = None
 
 
 def held():
@@ -43,16 +44,19 @@ def held():
 
 
 def settle():
-    """Wait until no more is free than is left free; MiB that are held then."""
+    """Wait until no more is free than is left free, and that is warm too; MiB that are held then."""
     before, now = -1, held()
     while holder and free() > HIGH and now > before:
         time.sleep(0.5)
         before, now = now, held()
-    return now
+    if holder:
+        asking.send(b"?")
+        asking.recv(1)
+    return held()
 
 
-def hold(life):
-    """The process; ends with the other end of `life`."""
+def hold(asked):
+    """The process; ends with the other end of `asked`."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     # Whatever else happens, it is not a guest that the kernel ends when there is no memory left.
@@ -61,13 +65,18 @@ def hold(life):
     memory = mmap.mmap(-1, size << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)  # they are let go for a third of the time
     held = 0
-    while not select.select([life], [], [], POLL)[0]:
-        while free() > HIGH and held + STEP <= size:
+    question = None
+    while question != b"":
+        question = asked.recv(1) if select.select([asked], [], [], POLL)[0] else None
+        # What is left free too is used once.
+        while free() > (LEAST if question else HIGH) and held + STEP <= size:
             memory.madvise(POPULATE_WRITE, held << 20, STEP << 20)
             held += STEP
-        while free() < LOW and held:
+        while free() < (HIGH if question else LOW) and held:
             held -= STEP
             memory.madvise(mmap.MADV_DONTNEED, held << 20, STEP << 20)
+        if question:
+            asked.send(question)
     os._exit(0)
 
 
