@@ -33,7 +33,7 @@ pub(super) fn fill(file: &OwnedFd, part: Range<u64>, wants: impl Fn() -> bool) {
             continue;
         }
         match make(file, at, pages) {
-            Ok(_) => {
+            Ok(()) => {
                 granted += 1;
                 at += pages * LARGE;
             }

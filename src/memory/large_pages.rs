@@ -8,7 +8,7 @@ use std::{
     io,
     os::fd::{AsFd as _, BorrowedFd, OwnedFd},
     sync::{
-        Mutex, PoisonError,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::{Duration, Instant},
@@ -31,6 +31,10 @@ const PAGE: u64 = 4096;
 /// What of a large page is accounted for by itself, in bytes.
 const PIECE: u64 = 64 << 10;
 
+/// What is mapped at once, in bytes. To map each page for each write of a part of it took a quarter
+/// of the time in which they landed; what is mapped counts as the process's memory.
+const WINDOW: u64 = 4 * LARGE;
+
 /// Shortest write that says that what is around it will be written too.
 const DENSE: u64 = 2 * PIECE;
 
@@ -43,8 +47,9 @@ const AHEAD_PART: u64 = 32;
 const TIME_EACH: Duration = Duration::from_millis(2);
 const TIME_REFUSED: Duration = Duration::from_millis(20);
 
-/// What they may take beyond that.
-const TIME_SLACK: Duration = Duration::from_millis(200);
+/// What they may take beyond that: where a hypervisor has taken free memory back, the first ones cost
+/// several times as much, as small ones do.
+const TIME_SLACK: Duration = Duration::from_secs(2);
 
 /// What a page is. The bits below say which of its pieces were written.
 const IS_LARGE: u64 = 1 << 32;
@@ -70,11 +75,21 @@ struct Requests {
     spent: Duration,
 }
 
-/// The place of a write in a region; see [`Region::make_room`](super::Region::make_room).
+/// The place of one connection's writes, one after another; see
+/// [`Region::make_room`](super::Region::make_room).
 #[derive(Debug, Default)]
 pub struct Room {
-    /// A large page, and where it begins in the file.
-    page: Option<(u64, Mapping)>,
+    window: Option<Window>,
+    /// Where the large page of the present write begins in the file; it is in the window.
+    page: Option<u64>,
+}
+
+/// A part of a block's file that is mapped, of which large pages alone are touched.
+#[derive(Debug)]
+struct Window {
+    of: Arc<LargePages>,
+    start: u64,
+    mapping: Mapping,
 }
 
 impl Room {
@@ -85,52 +100,74 @@ impl Room {
         at: u64,
         length: usize,
     ) -> Option<io::Result<usize>> {
-        let (start, mapping) = self.page.as_ref()?;
-        let within = at.checked_sub(*start).filter(|within| *within < LARGE)?;
+        let (start, window) = (self.page?, self.window.as_ref()?);
+        let within = at.checked_sub(start).filter(|within| *within < LARGE)?;
         let length = length.min((LARGE - within) as usize);
-        Some(mapping.receive_from(socket, within, length))
+        Some(window.mapping.receive_from(socket, at - window.start, length))
+    }
+
+    /// The window that the page at `start` is in.
+    fn window(&mut self, of: &Arc<LargePages>, file: &OwnedFd, start: u64) -> io::Result<&Window> {
+        let begin = start / WINDOW * WINDOW;
+        let present = self.window.take();
+        let present = present.filter(|window| Arc::ptr_eq(&window.of, of) && window.start == begin);
+        let window = match present {
+            Some(window) => window,
+            None => {
+                let mapping = map(file, begin, WINDOW / LARGE)?;
+                Window { of: of.clone(), start: begin, mapping }
+            }
+        };
+        Ok(self.window.insert(window))
     }
 }
 
 impl LargePages {
     /// For a file's part that ends at `end`.
-    pub(super) fn new(end: u64) -> Self {
-        Self {
+    pub(super) fn new(end: u64) -> Arc<Self> {
+        Arc::new(Self {
             pages: (0..end / LARGE).map(|_| AtomicU64::new(0)).collect(),
             ahead: AtomicU64::new(0),
             written: AtomicU64::new(0),
             requests: Mutex::default(),
-        }
+        })
     }
 
     /// For `length` bytes at `at` of `file`, of which the block's part begins at `first`.
-    pub(super) fn make_room(&self, file: &OwnedFd, first: u64, at: u64, length: u64) -> Room {
-        let (mut room, mut from, end) = (Room::default(), at, at + length);
+    pub(super) fn make_room(
+        self: &Arc<Self>,
+        room: &mut Room,
+        file: &OwnedFd,
+        first: u64,
+        at: u64,
+        length: u64,
+    ) {
+        let (mut from, end) = (at, at + length);
+        room.page = None;
         while from < end {
             let start = from / LARGE * LARGE;
             let next = (start + LARGE).min(end);
             // The last one is not whole.
             let Some(page) = self.pages.get((start / LARGE) as usize) else { break };
             if length >= DENSE && start >= first {
-                room = self.room(page, file, start);
+                self.room(room, page, file, start);
             }
             self.account(page, from - start, next - start);
             from = next;
         }
-        room
     }
 
     /// Room in the page at `start`.
-    fn room(&self, page: &AtomicU64, file: &OwnedFd, start: u64) -> Room {
+    fn room(self: &Arc<Self>, room: &mut Room, page: &AtomicU64, file: &OwnedFd, start: u64) {
         let state = page.load(Ordering::Relaxed);
-        if state & IS_LARGE != 0 {
-            // Without it, it lands as anywhere else.
-            return Room { page: map(file, start, 1).ok().map(|mapping| (start, mapping)) };
+        if state & STAYS_SMALL != 0 || (state & IS_LARGE == 0 && self.allowed() < LARGE) {
+            return;
         }
-        if state & STAYS_SMALL != 0 || self.allowed() < LARGE {
-            return Room::default();
+        // Without one, it lands as anywhere else.
+        let Ok(window) = room.window(self, file, start) else { return };
+        if state & IS_LARGE != 0 || self.request(window, page, file, start) {
+            room.page = Some(start);
         }
-        self.request(page, file, start)
     }
 
     /// How many bytes more may be given ahead.
@@ -154,28 +191,29 @@ impl LargePages {
         }
     }
 
-    /// Have the page at `start` be a large one, if nothing of it exists yet.
-    fn request(&self, page: &AtomicU64, file: &OwnedFd, start: u64) -> Room {
+    /// Have the page at `start` be a large one, if nothing of it exists yet. Is it?
+    fn request(&self, window: &Window, page: &AtomicU64, file: &OwnedFd, start: u64) -> bool {
         let mut requests = self.requests.lock().unwrap_or_else(PoisonError::into_inner);
         let state = page.load(Ordering::Relaxed);
         if state & (IS_LARGE | STAYS_SMALL) != 0 || self.allowed() < LARGE {
             // Another thread was faster.
-            return Room::default();
+            return state & IS_LARGE != 0;
         }
         if !requests.are_in_vain() && is_hole(file, start) {
             let begun = Instant::now();
-            let made = make(file, start, 1);
+            let made = put_small(file, start)
+                .and_then(|()| window.mapping.collapse(start - window.start, LARGE as usize));
             requests.note(made.as_ref().err(), begun.elapsed());
-            if let Ok(mapping) = made {
+            if made.is_ok() {
                 // First: others subtract from it as soon as they see the bit.
                 self.ahead.fetch_add(LARGE, Ordering::Relaxed);
                 let before = page.fetch_or(IS_LARGE, Ordering::AcqRel);
                 self.ahead.fetch_sub(bytes(before & PIECES), Ordering::Relaxed);
-                return Room { page: Some((start, mapping)) };
+                return true;
             }
         }
         page.fetch_or(STAYS_SMALL, Ordering::Relaxed);
-        Room::default()
+        false
     }
 }
 
@@ -214,17 +252,19 @@ fn is_hole(file: &OwnedFd, start: u64) -> bool {
 }
 
 /// Make a hole so many large pages of zeroes. Where that fails, 4 KiB of each are no hole any more.
-pub(super) fn make(file: &OwnedFd, start: u64, pages: u64) -> io::Result<Mapping> {
-    for page in (start..).step_by(LARGE as usize).take(pages as usize) {
-        // The kernel makes it of small ones, on the node where these are: there has to be one. It is not
-        // written, because another thread may just have done so. Where memory is interleaved, the node
-        // follows from the number of the small page.
-        let small = page + page / LARGE % (LARGE / PAGE) * PAGE;
-        fallocate(file, FallocateFlags::KEEP_SIZE, small, PAGE)?;
+pub(super) fn make(file: &OwnedFd, start: u64, pages: u64) -> io::Result<()> {
+    for page in 0..pages {
+        put_small(file, start + page * LARGE)?;
     }
-    let mapping = map(file, start, pages)?;
-    mapping.collapse()?;
-    Ok(mapping)
+    map(file, start, pages)?.collapse(0, (pages * LARGE) as usize)
+}
+
+/// The kernel makes a large page of small ones, on the node where these are: there has to be one. It is
+/// not written, because another thread may just have done so. Where memory is interleaved, the node
+/// follows from the number of the small page.
+fn put_small(file: &OwnedFd, start: u64) -> io::Result<()> {
+    let small = start + start / LARGE % (LARGE / PAGE) * PAGE;
+    Ok(fallocate(file, FallocateFlags::KEEP_SIZE, small, PAGE)?)
 }
 
 #[cfg(test)]
@@ -261,7 +301,7 @@ mod tests {
     }
 
     fn write(region: &Region, at: u64, length: u64) {
-        region.make_room(at, length);
+        region.make_room(&mut Room::default(), at, length);
         region.write_at(&vec![1; length as usize], at).unwrap();
     }
 
@@ -277,11 +317,11 @@ mod tests {
         let (region, file) = block(0, 1 << 30);
         let first = fill(&region);
         let before = allocated(&file);
-        region.make_room(first + LARGE, DENSE - 1);
+        region.make_room(&mut Room::default(), first + LARGE, DENSE - 1);
         assert_eq!(allocated(&file), before);
         let is_given = (1..=TRIES).any(|page| {
             let before = allocated(&file);
-            region.make_room(first + page * LARGE, DENSE);
+            region.make_room(&mut Room::default(), first + page * LARGE, DENSE);
             allocated(&file) == before + LARGE
         });
         assert_eq!(is_given, *KERNEL_HAS_THEM);
@@ -302,15 +342,15 @@ mod tests {
         }
         region.write_at(&[7; 4096], length - 3 * LARGE).unwrap();
         let before = allocated(&file);
-        region.make_room(0, WRITE);
-        region.make_room(length - WRITE, WRITE);
-        region.make_room(length - 3 * LARGE, WRITE);
+        region.make_room(&mut Room::default(), 0, WRITE);
+        region.make_room(&mut Room::default(), length - WRITE, WRITE);
+        region.make_room(&mut Room::default(), length - 3 * LARGE, WRITE);
         // Nothing beyond the block.
-        region.make_room(length, WRITE);
-        region.make_room(u64::MAX, WRITE);
+        region.make_room(&mut Room::default(), length, WRITE);
+        region.make_room(&mut Room::default(), u64::MAX, WRITE);
         assert_eq!(allocated(&file), before);
         // All else would have been given one.
-        region.make_room(4 * LARGE, WRITE);
+        region.make_room(&mut Room::default(), 4 * LARGE, WRITE);
         assert_eq!(allocated(&file) > before, *KERNEL_HAS_THEM);
     }
 
@@ -321,7 +361,7 @@ mod tests {
         let mut given = 0;
         for at in (fill(&region)..length).step_by(WRITE as usize) {
             let before = allocated(&file);
-            region.make_room(at, WRITE);
+            region.make_room(&mut Room::default(), at, WRITE);
             given += u64::from(allocated(&file) == before + LARGE);
             region.write_at(&vec![1; WRITE as usize], at).unwrap();
         }
@@ -354,16 +394,16 @@ mod tests {
     }
 
     /// Receive a write full of `byte` at `at`.
-    fn receive(region: &Region, pipe: &mut Pipe, at: u64, byte: u8) {
+    fn receive(region: &Region, (pipe, room): &mut (Pipe, Room), at: u64, byte: u8) {
         let (mut there, here) = UnixStream::pair().unwrap();
-        let room = region.make_room(at, WRITE);
+        region.make_room(room, at, WRITE);
         let mut landed = 0;
         while landed < WRITE {
             there.write_all(&[byte; 4096]).unwrap();
             let mut left = 4096;
             while left > 0 {
                 let at = at + landed;
-                let got = region.receive_from(here.as_fd(), pipe, &room, at, left).unwrap();
+                let got = region.receive_from(here.as_fd(), pipe, room, at, left).unwrap();
                 left -= got;
                 landed += got as u64;
             }
@@ -380,10 +420,10 @@ mod tests {
             for half in 0..2 {
                 let region = &region;
                 scope.spawn(move || {
-                    let mut pipe = Pipe::new().unwrap();
+                    let mut place = (Pipe::new().unwrap(), Room::default());
                     for at in (first + half * LARGE / 2..length).step_by(LARGE as usize) {
                         for at in [at, at + WRITE] {
-                            receive(region, &mut pipe, at, 1 + (at / WRITE % 251) as u8);
+                            receive(region, &mut place, at, 1 + (at / WRITE % 251) as u8);
                         }
                     }
                 });
@@ -401,8 +441,9 @@ mod tests {
     #[test]
     fn requests_in_vain_end() {
         let refused = io::Error::from(io::ErrorKind::OutOfMemory);
+        let most = TIME_SLACK.div_duration_f32(TIME_REFUSED) as u32;
         let mut requests = Requests::default();
-        (0..10).for_each(|_| requests.note(Some(&refused), Duration::ZERO));
+        (0..most).for_each(|_| requests.note(Some(&refused), Duration::ZERO));
         assert!(!requests.are_in_vain());
         requests.note(None, TIME_EACH / 2);
         assert!(!requests.are_in_vain());
@@ -412,7 +453,8 @@ mod tests {
         let mut requests = Requests::default();
         (0..200).for_each(|_| requests.note(None, TIME_EACH));
         assert!(!requests.are_in_vain());
-        (0..101).for_each(|_| requests.note(None, 2 * TIME_EACH));
+        let most = TIME_SLACK.div_duration_f32(TIME_EACH) as u32;
+        (0..=most).for_each(|_| requests.note(None, 2 * TIME_EACH));
         assert!(requests.are_in_vain());
     }
 }

@@ -67,10 +67,10 @@ impl Mapping {
     }
 
     /// Put large pages in the place of small ones. Each needs one small page at least.
-    pub(super) fn collapse(&self) -> io::Result<()> {
-        // SAFETY: the range is a mapping of ours, whose content stays as it is.
-        let result =
-            unsafe { libc::madvise(self.start.as_ptr().cast(), self.length, MADV_COLLAPSE) };
+    pub(super) fn collapse(&self, offset: u64, length: usize) -> io::Result<()> {
+        let from = self.at(offset, length)?;
+        // SAFETY: the range is mapped (`at`); its content stays as it is.
+        let result = unsafe { libc::madvise(from.cast(), length, MADV_COLLAPSE) };
         if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
     }
 

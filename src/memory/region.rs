@@ -5,7 +5,7 @@ use std::{
     ops::Range,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     ptr::NonNull,
-    sync::OnceLock,
+    sync::{Arc, OnceLock},
 };
 
 use rustix::{
@@ -80,7 +80,7 @@ pub struct Region {
     /// For devices; made when one asks.
     mapping: OnceLock<Mapping>,
     /// Of a block that is filled.
-    large_pages: OnceLock<LargePages>,
+    large_pages: OnceLock<Arc<LargePages>>,
 }
 
 impl Region {
@@ -187,19 +187,20 @@ impl Region {
         Ok(sent)
     }
 
-    /// The place of a write of `length` bytes at `offset`. Where it is long and fills memory that does
+    /// Make `room` for a write of `length` bytes at `offset`. Where it is long and fills memory that does
     /// not exist yet, it gets large pages, which takes half of the time. What the block is given in
     /// that way and is not written is at most a 32nd of what is.
     ///
     /// It is no matter if there are none: the memory comes in small pages then.
-    pub fn make_room(&self, offset: u64, length: u64) -> Room {
+    pub fn make_room(&self, room: &mut Room, offset: u64, length: u64) {
         let end = offset.checked_add(length);
         if matches!(self.access, Access::Mapping(_)) || end.is_none_or(|end| end > self.length) {
-            return Room::default();
+            *room = Room::default();
+            return;
         }
         let large_pages =
             self.large_pages.get_or_init(|| LargePages::new(self.offset + self.length));
-        large_pages.make_room(&self.file, self.offset, self.offset + offset, length)
+        large_pages.make_room(room, &self.file, self.offset, self.offset + offset, length);
     }
 
     /// Make large pages of zeroes of what does not exist yet, as long as somebody `wants` them, for one
@@ -375,11 +376,12 @@ mod tests {
         while sent < 8192 {
             sent += from.send_to(here.as_fd(), 4096 + sent as u64, 8192 - sent).unwrap();
         }
+        let mut room = Room::default();
         let mut pipe = Pipe::new().unwrap();
         let mut landed = 0;
         while landed < 8192 {
             let at = landed as u64;
-            let room = to.make_room(at, 8192);
+            to.make_room(&mut room, at, 8192);
             landed += to.receive_from(there.as_fd(), &mut pipe, &room, at, 8192 - landed).unwrap();
         }
         let mut bytes = vec![0; 3 * 4096];

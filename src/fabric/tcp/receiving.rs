@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     fabric::{FabricError, MESSAGE_MAX, Receiver, RemoteKey, Result},
-    memory::{CHUNK, Pipe, Region},
+    memory::{CHUNK, Pipe, Region, Room},
 };
 
 /// Bytes that land on a connection before the sender is told unasked.
@@ -110,6 +110,7 @@ pub(super) struct Incoming {
     /// Which one.
     index: usize,
     pipe: Pipe,
+    room: Room,
     /// Bytes read ahead: `next..end` are not used yet.
     ahead: Box<[u8]>,
     next: usize,
@@ -131,6 +132,7 @@ impl Incoming {
             shared: shared.clone(),
             index,
             pipe: Pipe::new()?,
+            room: Room::default(),
             ahead: vec![0; READ_AHEAD].into_boxed_slice(),
             next: 0,
             end: 0,
@@ -228,7 +230,7 @@ impl Incoming {
 
     /// Receive the part of a write of `length` bytes that goes from `at` to `end`.
     fn land_piece(&mut self, region: &Region, mut at: u64, end: u64, length: u64) -> Result<()> {
-        let room = region.make_room(at, end - at);
+        region.make_room(&mut self.room, at, end - at);
         while at < end {
             let left = usize::try_from(end - at).unwrap_or(usize::MAX);
             let landed = if length <= BUFFERED_MAX || self.next < self.end {
@@ -236,7 +238,7 @@ impl Incoming {
             } else {
                 let stream = self.shared.sockets[self.index].stream.as_fd();
                 region
-                    .receive_from(stream, &mut self.pipe, &room, at, left)
+                    .receive_from(stream, &mut self.pipe, &self.room, at, left)
                     .map_err(|error| self.shared.failure_at(region, error))?
             };
             if landed == 0 {
