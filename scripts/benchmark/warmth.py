@@ -28,7 +28,10 @@ def kept():
     holder = os.fork()
     if not holder:
         asking.close()
-        hold(asked)
+        try:
+            hold(asked)
+        finally:
+            os._exit(0)
     asked.close()
     try:
         yield
@@ -50,8 +53,9 @@ def settle():
         time.sleep(0.5)
         before, now = now, held()
     if holder:
-        asking.send(b"?")
-        asking.recv(1)
+        with contextlib.suppress(OSError):  # the kernel has ended it: nothing is warm then
+            asking.send(b"?")
+            asking.recv(1)
     return held()
 
 
@@ -77,7 +81,6 @@ def hold(asked):
             memory.madvise(mmap.MADV_DONTNEED, held << 20, STEP << 20)
         if question:
             asked.send(question)
-    os._exit(0)
 
 
 def free():

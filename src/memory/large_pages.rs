@@ -6,7 +6,7 @@
 
 use std::{
     io,
-    os::fd::{AsFd as _, BorrowedFd, OwnedFd},
+    os::fd::{AsFd as _, OwnedFd},
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -20,7 +20,7 @@ use rustix::{
 };
 use tracing::debug;
 
-use super::mapping::Mapping;
+use super::{mapping::Mapping, room::Room};
 
 /// A large page, in bytes (`PMD_SIZE`).
 pub(super) const LARGE: u64 = 2 << 20;
@@ -31,10 +31,6 @@ const PAGE: u64 = 4096;
 /// What of a large page is accounted for by itself, in bytes.
 const PIECE: u64 = 64 << 10;
 
-/// What is mapped at once, in bytes. To map each page for each write of a part of it took a quarter
-/// of the time in which they landed; what is mapped counts as the process's memory.
-const WINDOW: u64 = 4 * LARGE;
-
 /// Shortest write that says that what is around it will be written too.
 const DENSE: u64 = 2 * PIECE;
 
@@ -42,14 +38,18 @@ const DENSE: u64 = 2 * PIECE;
 /// guest with little memory in use, or with many holes in it, keeps them.
 const AHEAD_PART: u64 = 32;
 
-/// What a page may take in the mean, and what a refusal counts as. It saves some 0.6 ms, but waits for
-/// processors too where others keep them busy; where free memory is in pieces the kernel looks for long.
+/// What a page may take in the mean. It saves some 0.6 ms, but waits for processors too where others keep
+/// them busy.
 const TIME_EACH: Duration = Duration::from_millis(2);
-const TIME_REFUSED: Duration = Duration::from_millis(20);
 
 /// What they may take beyond that: where a hypervisor has taken free memory back, the first ones cost
 /// several times as much, as small ones do.
 const TIME_SLACK: Duration = Duration::from_secs(2);
+
+/// How many may be refused, and how many that are granted make up for another: where free memory is in
+/// pieces the kernel looks for long.
+const REFUSED_MAX: u32 = 10;
+const GRANTED_FOR_REFUSED: u32 = 10;
 
 /// What a page is. The bits below say which of its pieces were written.
 const IS_LARGE: u64 = 1 << 32;
@@ -72,54 +72,8 @@ pub(super) struct LargePages {
 #[derive(Debug, Default)]
 struct Requests {
     granted: u32,
+    refused: u32,
     spent: Duration,
-}
-
-/// The place of one connection's writes, one after another; see
-/// [`Region::make_room`](super::Region::make_room).
-#[derive(Debug, Default)]
-pub struct Room {
-    window: Option<Window>,
-    /// Where the large page of the present write begins in the file; it is in the window.
-    page: Option<u64>,
-}
-
-/// A part of a block's file that is mapped, of which large pages alone are touched.
-#[derive(Debug)]
-struct Window {
-    of: Arc<LargePages>,
-    start: u64,
-    mapping: Mapping,
-}
-
-impl Room {
-    /// Receive some of `length` bytes to `at` of the file, if that is in the page.
-    pub(super) fn receive_from(
-        &self,
-        socket: BorrowedFd<'_>,
-        at: u64,
-        length: usize,
-    ) -> Option<io::Result<usize>> {
-        let (start, window) = (self.page?, self.window.as_ref()?);
-        let within = at.checked_sub(start).filter(|within| *within < LARGE)?;
-        let length = length.min((LARGE - within) as usize);
-        Some(window.mapping.receive_from(socket, at - window.start, length))
-    }
-
-    /// The window that the page at `start` is in.
-    fn window(&mut self, of: &Arc<LargePages>, file: &OwnedFd, start: u64) -> io::Result<&Window> {
-        let begin = start / WINDOW * WINDOW;
-        let present = self.window.take();
-        let present = present.filter(|window| Arc::ptr_eq(&window.of, of) && window.start == begin);
-        let window = match present {
-            Some(window) => window,
-            None => {
-                let mapping = map(file, begin, WINDOW / LARGE)?;
-                Window { of: of.clone(), start: begin, mapping }
-            }
-        };
-        Ok(self.window.insert(window))
-    }
 }
 
 impl LargePages {
@@ -143,7 +97,7 @@ impl LargePages {
         length: u64,
     ) {
         let (mut from, end) = (at, at + length);
-        room.page = None;
+        room.leave();
         while from < end {
             let start = from / LARGE * LARGE;
             let next = (start + LARGE).min(end);
@@ -157,16 +111,13 @@ impl LargePages {
         }
     }
 
-    /// Room in the page at `start`.
+    /// Room in the page at `start`, if it is a large one.
     fn room(self: &Arc<Self>, room: &mut Room, page: &AtomicU64, file: &OwnedFd, start: u64) {
         let state = page.load(Ordering::Relaxed);
-        if state & STAYS_SMALL != 0 || (state & IS_LARGE == 0 && self.allowed() < LARGE) {
-            return;
-        }
-        // Without one, it lands as anywhere else.
-        let Ok(window) = room.window(self, file, start) else { return };
-        if state & IS_LARGE != 0 || self.request(window, page, file, start) {
-            room.page = Some(start);
+        let may_be = state & STAYS_SMALL == 0 && self.allowed() >= LARGE;
+        if state & IS_LARGE != 0 || (may_be && self.request(room, page, file, start)) {
+            // Where that fails, the write lands as anywhere else.
+            let _ = room.enter(self, file, start);
         }
     }
 
@@ -192,7 +143,13 @@ impl LargePages {
     }
 
     /// Have the page at `start` be a large one, if nothing of it exists yet. Is it?
-    fn request(&self, window: &Window, page: &AtomicU64, file: &OwnedFd, start: u64) -> bool {
+    fn request(
+        self: &Arc<Self>,
+        room: &mut Room,
+        page: &AtomicU64,
+        file: &OwnedFd,
+        start: u64,
+    ) -> bool {
         let mut requests = self.requests.lock().unwrap_or_else(PoisonError::into_inner);
         let state = page.load(Ordering::Relaxed);
         if state & (IS_LARGE | STAYS_SMALL) != 0 || self.allowed() < LARGE {
@@ -201,8 +158,8 @@ impl LargePages {
         }
         if !requests.are_in_vain() && is_hole(file, start) {
             let begun = Instant::now();
-            let made = put_small(file, start)
-                .and_then(|()| window.mapping.collapse(start - window.start, LARGE as usize));
+            let entered = room.enter(self, file, start);
+            let made = entered.and_then(|()| put_small(file, start)).and_then(|()| room.collapse());
             requests.note(made.as_ref().err(), begun.elapsed());
             if made.is_ok() {
                 // First: others subtract from it as soon as they see the bit.
@@ -211,6 +168,7 @@ impl LargePages {
                 self.ahead.fetch_sub(bytes(before & PIECES), Ordering::Relaxed);
                 return true;
             }
+            room.leave();
         }
         page.fetch_or(STAYS_SMALL, Ordering::Relaxed);
         false
@@ -219,15 +177,14 @@ impl LargePages {
 
 impl Requests {
     fn are_in_vain(&self) -> bool {
-        self.spent > TIME_SLACK + TIME_EACH.saturating_mul(self.granted)
+        self.refused > REFUSED_MAX + self.granted / GRANTED_FOR_REFUSED
+            || self.spent > TIME_SLACK + TIME_EACH.saturating_mul(self.granted)
     }
 
     fn note(&mut self, error: Option<&io::Error>, took: Duration) {
         self.spent += took;
-        match error {
-            None => self.granted = self.granted.saturating_add(1),
-            Some(_) => self.spent += TIME_REFUSED,
-        }
+        let count = if error.is_some() { &mut self.refused } else { &mut self.granted };
+        *count = count.saturating_add(1);
         if self.are_in_vain() {
             debug!(?error, ?self, "no large pages are asked for any more");
         }
@@ -237,10 +194,6 @@ impl Requests {
 /// Bytes of the pieces whose bits are set.
 fn bytes(pieces: u64) -> u64 {
     u64::from(pieces.count_ones()) * PIECE
-}
-
-fn map(file: &OwnedFd, start: u64, pages: u64) -> io::Result<Mapping> {
-    Mapping::aligned(file.as_fd(), start, (pages * LARGE) as usize, LARGE as usize)
 }
 
 /// Does nothing exist of the page at `start`?
@@ -256,7 +209,8 @@ pub(super) fn make(file: &OwnedFd, start: u64, pages: u64) -> io::Result<()> {
     for page in 0..pages {
         put_small(file, start + page * LARGE)?;
     }
-    map(file, start, pages)?.collapse(0, (pages * LARGE) as usize)
+    let length = (pages * LARGE) as usize;
+    Mapping::aligned(file.as_fd(), start, length, LARGE as usize)?.collapse(0, length)
 }
 
 /// The kernel makes a large page of small ones, on the node where these are: there has to be one. It is
@@ -410,6 +364,25 @@ mod tests {
         }
     }
 
+    /// A write goes over the end of a page, and of what is mapped: where pages of the block's file are
+    /// not those of the block.
+    #[test]
+    fn a_write_into_two_pages_lands_in_both() {
+        let (region, _file) = block(PAGE, 256 << 20);
+        let mut place = (Pipe::new().unwrap(), Room::default());
+        for boundary in (fill(&region) + LARGE..240 << 20).step_by(4 * LARGE as usize) {
+            let end = boundary.next_multiple_of(4 * LARGE) - PAGE;
+            // The second one is no hole.
+            region.write_at(&[7; 4096], end + WRITE).unwrap();
+            receive(&region, &mut place, end - WRITE / 2, 9);
+            let mut bytes = vec![0; WRITE as usize];
+            region.read_at(&mut bytes, end - WRITE / 2).unwrap();
+            assert!(bytes.iter().all(|byte| *byte == 9));
+            region.read_at(&mut bytes[..4096], end + WRITE).unwrap();
+            assert!(bytes[..4096].iter().all(|byte| *byte == 7));
+        }
+    }
+
     /// Two connections share a page: what one has received is there, whoever asks for the page.
     #[test]
     fn what_was_received_meanwhile_stays() {
@@ -441,14 +414,13 @@ mod tests {
     #[test]
     fn requests_in_vain_end() {
         let refused = io::Error::from(io::ErrorKind::OutOfMemory);
-        let most = TIME_SLACK.div_duration_f32(TIME_REFUSED) as u32;
         let mut requests = Requests::default();
-        (0..most).for_each(|_| requests.note(Some(&refused), Duration::ZERO));
-        assert!(!requests.are_in_vain());
-        requests.note(None, TIME_EACH / 2);
+        (0..REFUSED_MAX).for_each(|_| requests.note(Some(&refused), Duration::ZERO));
         assert!(!requests.are_in_vain());
         requests.note(Some(&refused), Duration::ZERO);
         assert!(requests.are_in_vain());
+        (0..GRANTED_FOR_REFUSED).for_each(|_| requests.note(None, TIME_EACH));
+        assert!(!requests.are_in_vain());
 
         let mut requests = Requests::default();
         (0..200).for_each(|_| requests.note(None, TIME_EACH));

@@ -11,9 +11,10 @@ mod mapping;
 mod pipe;
 mod ranges;
 mod region;
+mod room;
 
 pub use inherited::{close_on_exec_from, inherited};
-pub use large_pages::Room;
 pub use pipe::Pipe;
 pub use ranges::{CHUNK, RANGE_MAX, Ranges};
 pub use region::{Region, RegionError};
+pub use room::Room;

@@ -13,11 +13,7 @@ use rustix::{
     io::{Errno, pread, pwrite},
 };
 
-use super::{
-    Pipe, holes,
-    large_pages::{LargePages, Room},
-    mapping::Mapping,
-};
+use super::{Pipe, Room, holes, large_pages::LargePages, mapping::Mapping};
 
 /// `f_type` of hugetlbfs (linux/magic.h), memfds with MFD_HUGETLB included.
 const HUGETLBFS_MAGIC: u64 = 0x958458f6;
@@ -195,7 +191,7 @@ impl Region {
     pub fn make_room(&self, room: &mut Room, offset: u64, length: u64) {
         let end = offset.checked_add(length);
         if matches!(self.access, Access::Mapping(_)) || end.is_none_or(|end| end > self.length) {
-            *room = Room::default();
+            room.leave();
             return;
         }
         let large_pages =

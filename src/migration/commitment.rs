@@ -31,6 +31,11 @@ impl Commitment {
         self.0.load(Ordering::SeqCst) == PAST_RAM
     }
 
+    /// The migration has failed before any could.
+    pub fn is_withdrawn(&self) -> bool {
+        self.0.load(Ordering::SeqCst) == WITHDRAWN
+    }
+
     fn decide(&self, wanted: u8) -> bool {
         match self.0.compare_exchange(OPEN, wanted, Ordering::SeqCst, Ordering::SeqCst) {
             Ok(_) => true,
@@ -50,7 +55,8 @@ mod tests {
         assert!(commitment.pass_ram() && commitment.pass_ram());
         assert!(!commitment.withdraw() && commitment.is_past_ram());
         let commitment = Commitment::default();
-        assert!(commitment.withdraw() && commitment.withdraw());
+        assert!(!commitment.is_withdrawn());
+        assert!(commitment.withdraw() && commitment.withdraw() && commitment.is_withdrawn());
         assert!(!commitment.pass_ram() && !commitment.is_past_ram());
     }
 }

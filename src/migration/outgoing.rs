@@ -4,7 +4,7 @@ use std::{
     cell::{Cell, OnceCell},
     path::PathBuf,
     sync::{
-        Arc, Weak,
+        Arc,
         atomic::Ordering,
         mpsc::{self, Receiver, Sender},
     },
@@ -350,7 +350,7 @@ impl Outgoing {
         };
         let channels = (!qemu.channels.is_empty()).then(|| {
             // Who has channels reads memory by itself.
-            fill_holes(context.read.clone(), Arc::downgrade(&writer));
+            fill_holes(context, &writer);
             Channels::start(&qemu.channels, writer.clone(), &events)
         });
         thread::spawn(move || {
@@ -378,9 +378,11 @@ impl Outgoing {
     }
 }
 
-/// Make large pages of the holes that QEMU reads, as long as something of it is `written`.
-fn fill_holes(read: Vec<Arc<Region>>, written: Weak<Writer>) {
-    let wants = move || written.strong_count() > 0;
+/// Make large pages of the holes that QEMU reads, as long as something of it is written.
+fn fill_holes(context: &Context, writer: &Arc<Writer>) {
+    let (read, commitment) = (context.read.clone(), context.commitment.clone());
+    let writer = Arc::downgrade(writer);
+    let wants = move || writer.strong_count() > 0 && !commitment.is_withdrawn();
     let fill = move || read.iter().for_each(|region| region.fill_holes(&wants));
     // Without it, QEMU's reading takes longer.
     let _ = thread::Builder::new().name("holes".into()).spawn(fill);

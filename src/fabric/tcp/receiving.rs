@@ -132,7 +132,7 @@ impl Incoming {
             shared: shared.clone(),
             index,
             pipe: Pipe::new()?,
-            room: Room::default(),
+            room: Room::new(shared.sockets.len()),
             ahead: vec![0; READ_AHEAD].into_boxed_slice(),
             next: 0,
             end: 0,
