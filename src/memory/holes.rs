@@ -60,22 +60,8 @@ fn hole(file: &OwnedFd, part: Range<u64>) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use rustix::fs::{MemfdFlags, fstat, ftruncate, memfd_create};
-
     use super::*;
-    use crate::memory::Region;
-
-    fn allocated(file: &OwnedFd) -> u64 {
-        fstat(file).unwrap().st_blocks.cast_unsigned() * 512
-    }
-
-    /// A block at `offset` of a file, and that file.
-    fn block(offset: u64, length: u64) -> (Region, OwnedFd) {
-        let file = memfd_create("pc.ram", MemfdFlags::CLOEXEC).unwrap();
-        ftruncate(&file, offset + length).unwrap();
-        let region = Region::new("pc.ram", file.try_clone().unwrap(), offset, length).unwrap();
-        (region, file)
-    }
+    use crate::memory::large_pages::tests::{KERNEL_HAS_THEM, allocated, block};
 
     #[test]
     fn holes_become_large_pages_and_the_rest_stays() {
@@ -90,8 +76,7 @@ mod tests {
         let most = length - LEAD - 2 * LARGE + small;
         let allocated = allocated(&file);
         assert!(allocated <= most, "{allocated} of {most}");
-        let kernel_has_them = make(&file, LARGE, 1).is_ok();
-        assert_eq!(allocated >= most / 2, kernel_has_them, "{allocated} of {most}");
+        assert_eq!(allocated >= most / 2, *KERNEL_HAS_THEM, "{allocated} of {most}");
         let mut bytes = vec![1; length as usize];
         region.read_at(&mut bytes, 0).unwrap();
         let data = data as usize..(data + small) as usize;

@@ -222,7 +222,7 @@ fn put_small(file: &OwnedFd, start: u64) -> io::Result<()> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::{io::Write as _, os::unix::net::UnixStream, sync::LazyLock, thread};
 
     use rustix::fs::{MemfdFlags, fstat, ftruncate, memfd_create};
@@ -237,20 +237,20 @@ mod tests {
     const TRIES: u64 = 8;
 
     /// Does this host's kernel have them at all?
-    static KERNEL_HAS_THEM: LazyLock<bool> = LazyLock::new(|| {
+    pub(in crate::memory) static KERNEL_HAS_THEM: LazyLock<bool> = LazyLock::new(|| {
         let (_, file) = block(0, TRIES * LARGE);
         (0..TRIES).any(|page| make(&file, page * LARGE, 1).is_ok())
     });
 
     /// A block in a file of its own, and that file.
-    fn block(offset: u64, length: u64) -> (Region, OwnedFd) {
+    pub(in crate::memory) fn block(offset: u64, length: u64) -> (Region, OwnedFd) {
         let file = memfd_create("block", MemfdFlags::CLOEXEC).unwrap();
         ftruncate(&file, offset + length).unwrap();
         let other = file.try_clone().unwrap();
         (Region::new("block", file, offset, length).unwrap(), other)
     }
 
-    fn allocated(file: &OwnedFd) -> u64 {
+    pub(in crate::memory) fn allocated(file: &OwnedFd) -> u64 {
         fstat(file).unwrap().st_blocks.cast_unsigned() * 512
     }
 

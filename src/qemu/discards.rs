@@ -66,7 +66,7 @@ mod tests {
     use super::*;
     use crate::qmp::QmpError;
 
-    /// A QEMU with a balloon of a name, if that is not empty.
+    /// A QEMU with a balloon of this name.
     struct Balloon(&'static str);
 
     impl Execute for Balloon {
