@@ -3,7 +3,7 @@
 Ours is in each workload the helpers' number of connections with the least total time, and stays it in
 all of the workload's bars; the peer is the best of QEMU's tcp: and multifd in the figure at hand.
 """
-from . import results
+from . import pacing as paced, results
 
 PEERS = ("tcp", "multifd-2", "multifd-4", "multifd-8")
 HELPERS = ("helpers-1", "helpers-2", "helpers-4")
@@ -74,17 +74,16 @@ def limits(experiment):
 def pacing(experiment):
     found = []
     for name in HELPERS:
-        ratios = [
-            ratio
+        parts = [
+            part
             for run in experiment["runs"]
             if run["contender"] == name and "failed" not in run
             for part in run["parts"]
-            for ratio in part["windows"]
         ]
+        ratios = [ratio for part in parts for ratio in part["windows"]]
         if ratios:
-            measured = f"{min(ratios):.3f} to {max(ratios):.3f}"
-            kept = 0.98 <= min(ratios) and max(ratios) <= 1.02
-            found.append((f"`max-bandwidth` within 2 % in any second, {name}", measured, kept))
+            kept = all(abs(ratio - 1) <= paced.LEEWAY for ratio in ratios)
+            found.append((f"`max-bandwidth` within 2 % in any second, {name}", paced.describe(*parts), kept))
     return found
 
 

@@ -6,7 +6,7 @@ changed in mid-flight.
 """
 import dataclasses, pathlib, time
 
-from . import warmth
+from . import standstill, warmth
 from .host import Pair
 from .qmp import Failed
 from .workloads import PACING
@@ -14,6 +14,7 @@ from .workloads import PACING
 CONTENDERS = ("tcp", "multifd-4", "helpers-1", "helpers-2", "helpers-4")
 LIMITS = (100, 300)  # MiB a second
 SAMPLE, STEP, WINDOW = 0.02, 0.1, 1.0  # seconds
+LEEWAY = 0.02
 SETTLE = 0.2  # QEMU limits in slices of 0.1 s
 
 
@@ -34,7 +35,8 @@ def experiment(settings):
 
 
 def migration(settings, contender):
-    """For each limit: what arrived in windows of a second, in proportion to the limit."""
+    """For each limit: what arrived in windows of a second, in proportion to the limit, and for how much of
+    each a processor of the machine stood still."""
     workload = PACING.scaled(settings.scale)
     first, second = LIMITS
     with Pair(dataclasses.replace(settings, max_bandwidth=first), workload, contender) as pair:
@@ -52,13 +54,19 @@ def migration(settings, contender):
                 client.run("migrate-set-parameters", **{"max-bandwidth": second << 20})
                 changed.append(time.time())
 
-        client.await_event("MIGRATION", sample, SAMPLE, status="completed")
+        with standstill.watched() as still:
+            client.await_event("MIGRATION", sample, SAMPLE, status="completed")
         end = pair.source.own.await_event("STOP")
     if not changed:
         raise Failed("Completed before the limit was changed")
+    parts = [(first, begin + SETTLE, change), (second, changed[0] + SETTLE, end)]
     return [
-        {"limit": first, "windows": windows(samples, first, begin + SETTLE, change)},
-        {"limit": second, "windows": windows(samples, second, changed[0] + SETTLE, end)},
+        {
+            "limit": limit,
+            "windows": [arrived_within(samples, at) / (limit << 20) for at in windows(begin, end)],
+            "still": [standstill.within(still, at, at + WINDOW) for at in windows(begin, end)],
+        }
+        for limit, begin, end in parts
     ]
 
 
@@ -68,17 +76,17 @@ def arrived():
     return next(int(row.split(":")[1].split()[0]) for row in rows if row.strip().startswith("lo:"))
 
 
-def windows(samples, limit, begin, end):
-    """What arrived in each second between two points of time, in proportion to the limit."""
-    ratios, at = [], begin
-    while at + WINDOW <= end:
-        count = between(samples, at + WINDOW) - between(samples, at)
-        ratios.append(count / WINDOW / (limit << 20))
-        at += STEP
-    return ratios
+def windows(begin, end):
+    """The begin of each second between two points of time."""
+    return [begin + number * STEP for number in range(max(0, int((end - begin - WINDOW) / STEP) + 1))]
 
 
-def between(samples, when):
+def arrived_within(samples, begin):
+    """Bytes a second in the window that begins there."""
+    return (counter(samples, begin + WINDOW) - counter(samples, begin)) / WINDOW
+
+
+def counter(samples, when):
     """The counter at a time, between two samples of it."""
     last = samples[0]
     for sample in samples:
@@ -94,14 +102,21 @@ def lines(row):
     label = f"run {row['run']}  {row['contender']}"
     if "failed" in row:
         return [f"{label:22}  failed: {row['failed']}"]
-    return [f"{label:22}  {part['limit']} MiB/s: {describe(part['windows'])}" for part in row["parts"]]
+    return [f"{label:22}  {part['limit']} MiB/s: {describe(part)}" for part in row["parts"]]
 
 
-def describe(ratios):
+def describe(*parts):
+    """The range of all windows of parts of runs, and of those in which no processor stood still."""
+    ratios = [ratio for part in parts for ratio in part["windows"]]
     if not ratios:
         return "no whole second"
-    within = sum(abs(ratio - 1) <= 0.02 for ratio in ratios) / len(ratios)
-    return (
+    within = sum(abs(ratio - 1) <= LEEWAY for ratio in ratios) / len(ratios)
+    text = (
         f"{len(ratios)} windows of a second, {min(ratios):.3f} to {max(ratios):.3f} of the limit, "
         f"{within:.0%} within 2 %"
     )
+    pairs = [pair for part in parts for pair in zip(part["windows"], part.get("still", []))]
+    smooth = [ratio for ratio, still in pairs if not still]
+    if smooth and len(smooth) < len(pairs):
+        text += f"; where no processor stood still {min(smooth):.3f} to {max(smooth):.3f}"
+    return text

@@ -109,7 +109,7 @@ def paced(file, experiment):
         if "failed" in run:
             continue
         for part in run["parts"]:
-            rows.append((f"`{run['contender']}`", f"{part['limit']} MiB/s", pacing.describe(part["windows"])))
+            rows.append((f"`{run['contender']}`", f"{part['limit']} MiB/s", pacing.describe(part)))
             series.setdefault(run["contender"], []).extend(part["windows"])
     points = [(who, [(number * pacing.STEP, ratio) for number, ratio in enumerate(row)]) for who, row in series.items() if row]
     title = "What arrived in a second, of max-bandwidth"
