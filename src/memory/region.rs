@@ -2,7 +2,6 @@
 
 use std::{
     io,
-    ops::Range,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     ptr::NonNull,
     sync::{Arc, OnceLock},
@@ -265,31 +264,42 @@ impl Region {
         }
     }
 
-    /// The first data of the block at or behind `offset`, to whole pages: what is before it was
-    /// never touched, or was discarded. Empty at the block's end if there is none, and
-    /// where it is discarded meanwhile. Nothing is read.
-    ///
-    /// Takes time in proportion to what it finds, so its result should be kept.
+    /// Where the first data of the block at or behind `offset` begins, to whole pages: what is before it
+    /// was never touched, or was discarded. The block's end if there is none. Nothing is read.
     ///
     /// # Errors
     /// The system's.
-    pub fn next_data(&self, offset: u64) -> io::Result<Range<u64>> {
-        self.at(offset, 0)?;
-        let end = self.offset + self.length;
+    pub fn next_data(&self, offset: u64) -> io::Result<u64> {
         let data = match &self.access {
-            Access::File => self.offset + offset,
+            Access::File => self.seek(offset, SeekFrom::Data)?,
             // hugetlbfs takes all for data.
-            Access::Mapping(_) => return Ok(offset..self.length),
+            Access::Mapping(_) => offset,
         };
-        let data = match seek(&self.file, SeekFrom::Data(data)) {
-            Ok(data) if data < end => data,
-            Ok(_) | Err(Errno::NXIO) => return Ok(self.length..self.length),
-            Err(error) => return Err(error.into()),
+        Ok((data / PAGE * PAGE).max(offset))
+    }
+
+    /// Where the first hole of the block at or behind `offset` begins, to whole pages; the block's end
+    /// if there is none. Nothing is read.
+    ///
+    /// Takes time in proportion to the data before it, so its result should be kept.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn next_hole(&self, offset: u64) -> io::Result<u64> {
+        let hole = match &self.access {
+            Access::File => self.seek(offset, SeekFrom::Hole)?,
+            Access::Mapping(_) => self.length,
         };
-        let hole = seek(&self.file, SeekFrom::Hole(data))?.min(end);
-        let (first, last) =
-            ((data - self.offset) / PAGE * PAGE, (hole - self.offset).next_multiple_of(PAGE));
-        Ok(first.max(offset)..last.min(self.length))
+        Ok(hole.next_multiple_of(PAGE).min(self.length))
+    }
+
+    fn seek(&self, offset: u64, what: impl Fn(u64) -> SeekFrom) -> io::Result<u64> {
+        self.at(offset, 0)?;
+        match seek(&self.file, what(self.offset + offset)) {
+            Ok(found) => Ok((found - self.offset).min(self.length)),
+            Err(Errno::NXIO) => Ok(self.length),
+            Err(error) => Err(error.into()),
+        }
     }
 
     /// Make `length` bytes at `offset` zero. What is a hole stays one.

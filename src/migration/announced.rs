@@ -8,7 +8,7 @@ use std::{collections::VecDeque, io, ops::Range};
 
 use crate::{
     memory::Region,
-    stream::{BlockRange, Extent},
+    stream::{BlockRange, Extent, PAGE},
 };
 
 /// QEMU is told again after so many bytes. It keeps no less than 1 MiB on its way.
@@ -29,7 +29,7 @@ pub struct Extents(Vec<Known>);
 struct Known {
     /// It was looked at up to here. What is announced before that was written by the guest since.
     seen: u64,
-    /// Data at or behind `seen`. A hole is not remembered: the guest may fill it at any time.
+    /// Data that was found last. A hole is not remembered: the guest may fill it at any time.
     data: Range<u64>,
 }
 
@@ -48,11 +48,15 @@ impl Extents {
         if offset < known.seen {
             return Ok(Extent { hole: false, length: length.min(known.seen - offset) });
         }
-        if !known.data.contains(&offset) {
-            known.data = region.next_data(offset)?;
+        let in_data = known.data.contains(&offset);
+        let data = if in_data { offset } else { region.next_data(offset)? };
+        let hole = data > offset;
+        if !in_data && !hole {
+            // That takes its time: not for each piece of a hole before the data. It ends at once where a
+            // hole is made meanwhile.
+            known.data = offset..region.next_hole(offset)?.max(offset + PAGE);
         }
-        let hole = offset < known.data.start;
-        let end = if hole { known.data.start } else { known.data.end };
+        let end = if hole { data } else { known.data.end };
         let length = length.min(end - offset);
         known.seen = offset + length;
         Ok(Extent { hole, length })
@@ -132,8 +136,6 @@ mod tests {
     use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
     use super::*;
-
-    const PAGE: u64 = 4096;
 
     fn told(message: Option<RamAck>) -> Option<(u64, u64)> {
         let message = message?;
