@@ -9,8 +9,9 @@ import contextlib, mmap, os, pathlib, select, signal, socket, time
 from . import processes
 from .processes import MIB
 
-LEAST, LOW, HIGH = 128, 224, 288  # MiB that are left free, in large pages
-STEP = 32  # MiB that are let go, or taken back, at once
+LOW, HIGH = 224, 288  # MiB that are left free, in large pages
+LEAST = 16  # of them are not used once more before a run, if as much as HIGH is free in small pieces
+STEP = 16  # MiB that are let go, or taken back, at once
 POLL = 0.003  # seconds; in them others take 30 MiB at the most
 POPULATE_WRITE = 23  # madvise(2), Linux 5.14
 PAGE, LARGE = 4096, 2 << 20  # bytes
@@ -75,7 +76,8 @@ def hold(asked):
     while question != b"":
         question = asked.recv(1) if select.select([asked], [], [], POLL)[0] else None
         # What is left free too is used once.
-        while free() > (LEAST if question else HIGH) and held + STEP <= size:
+        least = LEAST if processes.memory("MemFree") > 2 * HIGH else LOW
+        while free() > (least if question else HIGH) and held + STEP <= size:
             memory.madvise(POPULATE_WRITE, held << 20, STEP << 20)
             held += STEP
         while free() < (HIGH if question else LOW) and held:
