@@ -4,7 +4,7 @@ What arrives is counted at the loopback interface of a network namespace in whic
 migration is: the packets' headers and acknowledgements count too, some 0.2 % together. The limit is
 changed in mid-flight.
 """
-import dataclasses, pathlib, time
+import dataclasses, math, pathlib, time
 
 from . import standstill, warmth
 from .host import Pair
@@ -54,7 +54,7 @@ def migration(settings, contender):
                 client.run("migrate-set-parameters", **{"max-bandwidth": second << 20})
                 changed.append(time.time())
 
-        with standstill.watched() as still:
+        with standstill.Watch() as watch:
             client.await_event("MIGRATION", sample, SAMPLE, status="completed")
         end = pair.source.own.await_event("STOP")
     if not changed:
@@ -64,7 +64,7 @@ def migration(settings, contender):
         {
             "limit": limit,
             "windows": [arrived_within(samples, at) / (limit << 20) for at in windows(begin, end)],
-            "still": [standstill.within(still, at, at + WINDOW) for at in windows(begin, end)],
+            "still": [watch.within(at, at + WINDOW) for at in windows(begin, end)],
         }
         for limit, begin, end in parts
     ]
@@ -78,7 +78,7 @@ def arrived():
 
 def windows(begin, end):
     """The begin of each second between two points of time."""
-    return [begin + number * STEP for number in range(max(0, int((end - begin - WINDOW) / STEP) + 1))]
+    return [begin + number * STEP for number in range(math.floor((end - begin - WINDOW) / STEP) + 1)]
 
 
 def arrived_within(samples, begin):
@@ -116,7 +116,8 @@ def describe(*parts):
         f"{within:.0%} within 2 %"
     )
     pairs = [pair for part in parts for pair in zip(part["windows"], part.get("still", []))]
-    smooth = [ratio for ratio, still in pairs if not still]
-    if smooth and len(smooth) < len(pairs):
-        text += f"; where no processor stood still {min(smooth):.3f} to {max(smooth):.3f}"
+    smooth = [ratio for ratio, still in pairs if still == 0]
+    if any(still for _, still in pairs):
+        text += f"; a processor stood still in {len(pairs) - len(smooth)} of them"
+        text += f", without these {min(smooth):.3f} to {max(smooth):.3f}" if smooth else ""
     return text

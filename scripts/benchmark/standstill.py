@@ -5,59 +5,70 @@ when that is used up, and stops one processor while it brings memory back that i
 machine can send then, or make up for it without sending more than he may later. So on each processor a
 process that goes before all others looks whether its time passes in one piece.
 """
-import contextlib, os, signal, sys, time
+import os, signal, time
 
 TICK, LEAST = 0.001, 0.005  # seconds
 PRIORITY = 50
+READY = "ready"
 
 
-@contextlib.contextmanager
-def watched():
-    """Yields a list that has (begin, end) of each standstill of a processor when this is over; none where
-    the kernel does not let us go first."""
-    found = []
-    reading, writing = os.pipe()
-    watchers = [watcher(cpu, reading, writing) for cpu in os.sched_getaffinity(0)]
-    os.close(writing)
-    try:
-        yield found
-    finally:
-        for process in watchers:
+class Watch:
+    """Sees the standstills as long as it is entered, and knows them behind that."""
+
+    def __enter__(self):
+        self.watchers, self.found = [], None
+        self.reading, writing = os.pipe()
+        try:
+            for cpu in os.sched_getaffinity(0):
+                self.watchers.append(watcher(cpu, self.reading, writing))
+        except BaseException:
+            os.close(writing)
+            self.__exit__()
+            raise
+        os.close(writing)
+        return self
+
+    def __exit__(self, *_):
+        for process in self.watchers:
             os.kill(process, signal.SIGKILL)
             os.waitpid(process, 0)
-        with os.fdopen(reading) as lines:
-            found += [tuple(map(float, line.split())) for line in lines]
+        with os.fdopen(self.reading) as lines:
+            lines = lines.read().splitlines()
+        if lines.count(READY) == len(self.watchers):
+            self.found = sorted(tuple(map(float, line.split())) for line in lines if line != READY)
+
+    def within(self, begin, end):
+        """Seconds between two points of time in which some processor stood still; None if nobody looked."""
+        if self.found is None:
+            return None
+        total = 0
+        for since, until in self.found:
+            since, until = max(begin, since), min(end, until)
+            if since < until:
+                total += until - since
+                begin = until
+        return total
 
 
 def watcher(cpu, reading, writing):
-    """A process that writes down when `cpu` stood still, until it is killed. Some thousand lines fit into
-    the pipe."""
+    """A process that writes down when `cpu` stood still, until it is killed or left alone. A thousand lines
+    fit into the pipe."""
+    parent = os.getpid()
     process = os.fork()
     if process:
         return process
     try:
         os.close(reading)
         os.sched_setaffinity(0, [cpu])
+        # Not everybody may.
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(PRIORITY))
+        os.write(writing, f"{READY}\n".encode())
         last = time.time()
-        while True:
+        while os.getppid() == parent:
             time.sleep(TICK)
             now = time.time()
             if now - last > LEAST:
                 os.write(writing, f"{last} {now}\n".encode())
             last = now
-    except OSError as error:
-        print(f"standstills of processor {cpu} are not seen: {error}", file=sys.stderr)
     finally:
-        os._exit(1)
-
-
-def within(found, begin, end):
-    """Seconds between two points of time in which some processor stood still."""
-    total = 0
-    for since, until in sorted(found):
-        since, until = max(begin, since), min(end, until)
-        if since < until:
-            total += until - since
-            begin = until
-    return total
+        os._exit(0)

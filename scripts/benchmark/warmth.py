@@ -50,7 +50,7 @@ def held():
 def settle():
     """Wait until no more is free than is left free, and that is warm too; MiB that are held then."""
     before, now = -1, held()
-    while holder and free() > HIGH and now > before:
+    while holder and free()[1] > HIGH and now > before:
         time.sleep(0.5)
         before, now = now, held()
     if holder:
@@ -68,7 +68,7 @@ def hold(asked):
     pathlib.Path("/proc/self/oom_score_adj").write_text("1000")
     with contextlib.suppress(OSError):
         os.nice(-20)  # little is left free, lest it be taken back meanwhile: so it has to be in time
-    size = free()
+    size = free()[1]
     memory = mmap.mmap(-1, size << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)  # they are let go for a third of the time
     held = 0
@@ -76,11 +76,14 @@ def hold(asked):
     while question != b"":
         question = asked.recv(1) if select.select([asked], [], [], POLL)[0] else None
         # What is left free too is used once.
-        least = LEAST if processes.memory("MemFree") > 2 * HIGH else LOW
-        while free() > (least if question else HIGH) and held + STEP <= size:
-            memory.madvise(POPULATE_WRITE, held << 20, STEP << 20)
-            held += STEP
-        while free() < (HIGH if question else LOW) and held:
+        small, large = free()
+        least = HIGH if not question else LEAST if small > HIGH else LOW
+        # So many and no more: some of it others may have got meanwhile, and small pages are not wanted.
+        for _ in range(max(0, large - least) // STEP):
+            if held + STEP <= size:
+                memory.madvise(POPULATE_WRITE, held << 20, STEP << 20)
+                held += STEP
+        while free()[1] < (HIGH if question else LOW) and held:
             held -= STEP
             memory.madvise(mmap.MADV_DONTNEED, held << 20, STEP << 20)
         if question:
@@ -88,8 +91,12 @@ def hold(asked):
 
 
 def free():
-    """MiB, in pieces that a large page fits into: small ones may be all that is left of much memory."""
+    """MiB in pieces too small for a large page, and in pieces that one fits into: small ones may be all that
+    is left of much memory."""
     zones = [line.split() for line in pathlib.Path("/proc/buddyinfo").read_text().splitlines()]
-    # Node 0, zone Normal, and how many there are of 1, 2, 4, ... pages.
-    counts = [(order, int(count)) for zone in zones for order, count in enumerate(zone[4:])]
-    return sum(count * (PAGE << order) for order, count in counts if PAGE << order >= LARGE) // MIB
+    # Node 0, zone Normal, and how many there are of 1, 2, 4, ... pages. The zones below are the last to be
+    # taken from, and never wholly.
+    zones = [zone for zone in zones if zone[3] == "Normal"] or zones
+    sizes = [(PAGE << order, int(count)) for zone in zones for order, count in enumerate(zone[4:])]
+    small = sum(size * count for size, count in sizes if size < LARGE)
+    return small // MIB, sum(size * count for size, count in sizes) // MIB - small // MIB

@@ -270,12 +270,8 @@ impl Region {
     /// # Errors
     /// The system's.
     pub fn next_data(&self, offset: u64) -> io::Result<u64> {
-        let data = match &self.access {
-            Access::File => self.seek(offset, SeekFrom::Data)?,
-            // hugetlbfs takes all for data.
-            Access::Mapping(_) => offset,
-        };
-        Ok((data / PAGE * PAGE).max(offset))
+        let data = self.seek(offset, SeekFrom::Data)?;
+        Ok(if data < self.length { (data / PAGE * PAGE).max(offset) } else { data })
     }
 
     /// Where the first hole of the block at or behind `offset` begins, to whole pages; the block's end
@@ -286,16 +282,18 @@ impl Region {
     /// # Errors
     /// The system's.
     pub fn next_hole(&self, offset: u64) -> io::Result<u64> {
-        let hole = match &self.access {
-            Access::File => self.seek(offset, SeekFrom::Hole)?,
-            Access::Mapping(_) => self.length,
-        };
+        let hole = self.seek(offset, SeekFrom::Hole)?;
         Ok(hole.next_multiple_of(PAGE).min(self.length))
     }
 
     fn seek(&self, offset: u64, what: impl Fn(u64) -> SeekFrom) -> io::Result<u64> {
         self.at(offset, 0)?;
-        match seek(&self.file, what(self.offset + offset)) {
+        let position = what(self.offset + offset);
+        if matches!(self.access, Access::Mapping(_)) {
+            // hugetlbfs takes all for data.
+            return Ok(if matches!(position, SeekFrom::Data(_)) { offset } else { self.length });
+        }
+        match seek(&self.file, position) {
             Ok(found) => Ok((found - self.offset).min(self.length)),
             Err(Errno::NXIO) => Ok(self.length),
             Err(error) => Err(error.into()),
@@ -393,6 +391,24 @@ mod tests {
         let mut bytes = vec![0; 3 * 4096];
         pread(&to.file, &mut bytes, 8192).unwrap();
         assert_eq!(bytes, [vec![7; 8192], vec![0; 4096]].concat());
+    }
+
+    #[test]
+    fn data_and_holes_are_found_within_the_block() {
+        // Data before the block and behind it are not its.
+        let file = memfd(8 * PAGE);
+        for page in [0, 3, 4, 7] {
+            pwrite(&file, &[1; PAGE as usize], page * PAGE).unwrap();
+        }
+        let region = Region::new("ram", file, PAGE, 6 * PAGE).unwrap();
+        assert_eq!(region.next_data(0).unwrap(), 2 * PAGE);
+        assert_eq!(region.next_data(2 * PAGE + 1).unwrap(), 2 * PAGE + 1);
+        assert_eq!(region.next_hole(2 * PAGE).unwrap(), 4 * PAGE);
+        assert_eq!(region.next_hole(PAGE).unwrap(), PAGE);
+        assert_eq!(region.next_data(4 * PAGE).unwrap(), 6 * PAGE);
+        assert_eq!(region.next_data(6 * PAGE).unwrap(), 6 * PAGE);
+        assert!(region.next_data(6 * PAGE + 1).is_err());
+        assert!(region.next_hole(6 * PAGE + 1).is_err());
     }
 
     #[test]

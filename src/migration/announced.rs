@@ -181,10 +181,13 @@ mod tests {
             extents.first(range(0, 4), &region).unwrap(),
             Extent { hole: true, length: 2 * PAGE }
         );
+        assert!(extents.0[2].data.is_empty());
         assert_eq!(
             extents.first(range(2, 2), &region).unwrap(),
             Extent { hole: false, length: PAGE }
         );
+        // Not for the hole before it: who looks for the end of data goes through all of it.
+        assert_eq!(extents.0[2].data, 2 * PAGE..3 * PAGE);
         // The guest fills a hole before it is announced.
         region.write_at(&[1; 4096], 3 * PAGE).unwrap();
         assert!(!extents.first(range(3, 1), &region).unwrap().hole);

@@ -8,7 +8,8 @@ use std::{
 };
 
 /// What may be sent at once because less was sent before, as the time that it would take. It makes up
-/// for moments in which nobody sent, and a piece comes on top of it: both are less than 2 % of a second.
+/// for moments in which nobody sent. A piece comes on top of it: from 2 MB a second on, where a piece is
+/// more than a page, both are less than 2 % of a second, and leave room for the packets' headers.
 const CREDIT: Duration = Duration::from_millis(15);
 
 /// Pieces of writes take a five-hundredth of a second, so that none exceeds the limit by itself.
@@ -85,44 +86,63 @@ impl State {
 
 #[cfg(test)]
 mod tests {
+    use std::ops::Range;
+
     use proptest::prelude::*;
 
     use super::*;
 
-    /// Bytes that go in each of `seconds` at `rate`, for one who always has more, is `late` by so much at
-    /// each turn, and once, at a time, stands `still`.
-    fn sent(rate: u64, seconds: u64, late: Duration, still: (Duration, Duration)) -> Vec<u64> {
+    const SECOND: Duration = Duration::from_secs(1);
+    const STEP: Duration = Duration::from_millis(50);
+
+    /// What goes in each second that begins in the first two, in proportion to `rate`, for one who always
+    /// has more, is `late` by so much at each turn, and once, at a time, stands `still`.
+    fn shares(rate: u64, late: Duration, still: (Duration, Duration)) -> Vec<f64> {
         let begun = Instant::now();
         let mut state = State { rate: Some(rate), next: begun };
-        let (mut now, end) = (begun, begun + Duration::from_secs(seconds));
-        let mut sums = vec![0; seconds as usize];
+        let mut now = begun;
         let mut still = Some((begun + still.0, still.1));
-        while now < end {
+        let mut sent = Vec::new();
+        while now < begun + 3 * SECOND {
             now += still.take_if(|(at, _)| *at <= now).map_or(Duration::ZERO, |(_, length)| length);
             match state.take(rate, 1 << 20, now) {
-                Ok(piece) => {
-                    if let Some(sum) = sums.get_mut((now - begun).as_secs() as usize) {
-                        *sum += piece;
-                    }
-                }
+                Ok(piece) => sent.push((now - begun, piece)),
                 Err(due) => now = due + late,
             }
         }
-        sums
+        let share = |second: Range<Duration>| {
+            let pieces = sent.iter().filter(|(at, _)| second.contains(at));
+            pieces.map(|(_, piece)| piece).sum::<u64>() as f64 / rate as f64
+        };
+        (0..40).map(|step| share(step * STEP..step * STEP + SECOND)).collect()
     }
 
     proptest! {
         #[test]
         fn no_second_is_two_percent_off(
-            rate in (8_u64 << 20)..(100 << 30),
-            late in 0..8_u64,
+            rate in (8_u64 << 20)..(16 << 30),
+            late in 0..3_u64,
             at in 0..3000_u64,
-            still in 0..25_u64,
+            still in 0..13_u64,
         ) {
             let still = (Duration::from_millis(at), Duration::from_millis(still));
-            for sum in sent(rate, 3, Duration::from_millis(late), still) {
-                let share = sum as f64 / rate as f64;
+            for share in shares(rate, Duration::from_millis(late), still) {
                 prop_assert!((0.98..1.02).contains(&share), "{share}");
+            }
+        }
+
+        /// Whoever stands still for longer does not exceed the limit for it, and makes up for some.
+        #[test]
+        fn a_standstill_costs_less_than_its_time(
+            rate in (8_u64 << 20)..(16 << 30),
+            late in 0..8_u64,
+            still in 13..500_u64,
+        ) {
+            let (late, still) = (Duration::from_millis(late), Duration::from_millis(still));
+            let least = (SECOND + CREDIT - late - still).as_secs_f64() - 0.01;
+            // In the second of these seconds, wholly.
+            for share in shares(rate, late, (Duration::from_millis(1100), still)).into_iter().skip(20).take(2) {
+                prop_assert!((least..1.02).contains(&share), "{share}, at least {least}");
             }
         }
     }
