@@ -6,7 +6,7 @@ from .host import Pair
 from .qmp import Failed
 
 SIDES = ("source", "destination")
-SPARE = 1024  # MiB that a run leaves to the machine
+SPARE = 768  # MiB that a run leaves to the machine
 
 
 def needed_memory(workload, contender, qemu):
