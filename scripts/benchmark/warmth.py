@@ -10,7 +10,8 @@ from . import processes
 from .processes import MIB
 
 LOW, HIGH = 224, 288  # MiB that are left free, in large pages
-LEAST = 16  # of them are not used once more before a run, if as much as HIGH is free in small pieces
+LEAST = 128  # of them are not used once more before a run, if as much as HIGH is free in small pieces: zones
+# that devices need keep some 100 from processes
 STEP = 16  # MiB that are let go, or taken back, at once
 POLL = 0.003  # seconds; in them others take 30 MiB at the most
 POPULATE_WRITE = 23  # madvise(2), Linux 5.14
@@ -94,9 +95,7 @@ def free():
     """MiB in pieces too small for a large page, and in pieces that one fits into: small ones may be all that
     is left of much memory."""
     zones = [line.split() for line in pathlib.Path("/proc/buddyinfo").read_text().splitlines()]
-    # Node 0, zone Normal, and how many there are of 1, 2, 4, ... pages. The zones below are the last to be
-    # taken from, and never wholly.
-    zones = [zone for zone in zones if zone[3] == "Normal"] or zones
+    # Node 0, zone Normal, and how many there are of 1, 2, 4, ... pages.
     sizes = [(PAGE << order, int(count)) for zone in zones for order, count in enumerate(zone[4:])]
     small = sum(size * count for size, count in sizes if size < LARGE)
     return small // MIB, sum(size * count for size, count in sizes) // MIB - small // MIB
