@@ -79,11 +79,13 @@ def hold(asked):
         # What is left free too is used once.
         small, large = free()
         least = HIGH if not question else LEAST if small > HIGH else LOW
-        # So many and no more: some of it others may have got meanwhile, and small pages are not wanted.
+        # So many and no more: what we get may be small pages, which are not wanted. And others take some
+        # meanwhile: all of it takes a minute, where the hypervisor had it.
         for _ in range(max(0, large - least) // STEP):
-            if held + STEP <= size:
-                memory.madvise(POPULATE_WRITE, held << 20, STEP << 20)
-                held += STEP
+            if held + STEP > size or free()[1] < least + STEP:
+                break
+            memory.madvise(POPULATE_WRITE, held << 20, STEP << 20)
+            held += STEP
         while free()[1] < (HIGH if question else LOW) and held:
             held -= STEP
             memory.madvise(mmap.MADV_DONTNEED, held << 20, STEP << 20)
