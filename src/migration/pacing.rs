@@ -47,7 +47,7 @@ impl Pacer {
 
     /// From now on `rate` bytes per second; `None`: any number.
     pub fn set(&self, rate: Option<u64>) {
-        self.state().rate = rate;
+        self.state().set(rate, Instant::now());
         self.changed.notify_all();
     }
 
@@ -71,6 +71,14 @@ impl Pacer {
 }
 
 impl State {
+    /// What was sent before is not held against a higher rate.
+    fn set(&mut self, rate: Option<u64>, now: Instant) {
+        self.rate = rate;
+        if let Some(rate) = rate {
+            self.next = self.next.min(now + time_of(piece(rate), rate));
+        }
+    }
+
     /// How many of `length` bytes may be sent at `now`, or when some may be.
     fn take(&mut self, rate: u64, length: u64, now: Instant) -> Result<u64, Instant> {
         let earliest = now.checked_sub(CREDIT).unwrap_or(now);
@@ -78,10 +86,20 @@ impl State {
         if due > now {
             return Err(due);
         }
-        let piece = length.min((rate / PIECES / PAGE).max(1) * PAGE);
-        self.next = due + Duration::from_secs_f64(piece as f64 / rate.max(1) as f64);
+        let piece = length.min(piece(rate));
+        self.next = due + time_of(piece, rate);
         Ok(piece)
     }
+}
+
+/// The most that is sent at once, in bytes.
+fn piece(rate: u64) -> u64 {
+    (rate / PIECES / PAGE).max(1) * PAGE
+}
+
+/// How long it takes to send so many bytes.
+fn time_of(length: u64, rate: u64) -> Duration {
+    Duration::from_secs_f64(length as f64 / rate.max(1) as f64)
 }
 
 #[cfg(test)]
@@ -159,6 +177,25 @@ mod tests {
         assert_eq!(pacer.take(u64::MAX), u64::MAX);
         pacer.set(Some(1 << 20));
         assert_eq!(pacer.take(1 << 20), 4096);
+    }
+
+    /// A low limit that is raised is over at once, and not when the last page has been paid for.
+    #[test]
+    fn a_higher_limit_owes_nothing_to_a_lower_one() {
+        let now = Instant::now();
+        let mut state = State { rate: None, next: now };
+        for (low, high) in [(1, 1 << 30), (1 << 10, 1 << 20), (1 << 20, 2 << 20)] {
+            state.set(Some(low), now);
+            state.next = now;
+            state.take(low, u64::MAX, now).unwrap();
+            assert!(state.next >= now + time_of(4096, low));
+            state.set(Some(high), now);
+            assert!(state.next <= now + time_of(piece(high), high), "{low} to {high}");
+        }
+        // Nor does one that is lowered forgive anything.
+        let next = state.next;
+        state.set(Some(1), now);
+        assert_eq!(state.next, next);
     }
 
     #[test]
