@@ -259,6 +259,25 @@ mod tests {
             }
         }
 
+        /// Any that fit are what they were, wherever they lie.
+        #[test]
+        fn a_packet_has_the_pages_that_it_names(
+            flags in prop::sample::select(vec![0, SYNC]),
+            normal in prop::collection::vec(any::<u64>(), 0..PAGES_MAX + 2),
+            zero in prop::collection::vec(any::<u64>(), 0..PAGES_MAX + 2),
+        ) {
+            let bytes = packet(flags, &normal, &zero);
+            let Ok(packet) = Packet::read(&bytes) else {
+                prop_assert!(normal.len() + zero.len() > PAGES_MAX);
+                return Ok(());
+            };
+            prop_assert_eq!(packet.normal().collect::<Vec<_>>(), &normal[..]);
+            prop_assert_eq!(packet.zero().collect::<Vec<_>>(), &zero[..]);
+            prop_assert_eq!(packet.content() as u64, normal.len() as u64 * PAGE);
+            prop_assert!(ranges(packet.normal(), 1 << 20).count() <= normal.len());
+            prop_assert!(ranges(packet.zero(), u64::MAX).count() <= zero.len());
+        }
+
         #[test]
         fn ranges_are_the_pages(pages in prop::collection::btree_set(0..1000_u64, 0..PAGES_MAX)) {
             let offsets: Vec<_> = pages.iter().map(|page| page * PAGE).collect();
