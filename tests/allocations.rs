@@ -26,6 +26,7 @@ use qemu_rdma_helper::{
         worker,
     },
     qmp::socket,
+    stream::multifd::{INIT_SIZE, PACKET_SIZE},
 };
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use streams::{PAGE, Stream};
@@ -151,14 +152,14 @@ fn blocks(length: u64, file_offset: Option<u64>) -> Vec<Block> {
     vec![Block { name: "pc.ram".into(), length, page_size: PAGE, file_offset, read_whole: true }]
 }
 
-fn options() -> Options {
+fn options(channels: u16) -> Options {
     Options {
+        channels,
         pin_all: false,
         return_path: false,
         stall_timeout: 30,
         peer_timeout: 30,
         connections: 2,
-        channels: 0,
         pin_limit: None,
         cpus: Vec::new(),
         fabric: FabricKind::Tcp,
@@ -184,12 +185,61 @@ fn send_stream(mut qemu: UnixStream, length: u64, is_zero: Pages) {
     qemu.write_all(&stream.bytes).unwrap();
 }
 
+/// What a stream is with multifd: without pages; the channels are synchronised where a section ends.
+fn send_stream_beside_a_channel(mut qemu: UnixStream, length: u64) {
+    let mut stream = Stream::new("pc.ram", length);
+    stream.begin_section(true);
+    stream.end_section();
+    stream.end();
+    qemu.write_all(&stream.bytes).unwrap();
+}
+
+/// Send the pages that way, 128 in a packet.
+fn send_channel(mut qemu: UnixStream, length: u64) {
+    const PAGES: u64 = 128;
+    const SYNC: u32 = 1;
+    const MAGIC: u32 = 0x1122_3344;
+    const VERSION: u32 = 1;
+    let head = |flags: u32, first: u64, pages: u64| {
+        let fields = [MAGIC, VERSION, flags, 0, pages as u32, (pages * PAGE) as u32];
+        let mut packet: Vec<u8> = fields.iter().flat_map(|field| field.to_be_bytes()).collect();
+        packet.resize(64, 0);
+        packet.extend_from_slice(b"pc.ram");
+        packet.resize(320, 0);
+        packet.extend((first..first + pages).flat_map(|page| (page * PAGE).to_be_bytes()));
+        packet.resize(PACKET_SIZE, 0);
+        packet
+    };
+    let mut init = [MAGIC, VERSION].map(u32::to_be_bytes).concat();
+    init.resize(INIT_SIZE, 0);
+    let content = vec![7; (PAGES * PAGE) as usize];
+    qemu.write_all(&init).unwrap();
+    qemu.write_all(&head(SYNC, 0, 0)).unwrap();
+    for first in (0..length / PAGE).step_by(PAGES as usize) {
+        qemu.write_all(&head(0, first, PAGES)).unwrap();
+        qemu.write_all(&content).unwrap();
+    }
+    qemu.write_all(&head(SYNC, 0, 0)).unwrap();
+}
+
 /// Migrations take turns: allocations are counted in all of the process.
 static TURN: Mutex<()> = Mutex::new(());
 
+/// How pages come from QEMU.
+#[derive(Clone, Copy)]
+enum Intake {
+    Stream(Pages),
+    /// A multifd channel, without zero pages.
+    Channel,
+}
+
 /// Migrate a guest of `mib` MiB, mapped at the source or not; how often did the workers' threads
 /// allocate?
-fn allocations(mib: u64, mapped: bool, is_zero: Pages) -> u64 {
+fn allocations(mib: u64, mapped: bool, intake: Intake) -> u64 {
+    let (channels, is_zero) = match intake {
+        Intake::Stream(is_zero) => (0, is_zero),
+        Intake::Channel => (1, NO_ZEROES),
+    };
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     IS_EXEMPT.set(true);
     let length = mib << 20;
@@ -198,7 +248,9 @@ fn allocations(mib: u64, mapped: bool, is_zero: Pages) -> u64 {
     let (mut qemu, incoming) = UnixStream::pair().unwrap();
     let landed = memfd("landed", length);
     let address = Address { host: "127.0.0.1".into(), port: 0 };
-    let order = Order::Incoming { address, blocks: blocks(length, Some(0)), options: options() };
+    let options = options(channels);
+    let order =
+        Order::Incoming { address, blocks: blocks(length, Some(0)), options: options.clone() };
     let mut fds = vec![incoming.into(), landed.try_clone().unwrap()];
     let mut destination = Worker::start(&order, &fds);
     let address = destination.await_report(|report| match report {
@@ -219,13 +271,25 @@ fn allocations(mib: u64, mapped: bool, is_zero: Pages) -> u64 {
         address,
         qemu_qmp: None,
         blocks: blocks(length, mapped.then_some(0)),
-        options: options(),
+        options,
     };
     let mut source = Worker::start(&order, &fds);
     source.await_report(|report| matches!(report, Report::Agreed { .. }).then_some(()));
     let (qemu, outgoing) = UnixStream::pair().unwrap();
-    source.order(&Order::Take { give_back: Vec::new() }, &[outgoing.into()]);
-    send_stream(qemu, length, is_zero);
+    let mut fds = vec![outgoing.into()];
+    let channel = (channels > 0).then(|| UnixStream::pair().unwrap());
+    let sender = channel.map(|(qemu, channel)| {
+        fds.push(channel.into());
+        exempt(move || send_channel(qemu, length))
+    });
+    source.order(&Order::Take { give_back: Vec::new() }, &fds);
+    match sender {
+        None => send_stream(qemu, length, is_zero),
+        Some(sender) => {
+            send_stream_beside_a_channel(qemu, length);
+            sender.join().unwrap();
+        }
+    }
 
     destination.await_report(|report| matches!(report, Report::StreamEnded).then_some(()));
     assert!(loading.join().unwrap() > 0);
@@ -256,16 +320,21 @@ fn assert_none_per_page(allocations: impl Fn(u64) -> u64) {
 
 #[test]
 fn pages_from_a_mapping() {
-    assert_none_per_page(|mib| allocations(mib, true, NO_ZEROES));
+    assert_none_per_page(|mib| allocations(mib, true, Intake::Stream(NO_ZEROES)));
 }
 
 #[test]
 fn pages_from_the_stream() {
-    assert_none_per_page(|mib| allocations(mib, false, NO_ZEROES));
+    assert_none_per_page(|mib| allocations(mib, false, Intake::Stream(NO_ZEROES)));
+}
+
+#[test]
+fn pages_from_a_channel() {
+    assert_none_per_page(|mib| allocations(mib, true, Intake::Channel));
 }
 
 /// Then each page is a range of its own.
 #[test]
 fn zero_pages_between_others() {
-    assert_none_per_page(|mib| allocations(mib, true, EVERY_OTHER_ZERO));
+    assert_none_per_page(|mib| allocations(mib, true, Intake::Stream(EVERY_OTHER_ZERO)));
 }
