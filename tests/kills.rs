@@ -207,12 +207,20 @@ fn a_worker_that_takes_nothing_at_the_end_is_noticed() {
         enter(&mut pair, Phase::PreSwitchover);
         let worker = pair.source.await_worker();
         signal_process(worker, HANG);
-        pair.source.client.run("migrate-continue", json!({ "state": "pre-switchover" }));
-        pair.source.client.await_event("MIGRATION", |data| data["status"] == "device");
-        pair.source.client.events.clear();
+        let client = &mut pair.source.client;
+        let go_on =
+            json!({ "execute": "migrate-continue", "arguments": { "state": "pre-switchover" } });
+        client.send(format!("{go_on}\n").as_bytes());
+        client.await_event("MIGRATION", |data| data["status"] == "device");
         if signal != HANG {
             end(worker, signal);
         }
+        // The reply may need the lock too.
+        let is_reply = |message: &Value| message.get("return").is_some();
+        if !client.events.iter().any(is_reply) {
+            assert!(is_reply(&serde_json::from_str(&client.reply_line()).unwrap()));
+        }
+        client.events.clear();
         let end = failed(&mut pair.source);
         println!("{}", end["error-desc"]);
         pair.new_destination();
