@@ -24,7 +24,7 @@ def idle(experiment):
     found = [
         ratio("Idle guest: total time", table, ours, "total", 0.6),
         ratio("Idle guest: processor time", table, ours, "cpu", 0.7),
-        downtime("Idle guest: downtime", table, ours),
+        *downtimes("Idle guest", table, ours),
     ]
     if "patched" in table:
         parts = [results.median(table, "patched", part) for part in ("source QEMU", "source helper")]
@@ -36,13 +36,19 @@ def idle(experiment):
 def stress(experiment):
     table = summary(experiment)
     ours, _ = results.best(table, HELPERS, "total")
-    return [ratio("Stressed guest: converges, total time", table, ours, "total", 0.7)]
+    return [
+        ratio("Stressed guest: converges, total time", table, ours, "total", 0.7),
+        *downtimes("Stressed guest", table, ours),
+    ]
 
 
 def untouched(experiment):
     table = summary(experiment)
     ours, _ = results.best(table, HELPERS, "total")
-    found = [ratio("Untouched memory: total time", table, ours, "total", 0.8)]
+    found = [
+        ratio("Untouched memory: total time", table, ours, "total", 0.8),
+        *downtimes("Untouched memory", table, ours),
+    ]
     used = next((run["nonzero"] for run in experiment["runs"] if "nonzero" in run), None)
     if used is None:
         return found
@@ -60,7 +66,9 @@ def limits(experiment):
     if "tcp" not in counts:
         return []
     peer = counts["tcp"]
-    return [
+    table = summary(experiment)
+    ours, _ = results.best(table, HELPERS, "total")
+    return downtimes("Busy guest, limit of 100 ms", table, ours) + [
         (
             f"Downtime within the limit as often as tcp, {name}",
             f"{kept} of {count}, tcp {peer[0]} of {peer[1]}",
@@ -73,7 +81,7 @@ def limits(experiment):
 
 def pacing(experiment):
     found = []
-    for name in HELPERS:
+    for name in (*HELPERS, "patched"):
         parts = [
             part
             for run in experiment["runs"]
@@ -93,10 +101,13 @@ def scaling(experiment):
         if name.startswith("multifd"):
             continue
         measured = f"{slope:.3f} {unit} per GiB + {start:.2f} {unit}, R² {quality:.3f}"
+        missing = [who for who in experiment.get("left_out", {}) if who.split(",")[0] == name]
+        measured += "".join(f"; left out: {who}" for who in missing)
         if cost == "helper peak":  # 1 MiB over the 15 GiB
-            found.append((f"The helper's memory does not grow with RAM, {name}", measured, slope < 1 / 15))
+            asked, met = f"The helper's memory does not grow with RAM, {name}", slope < 1 / 15
         else:
-            found.append((f"{cost} grows linearly with RAM (R² at least 0.98), {name}", measured, quality >= 0.98))
+            asked, met = f"{cost} grows linearly with RAM (R² at least 0.98), {name}", quality >= 0.98
+        found.append((asked, measured, met and not missing))
     return found
 
 
@@ -124,10 +135,14 @@ def ratio(what, table, ours, figure, most):
     return (what, f"{mine / least:.2f} ({ours} {mine:.3g}, {peer} {least:.3g})", mine / least <= most)
 
 
-def downtime(what, table, ours):
+def downtimes(guest, table, ours):
+    return [downtime(guest, table, name) for name in (ours, "patched") if name in table]
+
+
+def downtime(guest, table, ours):
     peer, least = results.best(table, PEERS, "downtime")
     mine = results.median(table, ours, "downtime")
-    what = f"{what} at most the best peer's and 5 ms"
+    what = f"{guest}{', patched' if ours == 'patched' else ''}: downtime at most the best peer's and 5 ms"
     if least is None or mine is None:
         return (what, "not measured", False)
     return (what, f"{ours} {mine:.1f} ms, {peer} {least:.1f} ms", mine <= least + 5)

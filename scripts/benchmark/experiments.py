@@ -56,20 +56,21 @@ def compare(workload, runs, names=()):
 def scaling(settings):
     """How cost grows with the guest's memory."""
     names = ("multifd-4", "helpers-1", "patched")
-    points = []
+    points, left_out = [], {}
     for gib in (1, 2, 4, 8, 16):
         guest = workloads.SCALING.scaled(gib * settings.scale)
         sized = compare(guest, 1, names)(dataclasses.replace(settings, scale=1.0))
         points += [{**run, "memory": guest.memory} for run in sized["runs"]]
-    return {"workload": dataclasses.asdict(workloads.SCALING), "runs": points}
+        left_out |= {f"{name}, {guest.memory} MiB": why for name, why in sized["left_out"].items()}
+    return {"workload": dataclasses.asdict(workloads.SCALING), "left_out": left_out, "runs": points}
 
 
 # All but those with private memory: the greatest guest has room for fewer.
 SHARED = ("tcp", "multifd-2", "multifd-4", "multifd-8", "helpers-1", "helpers-2", "helpers-4", "patched")
 ALL = {
     "idle": compare(workloads.IDLE, 3),
-    "stress": compare(workloads.STRESS, 1, SHARED),
-    "untouched": compare(workloads.UNTOUCHED, 1),
+    "stress": compare(workloads.STRESS, 2, SHARED),
+    "untouched": compare(workloads.UNTOUCHED, 2),
     "scaling": scaling,
     "pacing": pacing.experiment,
     "downtime": compare(workloads.DOWNTIME, 20, ("tcp", "helpers-1", "helpers-4")),

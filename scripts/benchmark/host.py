@@ -13,18 +13,20 @@ THROTTLE_STEP = 20  # percent; QEMU's 10 takes twice as many passes to the same 
 class Host:
     """`qemu`, `relay`: process ids, 0 for none; `own`: QEMU's monitor; `client`: management's."""
 
-    def __init__(self, directory, name, settings, workload, contender):
+    def __init__(self, directory, name, settings, workload):
         self.directory, self.name, self.settings = directory, name, settings
         self.workload = workload
         self.incoming = name == "destination"
         self.log, self.console = directory / f"{name}.log", directory / f"{name}.console"
         self.output = open(self.log, "w")
         self.started, self.relay = [], 0
+
+    def start(self, contender):
         self.qemu = self.spawn(self.qemu_line(contender))
         self.own = self.client = Qmp(self.path("own"))
         self.vcpus = [cpu["thread-id"] for cpu in self.own.run("query-cpus-fast")]
         if contender.destination if self.incoming else contender.source:
-            line = [HELPER, "attach", "--fabric", settings.fabric]
+            line = [HELPER, "attach", "--fabric", self.settings.fabric]
             line += ["--qemu-qmp", self.path("helper"), "--qmp", self.path("qmp")]
             if contender.connections > 1:
                 line += ["--connections", str(contender.connections)]
@@ -141,8 +143,9 @@ class Pair:
     def __enter__(self):
         try:
             for name in ("source", "destination"):
-                host = Host(self.directory, name, self.settings, self.workload, self.contender)
+                host = Host(self.directory, name, self.settings, self.workload)
                 self.hosts.append(host)
+                host.start(self.contender)
             self.source, self.destination = self.hosts
             self.source.await_ready()
             self.workload.fill(self.source)

@@ -6,7 +6,7 @@ the measure of what a source's helper can reach.
 import json, os, shlex, socket, statistics, subprocess, sys, threading, time
 
 from . import documents
-from .contenders import Contender, ROOT
+from .contenders import Contender, PATCHED, ROOT, helpers
 from .host import Pair
 from .workloads import LAB
 
@@ -14,13 +14,14 @@ ADDRESS = "10.77.0.1"
 
 
 def contenders():
-    """QEMU's own, the helpers', and one end of each; with all memory pinned at the start and without."""
+    """QEMU's own, the helpers', and one end of each; with all memory pinned at the start and without. Then
+    what helpers have beyond that: several queue pairs, and a patched QEMU."""
     ends = {"rdma": (False, False), "helpers": (True, True), "to-qemu": (True, False), "of-qemu": (False, True)}
     return [
         Contender(name + ("-pin" if pin else ""), "rdma", source=source, destination=destination, pin_all=pin)
         for name, (source, destination) in ends.items()
         for pin in (False, True)
-    ]
+    ] + [helpers(2), *([helpers(1, "patched", patched=True)] if PATCHED.exists() else [])]
 
 
 def boot(words, out):

@@ -1,7 +1,7 @@
 """machine - where and with what the figures were made."""
 import os, pathlib, platform, re, subprocess, time
 
-from .contenders import HELPER, ROOT
+from .contenders import HELPER, PATCHED, ROOT
 
 
 def describe(settings):
@@ -15,6 +15,7 @@ def describe(settings):
         "kernel": platform.release(),
         "system": system(),
         "qemu": output(ROOT / f".cache/bin/qemu-{settings.qemu}", "--version").splitlines()[0],
+        **({"patched": output(PATCHED, "--version").splitlines()[0]} if PATCHED.exists() else {}),
         "helper": output(HELPER, "--version").strip(),
         "commit": output("git", "describe", "--always", "--dirty").strip(),
         "load": os.getloadavg()[0],

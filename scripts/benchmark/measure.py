@@ -29,10 +29,11 @@ def migration(settings, workload, contender, survey):
     with Pair(settings, workload, contender) as pair:
         used = nonzero(pair.source) if survey else None
         alone = guest_pace(pair.source)
-        begin = state(pair)
+        begin = helper_times(pair)  # before the destination's worker listens
         uri = pair.listen()
         peaks = dict.fromkeys(SIDES, 0.0)
         warm = warmth.settle()
+        begin |= state(pair)
         begun = time.time()
         pair.source.client.run("migrate", uri=uri)
         client = pair.source.client
@@ -47,11 +48,11 @@ def migration(settings, workload, contender, survey):
         completed = client.await_event("MIGRATION", sample, status="completed")
         stop = pair.source.own.await_event("STOP")
         resume = pair.destination.own.await_event("RESUME")
-        end = state(pair)
+        end = state(pair) | helper_times(pair)
         done = client.run("query-migrate")
         total = max(completed, resume) - begun
         sent = done["ram"]["transferred"] / processes.MIB
-        cpu = {name: end["cpu"][name] - seconds for name, seconds in begin["cpu"].items()}
+        cpu = {f"{name} {who}": end[who][name] - begin[who][name] for who in ("QEMU", "helper") for name in SIDES}
         if not workload.linux:  # whose clock stands still with it
             end["work"] = (end["work"][0], stop)
         return {
@@ -74,15 +75,19 @@ def migration(settings, workload, contender, survey):
 
 
 def state(pair):
-    """What has been spent so far; where no worker runs, because it waits for its end."""
-    spent = {"cpu": {}, "guest": 0.0}
-    for host in pair.hosts:
-        spent["cpu"][f"{host.name} helper"] = host.helper_time()
-        spent["cpu"][f"{host.name} QEMU"] = host.qemu_time()
-        spent["guest"] += sum(processes.thread_time(host.qemu, vcpu) for vcpu in host.vcpus)
-    spent["work"] = pair.workload.work(pair.source)
-    spent["busy"] = processes.machine_busy()
-    return spent
+    """What has been spent so far, and what the guest has done."""
+    vcpus = [(host.qemu, vcpu) for host in pair.hosts for vcpu in host.vcpus]
+    return {
+        "QEMU": {host.name: host.qemu_time() for host in pair.hosts},
+        "guest": sum(processes.thread_time(qemu, vcpu) for qemu, vcpu in vcpus),
+        "work": pair.workload.work(pair.source),
+        "busy": processes.machine_busy(),
+    }
+
+
+def helper_times(pair):
+    """What the helpers have spent; waits for the end of workers."""
+    return {"helper": {host.name: host.helper_time() for host in pair.hosts}}
 
 
 def phases(pair, stop, resume):
@@ -143,7 +148,7 @@ def alternate(settings, workload, contenders, runs, show):
                 survey = not (surveyed or contender.private)
                 result.update(migration(settings, workload, contender, survey))
                 surveyed = surveyed or survey
-            except Failed as failure:
+            except (Failed, OSError) as failure:
                 result["failed"] = str(failure)
             results.append(result)
             show(result)

@@ -11,7 +11,7 @@ from .host import Pair
 from .qmp import Failed
 from .workloads import PACING
 
-CONTENDERS = ("tcp", "multifd-4", "helpers-1", "helpers-2", "helpers-4")
+CONTENDERS = ("tcp", "multifd-4", "helpers-1", "helpers-2", "helpers-4", "patched")
 LIMITS = (100, 300)  # MiB a second
 SAMPLE, STEP, WINDOW = 0.02, 0.1, 1.0  # seconds
 LEEWAY = 0.02
@@ -26,7 +26,7 @@ def experiment(settings):
             row = {"contender": contender.name, "run": number}
             try:
                 row["parts"] = migration(settings, contender)
-            except Failed as failure:
+            except (Failed, OSError) as failure:
                 row["failed"] = str(failure)
             rows.append(row)
             print("\n".join(lines(row)), flush=True)

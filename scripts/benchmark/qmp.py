@@ -22,6 +22,8 @@ class Qmp:
             line = self.file.readline()
         except TimeoutError:
             raise Failed(f"Nothing from QEMU in {TIMEOUT} s") from None
+        except OSError as error:
+            raise Failed(f"QEMU's monitor is gone: {error}") from None
         if not line:
             raise Failed("QEMU has closed its monitor")
         return json.loads(line)

@@ -50,7 +50,7 @@ def machine(name, document):
     of = document["machine"]
     lines = [
         f"[{name}](performance/{name}), {of['date']}: {of['processors']} processors ({of['processor']}), {of['memory']} MiB; "
-        f"{of['system']}, Linux {of['kernel']}; {of['qemu']}; {of['helper']}, commit `{of['commit']}`; "
+        f"{of['system']}, Linux {of['kernel']}; {of['qemu']}; {with_patches(of)}{of['helper']}, commit `{of['commit']}`; "
         f"load at the start {of['load']:.1f}."
     ]
     if measured := document.get("baselines"):
@@ -61,6 +61,11 @@ def machine(name, document):
     failed = results.failures(document)
     lines += [f"Did not complete: {name}, {contender}: {why}" for name, contender, why in failed]
     return "\n\n".join(lines)
+
+
+def with_patches(of):
+    """The series is the commit's."""
+    return f"`patched`: {of['patched']} with `qemu-patches/`; " if "patched" in of else ""
 
 
 def judged(experiments):
@@ -134,6 +139,7 @@ def scaled(file, experiment):
     return "\n\n".join(
         [
             grid(("", "cost", "for each GiB", "at 0", "R²"), rows),
+            *(f"Left out: `{who}` {why}." for who, why in experiment.get("left_out", {}).items()),
             plot(file, plots.lines("Total time", "guest's memory, GiB", "s", list(series.items()))),
         ]
     )
