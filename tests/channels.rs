@@ -5,7 +5,7 @@ mod support;
 use std::os::unix::fs::FileTypeExt as _;
 
 use serde_json::{Value, json};
-use support::{Config, Guest, Helper, Host, Pair, Qmp, eventually};
+use support::{Config, Guest, Helper, Host, Pair, Qmp, VERSIONS, eventually};
 
 /// 32 MiB are hot, and at most as much a second is allowed: it never converges.
 const BUSY: Guest = Guest::Dirty { fill: 48, hot: 32, spin: 0 };
@@ -33,7 +33,7 @@ fn begin(pair: &mut Pair) {
 
 #[test]
 fn a_busy_guest_through_any_number_of_channels() {
-    for version in ["7.2", "10.0"] {
+    for version in VERSIONS {
         for channels in ["0", "1", "2", "4", "16"] {
             let guest = Guest::Dirty { fill: 64, hot: 8, spin: 2000 };
             let config = Config { version, guest, ..Config::default() };

@@ -11,7 +11,8 @@ use std::{
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use support::{
-    Config, Guest, Host, Pair, Qmp, eventually, free_port, helper::signal_process, wire::Peer,
+    Config, Guest, Host, Pair, Qmp, VERSIONS, eventually, free_port, helper::signal_process,
+    wire::Peer,
 };
 
 /// libvirt's "unlimited".
@@ -68,7 +69,7 @@ struct Seen {
 fn as_libvirt_does(config: &Config, listen: &str, uri: &str) -> Seen {
     let mut pair = Pair::start(config);
     let (mut both, mut incoming) = (vec!["return-path"], json!({ "uri": listen }));
-    if config.version == "10.0" {
+    if config.version != "7.2" {
         both.push("switchover-ack");
         incoming["exit-on-error"] = false.into();
     }
@@ -136,7 +137,7 @@ fn as_libvirt_does(config: &Config, listen: &str, uri: &str) -> Seen {
 /// Command by command, and the same events and members as over QEMU's own tcp:.
 #[test]
 fn libvirts_commands_and_what_it_sees() {
-    for (version, host) in [("10.0", "127.0.0.1"), ("7.2", "[::1]")] {
+    for (version, host) in [("11.1", "127.0.0.1"), ("10.0", "127.0.0.1"), ("7.2", "[::1]")] {
         let config = Config { version, ..Config::default() };
         let port = free_port();
         let listen = |scheme: &str| format!("{scheme}:[::]:{port}");
@@ -524,7 +525,7 @@ fn make_image(client: &mut Qmp, path: &str) {
 
 #[test]
 fn snapshots_pass_untouched() {
-    for version in ["7.2", "10.0"] {
+    for version in VERSIONS {
         let mut pair = Pair::start(&Config { version, ..Config::default() });
         let host = &mut pair.source;
         make_image(&mut host.client, pair.dir.path().join("disk.qcow2").to_str().unwrap());

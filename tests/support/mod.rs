@@ -26,6 +26,9 @@ pub use proxy::{Proxy, QmpProxy};
 pub use qemu::{Config, Guest, Memory, Qemu};
 pub use qmp::Qmp;
 
+/// QEMU's versions that scripts/setup provides.
+pub const VERSIONS: [&str; 3] = ["7.2", "10.0", "11.1"];
+
 /// How long anything may take that is awaited.
 pub const PATIENCE: Duration = Duration::from_secs(120);
 
