@@ -87,7 +87,12 @@ fn as_libvirt_does(config: &Config, listen: &str, uri: &str) -> Seen {
     let before = source.client.run("query-migrate-parameters", json!({}));
     set_all_capabilities(source, &[&both[..], &["pause-before-switchover"]].concat());
     source.client.run("migrate-set-parameters", parameters);
-    source.client.run("migrate", json!({"detach": true, "uri": uri}));
+    let mut migrate = json!({ "uri": uri });
+    if config.version != "11.1" {
+        // QEMU 11.1 has no such argument any more.
+        migrate["detach"] = true.into();
+    }
+    source.client.run("migrate", migrate);
     assert_eq!(followed(&source.client).first().unwrap(), "setup", "it comes before the reply");
     source.client.await_event("MIGRATION", |data| data["status"] == "pre-switchover");
     let paused = source.client.run("query-migrate", json!({}));
@@ -108,7 +113,9 @@ fn as_libvirt_does(config: &Config, listen: &str, uri: &str) -> Seen {
     assert!(end["ram"]["mbps"].as_f64().unwrap() > 0.0, "{end}");
     let passes = source.client.events.iter().filter(|event| event["event"] == "MIGRATION_PASS");
     let passes: Vec<_> = passes.map(|event| event["data"]["pass"].as_u64().unwrap()).collect();
-    assert_eq!(passes, (1..=passes.len() as u64).collect::<Vec<_>>());
+    // Later QEMUs don't announce the first.
+    let first = if config.version == "11.1" { 2 } else { 1 };
+    assert_eq!(passes, (first..first + passes.len() as u64).collect::<Vec<_>>());
 
     destination.client.await_event("MIGRATION", |data| data["status"] == "completed");
     let there = destination.client.run("query-migrate", json!({}));
@@ -144,11 +151,12 @@ fn libvirts_commands_and_what_it_sees() {
         let uri = |scheme: &str| format!("{scheme}:{host}:{port}");
         let ours = as_libvirt_does(&config, &listen("rdma"), &uri("rdma"));
         println!("{ours:#?}");
-        let expected =
-            ["setup", "pass 1", "active", "STOP", "pre-switchover", "device", "completed"];
-        assert_eq!(ours.source_events, expected);
         let qemus = as_libvirt_does(&config, &listen("tcp"), &uri("tcp"));
         assert_eq!(ours, qemus);
+        let states = ["setup", "active", "STOP", "pre-switchover", "device", "completed"];
+        let seen: Vec<_> =
+            ours.source_events.iter().filter(|event| !event.starts_with("pass")).collect();
+        assert_eq!(seen, states);
     }
 }
 
