@@ -30,13 +30,10 @@ fn the_comparison_can_fail() {
 }
 
 #[test]
-fn busy_guest() {
-    migrates(&Config::default());
-}
-
-#[test]
-fn busy_guest_of_qemu_7_2() {
-    migrates(&Config { version: "7.2", ..Config::default() });
+fn busy_guest_of_each_version() {
+    for version in VERSIONS {
+        migrates(&Config { version, ..Config::default() });
+    }
 }
 
 #[test]
@@ -45,13 +42,10 @@ fn idle_guest() {
 }
 
 #[test]
-fn numa_nodes_and_a_dimm() {
-    migrates(&Config { memory: Memory::Numa, ..Config::default() });
-}
-
-#[test]
-fn numa_nodes_and_a_dimm_of_qemu_7_2() {
-    migrates(&Config { memory: Memory::Numa, version: "7.2", ..Config::default() });
+fn numa_nodes_and_a_dimm_of_each_version() {
+    for version in VERSIONS {
+        migrates(&Config { memory: Memory::Numa, version, ..Config::default() });
+    }
 }
 
 #[test]
@@ -80,9 +74,11 @@ fn q35_with_vga_and_virtio_devices() {
 }
 
 #[test]
-fn pc_with_vga_of_qemu_7_2() {
-    let devices = vec!["-vga std".into(), "-device e1000".into()];
-    migrates(&Config { version: "7.2", devices, ..Config::default() });
+fn pc_with_vga_of_each_version() {
+    for version in VERSIONS {
+        let devices = vec!["-vga std".into(), "-device e1000".into()];
+        migrates(&Config { version, devices, ..Config::default() });
+    }
 }
 
 #[test]

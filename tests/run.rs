@@ -21,7 +21,7 @@ use command_fds::{CommandFdExt as _, FdMapping};
 use rustix::process::Signal;
 use serde_json::json;
 use support::{
-    Config, Guest, Memory, Qmp, address, cache, eventually, free_port,
+    Config, Guest, Memory, Qmp, VERSIONS, address, cache, eventually, free_port,
     helper::{BINARY, signal_process},
     qemu::Process,
     wrapped::{Wrapped, WrappedPair, has_ended, relay_of, relays},
@@ -60,8 +60,10 @@ fn private_memory_becomes_shared_and_migrates() {
 }
 
 #[test]
-fn private_memory_of_qemu_7_2_becomes_shared_and_migrates() {
-    WrappedPair::start(&Config { version: "7.2", mib: 192, ..private() }).migrate();
+fn private_memory_of_each_version_becomes_shared_and_migrates() {
+    for version in VERSIONS {
+        WrappedPair::start(&Config { version, mib: 192, ..private() }).migrate();
+    }
 }
 
 /// The same, without the helper's memory; and memory that the user has shared.
