@@ -11,7 +11,9 @@ use std::{
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use support::{
-    Config, Guest, Host, Pair, Qmp, VERSIONS, eventually, free_port, helper::signal_process,
+    Config, Guest, Host, Pair, Qmp, VERSIONS, eventually, free_port,
+    helper::signal_process,
+    image::{await_job, make_image},
     wire::Peer,
 };
 
@@ -503,32 +505,6 @@ fn other_transports_pass_untouched() {
     pair.turn_around(&config, "last");
     pair.migrate();
     pair.verify();
-}
-
-/// Wait until a job is concluded, and see that it went well.
-#[track_caller]
-fn await_job(client: &mut Qmp, name: &str) {
-    client.await_event("JOB_STATUS_CHANGE", |data| {
-        data["id"] == name && data["status"] == "concluded"
-    });
-    let jobs = client.run("query-jobs", json!({}));
-    let job = jobs.as_array().unwrap().iter().find(|job| job["id"] == name).unwrap();
-    assert_eq!(job.get("error"), None);
-    client.run("job-dismiss", json!({ "id": name }));
-}
-
-/// Let QEMU make an image for snapshots: node `disk`.
-fn make_image(client: &mut Qmp, path: &str) {
-    let create = |client: &mut Qmp, job: &str, options: Value| {
-        client.run("blockdev-create", json!({"job-id": job, "options": options}));
-        await_job(client, job);
-    };
-    create(client, "file", json!({"driver": "file", "filename": path, "size": 0}));
-    let protocol = json!({"driver": "file", "node-name": "protocol", "filename": path});
-    client.run("blockdev-add", protocol);
-    create(client, "image", json!({"driver": "qcow2", "file": "protocol", "size": 1 << 20}));
-    let disk = json!({"driver": "qcow2", "node-name": "disk", "file": "protocol"});
-    client.run("blockdev-add", disk);
 }
 
 #[test]

@@ -2,6 +2,7 @@
 #![allow(dead_code, unused_imports, missing_docs, reason = "each test program uses some of it")]
 
 pub mod helper;
+pub mod image;
 pub mod memory;
 pub mod proxy;
 pub mod qemu;

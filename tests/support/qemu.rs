@@ -251,6 +251,10 @@ impl Qemu {
         Self { child, qmp, config: config.clone(), log, name, dir }
     }
 
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     pub fn pid(&self) -> u32 {
         self.child.id()
     }

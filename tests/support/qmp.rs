@@ -7,12 +7,19 @@ use std::{
         unix::net::{UnixListener, UnixStream},
     },
     path::Path,
+    time::Duration,
 };
 
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde_json::{Value, json};
 
 use super::{PATIENCE, eventually};
+
+/// What [`Qmp::try_execute`] says of a server that is gone.
+pub const HUNG_UP: &str = "the server hung up";
+
+/// What it says of one that does not answer.
+pub const STUCK: &str = "the server does not answer";
 
 pub struct Qmp {
     stream: BufReader<UnixStream>,
@@ -60,6 +67,11 @@ impl Qmp {
     pub fn nobody() -> Self {
         let (stream, _) = UnixStream::pair().unwrap();
         Self { stream: BufReader::new(stream), greeting: String::new(), events: Vec::new() }
+    }
+
+    /// How long a reply is waited for from now on.
+    pub fn patience(&self, time: Duration) {
+        self.stream.get_ref().set_read_timeout(Some(time)).unwrap();
     }
 
     pub fn fd(&self) -> BorrowedFd<'_> {
@@ -123,6 +135,28 @@ impl Qmp {
         match reply.get_mut("return") {
             Some(value) => Ok(value.take()),
             None => Err(reply["error"].take()),
+        }
+    }
+
+    /// Execute at a server that may be refusing, gone, or stuck: its reply, or why there is none.
+    pub fn try_execute(&mut self, command: &str, arguments: &Value) -> Result<Value, String> {
+        let request = json!({ "execute": command, "arguments": arguments });
+        if !self.try_send(format!("{request}\n").as_bytes()) {
+            return Err(HUNG_UP.into());
+        }
+        loop {
+            let line = self.line().ok_or(HUNG_UP)?;
+            let mut message: Value =
+                serde_json::from_str(&line).map_err(|error| error.to_string())?;
+            if let Some(value) = message.get_mut("return") {
+                return Ok(value.take());
+            }
+            if let Some(error) = message.get("error") {
+                return Err(error.to_string());
+            }
+            if message.get("event").is_some() {
+                self.events.push(message);
+            }
         }
     }
 

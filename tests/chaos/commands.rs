@@ -1,0 +1,120 @@
+//! Random commands, of those that a QEMU has.
+
+use std::collections::HashMap;
+
+use fastrand::Rng;
+use serde_json::{Map, Value, json};
+
+use crate::support::Qmp;
+
+/// Numbers that mean something to some parameter: percentages, channels, milliseconds, bytes.
+const NUMBERS: [u64; 14] = [0, 1, 2, 3, 7, 9, 50, 99, 100, 255, 1000, 1 << 20, 64 << 20, 1 << 32];
+
+/// A command and its arguments.
+pub type Command = (&'static str, Value);
+
+/// What a client may set, by QEMU's own account.
+pub struct Commands {
+    parameters: Vec<(String, Vec<Value>)>,
+    capabilities: Vec<String>,
+}
+
+impl Commands {
+    /// Ask QEMU.
+    pub fn of(qemu: &mut Qmp) -> Self {
+        let schema = qemu.run("query-qmp-schema", json!({}));
+        let types: HashMap<_, _> =
+            schema.as_array().unwrap().iter().map(|entry| (entry["name"].clone(), entry)).collect();
+        let set = types[&json!("migrate-set-parameters")];
+        let members = types[&set["arg-type"]]["members"].as_array().unwrap();
+        let parameters = members
+            .iter()
+            .map(|member| {
+                let name = member["name"].as_str().unwrap().to_owned();
+                (name, values(types[&member["type"]], &types))
+            })
+            .filter(|(_, values)| !values.is_empty())
+            .collect();
+        let capabilities = qemu.run("query-migrate-capabilities", json!({}));
+        let capabilities = capabilities.as_array().unwrap().iter();
+        let capabilities =
+            capabilities.map(|entry| entry["capability"].as_str().unwrap().to_owned()).collect();
+        Self { parameters, capabilities }
+    }
+
+    /// One of them. Devices come and go only if they may.
+    pub fn draw(&self, rng: &mut Rng, devices: bool) -> Command {
+        match rng.u8(if devices { 0..12 } else { 0..10 }) {
+            0..3 => ("migrate-set-parameters", self.some_parameters(rng)),
+            3 => hmp(&self.parameter_line(rng)),
+            4 => ("migrate-set-capabilities", self.some_capabilities(rng)),
+            5 => {
+                let name = rng.choice(&self.capabilities).unwrap();
+                hmp(&format!("migrate_set_capability {name} {}", on_off(rng)))
+            }
+            6 => ("stop", json!({})),
+            7 => ("cont", json!({})),
+            8 => ("system_reset", json!({})),
+            9 => hmp(rng.choice(["savevm one", "delvm one"]).unwrap()),
+            10 => ("device_add", json!({ "driver": "usb-tablet", "id": "tablet", "bus": "usb.0" })),
+            _ => ("device_del", json!({ "id": "tablet" })),
+        }
+    }
+
+    fn some_parameters(&self, rng: &mut Rng) -> Value {
+        let mut arguments = Map::new();
+        for _ in 0..rng.usize(1..4) {
+            let (name, values) = rng.choice(&self.parameters).unwrap();
+            arguments.insert(name.clone(), rng.choice(values).unwrap().clone());
+        }
+        arguments.into()
+    }
+
+    fn parameter_line(&self, rng: &mut Rng) -> String {
+        let (name, values) = rng.choice(&self.parameters).unwrap();
+        let value = match rng.choice(values).unwrap() {
+            Value::String(text) if text.is_empty() => "\"\"".to_owned(),
+            Value::String(text) => text.clone(),
+            Value::Bool(state) => if *state { "on" } else { "off" }.to_owned(),
+            number => number.to_string(),
+        };
+        format!("migrate_set_parameter {name} {value}")
+    }
+
+    fn some_capabilities(&self, rng: &mut Rng) -> Value {
+        let some: Vec<_> = (0..rng.usize(1..4))
+            .map(|_| {
+                let name = rng.choice(&self.capabilities).unwrap();
+                json!({ "capability": name, "state": rng.bool() })
+            })
+            .collect();
+        json!({ "capabilities": some })
+    }
+}
+
+fn hmp(line: &str) -> Command {
+    ("human-monitor-command", json!({ "command-line": line }))
+}
+
+fn on_off(rng: &mut Rng) -> &'static str {
+    if rng.bool() { "on" } else { "off" }
+}
+
+/// Values of a type of the schema; none for what is no scalar.
+fn values(kind: &Value, types: &HashMap<Value, &Value>) -> Vec<Value> {
+    match kind["meta-type"].as_str().unwrap() {
+        "builtin" => match kind["json-type"].as_str().unwrap() {
+            "int" => NUMBERS.map(Value::from).to_vec(),
+            "boolean" => vec![true.into(), false.into()],
+            "string" => vec!["".into()],
+            _ => Vec::new(),
+        },
+        "enum" => kind["values"].as_array().unwrap().clone(),
+        // Null or a string, of QEMU's StrOrNull.
+        "alternate" => {
+            let members = kind["members"].as_array().unwrap().iter();
+            members.flat_map(|member| values(types[&member["type"]], types)).collect()
+        }
+        _ => Vec::new(),
+    }
+}

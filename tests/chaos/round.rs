@@ -1,0 +1,300 @@
+//! One migration, what is done to it, and what must hold at its end.
+
+use std::{
+    sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst},
+    thread,
+    time::{Duration, Instant},
+};
+
+use fastrand::Rng;
+use rustix::process::Signal;
+use serde_json::{Value, json};
+
+use crate::{
+    commands::{Command, Commands},
+    end::{Carrier, End, Wrong, signal_workers},
+    support::{
+        Config, Guest, Memory, Qmp, free_port, memory,
+        qmp::{HUNG_UP, STUCK},
+    },
+};
+
+/// How long commands are sent; then the migration is helped to its end.
+const DISTURBED: Duration = Duration::from_secs(6);
+
+/// How long its end may take then before it is cancelled, and how long after that.
+const UNDISTURBED: Duration = Duration::from_secs(25);
+
+/// How long a reply may take; that of `migrate` comes when two helpers have agreed.
+pub const PATIENCE: Duration = Duration::from_secs(45);
+
+/// How often things are looked at.
+const LOOK: Duration = Duration::from_millis(10);
+
+/// States of a migration that is over.
+const ENDS: [&str; 4] = ["none", "completed", "failed", "cancelled"];
+
+/// When a worker dies: when the client at its end has sent so many commands.
+#[derive(Debug)]
+struct Kill {
+    source: bool,
+    commands: usize,
+    signal: Signal,
+}
+
+/// What is done.
+#[derive(Debug)]
+pub struct Round {
+    version: &'static str,
+    seed: u64,
+    kill: Option<Kill>,
+    capabilities: Vec<String>,
+    /// MiB a second.
+    rate: u64,
+    /// Devices come and go. Rarely: each `device_add` that QEMU refuses may block its main loop for
+    /// good while the guest is stopped under TCG (drain_call_rcu() in qmp_device_add()).
+    devices: bool,
+}
+
+/// What the disturbing client at one end tells the others.
+#[derive(Default)]
+struct Disturbance {
+    sent: AtomicUsize,
+    /// It has let a guest run again whose migration had completed.
+    let_run: AtomicBool,
+}
+
+fn ensure(holds: bool, what: impl FnOnce() -> Wrong) -> Result<(), Wrong> {
+    if holds { Ok(()) } else { Err(what()) }
+}
+
+impl Round {
+    pub fn draw(version: &'static str, seed: u64) -> Self {
+        let mut rng = Rng::with_seed(seed);
+        let kill = (rng.u8(..4) > 0).then(|| Kill {
+            source: rng.bool(),
+            commands: rng.usize(..80),
+            signal: *rng.choice(&[Signal::KILL, Signal::SEGV, Signal::TERM, Signal::STOP]).unwrap(),
+        });
+        let some = ["return-path", "pause-before-switchover", "auto-converge", "multifd"];
+        let capabilities =
+            some.map(str::to_owned).into_iter().filter(|_| rng.u8(..3) == 0).collect();
+        let rate = *rng.choice(&[8, 32, 128, 4096]).unwrap();
+        Self { version, seed, kill, capabilities, rate, devices: rng.u8(..6) == 0 }
+    }
+
+    /// Make it.
+    ///
+    /// # Errors
+    /// What went wrong.
+    pub fn run(&self, carrier: Carrier) -> Result<(), Wrong> {
+        println!("{} {self:?}", carrier.scheme());
+        let config = Config {
+            version: self.version,
+            memory: Memory::Private,
+            mib: 64,
+            guest: Guest::Dirty { fill: 48, hot: 8, spin: 3000 },
+            devices: vec!["-device qemu-xhci,id=usb".to_owned()],
+            ..Config::default()
+        };
+        let dir = tempfile::tempdir().unwrap();
+        let mut source = End::start(&dir, "source", &config, carrier);
+        let defaults = source.run("query-migrate-parameters", json!({}))?;
+        source.qemu.await_guest();
+        let incoming = config.incoming();
+        let mut destination = End::start(&dir, "destination", &incoming, carrier);
+
+        let migrated = self.migrate(&mut source, &mut destination, carrier);
+        for end in [&mut source, &mut destination] {
+            if let Some(crash) = end.crash() {
+                return Err(format!("{crash}\n{}", end.qemu.log()));
+            }
+        }
+        let Some(destination_runs) = migrated? else { return Ok(()) };
+        if destination_runs {
+            return destination.goes_on();
+        }
+        source.goes_on()?;
+        reset(&mut source, &defaults)?;
+        let mut destination = End::start(&dir, "next", &incoming, carrier);
+        once_more(&mut source, &mut destination, carrier)
+    }
+
+    /// Migrate and disturb. Returns whether the guest has moved, if that can be said.
+    fn migrate(
+        &self,
+        source: &mut End,
+        destination: &mut End,
+        carrier: Carrier,
+    ) -> Result<Option<bool>, Wrong> {
+        for end in [&mut *source, &mut *destination] {
+            end.set_capabilities(&self.capabilities, true)?;
+        }
+        source.run("migrate-set-parameters", json!({ "max-bandwidth": self.rate << 20 }))?;
+        let commands = Commands::of(&mut source.client);
+        let mut rng = Rng::with_seed(!self.seed);
+        let over = &AtomicBool::new(false);
+        let disturbances = &[Disturbance::default(), Disturbance::default()];
+        let relays = [source.relay, destination.relay];
+        let sockets = [&*source, &*destination].map(|end| end.qemu.spare_socket());
+        let ended = thread::scope(|scope| {
+            for (socket, disturbance) in sockets.iter().zip(disturbances) {
+                let (commands, mut rng) = (&commands, rng.fork());
+                let draw = move || commands.draw(&mut rng, self.devices);
+                scope.spawn(move || disturb(Qmp::connect(socket), draw, over, disturbance));
+            }
+            scope.spawn(|| self.kill(relays, over, disturbances));
+            let ended = follow(source, destination, carrier, over);
+            over.store(true, SeqCst);
+            ended
+        });
+        let sent = disturbances.each_ref().map(|disturbance| disturbance.sent.load(SeqCst));
+        println!("commands: {sent:?}");
+        ended?;
+        let may_run = disturbances[0].let_run.load(SeqCst);
+        let moved = has_moved(source, destination)?;
+        Ok(if may_run { None } else { Some(moved) })
+    }
+
+    fn kill(&self, relays: [Option<u32>; 2], over: &AtomicBool, disturbances: &[Disturbance; 2]) {
+        let Some(kill) = &self.kill else { return };
+        let index = usize::from(!kill.source);
+        while disturbances[index].sent.load(SeqCst) < kill.commands {
+            if over.load(SeqCst) {
+                return;
+            }
+            thread::park_timeout(LOOK);
+        }
+        if let Some(relay) = relays[index] {
+            signal_workers(relay, kill.signal);
+        }
+    }
+}
+
+/// Send whatever QMP allows, until the migration is over or QEMU gone.
+fn disturb(
+    mut client: Qmp,
+    mut draw: impl FnMut() -> Command,
+    over: &AtomicBool,
+    disturbance: &Disturbance,
+) {
+    client.patience(PATIENCE);
+    while !over.load(SeqCst) {
+        let (command, arguments) = draw();
+        let mut done = client.try_execute(command, &arguments);
+        if command == "cont" && done.is_ok() {
+            done = client.try_execute("query-migrate", &json!({}));
+            if done.as_ref().is_ok_and(|state| state["status"] == "completed") {
+                disturbance.let_run.store(true, SeqCst);
+            }
+        }
+        if done.is_err_and(|error| error == HUNG_UP || error == STUCK) {
+            return;
+        }
+        disturbance.sent.fetch_add(1, SeqCst);
+    }
+}
+
+/// Begin a migration, and help it to its end when it was disturbed for long enough.
+fn follow(
+    source: &mut End,
+    destination: &mut End,
+    carrier: Carrier,
+    over: &AtomicBool,
+) -> Result<(), Wrong> {
+    let uri = json!({ "uri": format!("{}:127.0.0.1:{}", carrier.scheme(), free_port()) });
+    for (end, command) in [(destination, "migrate-incoming"), (&mut *source, "migrate")] {
+        match end.run(command, uri.clone()) {
+            Err(error) if error.ends_with(HUNG_UP) || error.ends_with(STUCK) => return Err(error),
+            // Some settings don't go together.
+            Err(_) => return Ok(()),
+            Ok(_) => {}
+        }
+    }
+    let begun = Instant::now();
+    let mut cancelled = false;
+    loop {
+        let state = source.migration()?;
+        let status = state["status"].as_str().unwrap_or("none");
+        if ENDS.contains(&status) {
+            return Ok(());
+        }
+        let taken = begun.elapsed();
+        if taken > DISTURBED {
+            over.store(true, SeqCst);
+            let fast = json!({ "max-bandwidth": 4_u64 << 30, "downtime-limit": 1000 });
+            source.run("migrate-set-parameters", fast)?;
+        }
+        if taken > DISTURBED && status == "pre-switchover" {
+            // It may have gone on by itself.
+            let _ = source.run("migrate-continue", json!({ "state": status }));
+        }
+        if taken > DISTURBED + UNDISTURBED && !cancelled {
+            cancelled = true;
+            source.run("migrate_cancel", json!({}))?;
+        }
+        ensure(taken < DISTURBED + 2 * UNDISTURBED, || format!("it does not end: {state}"))?;
+        thread::park_timeout(LOOK);
+    }
+}
+
+/// Where the guest is: at exactly one end.
+fn has_moved(source: &mut End, destination: &mut End) -> Result<bool, Wrong> {
+    let deadline = Instant::now() + UNDISTURBED;
+    // A QEMU that is gone is none that could run the guest.
+    let there = loop {
+        let there = destination.migration().unwrap_or_else(|_| json!({ "status": "gone" }));
+        // At `setup` no source has come; none will.
+        if there["status"] != "active" || Instant::now() > deadline {
+            break there;
+        }
+        thread::park_timeout(LOOK);
+    };
+    let (here, guest) = (source.migration()?, source.guest()?);
+    let moved = there["status"] == "completed";
+    let stopped = guest == "postmigrate";
+    let why = || {
+        format!(
+            "the guest is {guest} at the source, which says {here}; the destination says {there}"
+        )
+    };
+    let said = here["error-desc"].as_str().is_some_and(|text| text.contains("stays stopped"));
+    match (stopped, moved) {
+        (true, true) | (false, false) => Ok(moved),
+        (true, false) if said => Ok(false),
+        _ => Err(why()),
+    }
+}
+
+/// Set back what was set, and take away what was plugged in.
+fn reset(source: &mut End, parameters: &Value) -> Result<(), Wrong> {
+    let capabilities = source.run("query-migrate-capabilities", json!({}))?;
+    let on = capabilities.as_array().unwrap().iter().filter(|entry| entry["state"] == true);
+    let on: Vec<_> = on.map(|entry| entry["capability"].as_str().unwrap().to_owned()).collect();
+    source.set_capabilities(&on, false)?;
+    source.run("migrate-set-parameters", parameters.clone())?;
+    // It may not be there.
+    let _ = source.run("device_del", json!({ "id": "tablet" }));
+    Ok(())
+}
+
+/// The next migration succeeds.
+fn once_more(source: &mut End, destination: &mut End, carrier: Carrier) -> Result<(), Wrong> {
+    let uri = json!({ "uri": format!("{}:127.0.0.1:{}", carrier.scheme(), free_port()) });
+    destination.run("migrate-incoming", uri.clone())?;
+    source.run("migrate-set-parameters", json!({ "max-bandwidth": 4_u64 << 30 }))?;
+    source.run("migrate", uri)?;
+    for end in [&mut *source, &mut *destination] {
+        loop {
+            let state = end.migration()?;
+            match state["status"].as_str() {
+                Some("completed") => break,
+                Some("failed" | "cancelled") => return Err(format!("the next one: {state}")),
+                _ => thread::park_timeout(LOOK),
+            }
+        }
+    }
+    let differences = memory::compare(&mut source.qemu, &mut destination.qemu);
+    ensure(differences.is_empty(), || format!("RAM differs: {differences:?}"))?;
+    destination.goes_on()
+}
