@@ -8,21 +8,23 @@ use std::{
 
 use rustix::net::SendFlags;
 
-use super::messages::{LINE_MAX, Order, Report};
+use super::{
+    lines::Lines,
+    messages::{Order, Report},
+};
 use crate::qmp::socket;
 
 /// Reads the orders of the relay.
 #[derive(Debug)]
 pub struct Orders {
     socket: UnixStream,
-    buffer: Vec<u8>,
-    fds: Vec<OwnedFd>,
+    lines: Lines,
 }
 
 impl Orders {
     /// Orders that arrive on `socket`.
     pub fn new(socket: UnixStream) -> Self {
-        Self { socket, buffer: Vec::new(), fds: Vec::new() }
+        Self { socket, lines: Lines::default() }
     }
 
     /// The next order, with its descriptors; `None` when the relay is gone.
@@ -30,26 +32,19 @@ impl Orders {
     /// # Errors
     /// The system's; `InvalidData` for a line that is no order.
     pub fn next(&mut self) -> io::Result<Option<(Order, Vec<OwnedFd>)>> {
-        let mut scanned = 0;
         loop {
-            if let Some(end) = self.buffer[scanned..].iter().position(|byte| *byte == b'\n') {
-                let line: Vec<u8> = self.buffer.drain(..=scanned + end).collect();
-                let order = serde_json::from_slice(&line)?;
-                return Ok(Some((order, std::mem::take(&mut self.fds))));
+            if let Some(order) = self.lines.take()? {
+                return Ok(Some(order));
             }
-            scanned = self.buffer.len();
-            if scanned > LINE_MAX {
-                return Err(io::Error::new(io::ErrorKind::InvalidData, "order is too long"));
-            }
-            let mut piece = [0; 16384];
-            let received = match socket::recv(&self.socket, &mut piece, &mut self.fds) {
+            let (mut piece, mut fds) = ([0; 16384], Vec::new());
+            let received = match socket::recv(&self.socket, &mut piece, &mut fds) {
                 Err(error) if error.kind() == io::ErrorKind::ConnectionReset => 0,
                 other => other?,
             };
             if received == 0 {
                 return Ok(None);
             }
-            self.buffer.extend_from_slice(&piece[..received]);
+            self.lines.push(&piece[..received], fds);
         }
     }
 }

@@ -1,5 +1,5 @@
-//! What the relay and a worker tell each other: one JSON object a line over a socketpair, with the
-//! file descriptors that belong to it attached to its first byte.
+//! What the relay and a worker tell each other: one JSON object a line over a socketpair. Orders are
+//! in [`lines`](super::lines) that have descriptors.
 
 use std::{path::PathBuf, time::Duration};
 

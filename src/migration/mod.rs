@@ -18,6 +18,7 @@ mod incoming;
 mod intake;
 mod keys;
 mod landing;
+pub(crate) mod lines;
 mod link;
 pub mod messages;
 mod orphan;

@@ -43,11 +43,9 @@ pub fn run(control: UnixStream) -> std::io::Result<()> {
     let reports = Arc::new(Reports::new(control.try_clone()?));
     let mut orders = Orders::new(control);
     let mut next = orders.next()?;
-    if let Some((Order::Prepare { fabric }, early)) = next {
+    if let Some((Order::Prepare { fabric }, _)) = next {
         prepare(fabric);
-        // Both orders may have been read at once, and then the descriptors came with the first.
-        let with = |(order, fds)| (order, early.into_iter().chain(fds).collect());
-        next = orders.next()?.map(with);
+        next = orders.next()?;
     }
     let Some((order, fds)) = next else { return Ok(()) };
     if let Err(error) = start(order, fds, orders, &reports) {

@@ -44,13 +44,11 @@ pub struct Framer {
     buffer: Vec<u8>,
     scanned: usize,
     state: State,
-    /// Offset in the connection of the buffer's first byte.
-    base: u64,
 }
 
 impl Default for Framer {
     fn default() -> Self {
-        Self { buffer: Vec::new(), scanned: 0, state: State::Between, base: 0 }
+        Self { buffer: Vec::new(), scanned: 0, state: State::Between }
     }
 }
 
@@ -60,11 +58,11 @@ impl Framer {
         self.buffer.extend_from_slice(bytes);
     }
 
-    /// The next command that is complete, and the offset in the connection of its end.
-    pub fn take(&mut self) -> Option<(Framed, u64)> {
+    /// The next command that is complete.
+    pub fn take(&mut self) -> Option<Framed> {
         while let Some(&byte) = self.buffer.get(self.scanned) {
             if let Some(framed) = self.step(byte) {
-                return Some((framed, self.base));
+                return Some(framed);
             }
             let beyond = match self.state {
                 State::Value { depth, punctuation, .. } => {
@@ -80,7 +78,7 @@ impl Framer {
         // A value whose line has not ended is complete nevertheless.
         if self.state == State::Behind {
             self.state = State::Between;
-            return Some((Framed::Value(self.cut()), self.base));
+            return Some(Framed::Value(self.cut()));
         }
         if self.state == State::Dropping || self.state == State::Between {
             self.cut();
@@ -91,7 +89,6 @@ impl Framer {
     /// Remove what was scanned.
     fn cut(&mut self) -> Vec<u8> {
         let item = self.buffer.drain(..self.scanned).collect();
-        self.base += self.scanned as u64;
         self.scanned = 0;
         item
     }
@@ -163,7 +160,7 @@ mod tests {
         let mut all = Vec::new();
         for piece in pieces {
             framer.push(piece);
-            while let Some((framed, _)) = framer.take() {
+            while let Some(framed) = framer.take() {
                 all.push(framed);
             }
         }
@@ -218,17 +215,8 @@ mod tests {
             assert!(framer.buffer.len() <= ITEM_MAX + piece.len());
         }
         framer.push(b"\"}\n{}\n");
-        assert_eq!(framer.take().unwrap().0, Framed::TooLong);
-        assert_eq!(framer.take().unwrap().0, value("{}\n"));
-        assert_eq!(framer.take(), None);
-    }
-
-    #[test]
-    fn offsets_count_every_byte() {
-        let mut framer = Framer::default();
-        framer.push(b" {}\n\n[]\n{");
-        assert_eq!(framer.take().unwrap().1, 4);
-        assert_eq!(framer.take().unwrap().1, 8);
+        assert_eq!(framer.take().unwrap(), Framed::TooLong);
+        assert_eq!(framer.take().unwrap(), value("{}\n"));
         assert_eq!(framer.take(), None);
     }
 

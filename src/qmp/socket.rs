@@ -1,11 +1,15 @@
 //! Bytes with file descriptors over a Unix stream socket.
 //!
-//! Descriptors belong to the first byte of the `sendmsg` that carried them.
+//! Descriptors belong to the first byte of the `sendmsg` that carried them. A read ends behind the
+//! bytes of such a `sendmsg`, but may begin with bytes from before them: where in it they belong it
+//! does not tell.
 
 use std::{
     io::{self, IoSlice, IoSliceMut},
+    iter::Peekable,
     mem::MaybeUninit,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
+    slice::Chunks,
 };
 
 use rustix::{
@@ -76,16 +80,27 @@ pub fn send(fd: impl AsFd, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<u
     Ok(sendmsg(fd, &[IoSlice::new(bytes)], &mut ancillary, SendFlags::NOSIGNAL)?)
 }
 
-/// Send all of `bytes` on a blocking socket, with `fds` attached to the first.
+/// Send all of `bytes` on a blocking socket, with `fds` attached to the first; more than fit into one
+/// `sendmsg` to the next ones.
 ///
 /// # Errors
 /// As [`send`].
-pub fn send_all(fd: impl AsFd, mut bytes: &[u8], mut fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+pub fn send_all(fd: impl AsFd, mut bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+    let mut batches = fds.chunks(FDS_MAX).peekable();
     while !bytes.is_empty() {
-        let sent = send(&fd, bytes, fds)?;
-        (bytes, fds) = (&bytes[sent..], &[]);
+        let (now, batch) = next(bytes, &mut batches);
+        bytes = &bytes[send(&fd, now, batch)?..];
     }
     Ok(())
+}
+
+/// What goes into the next `sendmsg`.
+fn next<'a, 'fd>(
+    bytes: &'a [u8],
+    batches: &mut Peekable<Chunks<'a, BorrowedFd<'fd>>>,
+) -> (&'a [u8], &'a [BorrowedFd<'fd>]) {
+    let batch = batches.next().unwrap_or_default();
+    (if batches.peek().is_some() { &bytes[..1] } else { bytes }, batch)
 }
 
 /// [`recv`] on a tokio socket.
@@ -100,8 +115,7 @@ pub async fn recv_async(
     socket.async_io(Interest::READABLE, || recv(socket, buf, fds)).await
 }
 
-/// Send all of `bytes` on a tokio socket, with `fds` attached to the first; more than fit into one
-/// `sendmsg` to the next ones.
+/// [`send_all`] on a tokio socket.
 ///
 /// # Errors
 /// As [`send`].
@@ -112,8 +126,7 @@ pub async fn send_all_async(
 ) -> io::Result<()> {
     let mut batches = fds.chunks(FDS_MAX).peekable();
     while !bytes.is_empty() {
-        let batch = batches.next().unwrap_or_default();
-        let now = if batches.peek().is_some() { &bytes[..1] } else { bytes };
+        let (now, batch) = next(bytes, &mut batches);
         let sent = socket.async_io(Interest::WRITABLE, || send(socket, now, batch)).await?;
         bytes = &bytes[sent..];
     }

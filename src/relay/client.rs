@@ -18,6 +18,7 @@ use tracing::{debug, warn};
 
 use crate::qmp::{
     ITEM_MAX,
+    envelope::Command,
     framer::{Framed, Framer},
     socket,
 };
@@ -26,14 +27,11 @@ use crate::qmp::{
 /// and its events are lost. The reply to a command comes on top.
 const QUEUED_MAX: usize = 2 * ITEM_MAX;
 
-/// Most descriptors that wait for the command that they belong to; QEMU keeps those of one.
-const FDS_MAX: usize = socket::FDS_MAX;
-
 /// A command with its descriptors.
 pub struct FromClient {
     /// What was sent.
     pub framed: Framed,
-    /// The descriptors that came with it.
+    /// The descriptors that it takes.
     pub fds: Vec<OwnedFd>,
 }
 
@@ -152,31 +150,34 @@ async fn read_all(
 
 /// Cut what the client sends into commands.
 ///
-/// The descriptors of a `recvmsg` came with its last bytes, because the kernel ends a read behind
-/// bytes that carry descriptors; so they belong to the command that contains the last byte.
+/// QEMU keeps descriptors until a command takes them or others come (`tcp_chr_recv` of
+/// `chardev/char-socket.c`), whichever of the commands in one message they were sent with. They are
+/// kept here for it: the relay's own, sent in between, would drive them out there.
 async fn read_commands(stream: &UnixStream, commands: &mpsc::Sender<FromClient>) -> io::Result<()> {
     let mut framer = Framer::default();
-    let mut received = 0_u64;
-    let mut waiting: Vec<(u64, OwnedFd)> = Vec::new();
+    let mut kept = Vec::new();
     loop {
-        let mut piece = [0; 16384];
-        let mut fds = Vec::new();
+        let (mut piece, mut fds) = ([0; 16384], Vec::new());
         let length = socket::recv_async(stream, &mut piece, &mut fds).await?;
         if length == 0 {
             return Ok(());
         }
-        received += length as u64;
-        waiting.extend(fds.into_iter().map(|fd| (received, fd)));
-        if waiting.len() > FDS_MAX {
-            waiting.drain(..waiting.len() - FDS_MAX);
+        if !fds.is_empty() {
+            kept = fds;
         }
         framer.push(&piece[..length]);
-        while let Some((framed, end)) = framer.take() {
-            let mine = waiting.iter().take_while(|(last_byte, _)| *last_byte <= end).count();
-            let fds = waiting.drain(..mine).map(|(_, fd)| fd).collect();
+        while let Some(framed) = framer.take() {
+            let takes = !kept.is_empty() && takes_descriptors(&framed);
+            let fds = if takes { std::mem::take(&mut kept) } else { Vec::new() };
             if commands.send(FromClient { framed, fds }).await.is_err() {
                 return Ok(());
             }
         }
     }
+}
+
+/// QEMU takes one descriptor for it, and closes the others.
+fn takes_descriptors(framed: &Framed) -> bool {
+    let Framed::Value(bytes) = framed else { return false };
+    Command::read(bytes).is_ok_and(|command| ["getfd", "add-fd"].contains(&&*command.name))
 }

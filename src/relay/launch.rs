@@ -30,6 +30,7 @@ use super::{
 };
 use crate::{
     memory::inherited,
+    migration::lines::line,
     qemu::argv::{Endpoint, Invocation, Memory, Monitor, Plan},
     qmp::{QmpError, socket},
 };
@@ -226,8 +227,7 @@ fn start_relay(
         Err(error) if error.raw_os_error() != Some(libc::ECHILD) => return Err(relay(error)),
         _ => {}
     }
-    let mut line = serde_json::to_vec(&start).map_err(|error| relay(error.into()))?;
-    line.push(b'\n');
+    let line = line(&start, fds.len()).map_err(relay)?;
     socket::send_all(&ours, &line, &fds).map_err(relay)?;
     // Whoever asked QEMU to wait for management waits here.
     let waits = |session: &Session| matches!(session.door, StartDoor::Listening { wait: true, .. });

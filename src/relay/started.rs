@@ -33,7 +33,7 @@ use super::{
     worker,
 };
 use crate::{
-    migration::messages::{Address, LINE_MAX},
+    migration::{lines::Lines, messages::Address},
     qemu::blocks::OwnMemory,
     qmp::{Execute as _, QmpError, socket},
 };
@@ -228,18 +228,17 @@ async fn prepare(start: Start, fds: Vec<OwnedFd>) -> io::Result<Prepared> {
 
 /// The order, and its descriptors.
 fn receive(control: &StdUnixStream) -> io::Result<(Start, Vec<OwnedFd>)> {
-    let (mut line, mut fds) = (Vec::new(), Vec::new());
-    while !line.ends_with(b"\n") {
-        let mut piece = [0; 4096];
+    let mut lines = Lines::default();
+    loop {
+        if let Some(order) = lines.take()? {
+            return Ok(order);
+        }
+        let (mut piece, mut fds) = ([0; 4096], Vec::new());
         match socket::recv(control.as_fd(), &mut piece, &mut fds)? {
             0 => return Err(wrong("it breaks off")),
-            received => line.extend_from_slice(&piece[..received]),
-        }
-        if line.len() > LINE_MAX {
-            return Err(wrong("it is too long"));
+            received => lines.push(&piece[..received], fds),
         }
     }
-    Ok((serde_json::from_slice(&line)?, fds))
 }
 
 fn wrong(why: &str) -> io::Error {

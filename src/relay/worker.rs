@@ -18,7 +18,10 @@ use tokio::{
 use tracing::warn;
 
 use crate::{
-    migration::messages::{FabricKind, LINE_MAX, Order, Report},
+    migration::{
+        lines::line,
+        messages::{FabricKind, LINE_MAX, Order, Report},
+    },
     qemu::blocks::RamBlock,
     qmp::socket,
 };
@@ -64,9 +67,7 @@ impl Worker {
     }
 
     async fn send(&mut self, order: &Order, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
-        let mut line = serde_json::to_vec(order)?;
-        line.push(b'\n');
-        socket::send_all_async(&self.control, &line, fds).await
+        socket::send_all_async(&self.control, &line(order, fds.len())?, fds).await
     }
 
     /// Give it an order. One that is dead says so where reports are read.
