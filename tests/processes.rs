@@ -2,14 +2,20 @@
 
 mod support;
 
-use std::fs;
+use std::{
+    fs, thread,
+    time::{Duration, Instant},
+};
 
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use support::{
-    Config, Guest, Helper, Host, Memory, Pair, Proxy, Qmp, QmpProxy, eventually,
-    helper::signal_process,
+    Config, Guest, Helper, Host, Memory, PATIENCE, Pair, Proxy, Qmp, QmpProxy, VERSIONS,
+    eventually, helper::signal_process,
 };
+
+/// A guest for whom it is not about RAM.
+const SMALL: Guest = Guest::Dirty { fill: 8, hot: 1, spin: 3000 };
 
 /// A guest that writes faster than it can be sent, and time to do something meanwhile.
 fn slow(pair: &mut Pair, mib_per_second: u64) {
@@ -242,6 +248,59 @@ fn the_sources_qemu_is_killed() {
         log.contains("source's QEMU is gone") || log.contains("ended its migration stream"),
         "{log}"
     );
+}
+
+/// The source's worker is held from the agreement on, until several orders wait for it: it reads them
+/// all at once. A paused guest's has one more, as soon as QEMU migrates.
+fn orders_arrive_at_once(version: &'static str, helper: &[&str]) {
+    let config = Config { version, mib: 64, guest: SMALL, ..Config::default() };
+    let dir = tempfile::tempdir().unwrap();
+    let destination = config.clone().incoming();
+    let mut pair = Pair {
+        source: Host::with_helper(&dir, "source", &config, helper),
+        destination: Host::start(&dir, "destination", &destination),
+        dir,
+    };
+    pair.source.qemu.await_guest();
+    pair.source.client.run("stop", json!({}));
+    for turn in 0..4 {
+        let uri = pair.listen();
+        let agreed = |pair: &Pair| pair.source.helper.log().matches("block lists agree").count();
+        let before = agreed(&pair);
+        let migrate = json!({ "execute": "migrate", "arguments": { "uri": uri } });
+        pair.source.client.send(format!("{migrate}\n").as_bytes());
+        let deadline = Instant::now() + PATIENCE;
+        while agreed(&pair) == before {
+            assert!(Instant::now() < deadline, "no agreement");
+        }
+        let worker = pair.source.helper.await_worker();
+        signal_process(worker, Signal::STOP);
+        assert!(pair.source.client.reply_line().contains("return"));
+        // What waits in the worker's socket nobody can see.
+        thread::sleep(Duration::from_millis(200));
+        signal_process(worker, Signal::CONT);
+        let end = pair.source.await_status(&["completed", "failed", "cancelled"]);
+        assert_eq!(end["status"], "completed", "{version}, {turn}: {end}");
+        pair.compare();
+        assert_eq!(pair.destination.qemu.status(), "paused");
+        let name = format!("destination{turn}");
+        let next = Host::with_helper(&pair.dir, &name, &destination, helper);
+        pair.source = std::mem::replace(&mut pair.destination, next);
+    }
+    pair.source.client.run("cont", json!({}));
+    pair.source.qemu.assert_goes_on();
+}
+
+#[test]
+fn orders_arrive_at_once_for_a_paused_guest() {
+    for version in VERSIONS {
+        orders_arrive_at_once(version, &[]);
+    }
+}
+
+#[test]
+fn orders_arrive_at_once_without_channels() {
+    orders_arrive_at_once("10.0", &["--channels", "0"]);
 }
 
 #[test]

@@ -12,7 +12,7 @@ use std::{
 
 use rustix::process::Signal;
 use serde_json::{Value, json};
-use support::{Config, Helper, Host, Pair, Qmp, eventually};
+use support::{Config, Helper, Host, Pair, Qmp, VERSIONS, eventually};
 
 /// One host whose QEMU just stands there.
 fn host() -> (tempfile::TempDir, Host) {
@@ -214,6 +214,37 @@ fn descriptors_pass_with_their_command() {
     drop(ours);
     let state = host.await_status(&["failed"]);
     assert!(state["error-desc"].as_str().is_some(), "{state}");
+}
+
+/// Whatever they are sent with, they are for the first command that takes one, as in QEMU itself.
+#[test]
+fn descriptors_wait_for_the_command_that_takes_them() {
+    const QUERY: &str = "{\"execute\": \"query-status\"}\n";
+    const GETFD: &str = "{\"execute\": \"getfd\", \"arguments\": {\"fdname\": \"it\"}}\n";
+    let file = std::fs::File::open("/dev/null").unwrap();
+    for version in VERSIONS {
+        let dir = tempfile::tempdir().unwrap();
+        let config = Config { version, ..Config::default() }.incoming();
+        let mut host = Host::start(&dir, "host", &config);
+        let mut taken = |with: &[&str], without: &[&str]| {
+            let clients = [&mut host.client, &mut host.qemu.qmp];
+            let [ours, qemus] = clients.map(|client| {
+                client.send_with_fd(with.concat().as_bytes(), file.as_fd());
+                client.send(without.concat().as_bytes());
+                let commands = [with, without].concat();
+                let replies: Vec<_> = commands.iter().map(|_| client.reply_line()).collect();
+                replies.iter().map(|reply| !reply.contains("error")).collect::<Vec<_>>()
+            });
+            assert_eq!(ours, qemus, "{version}: {with:?} {without:?}");
+            ours
+        };
+        assert_eq!(taken(&[GETFD, QUERY], &[]), [true, true]);
+        assert_eq!(taken(&[QUERY, GETFD], &[]), [true, true]);
+        assert_eq!(taken(&[GETFD, GETFD], &[QUERY]), [true, false, true]);
+        assert_eq!(taken(&[QUERY], &[QUERY, GETFD, GETFD]), [true, true, true, false]);
+        // A command of the helper's own, and those that are QEMU's in between.
+        assert_eq!(taken(&["{\"execute\": \"query-migrate\"}\n"], &[GETFD]), [true, true]);
+    }
 }
 
 #[test]

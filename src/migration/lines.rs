@@ -190,6 +190,9 @@ mod tests {
         lines.push(b"", vec![theirs.into()]);
         drop(lines);
         let mut rest = Vec::new();
-        assert_eq!(io::Read::read_to_end(&mut File::from(OwnedFd::from(ours)), &mut rest).unwrap(), 0);
+        assert_eq!(
+            io::Read::read_to_end(&mut File::from(OwnedFd::from(ours)), &mut rest).unwrap(),
+            0
+        );
     }
 }

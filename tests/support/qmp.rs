@@ -145,7 +145,12 @@ impl Qmp {
             return Err(HUNG_UP.into());
         }
         loop {
-            let line = self.line().ok_or(HUNG_UP)?;
+            let mut line = String::new();
+            match self.stream.read_line(&mut line) {
+                Ok(1..) => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Err(STUCK.into()),
+                _ => return Err(HUNG_UP.into()),
+            }
             let mut message: Value =
                 serde_json::from_str(&line).map_err(|error| error.to_string())?;
             if let Some(value) = message.get_mut("return") {
