@@ -7,6 +7,7 @@
 //! A connection is used by several threads: any may send through its [`Poster`], one owns its
 //! [`Receiver`], and a [`Handle`] ends it from anywhere.
 
+pub mod pending;
 mod preflight;
 mod session;
 pub mod tcp;
@@ -241,8 +242,11 @@ pub trait Request: Send {
     /// Its private data.
     fn private_data(&self) -> &[u8];
 
-    /// Who it is, for messages.
-    fn peer(&self) -> String;
+    /// Who it is.
+    fn peer(&self) -> SocketAddr;
+
+    /// Ends it: a blocked [`Request::accept`] returns an error.
+    fn handle(&self) -> Handle;
 
     /// Let it in.
     ///
@@ -347,6 +351,10 @@ pub trait Receiver: Send {
     /// Bytes of the peer's writes that have landed here; 0 where a device does it unseen.
     fn landed(&self) -> u64;
 
+    /// Ask `may_land` before the first write lands that processors of this host carry out; if it says
+    /// no, none ever does, and the connection ends. Called before any region is named.
+    fn guard(&mut self, may_land: Guard);
+
     /// Name `region` to the peer: where its first byte is, and the key to all of it where the
     /// fabric need not pin it. Else the key is 0 until [`Receiver::register`].
     ///
@@ -368,6 +376,9 @@ pub trait Receiver: Send {
     /// no write can land any more.
     fn revoke(&mut self);
 }
+
+/// Whether writes may land. It may take as long as it has to.
+pub type Guard = Arc<dyn Fn() -> bool + Send + Sync>;
 
 /// Ends a connection or a listener from any thread: whoever waits on it gets an error.
 #[derive(Clone)]

@@ -10,6 +10,7 @@ use std::{
     hash::{BuildHasher as _, Hasher as _, RandomState},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
         mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel},
     },
     time::{Duration, Instant},
@@ -94,6 +95,11 @@ impl<T> Sessions<T> {
         Session { sessions: self.clone(), number, arrived, deadline: Instant::now() + ESTABLISHING }
     }
 
+    /// Expect no more for this one.
+    pub(super) fn close(&self, number: u64) {
+        self.lock().remove(&number);
+    }
+
     /// A further connection came; false if it belongs to nobody, or is one too many.
     pub(super) fn add(&self, trailer: &Trailer, connection: T) -> bool {
         let sessions = self.lock();
@@ -137,7 +143,23 @@ impl<T> Session<T> {
 
 impl<T> Drop for Session<T> {
     fn drop(&mut self) {
-        self.sessions.lock().remove(&self.number);
+        self.sessions.close(self.number);
+    }
+}
+
+/// Which session a request has opened, so that another thread can end its waiting.
+#[derive(Clone, Default)]
+pub(super) struct Opened(Arc<AtomicU64>);
+
+impl Opened {
+    /// It is this one.
+    pub(super) fn set<T>(&self, session: &Session<T>) {
+        self.0.store(session.number, Ordering::SeqCst);
+    }
+
+    /// End the waiting for its further connections.
+    pub(super) fn close<T>(&self, sessions: &Sessions<T>) {
+        sessions.close(self.0.load(Ordering::SeqCst));
     }
 }
 

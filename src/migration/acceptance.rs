@@ -6,12 +6,14 @@ use super::{
     Block, Result,
     agreement::{TIMEOUT, check_limit, extension, listed, ours, unexpected},
     error::MigrationError,
+    landing::Context,
     link::{Link, LinkReceiver},
     messages::{Options, ROM_MAX},
+    seat::{Claim, Seat},
     statistics::Statistics,
 };
 use crate::{
-    fabric::{Connection, RemoteKey, Request},
+    fabric::{Connection, RemoteKey, Request, pending::Place},
     memory::{RANGE_MAX, Ranges, Region},
     stream::StreamBlock,
     wire::{
@@ -40,6 +42,17 @@ pub struct Accepted {
     /// Bytes of it.
     pinned: u64,
     pin_limit: Option<u64>,
+    /// To the guest's memory, and to its migration.
+    pub claim: Arc<Claim>,
+}
+
+impl Drop for Accepted {
+    fn drop(&mut self) {
+        // Nobody may touch memory any more when the next one may.
+        self.claim.give_up();
+        self.receiver.revoke();
+        self.claim.leave();
+    }
 }
 
 /// One of the destination's blocks.
@@ -55,22 +68,30 @@ pub struct AcceptedBlock {
 }
 
 impl Accepted {
-    /// A stock source, which names its blocks in the stream.
-    fn unnamed(link: Arc<Link>, receiver: LinkReceiver, pin: bool) -> Self {
-        Self::new(link, receiver, Some(pin))
-    }
-
-    fn new(link: Arc<Link>, receiver: LinkReceiver, unnamed: Option<bool>) -> Self {
+    fn new(connection: Box<dyn Connection>, flow: [Flow; 2], stock: bool, hall: &Hall<'_>) -> Self {
+        let stall = hall.options.stall_timeout();
+        let [sending, receiving] = flow;
+        let (link, mut receiver) = match stock {
+            true => Link::stock(connection, receiving, stall),
+            false => Link::new(connection, sending, receiving, stall),
+        };
+        let claim = Claim::new(hall.seat, link.handle());
+        let writes = Arc::downgrade(&claim);
+        receiver.guard(Arc::new(move || {
+            let claim = writes.upgrade().filter(|claim| claim.take());
+            claim.map(|claim| claim.expect()).is_some()
+        }));
         Self {
             link,
             receiver,
             blocks: Vec::new(),
             table: BlockTable::default(),
             any_time: false,
-            unnamed,
+            unnamed: None,
             ranges: HashMap::new(),
             pinned: 0,
-            pin_limit: None,
+            pin_limit: hall.options.pin_limit,
+            claim,
         }
     }
 
@@ -186,74 +207,115 @@ impl Accepted {
     }
 }
 
-/// The destination: let a source in and compare its blocks with `own`.
+/// What the agreement depends on at this end.
+struct Hall<'a> {
+    options: &'a Options,
+    own: &'a [Block],
+    statistics: &'a Statistics,
+    seat: &'a Arc<Seat>,
+}
+
+/// The destination: let a source in and compare its blocks with the own ones.
 ///
 /// # Errors
 /// When it is no helper, or does not have the same blocks; it was told then.
 pub fn accept(
     request: Box<dyn Request>,
-    own: &[Block],
-    options: &Options,
-    statistics: &Statistics,
+    context: &Context,
+    place: &Place,
+    seat: &Arc<Seat>,
 ) -> Result<Accepted> {
+    let Context { options, blocks: own, statistics, .. } = context;
+    let hall = Hall { options, own, statistics, seat };
     let theirs = PrivateData::decode(request.private_data())?;
     let pin_all = theirs.pin_all;
     let theirs = extension(&theirs, options)?;
     let ours = ours(options);
     let reply = PrivateData { pin_all, extension: theirs.map(|_| ours) };
     let connection = request.accept(&reply.encode())?;
-    let stall = options.stall_timeout();
-    let Some(theirs) = theirs else {
-        let (link, receiver) = Link::stock(connection, Flow::Lockstep, stall);
-        statistics.follow(&link);
-        let pin_limit = options.pin_limit;
-        let accepted = Accepted { pin_limit, ..Accepted::unnamed(link, receiver, pin_all) };
-        return match check_limit(own, pin_all, pin_limit, options) {
-            Ok(()) => Ok(accepted),
-            Err(error) => {
-                accepted.link.end(&error, true);
-                Err(error)
-            }
-        };
+    let flow = match theirs {
+        Some(theirs) => [Flow::Window(theirs.window), Flow::Window(ours.window)],
+        None => [Flow::Lockstep; 2],
     };
-    let (sending, receiving) = (Flow::Window(theirs.window), Flow::Window(ours.window));
-    let (link, mut receiver) = Link::new(connection, sending, receiving, stall);
-    statistics.follow(&link);
-    let compared = check_limit(own, pin_all, options.pin_limit, options)
-        .and_then(|()| compare(&link, &mut receiver, own, pin_all));
-    let accepted = compared.and_then(|(blocks, table)| {
-        let pin_limit = options.pin_limit;
-        let accepted = Accepted::new(link.clone(), receiver, None);
-        let any_time = theirs.any_time();
-        let accepted = Accepted { blocks, table, pin_limit, any_time, ..accepted };
-        accepted.link.send(&Message::RamBlocksResult(accepted.entries()))?;
-        Ok(accepted)
-    });
-    accepted.inspect_err(|error| link.end(error, true))
+    let mut accepted = Accepted::new(connection, flow, theirs.is_none(), &hall);
+    let agreed = match theirs {
+        _ if !place.advance(accepted.link.handle()) => Err(made_room()),
+        Some(theirs) => {
+            accepted.any_time = theirs.any_time();
+            accepted.agree(pin_all, &hall, place)
+        }
+        None => {
+            // It names its blocks in the stream.
+            accepted.unnamed = Some(pin_all);
+            check_limit(own, pin_all, options.pin_limit, options)
+        }
+    };
+    match agreed {
+        Ok(()) => Ok(accepted),
+        Err(error) => {
+            accepted.link.end(&error, true);
+            Err(error)
+        }
+    }
 }
 
-/// Read the source's list, put the own blocks into its order, and let it into them.
-fn compare(
-    link: &Arc<Link>,
-    receiver: &mut LinkReceiver,
-    own: &[Block],
-    pin: bool,
-) -> Result<(Vec<AcceptedBlock>, BlockTable)> {
-    let source = read_lists(link, receiver)?;
-    let writable = |index: usize| own[index].region.is_some();
-    let order = blocks::compare(&source, &listed(own), writable)?;
-    let table = BlockTable::new(order.iter().map(|index| own[*index].length))?;
-    let mut target = |region: &Arc<Region>| -> Result<_> {
-        Ok((region.clone(), let_in(receiver, region, pin)?))
-    };
-    let mut blocks = Vec::with_capacity(order.len());
-    for Block { name, length, region, .. } in order.into_iter().map(|index| &own[index]) {
-        let target = region.as_ref().map(&mut target).transpose()?;
-        let (name, length, stand_in) = (name.clone(), *length, false);
-        blocks.push(AcceptedBlock { name, length, target, stand_in });
-    }
-    Ok((blocks, table))
+fn made_room() -> MigrationError {
+    MigrationError::Aborted("It made room for another source".into())
 }
+
+impl Accepted {
+    /// Compare the block lists; if they agree, tell the source where to write.
+    fn agree(&mut self, pin_all: bool, hall: &Hall<'_>, place: &Place) -> Result<()> {
+        let order = self.compare(hall.own).inspect_err(|error| self.tell_stranger(error))?;
+        if !place.advance(self.link.handle()) {
+            return Err(made_room());
+        }
+        check_limit(hall.own, pin_all, hall.options.pin_limit, hall.options)?;
+        if pin_all && hall.options.fabric.pins() {
+            // What is registered can be written.
+            if !self.claim.take() {
+                return Err(made_room());
+            }
+            hall.statistics.follow(&self.link);
+        }
+        for Block { name, length, region, .. } in order.into_iter().map(|index| &hall.own[index]) {
+            let mut target = |region: &Arc<Region>| -> Result<_> {
+                Ok((region.clone(), let_in(&mut self.receiver, region, pin_all)?))
+            };
+            let target = region.as_ref().map(&mut target).transpose()?;
+            let (name, length, stand_in) = (name.clone(), *length, false);
+            self.blocks.push(AcceptedBlock { name, length, target, stand_in });
+        }
+        self.link.send(&Message::RamBlocksResult(self.entries()))?;
+        self.claim.expect();
+        Ok(())
+    }
+
+    /// Read the source's list; which own block is each of its? There is a table of them then.
+    fn compare(&mut self, own: &[Block]) -> Result<Vec<usize>> {
+        let source = read_lists(&self.link, &mut self.receiver)?;
+        let writable = |index: usize| own[index].region.is_some();
+        let order = blocks::compare(&source, &listed(own), writable)?;
+        self.table = BlockTable::new(order.iter().map(|index| own[*index].length))?;
+        Ok(order)
+    }
+
+    /// Who does not know the guest learns nothing of it: only what was wrong with its own words, or
+    /// that the lists differ.
+    fn tell_stranger(&self, error: &MigrationError) {
+        match error {
+            MigrationError::Peer(_) | MigrationError::PeerFailed { .. } => {
+                self.link.end(error, true);
+            }
+            _ => self.link.end(&MigrationError::Incompatible(DIFFERENT.into()), true),
+        }
+    }
+}
+
+/// What a source is told whose blocks are not the destination's.
+const DIFFERENT: &str = "The destination does not have the source's RAM blocks, and its helper's log \
+                         says what differs; start both QEMUs with the same machine type, memory and \
+                         devices";
 
 /// Let the peer into a region: all of it, or range by range.
 fn let_in(receiver: &mut LinkReceiver, region: &Arc<Region>, pin: bool) -> Result<RemoteKey> {

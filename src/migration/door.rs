@@ -1,115 +1,233 @@
 //! Who connects to a waiting destination: sources, and the return path of a stock one.
+//!
+//! Each source agrees on a thread of its own, so that who falls silent, or sends a byte a second, is
+//! waited for by nobody else. The first one that begins to send its stream is served, and those that
+//! are pending then are turned away.
 
 use std::{
-    os::unix::net::UnixStream,
+    net::{IpAddr, SocketAddr},
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        mpsc::{Receiver, SyncSender, sync_channel},
+        Arc, Mutex, MutexGuard, PoisonError, Weak,
+        mpsc::{self, Receiver, Sender, SyncSender, sync_channel},
     },
     thread,
     time::Duration,
 };
 
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
 
-use super::{Result, acceptance, landing::Context, link::Link, return_path};
+use super::{
+    Result,
+    acceptance::{self, Accepted},
+    error::MigrationError,
+    incoming::Event,
+    landing::Context,
+    messages::FabricKind,
+    return_path::ReturnPath,
+    seat::Seat,
+};
 use crate::{
-    fabric::{self, FabricError, Listener, Request},
-    wire::credit::Flow,
+    fabric::{
+        FabricError, Listener, Request,
+        pending::{Limits, Pending, Place},
+    },
+    wire::PrivateData,
 };
 
-/// Sources that may wait while another is served.
-const WAITING: usize = 16;
+/// Sources that may be pending. On RDMA the buffers of each are 12 MiB of pinned memory.
+const PENDING: Limits = Limits { each: 4, total: 16 };
 
-/// Where a connection goes that is no source's, if one is expected.
-type Expected = Mutex<Option<SyncSender<Box<dyn Request>>>>;
+/// How long a source may take from the agreement to its first bytes. Its QEMU is asked to migrate
+/// then.
+const FIRST_BYTES: Duration = Duration::from_secs(60);
+
+/// A source that has the seat and sends.
+pub struct Proven {
+    /// The agreement.
+    pub accepted: Accepted,
+    /// Its first message.
+    pub first: Vec<u8>,
+    /// Who it is.
+    pub peer: SocketAddr,
+    /// Its place among those that are pending.
+    pub place: Place,
+    /// A stock source's, which may come later.
+    pub return_path: Option<Arc<ReturnPath>>,
+}
 
 /// Lets in who connects.
 pub struct Door {
-    sources: Receiver<fabric::Result<Box<dyn Request>>>,
-    /// Where a stock source's second connection goes.
-    return_path: Arc<Expected>,
+    proven: Receiver<Result<Proven>>,
 }
 
-fn lock(expected: &Expected) -> MutexGuard<'_, Option<SyncSender<Box<dyn Request>>>> {
-    expected.lock().unwrap_or_else(PoisonError::into_inner)
+/// What all that are pending share.
+struct Hall {
+    context: Arc<Context>,
+    pending: Arc<Pending>,
+    seat: Arc<Seat>,
+    /// Stock sources whose second connection may come.
+    expected: Mutex<Vec<Expected>>,
+    proven: Sender<Result<Proven>>,
+}
+
+/// Where the second connection of a stock source at this address goes.
+struct Expected {
+    address: IpAddr,
+    /// Gone with its source.
+    return_path: Weak<ReturnPath>,
+    open: SyncSender<Box<dyn Request>>,
 }
 
 impl Door {
     /// Accept on a thread of its own, until the listener is closed.
-    pub fn open(mut listener: Box<dyn Listener>) -> Self {
-        let (to_serve, sources) = sync_channel(WAITING);
-        let return_path = Arc::new(Expected::default());
-        let expected = return_path.clone();
+    pub fn open(mut listener: Box<dyn Listener>, context: &Arc<Context>) -> Self {
+        let (sender, proven) = mpsc::channel();
+        let hall = Arc::new(Hall {
+            context: context.clone(),
+            pending: Pending::new(PENDING),
+            seat: Arc::default(),
+            expected: Mutex::default(),
+            proven: sender,
+        });
         thread::spawn(move || {
             loop {
-                let request = listener.accept();
-                let failed = request.is_err();
-                let sent = match (lock(&expected).as_ref(), request) {
-                    (Some(return_path), Ok(request)) => return_path.try_send(request).is_ok(),
-                    (_, request) => to_serve.try_send(request).is_ok(),
-                };
-                if failed {
-                    return;
-                }
-                if !sent {
-                    info!("a peer was turned away: too many wait already");
+                match listener.accept() {
+                    Ok(request) => hall.visit(request),
+                    Err(error) => {
+                        // The receiver is gone only when a source is served.
+                        let _ = hall.proven.send(Err(error.into()));
+                        return;
+                    }
                 }
             }
         });
-        Self { sources, return_path }
+        Self { proven }
     }
 
-    /// The next source.
-    pub fn next(&self) -> Result<Box<dyn Request>> {
-        Ok(self.sources.recv().unwrap_or(Err(FabricError::Closed))?)
+    /// The next source that sends.
+    pub fn next(&self) -> Result<Proven> {
+        self.proven.recv().unwrap_or(Err(FabricError::Closed.into()))
+    }
+}
+
+impl Hall {
+    fn expected(&self) -> MutexGuard<'_, Vec<Expected>> {
+        self.expected.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whoever connects next is a source.
-    pub fn expect_sources(&self) {
-        *lock(&self.return_path) = None;
-    }
-
-    /// Whoever connects next is the return path of the stock source at `link`, which QEMU's end of
-    /// it is forwarded to. It need not come.
-    pub fn expect_return_path(&self, link: Arc<Link>, context: &Context) {
-        let (to_open, requests) = sync_channel::<Box<dyn Request>>(WAITING);
-        *lock(&self.return_path) = Some(to_open.clone());
-        // QEMU connects as soon as it was let in, which may have been before this.
-        for early in self.sources.try_iter().flatten() {
-            // Too many wait already: this one is turned away.
-            let _ = to_open.try_send(early);
+    /// Somebody connects.
+    fn visit(self: &Arc<Self>, request: Box<dyn Request>) {
+        let peer = request.peer();
+        let stock = self.context.options.fabric == FabricKind::Verbs
+            && PrivateData::decode(request.private_data()).is_ok_and(|it| it.extension.is_none());
+        let request = match stock {
+            true => self.offer_return_path(request),
+            false => Some(request),
+        };
+        let Some(request) = request else { return };
+        if self.seat.begun() {
+            info!(%peer, "turned away: another source is served");
+            return;
         }
-        drop(to_open);
-        let (qemu, stall) = (context.qemu.clone(), context.options.stall_timeout());
+        let Some(place) = self.pending.enter(peer.ip(), request.handle()) else {
+            info!(%peer, "turned away: too many of this address, or in all, are pending");
+            return;
+        };
+        // Before it is let in: a stock QEMU connects again as soon as it is.
+        let return_path = stock.then(|| self.expect_return_path(peer.ip()));
+        let hall = self.clone();
+        thread::spawn(move || {
+            if let Err(error) = hall.receive(request, place, return_path) {
+                match hall.seat.begun() {
+                    true => info!(%peer, %error, "turned away: another source is served"),
+                    false => warn!(%peer, %error, "turned away"),
+                }
+            }
+        });
+    }
+
+    /// Agree with a source, and hand it on when it sends.
+    fn receive(
+        &self,
+        request: Box<dyn Request>,
+        place: Place,
+        return_path: Option<Arc<ReturnPath>>,
+    ) -> Result<()> {
+        let peer = request.peer();
+        let mut accepted = acceptance::accept(request, &self.context, &place, &self.seat)?;
+        let link = accepted.link.clone();
+        if let Some(return_path) = &return_path {
+            return_path.belongs_to(&link);
+            info!(%peer, "a stock QEMU connected");
+        } else {
+            info!(%peer, "a source connected, and the block lists agree");
+        }
+        // The receiver is gone only when the migration has ended.
+        let _ = self.context.events.send(Event::Agreed(link.clone()));
+        match first_message(&mut accepted) {
+            Ok(first) => {
+                // It fails only when another source is served.
+                let _ = self.proven.send(Ok(Proven { accepted, first, peer, place, return_path }));
+                Ok(())
+            }
+            Err(error) => {
+                link.end(&error, true);
+                let _ = self.context.events.send(Event::Withdrawn(link));
+                Err(error)
+            }
+        }
+    }
+
+    /// Hand a stock QEMU's connection to the source at the same address that expects it: the last
+    /// one that came. Returns it if there is none.
+    fn offer_return_path(&self, mut request: Box<dyn Request>) -> Option<Box<dyn Request>> {
+        let address = request.peer().ip();
+        let mut expected = self.expected();
+        expected.retain(|source| source.return_path.strong_count() > 0);
+        for source in expected.iter().rev().filter(|source| source.address == address) {
+            match source.open.try_send(request) {
+                Ok(()) => return None,
+                Err(mpsc::TrySendError::Full(it) | mpsc::TrySendError::Disconnected(it)) => {
+                    request = it;
+                }
+            }
+        }
+        Some(request)
+    }
+
+    /// A stock source at this address may connect once more.
+    fn expect_return_path(&self, address: IpAddr) -> Arc<ReturnPath> {
+        let (open, requests) = sync_channel::<Box<dyn Request>>(1);
+        let return_path = ReturnPath::new(self.context.qemu.clone());
+        let (opened, stall) = (Arc::downgrade(&return_path), self.context.options.stall_timeout());
+        self.expected().push(Expected { address, return_path: opened.clone(), open });
         thread::spawn(move || {
             while let Ok(request) = requests.recv() {
                 let peer = request.peer();
-                match open(request, &link, stall) {
-                    Ok(return_path) => return forward(&qemu, &return_path),
+                // It is expected as long as its source is there.
+                let Some(return_path) = opened.upgrade() else { return };
+                match acceptance::accept_again(request) {
+                    Ok(connection) => return return_path.open(connection, stall),
                     Err(error) => info!(%peer, %error, "no return path"),
                 }
             }
         });
+        return_path
     }
 }
 
-fn forward(qemu: &UnixStream, link: &Link) {
-    debug!("the return path is open");
-    return_path::forward(qemu, link);
-}
-
-/// Accept the second connection; its READYs are taken on a thread of its own.
-fn open(request: Box<dyn Request>, main: &Link, stall: Duration) -> Result<Arc<Link>> {
-    let connection = acceptance::accept_again(request)?;
-    let (link, mut receiver) = Link::stock(connection, Flow::LockstepAhead, stall);
-    main.accompany(&link);
-    let answering = link.clone();
-    thread::spawn(move || {
-        let mut buffer = Vec::new();
-        while let Ok(message) = receiver.next(&answering, &mut buffer) {
-            debug!(?message, "a message on the return path");
-        }
-    });
-    Ok(link)
+/// Wait for a source's first message, and for the seat.
+fn first_message(accepted: &mut Accepted) -> Result<Vec<u8>> {
+    let link = accepted.link.clone();
+    let mut first = Vec::new();
+    let deadline = link.deadline(FIRST_BYTES);
+    link.grant()?;
+    let message = accepted.receiver.next(&link, &mut first)?;
+    debug!(?message, "the source begins");
+    drop(deadline);
+    if accepted.claim.take() {
+        accepted.claim.expect();
+        return Ok(first);
+    }
+    Err(MigrationError::Aborted("The destination is served by another source already".into()))
 }

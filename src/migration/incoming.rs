@@ -44,7 +44,9 @@ pub enum Event {
     /// A source connected, and the block lists agree.
     Agreed(Arc<Link>),
     /// It went again before it sent anything.
-    Withdrawn,
+    Withdrawn(Arc<Link>),
+    /// It begins to send, and is the one that is served.
+    Begun(Arc<Link>),
     /// QEMU has all of the stream, and RAM has landed.
     StreamEnded,
     /// The source ended the connection after that, or the migration failed.
@@ -53,8 +55,8 @@ pub enum Event {
 
 /// Where an incoming migration stands.
 enum Incoming {
-    /// Waiting for a source.
-    Listening,
+    /// Waiting for a source to begin; with these the block lists agree.
+    Listening(Vec<Arc<Link>>),
     /// A source sends.
     Receiving(Arc<Link>),
     /// QEMU loads what is left of the stream.
@@ -103,21 +105,25 @@ pub fn run(
         listening: listener.handle(),
         served: Cell::new(false),
     };
-    let serving = landing::Context {
+    let serving = Arc::new(landing::Context {
         qemu,
         blocks,
         options,
         statistics: statistics.clone(),
         commitment: context.commitment.clone(),
         events: sender,
-    };
+    });
     thread::spawn(move || landing::serve(listener, &serving));
-    let verdict = lifetime(Incoming::Listening, &events, &reports, &statistics, |state, event| {
-        match state.handle(event, &context, &events) {
+    let verdict = lifetime(
+        Incoming::Listening(Vec::new()),
+        &events,
+        &reports,
+        &statistics,
+        |state, event| match state.handle(event, &context, &events) {
             Incoming::Ended(verdict) => Err(verdict),
             state => Ok(state),
-        }
-    });
+        },
+    );
     verdict.tell(&reports, &statistics, |_| {
         // It fails only when QEMU has closed its end.
         let _ = context.qemu.shutdown(Shutdown::Both);
@@ -127,11 +133,16 @@ pub fn run(
 impl Incoming {
     fn handle(self, event: Event, context: &Context, events: &Receiver<Event>) -> Self {
         match (self, event) {
-            (Self::Listening, Event::Agreed(link)) => {
+            (Self::Listening(mut agreed), Event::Agreed(link)) => {
                 context.reports.send(&Report::Agreed { channels: 0, announceable: 0 });
-                Self::Receiving(link)
+                agreed.push(link);
+                Self::Listening(agreed)
             }
-            (Self::Receiving(_), Event::Withdrawn) => Self::Listening,
+            (Self::Listening(mut agreed), Event::Withdrawn(link)) => {
+                agreed.retain(|known| !Arc::ptr_eq(known, &link));
+                Self::Listening(agreed)
+            }
+            (Self::Listening(_), Event::Begun(link)) => Self::Receiving(link),
             (Self::Receiving(link), Event::StreamEnded) => {
                 context.reports.send(&Report::StreamEnded);
                 Self::Loading(link)
@@ -196,7 +207,10 @@ impl Incoming {
                 warn!(?order, "an order that means nothing in this state");
                 state
             }
-            (state, Event::Agreed(_) | Event::Withdrawn | Event::StreamEnded) => state,
+            (
+                state,
+                Event::Agreed(_) | Event::Withdrawn(_) | Event::Begun(_) | Event::StreamEnded,
+            ) => state,
         }
     }
 
@@ -216,12 +230,13 @@ impl Incoming {
     /// End as failed.
     fn fail(self, error: MigrationError, never_ran: bool, context: &Context) -> Self {
         context.listening.close();
-        let link = match self {
-            Self::Receiving(link) | Self::Loading(link) => Some(link),
-            Self::Judging(link, _) | Self::Orphaned(link, _) => Some(link),
-            Self::Listening | Self::Ended(_) => None,
+        let links = match self {
+            Self::Receiving(link) | Self::Loading(link) => vec![link],
+            Self::Judging(link, _) | Self::Orphaned(link, _) => vec![link],
+            Self::Listening(agreed) => agreed,
+            Self::Ended(_) => Vec::new(),
         };
-        Self::Ended(Verdict::failed(error, never_ran, link))
+        Self::Ended(Verdict::failed(error, never_ran, links))
     }
 }
 

@@ -9,31 +9,31 @@ use std::{
     time::Duration,
 };
 
-use tracing::{info, warn};
+use tracing::warn;
 
 use super::{
     Block, Result,
-    acceptance::{self, Accepted},
+    acceptance::Accepted,
     agreement,
     commitment::Commitment,
-    door::Door,
+    door::{Door, Proven},
     error::MigrationError,
     incoming::Event,
     link::Deadline,
     messages::Options,
-    return_path,
+    return_path::{self, ReturnPath},
     statistics::Statistics,
 };
 use crate::{
-    fabric::{FabricError, Listener},
+    fabric::{FabricError, Listener, pending::Place},
     memory::Region,
     stream::{Inlet, Landing, PAGE, PushError, Records, StreamBlock},
     wire::{Message, RegisterResult},
 };
 
-/// How long a source may take from the agreement to its first bytes. Its QEMU is asked to migrate
-/// then.
-const FIRST_BYTES: Duration = Duration::from_secs(60);
+/// How long a source may take from its first message to the first bytes of its stream, even if nobody
+/// else waits.
+const BEGINNING: Duration = Duration::from_secs(60);
 
 /// Bytes of records that are gathered before QEMU gets them.
 const BATCH: usize = 256 << 10;
@@ -55,8 +55,8 @@ pub struct Context {
 }
 
 /// Serve sources until one has begun to send its stream, then that one to its end; says how it ended.
-pub fn serve(listener: Box<dyn Listener>, context: &Context) {
-    let door = Door::open(listener);
+pub fn serve(listener: Box<dyn Listener>, context: &Arc<Context>) {
+    let door = Door::open(listener, context);
     // The receiver is gone only when the migration has ended otherwise.
     let say = |served| drop(context.events.send(Event::Served(served)));
     match serve_one(&door, context) {
@@ -73,36 +73,16 @@ pub fn serve(listener: Box<dyn Listener>, context: &Context) {
 /// Whoever fails before that has changed nothing that matters: the next one is waited for.
 fn serve_one<'a>(door: &Door, context: &'a Context) -> Result<(Receiving<'a>, Result<()>)> {
     loop {
-        let request = door.next()?;
-        let peer = request.peer();
-        let accepted = match acceptance::accept(
-            request,
-            &context.blocks,
-            &context.options,
-            &context.statistics,
-        ) {
-            Ok(accepted) => accepted,
-            Err(error) => {
-                warn!(%peer, %error, "turned away");
-                continue;
-            }
-        };
-        if accepted.link.is_stock() {
-            info!(%peer, "a stock QEMU connected");
-            door.expect_return_path(accepted.link.clone(), context);
-        } else {
-            info!(%peer, "a source connected, and the block lists agree");
-        }
+        let Proven { accepted, first, peer, place, return_path } = door.next()?;
+        let link = accepted.link.clone();
+        context.statistics.follow(&link);
         context.statistics.set_up();
-        // The receiver is gone only when the migration has ended otherwise.
-        let _ = context.events.send(Event::Agreed(accepted.link.clone()));
-        let mut receiving = Receiving::new(accepted, context);
-        match receiving.run() {
+        let mut receiving = Receiving::new(accepted, place, return_path, context);
+        match receiving.run(&first) {
             Err(error) if !receiving.begun => {
-                receiving.accepted.link.end(&error, true);
+                link.end(&error, true);
                 warn!(%peer, %error, "the source went before it sent anything");
-                door.expect_sources();
-                let _ = context.events.send(Event::Withdrawn);
+                let _ = context.events.send(Event::Withdrawn(link));
             }
             other => return Ok((receiving, other)),
         }
@@ -118,6 +98,10 @@ struct Receiving<'a> {
     hook_open: bool,
     /// QEMU was given something.
     begun: bool,
+    /// Among those that are pending, until it has begun.
+    place: Place,
+    /// A stock source's.
+    return_path: Option<Arc<ReturnPath>>,
     /// Until then: the source must begin by it.
     deadline: Option<Deadline>,
     /// Nothing may follow.
@@ -125,17 +109,31 @@ struct Receiving<'a> {
 }
 
 impl<'a> Receiving<'a> {
-    fn new(accepted: Accepted, context: &'a Context) -> Self {
-        let deadline = Some(accepted.link.deadline(FIRST_BYTES));
-        let parser = Landing::default();
-        Self { accepted, context, parser, hook_open: false, begun: false, deadline, ended: false }
+    fn new(
+        accepted: Accepted,
+        place: Place,
+        return_path: Option<Arc<ReturnPath>>,
+        context: &'a Context,
+    ) -> Self {
+        Self {
+            deadline: Some(accepted.link.deadline(BEGINNING)),
+            accepted,
+            context,
+            place,
+            return_path,
+            parser: Landing::default(),
+            hook_open: false,
+            begun: false,
+            ended: false,
+        }
     }
 
-    /// Receive until the connection ends. What ends it after STREAM_END is no error.
-    fn run(&mut self) -> Result<()> {
+    /// Receive until the connection ends. What ends it after STREAM_END is no error. The first
+    /// message has been received.
+    fn run(&mut self, first: &[u8]) -> Result<()> {
         let mut buffer = Vec::new();
         let link = self.accepted.link.clone();
-        link.grant()?;
+        self.message(Message::decode(first)?)?;
         loop {
             match self.accepted.receiver.next(&link, &mut buffer) {
                 Ok(message) => self.message(message)?,
@@ -231,13 +229,7 @@ impl<'a> Receiving<'a> {
     /// Bytes of the stream: to QEMU, without the hooks.
     fn stream(&mut self, bytes: &[u8]) -> Result<()> {
         if !self.begun {
-            self.begun = true;
-            self.deadline = None;
-            // A stock source has a connection of its own for it.
-            if !self.accepted.link.is_stock() {
-                let (link, qemu) = (self.accepted.link.clone(), self.context.qemu.clone());
-                thread::spawn(move || return_path::forward(&qemu, &link));
-            }
+            self.begin();
         }
         let mut feed = Feed {
             receiving: &mut self.accepted,
@@ -253,6 +245,23 @@ impl<'a> Receiving<'a> {
         feed.write()?;
         self.context.statistics.stream_bytes.fetch_add(bytes.len() as u64, Relaxed);
         Ok(())
+    }
+
+    /// The source begins to send its stream: it is this one, and all others are turned away.
+    fn begin(&mut self) {
+        self.begun = true;
+        self.deadline = None;
+        self.accepted.claim.begin();
+        self.place.leave_only();
+        let link = self.accepted.link.clone();
+        let _ = self.context.events.send(Event::Begun(link.clone()));
+        match &self.return_path {
+            Some(return_path) => return_path.begin(),
+            None => {
+                let qemu = self.context.qemu.clone();
+                thread::spawn(move || return_path::forward(&qemu, &link));
+            }
+        }
     }
 
     /// The source says that its stream is complete.

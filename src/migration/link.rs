@@ -9,7 +9,7 @@ use std::{
 
 use super::{Result, error::MigrationError};
 use crate::{
-    fabric::{Connection, FabricError, Handle, Pinned, Poster, Receiver, RemoteKey},
+    fabric::{Connection, FabricError, Guard, Handle, Pinned, Poster, Receiver, RemoteKey},
     memory::Region,
     wire::{
         Message,
@@ -127,6 +127,11 @@ impl Link {
     /// The peer is a stock QEMU: version 1 and nothing more.
     pub fn is_stock(&self) -> bool {
         self.stock
+    }
+
+    /// Ends the connection from any thread.
+    pub fn handle(&self) -> Handle {
+        self.handle.clone()
     }
 
     /// End `companion` together with this.
@@ -335,6 +340,11 @@ impl LinkReceiver {
     /// Bytes of the peer's writes that have landed here.
     pub fn landed(&self) -> u64 {
         self.0.landed()
+    }
+
+    /// Ask before the peer's first write lands; see [`Receiver::guard`].
+    pub fn guard(&mut self, may_land: Guard) {
+        self.0.guard(may_land);
     }
 
     /// Name a region to the peer; see [`Receiver::announce`].

@@ -26,6 +26,7 @@ mod outgoing;
 mod pacing;
 pub(crate) mod return_path;
 mod rounds;
+mod seat;
 mod statistics;
 pub(crate) mod streams;
 mod targets;
@@ -71,16 +72,21 @@ enum Verdict {
     Failed {
         error: MigrationError,
         guest_never_ran: bool,
-        /// The connection, if there is one.
-        link: Option<Arc<Link>>,
+        /// The connection, if there is one; while sources are waited for, of each that agrees.
+        links: Vec<Arc<Link>>,
     },
 }
 
 impl Verdict {
     /// Failed. A peer that says that its guest never ran is believed.
-    fn failed(error: MigrationError, guest_never_ran: bool, link: Option<Arc<Link>>) -> Self {
+    fn failed(
+        error: MigrationError,
+        guest_never_ran: bool,
+        links: impl IntoIterator<Item = Arc<Link>>,
+    ) -> Self {
+        let links = links.into_iter().collect();
         let peer_knows = matches!(error, MigrationError::PeerFailed { guest_never_ran: true, .. });
-        Self::Failed { error, guest_never_ran: guest_never_ran || peer_knows, link }
+        Self::Failed { error, guest_never_ran: guest_never_ran || peer_knows, links }
     }
 
     /// Tell the relay, which has to know before QEMU notices anything; then let QEMU go, by
@@ -89,11 +95,11 @@ impl Verdict {
         let progress = statistics.progress();
         match self {
             Self::Done => reports.send(&Report::Done(progress)),
-            Self::Failed { error, guest_never_ran, link } => {
+            Self::Failed { error, guest_never_ran, links } => {
                 let reason = error.to_string();
                 reports.send(&Report::Failed { reason, guest_never_ran, progress });
                 end_qemu(guest_never_ran);
-                if let Some(link) = link {
+                for link in links {
                     link.end(&error, guest_never_ran);
                 }
             }

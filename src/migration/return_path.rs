@@ -7,14 +7,20 @@ use std::{
     io::{Read as _, Write as _},
     net::Shutdown,
     os::unix::net::UnixStream,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    thread,
     time::{Duration, Instant},
 };
 
 use rustix::net::{RecvFlags, recv};
 
+use tracing::debug;
+
 use super::{Result, announced::RamAck, error::MigrationError, link::Link};
-use crate::wire::Message;
+use crate::{
+    fabric::Connection,
+    wire::{Message, credit::Flow},
+};
 
 /// Longest data of a message in bytes (the buffer of QEMU's reader).
 const DATA_MAX: usize = 512;
@@ -35,6 +41,84 @@ pub fn forward(qemu: &UnixStream, link: &Link) {
     while let Ok((received @ 1.., _)) = recv(qemu, &mut buffer, RecvFlags::empty()) {
         if link.send(&Message::QemuFile(&buffer[..received])).is_err() {
             return;
+        }
+    }
+}
+
+/// The destination's side towards a stock source: a second connection, which may come before or after
+/// the source begins, or not at all. What QEMU says is forwarded when both are there.
+pub struct ReturnPath {
+    qemu: Arc<UnixStream>,
+    ends: Mutex<Ends>,
+}
+
+#[derive(Default)]
+struct Ends {
+    main: Option<Arc<Link>>,
+    link: Option<Arc<Link>>,
+    begun: bool,
+}
+
+impl ReturnPath {
+    /// From this QEMU.
+    pub fn new(qemu: Arc<UnixStream>) -> Arc<Self> {
+        Arc::new(Self { qemu, ends: Mutex::default() })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Ends> {
+        self.ends.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Its source's first connection, together with which it ends.
+    pub fn belongs_to(&self, main: &Arc<Link>) {
+        let mut ends = self.lock();
+        if let Some(link) = &ends.link {
+            main.accompany(link);
+        }
+        ends.main = Some(main.clone());
+    }
+
+    /// The second connection is there; its READYs are taken on a thread of its own.
+    pub fn open(&self, connection: Box<dyn Connection>, stall: Duration) {
+        let (link, mut receiver) = Link::stock(connection, Flow::LockstepAhead, stall);
+        let answering = link.clone();
+        thread::spawn(move || {
+            let mut buffer = Vec::new();
+            while let Ok(message) = receiver.next(&answering, &mut buffer) {
+                debug!(?message, "a message on the return path");
+            }
+        });
+        let mut ends = self.lock();
+        if let Some(main) = &ends.main {
+            main.accompany(&link);
+        }
+        if ends.begun {
+            self.forward(&link);
+        }
+        ends.link = Some(link);
+    }
+
+    /// Its source begins.
+    pub fn begin(&self) {
+        let mut ends = self.lock();
+        ends.begun = true;
+        if let Some(link) = &ends.link {
+            self.forward(link);
+        }
+    }
+
+    fn forward(&self, link: &Arc<Link>) {
+        debug!("the return path is open");
+        let (qemu, link) = (self.qemu.clone(), link.clone());
+        thread::spawn(move || forward(&qemu, &link));
+    }
+}
+
+impl Drop for ReturnPath {
+    fn drop(&mut self) {
+        let ends = self.lock();
+        if let Some(link) = ends.link.as_ref().filter(|_| !ends.begun) {
+            link.close();
         }
     }
 }

@@ -1,6 +1,9 @@
 //! The RAM-block exchange and the arithmetic of chunks and ranges.
 
-use std::{collections::HashMap, ops::Range};
+use std::{
+    collections::{HashMap, HashSet},
+    ops::Range,
+};
 
 use super::{BLOCKS_MAX, Compress, ListedBlock, Register, WireError};
 
@@ -12,13 +15,18 @@ pub use crate::memory::CHUNK;
 /// its length must be the source's; QEMU itself resizes the others (ROMs) when it loads.
 ///
 /// # Errors
-/// The first difference in count, name or length, with both values.
+/// [`WireError::Misbehaved`] for a list that is wrong by itself; else the first difference in count,
+/// name or length, with both values.
 pub fn compare(
     source: &[ListedBlock],
     own: &[ListedBlock],
     fixed_length: impl Fn(usize) -> bool,
 ) -> Result<Vec<usize>, WireError> {
     const CURE: &str = "start both QEMUs with the same machine type, memory and devices";
+    let mut named = HashSet::new();
+    if let Some(twice) = source.iter().find(|block| !named.insert(&block.name)) {
+        return Err(WireError::Misbehaved(format!("RAM block '{}' is listed twice", twice.name)));
+    }
     if source.len() != own.len() {
         return Err(WireError::Incompatible(format!(
             "The source has {} RAM blocks and the destination {}{}; {CURE}",
@@ -29,7 +37,6 @@ pub fn compare(
     }
     let by_name: HashMap<_, _> =
         own.iter().enumerate().map(|(index, block)| (block.name.as_str(), index)).collect();
-    let mut taken = vec![false; own.len()];
     let mut indices = Vec::with_capacity(source.len());
     for block in source {
         let Some(&index) = by_name.get(block.name.as_str()) else {
@@ -38,12 +45,6 @@ pub fn compare(
                 block.name
             )));
         };
-        if std::mem::replace(&mut taken[index], true) {
-            return Err(WireError::Misbehaved(format!(
-                "RAM block '{}' is listed twice",
-                block.name
-            )));
-        }
         if fixed_length(index) && own[index].length != block.length {
             return Err(WireError::Incompatible(format!(
                 "RAM block '{}' has {} bytes at the source and {} at the destination; {CURE}",

@@ -122,6 +122,15 @@ impl Host {
         state["status"].as_str().unwrap_or("none").to_owned()
     }
 
+    /// Its RAM blocks, names and lengths, as its own source would list them.
+    pub fn blocks(&mut self) -> Vec<(String, u64)> {
+        let info = self.client.run("query-rdma-helper", json!({}));
+        let block = |block: &Value| {
+            (block["name"].as_str().unwrap().to_owned(), block["length"].as_u64().unwrap())
+        };
+        info["blocks"].as_array().unwrap().iter().map(block).collect()
+    }
+
     /// How a RAM block would travel from here, as the helper says.
     pub fn travel(&mut self, block: &str) -> String {
         let info = self.client.run("query-rdma-helper", json!({}));

@@ -2,7 +2,7 @@
 
 use std::{
     io::{self, Read as _, Write as _},
-    net::{TcpListener, TcpStream},
+    net::{SocketAddr, TcpListener, TcpStream},
 };
 
 use super::PATIENCE;
@@ -70,6 +70,31 @@ impl Peer {
         let stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         Self(stream)
+    }
+
+    /// From another address of the loopback interface: 127.0.0.`host`.
+    pub fn connect_from(host: u8, port: u16) -> Self {
+        use rustix::net::{AddressFamily, SocketType, bind, connect, socket};
+        let local = |host, port| SocketAddr::from(([127, 0, 0, host], port));
+        let socket = socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+        bind(&socket, &local(host, 0)).unwrap();
+        connect(&socket, &local(1, port)).unwrap();
+        let stream = TcpStream::from(socket);
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        Self(stream)
+    }
+
+    /// A source that says hello and lists its blocks.
+    pub fn listed(port: u16, blocks: &[(String, u64)]) -> Self {
+        let mut peer = Self::connect(port);
+        peer.list(blocks);
+        peer
+    }
+
+    /// Say hello and list these blocks.
+    pub fn list(&mut self, blocks: &[(String, u64)]) {
+        self.send(&hello(PRIVATE_DATA));
+        self.send(&message(BLOCK_LIST, 1, &block_list(blocks)));
     }
 
     pub fn accept(listener: &TcpListener) -> Self {

@@ -19,7 +19,7 @@ use super::{
     socket::Socket,
 };
 use crate::{
-    fabric::{Connection, FabricError, Handle, Poster, Receiver, Result},
+    fabric::{Connection, FabricError, Guard, Handle, Poster, Receiver, Result},
     memory::{CHUNK, Region},
 };
 
@@ -41,6 +41,10 @@ pub(super) struct Shared {
     pub(super) received: AtomicU64,
     /// What the peer may write, by rkey - 1. The lock is taken once a frame.
     pub(super) regions: Mutex<Vec<Arc<Region>>>,
+    /// The peer's writes may land.
+    admitted: AtomicBool,
+    /// Who says so.
+    guard: Mutex<Option<Guard>>,
     /// Nothing may come any more on any but the first connection, and nobody misses it.
     ram_ended: AtomicBool,
     /// Why another connection than the first one has failed: the receiver's to tell.
@@ -75,6 +79,25 @@ impl Shared {
     /// write never lands behind a newer one.
     pub(super) fn socket(&self, offset: u64) -> &Socket {
         &self.sockets[(offset / CHUNK) as usize % self.sockets.len()]
+    }
+
+    /// From now on `may_land` is asked before a write lands, until it has said yes.
+    pub(super) fn guard(&self, may_land: Guard) {
+        *lock(&self.guard) = Some(may_land);
+        self.admitted.store(false, Ordering::SeqCst);
+    }
+
+    /// May the peer's writes land?
+    pub(super) fn may_land(&self) -> bool {
+        if self.admitted.load(Ordering::Relaxed) {
+            return true;
+        }
+        let guard = lock(&self.guard).clone();
+        let admitted = guard.is_none_or(|may_land| may_land());
+        if admitted {
+            self.admitted.store(true, Ordering::Relaxed);
+        }
+        admitted
     }
 
     /// What an error of a socket means.
@@ -270,6 +293,8 @@ impl TcpConnection {
             landed: AtomicU64::new(0),
             received: AtomicU64::new(0),
             regions: Mutex::default(),
+            admitted: AtomicBool::new(true),
+            guard: Mutex::default(),
             ram_ended: AtomicBool::new(false),
             failure: Mutex::default(),
             failed: AtomicBool::new(false),

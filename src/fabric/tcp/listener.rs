@@ -1,10 +1,9 @@
 //! Listening: peers greet on threads of their own, so that a silent client delays nobody.
 
 use std::{
-    net::{TcpListener, TcpStream},
+    net::{Shutdown, SocketAddr, TcpListener, TcpStream},
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering},
         mpsc::{self, SyncSender},
     },
     thread,
@@ -17,13 +16,17 @@ use super::{Tcp, connection::TcpConnection, frame, resolve};
 use crate::{
     fabric::{
         Connection, FabricError, Handle, Listener, Request, Result,
-        session::{Sessions, Trailer},
+        pending::{Limits, Pending},
+        session::{Opened, Sessions, Trailer},
     },
     migration::messages::Address,
 };
 
-/// Clients that may be greeting at a time; more are turned away.
-const GREETING_MAX: usize = 16;
+/// Clients that may be greeting at a time. A source that has many connections makes one at a time.
+const GREETING: Limits = Limits { each: 8, total: 128 };
+
+/// Clients that have greeted, and wait for who serves them.
+const WAITING: usize = 16;
 
 /// How long a client may take to greet.
 const GREETING_TIMEOUT: Duration = Duration::from_secs(5);
@@ -41,7 +44,7 @@ pub(super) struct TcpFabricListener {
 impl TcpFabricListener {
     pub(super) fn bind(address: &Address, fabric: Tcp) -> Result<Self> {
         let mut bound = address.clone();
-        let (sender, requests) = mpsc::sync_channel(GREETING_MAX);
+        let (sender, requests) = mpsc::sync_channel(WAITING);
         let mut sockets = Vec::new();
         let mut failed = None;
         for mut candidate in resolve(address)? {
@@ -57,7 +60,9 @@ impl TcpFabricListener {
         if let (true, Some(source)) = (sockets.is_empty(), failed) {
             return Err(FabricError::Listen { address: address.clone(), source });
         }
-        let reception = Reception { fabric, sessions: Arc::default(), requests: sender };
+        let greeting = Pending::new(GREETING);
+        let sessions = Arc::default();
+        let reception = Reception { fabric, greeting, sessions, requests: sender };
         for socket in &sockets {
             let (socket, reception) = (socket.clone(), reception.clone());
             thread::spawn(move || accept_clients(&socket, &reception));
@@ -100,7 +105,6 @@ fn close(sockets: &[Arc<TcpListener>]) {
 
 /// Accept until the socket is shut down.
 fn accept_clients(socket: &TcpListener, reception: &Reception) {
-    let greeting = Arc::new(AtomicUsize::new(0));
     loop {
         let (stream, peer) = match socket.accept() {
             Ok(client) => client,
@@ -115,33 +119,42 @@ fn accept_clients(socket: &TcpListener, reception: &Reception) {
                 continue;
             }
         };
-        if greeting.fetch_add(1, Ordering::Relaxed) >= GREETING_MAX {
-            greeting.fetch_sub(1, Ordering::Relaxed);
+        let Ok(end) = ends(&stream) else { continue };
+        let Some(place) = reception.greeting.enter(peer.ip(), end) else {
             info!(%peer, "turned away: too many clients that do not greet");
             continue;
-        }
-        let (reception, greeting) = (reception.clone(), greeting.clone());
+        };
+        let reception = reception.clone();
         thread::spawn(move || {
-            if let Err(error) = reception.greet(stream) {
+            if let Err(error) = reception.greet(stream, peer) {
                 info!(%peer, %error, "turned away: no helper's greeting");
             }
-            greeting.fetch_sub(1, Ordering::Relaxed);
+            drop(place);
         });
     }
+}
+
+/// What ends a connection from any thread.
+fn ends(stream: &TcpStream) -> std::io::Result<Handle> {
+    let stream = stream.try_clone()?;
+    Ok(Handle::new(move || {
+        // It fails only when the connection has ended already.
+        let _ = stream.shutdown(Shutdown::Both);
+    }))
 }
 
 /// Where clients go that have greeted.
 #[derive(Clone)]
 struct Reception {
     fabric: Tcp,
+    greeting: Arc<Pending>,
     sessions: Arc<Sessions<TcpStream>>,
     requests: SyncSender<TcpRequest>,
 }
 
 impl Reception {
     /// Read the client's greeting, and hand the client on.
-    fn greet(self, stream: TcpStream) -> std::io::Result<()> {
-        let peer = stream.peer_addr()?.to_string();
+    fn greet(self, stream: TcpStream, peer: SocketAddr) -> std::io::Result<()> {
         let private_data = frame::read_hello(&stream, Instant::now() + GREETING_TIMEOUT)?;
         let trailer = Trailer::find(&private_data);
         if let Some(trailer) = trailer.filter(|trailer| trailer.lane.get() > 0) {
@@ -153,7 +166,18 @@ impl Reception {
         let own = self.fabric.connections.saturating_sub(1);
         let further = trailer.map_or(0, |trailer| trailer.lanes.get().min(own));
         let (stall_timeout, sessions) = (self.fabric.stall_timeout, self.sessions);
-        let request = TcpRequest { stream, peer, private_data, further, stall_timeout, sessions };
+        let end = ends(&stream)?;
+        let opened = Opened::default();
+        let request = TcpRequest {
+            stream,
+            peer,
+            end,
+            private_data,
+            further,
+            stall_timeout,
+            sessions,
+            opened,
+        };
         // The receiver is gone when another peer was let in meanwhile.
         let _ = self.requests.send(request);
         Ok(())
@@ -163,12 +187,14 @@ impl Reception {
 /// A client that greeted.
 struct TcpRequest {
     stream: TcpStream,
-    peer: String,
+    peer: SocketAddr,
+    end: Handle,
     private_data: Vec<u8>,
     /// Connections that it gets beside this one.
     further: u16,
     stall_timeout: Duration,
     sessions: Arc<Sessions<TcpStream>>,
+    opened: Opened,
 }
 
 impl Request for TcpRequest {
@@ -176,18 +202,28 @@ impl Request for TcpRequest {
         &self.private_data
     }
 
-    fn peer(&self) -> String {
-        self.peer.clone()
+    fn peer(&self) -> SocketAddr {
+        self.peer
+    }
+
+    fn handle(&self) -> Handle {
+        let (end, opened, sessions) =
+            (self.end.clone(), self.opened.clone(), self.sessions.clone());
+        Handle::new(move || {
+            end.close();
+            opened.close(&sessions);
+        })
     }
 
     fn accept(self: Box<Self>, private_data: &[u8]) -> Result<Box<dyn Connection>> {
         let accepting = |source| FabricError::Host { call: "Accepting the peer", source };
-        let Self { stream, further, stall_timeout, sessions, .. } = *self;
+        let Self { stream, further, stall_timeout, sessions, opened, .. } = *self;
         let mut others = Vec::new();
         if further == 0 {
             frame::write_hello(&stream, private_data).map_err(accepting)?;
         } else {
             let session = sessions.open(further);
+            opened.set(&session);
             let reply = Trailer::new(further, 0, session.number()).append(private_data)?;
             frame::write_hello(&stream, &reply).map_err(accepting)?;
             for lane in 1..=further {

@@ -17,7 +17,7 @@ use super::{
     socket::Socket,
 };
 use crate::{
-    fabric::{FabricError, MESSAGE_MAX, Receiver, RemoteKey, Result},
+    fabric::{FabricError, Guard, MESSAGE_MAX, Receiver, RemoteKey, Result},
     memory::{CHUNK, Pipe, Region, Room},
 };
 
@@ -60,6 +60,10 @@ impl Receiver for TcpReceiver {
 
     fn landed(&self) -> u64 {
         self.shared.received.load(Ordering::Relaxed)
+    }
+
+    fn guard(&mut self, may_land: Guard) {
+        self.shared.guard(may_land);
     }
 
     fn announce(&mut self, region: &Arc<Region>) -> Result<RemoteKey> {
@@ -218,6 +222,9 @@ impl Incoming {
                 region.length()
             )));
         };
+        if !self.shared.may_land() {
+            return Err(FabricError::RemoteAccess("it is another peer's turn".into()));
+        }
         let mut at = address;
         while at < end {
             // No honest write leaves its chunk. One that does is not given memory before it is there.

@@ -27,7 +27,7 @@ const OPTION_REUSEADDR: i32 = 1;
 const OPTION_ACK_TIMEOUT: i32 = 3;
 
 /// Connections that may wait to be accepted.
-const BACKLOG: i32 = 5;
+const BACKLOG: i32 = 128;
 
 /// Retries of the transport, as QEMU's. Not 7, the most that the field holds: soft-RoCE takes that
 /// for "for ever" (`drivers/infiniband/sw/rxe/rxe_comp.c`).

@@ -22,7 +22,7 @@ use super::{
     sending::{SEND_DEPTH, Shared, VerbsPoster, identity},
 };
 use crate::{
-    fabric::{Connection, FabricError, Handle, Poster, Receiver, RemoteKey, Result},
+    fabric::{Connection, FabricError, Guard, Handle, Poster, Receiver, RemoteKey, Result},
     memory::Region,
 };
 
@@ -134,6 +134,10 @@ impl Receiver for VerbsReceiver {
 
     fn landed(&self) -> u64 {
         0
+    }
+
+    fn guard(&mut self, _may_land: Guard) {
+        // It is the device that writes, where memory was registered.
     }
 
     fn announce(&mut self, region: &Arc<Region>) -> Result<RemoteKey> {

@@ -1,7 +1,7 @@
 //! Waiting for peers.
 
 use std::{
-    net::SocketAddr,
+    net::{Ipv4Addr, SocketAddr},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -25,7 +25,7 @@ use super::{
 use crate::{
     fabric::{
         Connection, FabricError, Handle, Listener, Request, Result, resolve,
-        session::{ESTABLISHING, Session, Sessions, Trailer},
+        session::{ESTABLISHING, Opened, Session, Sessions, Trailer},
     },
     migration::messages::Address,
 };
@@ -45,16 +45,28 @@ struct Stop {
     wake: OwnedFd,
 }
 
-impl VerbsListener {
-    pub(super) fn bind(address: &Address, fabric: Verbs) -> Result<Self> {
+impl Stop {
+    fn new() -> Result<Arc<Self>> {
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|errno| FabricError::Host { call: "eventfd", source: errno.into() })?;
+        Ok(Arc::new(Self { closed: AtomicBool::new(false), wake }))
+    }
+
+    fn close(&self) {
+        self.closed.store(true, Ordering::SeqCst);
+        // It fails only when the counter is at its end, and then it is readable all the more.
+        let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
+    }
+}
+
+impl VerbsListener {
+    pub(super) fn bind(address: &Address, fabric: Verbs) -> Result<Self> {
+        let stop = Stop::new()?;
         let mut last = None;
         for candidate in resolve(address)? {
             match listen(candidate) {
                 Ok(id) => {
                     let address = Address { port: id.port(), ..address.clone() };
-                    let stop = Arc::new(Stop { closed: AtomicBool::new(false), wake });
                     return Ok(Self { address, fabric, id, stop, sessions: Arc::default() });
                 }
                 Err(error) => last = Some(error),
@@ -97,21 +109,28 @@ impl Listener for VerbsListener {
                 continue;
             };
             let own = EventChannel::new().and_then(|channel| id.migrate(&channel));
+            let own = own.and_then(|id| Ok((id, Stop::new()?)));
             let trailer = Trailer::find(&private_data);
             match (own, trailer) {
-                (Ok(id), Some(trailer)) if trailer.lane.get() > 0 => {
+                (Ok((id, _)), Some(trailer)) if trailer.lane.get() > 0 => {
                     // An identifier that is dropped tells its peer.
                     if !self.sessions.add(&trailer, id) {
                         info!("a queue pair was turned away: it belongs to no connection");
                     }
                 }
-                (Ok(id), _) => {
+                (Ok((id, stop)), _) => {
                     let (fabric, sessions) = (self.fabric.clone(), self.sessions.clone());
                     let lanes = trailer.map_or(0, |trailer| trailer.lanes.get());
                     let lanes = lanes.min(self.fabric.lanes);
-                    let id = Some(id);
-                    let request = VerbsRequest { id, private_data, lanes, fabric, sessions };
-                    return Ok(Box::new(request));
+                    return Ok(Box::new(VerbsRequest {
+                        id: Some(id),
+                        private_data,
+                        lanes,
+                        fabric,
+                        sessions,
+                        opened: Opened::default(),
+                        stop,
+                    }));
                 }
                 (Err(error), _) => info!(%error, "a peer could not be served"),
             }
@@ -120,11 +139,7 @@ impl Listener for VerbsListener {
 
     fn handle(&self) -> Handle {
         let stop = self.stop.clone();
-        Handle::new(move || {
-            stop.closed.store(true, Ordering::SeqCst);
-            // It fails only when the counter is at its end, and then it is readable all the more.
-            let _ = rustix::io::write(&stop.wake, &1_u64.to_ne_bytes());
-        })
+        Handle::new(move || stop.close())
     }
 }
 
@@ -137,6 +152,8 @@ struct VerbsRequest {
     lanes: u16,
     fabric: Verbs,
     sessions: Arc<Sessions<Id>>,
+    opened: Opened,
+    stop: Arc<Stop>,
 }
 
 impl Request for VerbsRequest {
@@ -144,8 +161,19 @@ impl Request for VerbsRequest {
         &self.private_data
     }
 
-    fn peer(&self) -> String {
-        self.id.as_ref().and_then(Id::peer).map_or_else(|| "?".into(), |peer| peer.to_string())
+    fn peer(&self) -> SocketAddr {
+        // Of a device without IP there is none.
+        let nobody = (Ipv4Addr::UNSPECIFIED, 0).into();
+        self.id.as_ref().and_then(Id::peer).unwrap_or(nobody)
+    }
+
+    fn handle(&self) -> Handle {
+        let (stop, opened, sessions) =
+            (self.stop.clone(), self.opened.clone(), self.sessions.clone());
+        Handle::new(move || {
+            stop.close();
+            opened.close(&sessions);
+        })
     }
 
     fn accept(mut self: Box<Self>, private_data: &[u8]) -> Result<Box<dyn Connection>> {
@@ -153,11 +181,13 @@ impl Request for VerbsRequest {
         id.set_peer_timeout(self.fabric.timeouts.acknowledgement())?;
         let mut opening = Opening::new(id, self.fabric.window, self.lanes)?;
         if self.lanes == 0 {
-            establish(opening.id(), private_data, Instant::now() + ESTABLISHING)?;
+            let deadline = Instant::now() + ESTABLISHING;
+            establish(opening.id(), private_data, deadline, &self.stop)?;
         } else {
             let session = self.sessions.open(self.lanes);
+            self.opened.set(&session);
             let reply = Trailer::new(self.lanes, 0, session.number()).append(private_data)?;
-            establish(opening.id(), &reply, session.deadline())?;
+            establish(opening.id(), &reply, session.deadline(), &self.stop)?;
             self.take_lanes(&mut opening, &session)?;
         }
         Ok(Box::new(opening.finish(self.fabric.timeouts)?))
@@ -165,9 +195,9 @@ impl Request for VerbsRequest {
 }
 
 /// Accept, and wait until the connection stands.
-fn establish(id: &Id, private_data: &[u8], deadline: Instant) -> Result<()> {
+fn establish(id: &Id, private_data: &[u8], deadline: Instant, stop: &Stop) -> Result<()> {
     id.accept(private_data)?;
-    match id.channel().wait(None, Some(deadline))? {
+    match id.channel().wait(Some(stop.wake.as_fd()), Some(deadline))? {
         Some(event) if event.kind == kind::RDMA_CM_EVENT_ESTABLISHED => Ok(()),
         _ => Err(FabricError::Closed),
     }
@@ -179,7 +209,7 @@ impl VerbsRequest {
         for lane in 1..=self.lanes {
             let id = session.next(lane)?;
             id.set_peer_timeout(self.fabric.timeouts.acknowledgement())?;
-            establish(opening.add_lane(id)?, &[], session.deadline())?;
+            establish(opening.add_lane(id)?, &[], session.deadline(), &self.stop)?;
         }
         Ok(())
     }
