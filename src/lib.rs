@@ -13,4 +13,5 @@ pub mod qemu;
 pub mod qmp;
 pub mod relay;
 pub mod stream;
+pub mod text;
 pub mod wire;

@@ -485,3 +485,29 @@ fn a_destination_that_stops_reading() {
     pair.migrate();
     pair.verify();
 }
+
+/// What a peer says comes to the client and to the log as one plain line.
+#[test]
+fn what_a_peer_says_is_plain_text() {
+    let mut pair = Pair::start(&Config::default());
+    let (uri, player) = played(|mut peer| {
+        peer.send(&hello(wire::PRIVATE_DATA));
+        let words = "\u{1}\u{1b}]0;owned\u{7}\u{1b}[2Jnot\r\n2026-01-01 ERROR today\u{202e}";
+        peer.send(&message(wire::ERROR_TEXT, 1, words.as_bytes()));
+        while peer.frame().is_ok() {}
+    });
+    let error = pair.source.client.refused("migrate", json!({ "uri": uri }));
+    println!("{error}");
+    assert_eq!(error, "?]0;owned??[2Jnot  2026-01-01 ERROR today?");
+    player.join().unwrap();
+    // A source's.
+    let uri = pair.listen();
+    let mut peer = Peer::connect(port_of(&uri));
+    peer.send(&hello(wire::PRIVATE_DATA));
+    peer.send(&message(wire::BLOCK_LIST, 1, &wire::block_list(&[("\u{1b}[2J".into(), 4096)])));
+    assert!(peer.last_words().contains("no plain text"));
+    for log in [pair.source.helper.log(), pair.destination.helper.log()] {
+        let bad = log.chars().find(|it| it.is_control() && *it != '\n' || *it == '\u{202e}');
+        assert_eq!(bad, None, "{log}");
+    }
+}

@@ -19,6 +19,7 @@ use std::io;
 
 use anyhow::Context as _;
 use clap::{Parser, Subcommand};
+use qemu_rdma_helper::text;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::EnvFilter;
@@ -113,18 +114,21 @@ impl Cli {
 /// Log to stderr, from this level on unless RUST_LOG says otherwise.
 fn log(level: LevelFilter) {
     let filter = EnvFilter::builder().with_default_directive(level.into()).from_env_lossy();
+    let colours = std::io::IsTerminal::is_terminal(&std::io::stderr());
     tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(|| Stderr)
+        .with_writer(move || Stderr { colours })
         .log_internal_errors(false)
-        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+        .with_ansi(colours)
         .with_target(false)
         .init();
 }
 
 /// Standard error, which is QEMU's as well under `run`: whoever reads it may be gone, or asleep. A
 /// message is lost rather than anything else.
-struct Stderr;
+struct Stderr {
+    colours: bool,
+}
 
 impl io::Write for Stderr {
     fn write(&mut self, message: &[u8]) -> io::Result<usize> {
@@ -132,7 +136,8 @@ impl io::Write for Stderr {
         let mut writable = [PollFd::new(&stderr, PollFlags::OUT)];
         if poll(&mut writable, Some(&Timespec::default())) == Ok(1) {
             // A pipe that can be written to takes as much as this without waiting (pipe(7)).
-            let start = &message[..message.len().min(MESSAGE_MAX)];
+            let shown = text::logged(message, self.colours);
+            let start = &shown[..shown.len().min(MESSAGE_MAX)];
             let _ = stderr.lock().write(start);
         }
         Ok(message.len())

@@ -2,7 +2,7 @@
 
 use std::fmt::Display;
 
-use crate::migration::messages::Address;
+use crate::{migration::messages::Address, text};
 
 /// What is known of the guest that is to migrate.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -54,20 +54,25 @@ pub struct Finding {
     pub cure: String,
 }
 
+/// Names of devices, files and QEMU's objects may be in it.
+fn line(found: impl Into<String>) -> String {
+    text::line(&found.into()).into_owned()
+}
+
 impl Finding {
     /// As it should be.
     pub fn good(text: impl Into<String>) -> Self {
-        Self { severity: Severity::Good, text: text.into(), cure: String::new() }
+        Self { severity: Severity::Good, text: line(text), cure: String::new() }
     }
 
     /// It works, or is not needed now.
     pub fn warning(text: impl Into<String>, cure: impl Into<String>) -> Self {
-        Self { severity: Severity::Warning, text: text.into(), cure: cure.into() }
+        Self { severity: Severity::Warning, text: line(text), cure: line(cure) }
     }
 
     /// A migration would fail.
     pub fn fatal(text: impl Into<String>, cure: impl Into<String>) -> Self {
-        Self { severity: Severity::Fatal, text: text.into(), cure: cure.into() }
+        Self { severity: Severity::Fatal, text: line(text), cure: line(cure) }
     }
 
     /// What a migration would fail with. The errors of this crate are one sentence, with the cure

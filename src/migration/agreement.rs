@@ -339,7 +339,10 @@ fn list_blocks(
     let entries = match receiver.next(link, &mut buffer)? {
         Message::RamBlocksResult(entries) => entries,
         Message::ErrorText { text, .. } => {
-            return Err(MigrationError::PeerFailed { text: text.into(), guest_never_ran: true });
+            return Err(MigrationError::PeerFailed {
+                text: text.into_owned(),
+                guest_never_ran: true,
+            });
         }
         other => return Err(unexpected(&other, "RAM_BLOCKS_RESULT")),
     };

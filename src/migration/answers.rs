@@ -88,7 +88,7 @@ fn receive_one(
         Message::UnregisterFinished => hand_on(answers, Answer::Unregistered),
         Message::RamBlocksResult(entries) => hand_on(answers, Answer::Blocks(entries)),
         Message::ErrorText { text, guest_never_ran } => {
-            Err(MigrationError::PeerFailed { text: text.to_owned(), guest_never_ran })
+            Err(MigrationError::PeerFailed { text: text.into_owned(), guest_never_ran })
         }
         Message::Error => Err(MigrationError::PeerFailed {
             text: "The destination failed and did not say why; see its log".into(),

@@ -201,7 +201,10 @@ impl<'a> Receiving<'a> {
                 self.end();
             }
             Message::ErrorText { text, guest_never_ran } => {
-                return Err(MigrationError::PeerFailed { text: text.to_owned(), guest_never_ran });
+                return Err(MigrationError::PeerFailed {
+                    text: text.into_owned(),
+                    guest_never_ran,
+                });
             }
             Message::Error => {
                 let text = "The source failed and did not say why; see its log".to_owned();

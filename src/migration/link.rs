@@ -299,7 +299,7 @@ impl Link {
             // The peer notices the end in any case.
             let _ = self.send(&match self.stock {
                 true => Message::Error,
-                false => Message::ErrorText { text: &text, guest_never_ran },
+                false => Message::ErrorText { text: text.into(), guest_never_ran },
             });
             self.poster.finish();
         }

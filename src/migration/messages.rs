@@ -6,7 +6,7 @@ use std::{path::PathBuf, time::Duration};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::fabric;
+use crate::{fabric, text};
 
 /// Longest line that either side accepts, in bytes.
 ///
@@ -165,6 +165,7 @@ pub enum Order {
     /// itself were gone.
     Leave {
         /// Why, for the peer.
+        #[serde(deserialize_with = "text::deserialize")]
         reason: String,
     },
     /// Source: the relay has done all that there is to do behind QEMU's migration. A worker that has
@@ -190,6 +191,7 @@ pub enum Order {
     /// Destination: its QEMU failed to load the stream, or is gone.
     QemuFailed {
         /// What is known, one sentence.
+        #[serde(deserialize_with = "text::deserialize")]
         reason: String,
         /// True only if the guest certainly never ran there.
         guest_never_ran: bool,
@@ -197,6 +199,7 @@ pub enum Order {
     /// End the migration as failed: release everything, tell the peer, exit.
     Abort {
         /// One sentence, told to the peer.
+        #[serde(deserialize_with = "text::deserialize")]
         reason: String,
     },
 }
@@ -258,6 +261,7 @@ pub enum Report {
     /// The migration failed; the worker exits after this.
     Failed {
         /// One sentence: what, where, cure.
+        #[serde(deserialize_with = "text::deserialize")]
         reason: String,
         /// True only if the guest certainly never ran at the destination, so that the source
         /// guest may run again even after its QEMU completed.

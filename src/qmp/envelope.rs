@@ -6,6 +6,7 @@ use serde::{Deserialize, de::IgnoredAny};
 use serde_json::{Map, Value, json, value::RawValue};
 
 use super::QmpError;
+use crate::text;
 
 /// A client's command, read for what is to be done with it. What is only relayed keeps its bytes.
 #[derive(Debug)]
@@ -177,30 +178,33 @@ pub enum FromQemu {
 
 #[derive(Deserialize)]
 struct RawError {
+    #[serde(deserialize_with = "text::deserialize")]
     class: String,
+    #[serde(deserialize_with = "text::deserialize")]
     desc: String,
 }
 
 impl FromQemu {
-    /// Read a line.
+    /// Read a line. What it says is for the helper's own use, so its text is made plain.
     ///
     /// # Errors
     /// When it is no JSON object.
     pub fn read(bytes: &[u8]) -> Result<Self, serde_json::Error> {
         let mut object: Map<String, Value> = serde_json::from_slice(bytes)?;
         if let Some(Value::String(name)) = object.get("event") {
-            let name = name.clone();
-            return Ok(Self::Event { name, data: object.remove("data").unwrap_or_default() });
+            let name = text::line(name).into_owned();
+            let data = text::reply(object.remove("data").unwrap_or_default());
+            return Ok(Self::Event { name, data });
         }
         let id = object.get("id").and_then(Value::as_str).map(str::to_owned);
         if let Some(value) = object.remove("return") {
-            return Ok(Self::Reply { result: Ok(value), id });
+            return Ok(Self::Reply { result: Ok(text::reply(value)), id });
         }
         if let Some(error) = object.remove("error") {
             let RawError { class, desc } = serde_json::from_value(error)?;
             return Ok(Self::Reply { result: Err(QmpError { class, desc }), id });
         }
-        Ok(Self::Other(Value::Object(object)))
+        Ok(Self::Other(text::reply(Value::Object(object))))
     }
 }
 

@@ -11,6 +11,8 @@ pub mod uri;
 
 use serde_json::Value;
 
+use crate::text;
+
 /// Longest command of a client, and longest line of QEMU, that is accepted, in bytes. QEMU's
 /// longest reply, `query-qmp-schema`, has 236 KB (10.0); libvirt gives up beyond 10 MiB.
 pub const ITEM_MAX: usize = 16 << 20;
@@ -26,9 +28,9 @@ pub struct QmpError {
 }
 
 impl QmpError {
-    /// An error of class `GenericError`.
-    pub fn generic(desc: impl Into<String>) -> Self {
-        Self { class: "GenericError".into(), desc: desc.into() }
+    /// An error of class `GenericError`; its text may have come from anywhere.
+    pub fn generic(desc: impl AsRef<str>) -> Self {
+        Self { class: "GenericError".into(), desc: text::line(desc.as_ref()).into_owned() }
     }
 
     /// The connection ended before the reply.

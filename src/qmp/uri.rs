@@ -3,7 +3,7 @@
 use serde_json::{Map, Value};
 
 use super::QmpError;
-use crate::migration::messages::Address;
+use crate::{migration::messages::Address, text};
 
 /// What a `migrate` or `migrate-incoming` asks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -40,6 +40,9 @@ pub fn parse(uri: &str) -> Result<Target, QmpError> {
 
 fn address(host: &str, port: &str) -> Result<Target, String> {
     let port = port.parse().map_err(|_| format!("port '{port}' is no number from 0 to 65535"))?;
+    if !host.chars().all(text::is_plain) {
+        return Err("the host is no name and no address".into());
+    }
     Ok(Target::Rdma(Address { host: host.to_owned(), port }))
 }
 

@@ -8,7 +8,7 @@ use super::{
     error::{PushError, StreamError},
     fields::{FIELD_MAX, Fields},
 };
-use crate::wire::BLOCKS_MAX;
+use crate::{text, wire::BLOCKS_MAX};
 use sections::section;
 
 /// The target's page size: 4 KiB on x86.
@@ -342,6 +342,7 @@ impl Parser {
     fn block(&mut self, fields: &mut Fields<'_>, left: u64) -> Result<Option<Found>, StreamError> {
         let (Some(name), Some(length)) = (fields.string(), fields.u64()) else { return Ok(None) };
         let name = std::str::from_utf8(name).ok().filter(|name| !name.is_empty());
+        let name = name.filter(|name| name.chars().all(text::is_plain));
         let Some(name) = name.map(str::to_owned) else {
             return Err(self.malformed("a RAM block without a proper name"));
         };
@@ -453,7 +454,7 @@ impl Parser {
                 None => {
                     let index = std::str::from_utf8(name).ok().and_then(|n| self.by_name.get(n));
                     *index.ok_or_else(|| {
-                        let name = String::from_utf8_lossy(name);
+                        let name = shown(name);
                         self.malformed(format!("a page of unknown RAM block '{name}'"))
                     })?
                 }
@@ -467,4 +468,9 @@ impl Parser {
         }
         Ok(Some(block))
     }
+}
+
+/// A name that is no known one, for messages.
+fn shown(name: &[u8]) -> String {
+    text::line(&String::from_utf8_lossy(name)).into_owned()
 }

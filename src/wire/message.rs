@@ -1,11 +1,14 @@
 //! Control messages: header and payload.
 
+use std::borrow::Cow;
+
 use zerocopy::{
     FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned,
     byteorder::big_endian::{U32, U64},
 };
 
 use super::{BLOCKS_MAX, MESSAGE_MAX, REQUESTS_MAX, WireError};
+use crate::text;
 
 /// Bytes of a message's header.
 pub const HEADER_SIZE: usize = size_of::<Header>();
@@ -152,7 +155,7 @@ pub enum Message<'a> {
     /// Extension: the sender failed, and why.
     ErrorText {
         /// One sentence, at most [`TEXT_MAX`] bytes.
-        text: &'a str,
+        text: Cow<'a, str>,
         /// From a destination: its guest certainly never ran.
         guest_never_ran: bool,
     },
@@ -344,7 +347,7 @@ fn decode_text(payload: &[u8]) -> Result<Message<'_>, WireError> {
         return Err(malformed("an unknown flag, or too long"));
     }
     let text = std::str::from_utf8(text).map_err(|_| malformed("no UTF-8"))?;
-    Ok(Message::ErrorText { text, guest_never_ran: *flag == 1 })
+    Ok(Message::ErrorText { text: text::line(text), guest_never_ran: *flag == 1 })
 }
 
 /// `u8 last`, then for each block `u64 length, u8 name length, name`.
@@ -370,7 +373,8 @@ fn decode_list(payload: &[u8]) -> Result<Message<'_>, WireError> {
         let (size, behind) = behind.split_first().ok_or_else(|| malformed("no name"))?;
         let name = behind.get(..usize::from(*size)).filter(|name| !name.is_empty());
         let name = name.and_then(|name| std::str::from_utf8(name).ok());
-        let name = name.ok_or_else(|| malformed("a name that is empty, cut or no UTF-8"))?;
+        let name = name.filter(|name| name.chars().all(text::is_plain));
+        let name = name.ok_or_else(|| malformed("a name that is empty, cut or no plain text"))?;
         if blocks.len() == BLOCKS_MAX {
             return Err(malformed("too many blocks"));
         }

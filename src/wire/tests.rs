@@ -75,7 +75,10 @@ fn samples() -> Vec<(Message<'static>, Vec<u8>)> {
             Message::BlockList { blocks: list, last: true },
             message(16, 0x100, 1, b"\x01\0\0\0\0\x40\0\0\0\x06pc.ram"),
         ),
-        (Message::ErrorText { text: "no", guest_never_ran: true }, message(3, 0x101, 1, b"\x01no")),
+        (
+            Message::ErrorText { text: "no".into(), guest_never_ran: true },
+            message(3, 0x101, 1, b"\x01no"),
+        ),
         (Message::StreamEnd { bytes: 258 }, message(8, 0x102, 1, &[0, 0, 0, 0, 0, 0, 1, 2])),
         (Message::FinalAck, message(0, 0x103, 1, &[])),
     ]
@@ -167,7 +170,7 @@ fn the_longest_list_of_blocks_fits_into_a_message() {
 #[test]
 fn an_overlong_text_is_cut_between_characters() {
     let text = "é".repeat(TEXT_MAX);
-    let message = Message::ErrorText { text: &text, guest_never_ran: false };
+    let message = Message::ErrorText { text: text.as_str().into(), guest_never_ran: false };
     let mut scratch = Vec::new();
     let (header, payload) = message.encode(&mut scratch);
     assert_eq!(payload.len(), 1 + TEXT_MAX);

@@ -5,7 +5,7 @@ use super::{
         error::StreamError,
         fields::{FIELD_MAX, Fields},
     },
-    Found, Item, PAGE, Parser, Ram, State,
+    Found, Item, PAGE, Parser, Ram, State, shown,
 };
 
 /// Section types (QEMU_VM_* of `migration/savevm.h`).
@@ -50,7 +50,7 @@ impl Parser {
                 None => false,
             },
             other => {
-                let name = String::from_utf8_lossy(other);
+                let name = shown(other);
                 return Err(self.malformed(format!("unknown configuration '{name}'")));
             }
         };
@@ -76,7 +76,7 @@ impl Parser {
                     return self.virtio_mem(fields, id);
                 }
                 if (kind, name) != (section::START, b"ram".as_slice()) {
-                    let name = String::from_utf8_lossy(name).into_owned();
+                    let name = shown(name);
                     return Err(StreamError::UnknownSection(name));
                 }
                 if version != 4 || self.ram_id.is_some() {

@@ -1,0 +1,151 @@
+//! Text that others wrote: a peer, QEMU, whoever names a file.
+//!
+//! It comes to logs, to `error-desc` and to terminals, so it is one line there, in bounds, and nothing
+//! that a terminal obeys or that changes how what stands beside it reads. That is seen to where it
+//! enters, by what is here; `tests/text.rs` has the list of these places.
+
+use std::borrow::Cow;
+
+use serde::{Deserialize as _, Deserializer};
+use serde_json::{Map, Value};
+
+/// Longest line in bytes.
+pub const LINE_MAX: usize = 4096;
+
+/// Neither a control character, nor one that breaks lines or turns the direction of writing
+/// (Unicode's Bidi_Control).
+pub fn is_plain(character: char) -> bool {
+    let obeyed = matches!(
+        character,
+        '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}'
+    );
+    !character.is_control() && !obeyed
+}
+
+/// What is put in the place of a character that is not plain.
+fn plain(character: char) -> char {
+    match character {
+        '\n' | '\r' | '\t' | '\u{2028}' | '\u{2029}' => ' ',
+        other if is_plain(other) => other,
+        _ => '?',
+    }
+}
+
+/// One line of it, [`LINE_MAX`] bytes at the most.
+pub fn line(text: &str) -> Cow<'_, str> {
+    let text = &text[..text.floor_char_boundary(LINE_MAX)];
+    if text.chars().all(is_plain) {
+        return Cow::Borrowed(text.trim_end());
+    }
+    // No character becomes longer.
+    let line: String = text.chars().map(plain).collect();
+    Cow::Owned(line.trim_end().to_owned())
+}
+
+/// All of its lines, with their ends: what the human monitor answers.
+pub fn lines(text: &str) -> String {
+    let mut rest = text.chars().peekable();
+    let mut lines = String::with_capacity(text.len());
+    while let Some(character) = rest.next() {
+        let kept = match character {
+            '\n' | '\t' => true,
+            // By itself it lets a line be overwritten.
+            '\r' => rest.peek() == Some(&'\n'),
+            _ => false,
+        };
+        lines.push(if kept { character } else { plain(character) });
+    }
+    lines
+}
+
+/// What is logged as one line: `message` may end with a line's end. With `colours` it has escape
+/// sequences, and who made it has seen to those in values.
+pub fn logged(message: &[u8], colours: bool) -> Vec<u8> {
+    let text = String::from_utf8_lossy(message);
+    let line = text.strip_suffix('\n').unwrap_or(&text);
+    let keep = |character| colours && character == '\u{1b}';
+    let mut shown: String = line.chars().map(|it| if keep(it) { it } else { plain(it) }).collect();
+    shown.push('\n');
+    shown.into_bytes()
+}
+
+/// Where the human monitor's text is in QEMU's replies that are not it alone (HumanReadableText of
+/// `qapi/common.json`).
+const MONITORS_TEXT: &str = "human-readable-text";
+
+/// Every string in JSON. The human monitor's text may have lines.
+pub fn reply(value: Value) -> Value {
+    match value {
+        Value::String(text) => lines(&text).into(),
+        other => within(other),
+    }
+}
+
+fn within(value: Value) -> Value {
+    match value {
+        Value::String(text) => line(&text).into(),
+        Value::Array(values) => values.into_iter().map(within).collect(),
+        Value::Object(members) => {
+            let clean = |(key, member): (String, _)| match key == MONITORS_TEXT {
+                true => (key, reply(member)),
+                false => (line(&key).into_owned(), within(member)),
+            };
+            Value::Object(members.into_iter().map(clean).collect::<Map<_, _>>())
+        }
+        other => other,
+    }
+}
+
+/// Read a string with serde, as one line.
+///
+/// # Errors
+/// When it is no string.
+pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    String::deserialize(deserializer).map(|text| line(&text).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_line_is_what_was_meant() {
+        assert_eq!(line("RAM block 'pc.ram' is gone"), "RAM block 'pc.ram' is gone");
+        assert_eq!(line("a\r\nb\tc\n"), "a  b c");
+        assert_eq!(line("\u{1b}[2J\u{9b}1mred\u{7}"), "?[2J?1mred?");
+        assert_eq!(line("evil\u{202e}txt.exe\u{2066}"), "evil?txt.exe?");
+        assert_eq!(line("größe 大き"), "größe 大き");
+    }
+
+    #[test]
+    fn the_monitors_lines_are_kept() {
+        assert_eq!(lines("a:\tb\r\nc\n\u{1b}c\rd\r\n"), "a:\tb\r\nc\n?c d\r\n");
+        let answer = json!({ "human-readable-text": "a\nb\u{1b}", "other": "a\nb" });
+        let shown = json!({ "human-readable-text": "a\nb?", "other": "a b" });
+        assert_eq!(reply(answer), shown);
+    }
+
+    #[test]
+    fn numbers_and_order_are_kept() {
+        let json = json!({ "z": [1, 2.5, null, true], "a\n": { "b": "c\u{1b}" } });
+        assert_eq!(reply(json).to_string(), r#"{"z":[1,2.5,null,true],"a":{"b":"c?"}}"#);
+        assert_eq!(reply(json!("x\r\ny")), json!("x\r\ny"));
+    }
+
+    proptest! {
+        #[test]
+        fn a_line_is_one_plain_line_in_bounds(text in "\\PC{0,20}|.{0,40}|(?s:.{0,2000})") {
+            let shown = line(&text);
+            prop_assert!(shown.chars().all(is_plain));
+            prop_assert!(shown.len() <= LINE_MAX);
+            prop_assert_eq!(line(&shown), shown.clone());
+            let logged = String::from_utf8(logged(text.as_bytes(), false)).unwrap();
+            prop_assert!(logged.strip_suffix('\n').unwrap().chars().all(is_plain));
+            let lines = lines(&text);
+            prop_assert!(lines.replace("\r\n", "").chars().all(|it| it == '\n' || it == '\t' || is_plain(it)));
+        }
+    }
+}
