@@ -11,7 +11,7 @@ mod announced;
 mod answers;
 mod channels;
 mod commitment;
-mod control;
+pub mod control;
 mod door;
 mod error;
 mod incoming;

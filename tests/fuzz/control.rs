@@ -1,0 +1,43 @@
+//! Any bytes on the socket between relay and worker: each line is an order or the end of orders,
+//! however it is cut, and what is understood is understood alike when it is said again.
+#![no_main]
+
+use std::{io::Write as _, os::unix::net::UnixStream};
+
+use libfuzzer_sys::fuzz_target;
+use qemu_rdma_helper::migration::{
+    control::Orders,
+    messages::{Order, Report},
+};
+use serde::{Serialize, de::DeserializeOwned};
+
+/// What a line says, if it says something.
+fn read<T: DeserializeOwned + Serialize + PartialEq + std::fmt::Debug>(line: &[u8]) -> Option<T> {
+    let read: T = serde_json::from_slice(line).ok()?;
+    let again = serde_json::to_vec(&read).expect("it can be said");
+    assert_eq!(serde_json::from_slice::<T>(&again).expect("it can be read"), read);
+    Some(read)
+}
+
+/// Orders on a socket that ends, until one makes no sense.
+fn orders(input: &[u8], size: usize) -> Vec<Order> {
+    let (mut relay, worker) = UnixStream::pair().expect("sockets");
+    // So much fits into a socket that nobody reads.
+    for piece in input.chunks(size) {
+        relay.write_all(piece).expect("room");
+    }
+    drop(relay);
+    let mut orders = Orders::new(worker);
+    let next = || orders.next().ok().flatten().map(|(order, _)| order);
+    std::iter::from_fn(next).collect()
+}
+
+fuzz_target!(|input: &[u8]| {
+    let [size, input @ ..] = input else { return };
+    let lines = input.split_inclusive(|byte| *byte == b'\n').filter(|it| it.ends_with(b"\n"));
+    let expected: Vec<_> = lines.map_while(read::<Order>).collect();
+    // Few pieces: the system counts each as more than its bytes.
+    let size = (usize::from(*size) + 1).max(input.len() / 64 + 1);
+    assert_eq!(orders(input, size), expected);
+    input.split(|byte| *byte == b'\n').for_each(|line| drop(read::<Report>(line)));
+});

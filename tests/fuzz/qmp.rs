@@ -1,0 +1,88 @@
+//! Any bytes of a client or of QEMU: cuts change nothing of what is a command, what is read of one is
+//! what it says, and every answer is one line of JSON.
+#![no_main]
+
+use libfuzzer_sys::fuzz_target;
+use qemu_rdma_helper::{
+    qmp::{
+        QmpError,
+        envelope::{self, Command, FromQemu},
+        framer::{Framed, Framer},
+        hmp, uri,
+    },
+    text,
+};
+use serde_json::{Value, json};
+
+/// Commands in `pieces`, without the blanks around them: a cut may leave these behind.
+fn frame<'a>(pieces: impl Iterator<Item = &'a [u8]>) -> Vec<Framed> {
+    let (mut framer, mut all, mut end) = (Framer::default(), Vec::new(), 0);
+    for piece in pieces {
+        framer.push(piece);
+        while let Some((framed, offset)) = framer.take() {
+            assert!(offset > end);
+            end = offset;
+            all.push(match framed {
+                Framed::Value(bytes) => Framed::Value(bytes.trim_ascii().to_vec()),
+                other => other,
+            });
+        }
+    }
+    all
+}
+
+/// A command of a client.
+fn command(bytes: &[u8]) {
+    let Ok(command) = Command::read(bytes) else { return };
+    for result in [Ok(json!({ "a": 1 })), Err(QmpError::generic(&command.name))] {
+        let line = envelope::reply(&result, command.id.as_deref());
+        let line = line.strip_suffix(b"\r\n").expect("a line's end");
+        let reply: Value = serde_json::from_slice(line).expect("JSON");
+        assert_eq!(reply.get("id").is_some(), command.id.is_some());
+    }
+    let Ok(arguments) = command.arguments() else { return };
+    let _ = uri::target(&arguments);
+    if let Some(line) = arguments.get("command-line").and_then(Value::as_str) {
+        monitor_line(line);
+    }
+}
+
+/// A line of the human monitor.
+fn monitor_line(line: &str) {
+    if let Err(error) | Ok(hmp::Line::Wrong(error)) = hmp::parse(line) {
+        assert!(error.desc.chars().all(text::is_plain));
+    }
+    let text = hmp::with_values(line, &[("Status", "active".into())]);
+    assert!(text.contains("Status: active"));
+}
+
+/// A line of QEMU's.
+fn from_qemu(bytes: &[u8]) {
+    match FromQemu::read(bytes) {
+        Ok(FromQemu::Event { name, data }) => {
+            assert!(name.chars().all(text::is_plain));
+            let line = envelope::event(&name, &data);
+            assert!(FromQemu::read(&line).is_ok());
+        }
+        Ok(FromQemu::Reply { result: Err(QmpError { class, desc }), .. }) => {
+            assert!([class, desc].iter().all(|it| it.chars().all(text::is_plain)));
+        }
+        _ => {}
+    }
+}
+
+fuzz_target!(|input: &[u8]| {
+    let [size, input @ ..] = input else { return };
+    let whole = frame(std::iter::once(input));
+    assert_eq!(whole, frame(input.chunks(usize::from(*size) + 1)));
+    for framed in &whole {
+        if let Framed::Value(bytes) = framed {
+            command(bytes);
+        }
+    }
+    input.split(|byte| *byte == b'\n').for_each(from_qemu);
+    if let Ok(line) = std::str::from_utf8(input) {
+        monitor_line(line);
+        let _ = uri::parse(line);
+    }
+});
