@@ -32,11 +32,14 @@ unsafe impl Sync for Mapping {}
 
 impl Mapping {
     /// Map `length` bytes of `file` from `offset`; both are multiples of the file's page size.
+    ///
+    /// No huge pages are reserved for it: QEMU has done so if it should be done, and whoever touches
+    /// one makes it first.
     pub(super) fn new(file: BorrowedFd<'_>, offset: u64, length: usize) -> io::Result<Self> {
         let protection = ProtFlags::READ | ProtFlags::WRITE;
+        let flags = MapFlags::SHARED | MapFlags::NORESERVE;
         // SAFETY: a new mapping at an address of the kernel's choice overlaps nothing of ours.
-        let start =
-            unsafe { mmap(ptr::null_mut(), length, protection, MapFlags::SHARED, file, offset)? };
+        let start = unsafe { mmap(ptr::null_mut(), length, protection, flags, file, offset)? };
         let start = NonNull::new(start.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
         Ok(Self { start, length, whole: (start, length) })
     }

@@ -5,6 +5,7 @@
 //! system call on the file or by raw pointer on the mapping. Knows neither messages nor fabrics.
 
 mod holes;
+mod huge_pages;
 mod inherited;
 mod large_pages;
 mod mapping;
@@ -12,6 +13,7 @@ mod pipe;
 mod ranges;
 mod region;
 mod room;
+mod shortage;
 
 pub use inherited::{close_on_exec_from, inherited};
 pub use pipe::Pipe;

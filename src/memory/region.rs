@@ -12,10 +12,13 @@ use rustix::{
     io::{Errno, pread, pwrite},
 };
 
-use super::{Pipe, Room, holes, large_pages::LargePages, mapping::Mapping};
-
-/// `f_type` of hugetlbfs (linux/magic.h), memfds with MFD_HUGETLB included.
-const HUGETLBFS_MAGIC: u64 = 0x958458f6;
+use super::{
+    Pipe, Room, holes,
+    huge_pages::HugePages,
+    large_pages::LargePages,
+    mapping::Mapping,
+    shortage::{HUGETLBFS_MAGIC, explain},
+};
 
 /// Pages of guest RAM, in bytes.
 const PAGE: u64 = 4096;
@@ -61,7 +64,7 @@ enum Access {
     /// page, and `sendfile` copies nothing.
     File,
     /// Through a mapping: hugetlbfs has neither write(2) nor splice.
-    Mapping(Mapping),
+    Mapping(HugePages),
 }
 
 /// The memory of one RAM block.
@@ -93,14 +96,13 @@ impl Region {
         if end > size {
             return Err(RegionError::TooShort { name: name.to_owned(), size, end });
         }
-        let f_type = fstatfs(&file).map_err(host("fstatfs"))?.f_type;
-        let access = if f_type.cast_unsigned() == HUGETLBFS_MAGIC {
-            let mapping = map(&file, offset, length).map_err(|source| RegionError::Host {
-                name: name.to_owned(),
-                call: "mmap",
-                source,
-            })?;
-            Access::Mapping(mapping)
+        let file_system = fstatfs(&file).map_err(host("fstatfs"))?;
+        let access = if file_system.f_type.cast_unsigned() == HUGETLBFS_MAGIC {
+            let page = file_system.f_bsize.cast_unsigned();
+            let pages = HugePages::new(&file, offset, length, page);
+            let name = || name.to_owned();
+            let failed = |source| RegionError::Host { name: name(), call: "mmap", source };
+            Access::Mapping(pages.map_err(failed)?)
         } else {
             Access::File
         };
@@ -117,13 +119,28 @@ impl Region {
         let length = usize::try_from(length).map_err(|_| io::ErrorKind::InvalidInput)?;
         self.at(offset, length)?;
         let mapping = match (&self.access, self.mapping.get()) {
-            (Access::Mapping(mapping), _) | (Access::File, Some(mapping)) => mapping,
+            (Access::Mapping(pages), _) => pages.mapping(),
+            (Access::File, Some(mapping)) => mapping,
             (Access::File, None) => {
                 let mapping = map(&self.file, self.offset, self.length)?;
                 self.mapping.get_or_init(|| mapping)
             }
         };
         Ok((mapping.pointer(offset, length)?, length))
+    }
+
+    /// [`Self::mapped`] for a device that is about to pin the range. Where the host may lack memory for
+    /// it, that is found out here.
+    ///
+    /// # Errors
+    /// As for [`Self::mapped`], and when there is no memory for it.
+    pub fn populated(&self, offset: u64, length: u64) -> io::Result<(NonNull<u8>, usize)> {
+        let mapped = self.mapped(offset, length)?;
+        if let Access::Mapping(pages) = &self.access {
+            let populated = pages.populated(&self.file, offset, length);
+            populated.map_err(|error| explain(&self.file, error))?;
+        }
+        Ok(mapped)
     }
 
     /// Memory of its own for a block whose memory can't be reached.
@@ -170,9 +187,10 @@ impl Region {
     pub fn send_to(&self, socket: BorrowedFd<'_>, offset: u64, length: usize) -> io::Result<usize> {
         let mut at = self.at(offset, length)?;
         let sent = match &self.access {
-            Access::File => sendfile(socket, &self.file, Some(&mut at), length)?,
-            Access::Mapping(mapping) => mapping.send_to(socket, offset, length)?,
+            Access::File => sendfile(socket, &self.file, Some(&mut at), length).map_err(Into::into),
+            Access::Mapping(pages) => pages.mapping().send_to(socket, offset, length),
         };
+        let sent = sent.map_err(|error| explain(&self.file, error))?;
         if sent == 0 && length > 0 {
             return Err(io::Error::new(
                 io::ErrorKind::UnexpectedEof,
@@ -210,7 +228,7 @@ impl Region {
     /// returns how many, 0 at the socket's end.
     ///
     /// # Errors
-    /// The system's.
+    /// The system's, with the cure if the host has no memory left.
     pub fn receive_from(
         &self,
         socket: BorrowedFd<'_>,
@@ -220,12 +238,15 @@ impl Region {
         length: usize,
     ) -> io::Result<usize> {
         let at = self.at(offset, length)?;
-        match &self.access {
+        let received = match &self.access {
             Access::File => room
                 .receive_from(socket, at, length)
                 .unwrap_or_else(|| pipe.splice(socket, self.file.as_fd(), at, length)),
-            Access::Mapping(mapping) => mapping.receive_from(socket, offset, length),
-        }
+            Access::Mapping(pages) => pages
+                .populated(&self.file, offset, length as u64)
+                .and_then(|mapping| mapping.receive_from(socket, offset, length)),
+        };
+        received.map_err(|error| explain(&self.file, error))
     }
 
     /// Read what is at `offset` into all of `bytes`.
@@ -235,7 +256,8 @@ impl Region {
     pub fn read_at(&self, mut bytes: &mut [u8], offset: u64) -> io::Result<()> {
         let mut at = self.at(offset, bytes.len())?;
         while !bytes.is_empty() {
-            let read = pread(&self.file, &mut *bytes, at)?;
+            let read = pread(&self.file, &mut *bytes, at);
+            let read = read.map_err(|error| explain(&self.file, error.into()))?;
             if read == 0 {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
@@ -248,20 +270,25 @@ impl Region {
     /// Write `bytes` at `offset`.
     ///
     /// # Errors
-    /// The system's, `ENOSPC` above all: the host has no memory left.
-    pub fn write_at(&self, mut bytes: &[u8], offset: u64) -> io::Result<()> {
-        let mut at = self.at(offset, bytes.len())?;
-        match &self.access {
-            Access::File => {
-                while !bytes.is_empty() {
-                    let written = pwrite(&self.file, bytes, at)?;
-                    bytes = &bytes[written..];
-                    at += written as u64;
-                }
-                Ok(())
-            }
-            Access::Mapping(mapping) => mapping.write_at(bytes, offset),
+    /// The system's, with the cure if the host has no memory left.
+    pub fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        let at = self.at(offset, bytes.len())?;
+        let written = match &self.access {
+            Access::File => self.write_file(bytes, at),
+            Access::Mapping(pages) => pages
+                .populated(&self.file, offset, bytes.len() as u64)
+                .and_then(|mapping| mapping.write_at(bytes, offset)),
+        };
+        written.map_err(|error| explain(&self.file, error))
+    }
+
+    fn write_file(&self, mut bytes: &[u8], mut at: u64) -> io::Result<()> {
+        while !bytes.is_empty() {
+            let written = pwrite(&self.file, bytes, at)?;
+            bytes = &bytes[written..];
+            at += written as u64;
         }
+        Ok(())
     }
 
     /// Where the first data of the block at or behind `offset` begins, to whole pages: what is before it
@@ -333,14 +360,16 @@ impl Region {
         let mut done = 0;
         while done < length {
             let want = usize::try_from(length - done).map_or(PIECE, |left| left.min(PIECE));
-            let got = pread(&self.file, &mut piece[..want], self.offset + offset + done)?;
+            let got = pread(&self.file, &mut piece[..want], self.offset + offset + done);
+            let got = got.map_err(|error| explain(&self.file, error.into()))?;
             if got == 0 {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
             if piece[..got].iter().any(|byte| *byte != 0) {
                 match &self.access {
                     Access::File => self.write_at(&ZEROES[..got], offset + done)?,
-                    Access::Mapping(mapping) => mapping.zero(offset + done, got)?,
+                    // What is not zero exists.
+                    Access::Mapping(pages) => pages.mapping().zero(offset + done, got)?,
                 }
             }
             done += got as u64;

@@ -21,6 +21,8 @@ pub enum Memory {
     File,
     /// A memfd of huge pages.
     Huge,
+    /// A file in this directory, of whose pages QEMU has asked for none.
+    In(PathBuf),
     /// The machine's own, which is not shared.
     Private,
     /// One shared memfd under the name of the machine's own.
@@ -124,6 +126,13 @@ impl Config {
                 line += &format!(
                     " -M {machine},memory-backend=ram0 {},hugetlb=on,hugetlbsize=2M",
                     backend("ram0", self.mib)
+                );
+            }
+            Memory::In(ref directory) => {
+                line += &format!(
+                    " -M {machine},memory-backend=ram0 -object memory-backend-file,id=ram0,size={}M,share=on,reserve=off,mem-path={}",
+                    self.mib,
+                    directory.display()
                 );
             }
             Memory::Private => line += &format!(" -M {machine}"),
@@ -339,6 +348,7 @@ impl Drop for Qemu {
     fn drop(&mut self) {
         for word in self.config.arguments(&self.dir, &self.name) {
             if let Some((_, path)) = word.split_once("mem-path=") {
+                // In a directory QEMU has no name for it.
                 let _ = fs::remove_file(path);
             }
         }

@@ -183,7 +183,7 @@ impl MemoryRegion {
             mib: length.div_ceil(1 << 20),
             source,
         };
-        let range = region.mapped(range.start, length).map_err(failed)?;
+        let range = region.populated(range.start, length).map_err(failed)?;
         let begun = Instant::now();
         let mut part = Self::new(domain, region.clone(), range, access).map_err(failed)?;
         part.guest = length;
