@@ -2,19 +2,19 @@
 
 use std::{
     io,
-    os::unix::{
-        fs::MetadataExt as _,
-        net::{UnixListener as StdUnixListener, UnixStream as StdUnixStream},
-    },
+    os::unix::net::{UnixListener as StdUnixListener, UnixStream as StdUnixStream},
     path::{Path, PathBuf},
     time::Duration,
 };
 
+use rustix::fs::Mode;
 use tokio::{
     net::{UnixListener, UnixStream},
     time::{Instant, sleep, sleep_until},
 };
 use tracing::debug;
+
+use super::socket_file::{Place, SocketFile, listen_at};
 
 /// How long after a client that could not be let in the next one is.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -49,7 +49,7 @@ impl Door {
     pub fn listening(listener: StdUnixListener, path: Option<PathBuf>) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
         let listener = UnixListener::from_std(listener)?;
-        let file = path.map(SocketFile::open);
+        let file = path.and_then(|path| SocketFile::open(&path));
         Ok(Self::Listening(ServedSocket { _file: file, listener, first: None }))
     }
 
@@ -121,56 +121,21 @@ pub struct ServedSocket {
     first: Option<UnixStream>,
 }
 
-/// The file of a socket, which goes with it.
-struct SocketFile {
-    path: PathBuf,
-    /// Which file it is: another QEMU that was started at this path since has its own there.
-    identity: Option<(u64, u64)>,
-}
-
-impl SocketFile {
-    fn open(path: PathBuf) -> Self {
-        let identity = Self::identity(&path);
-        Self { path, identity }
-    }
-
-    fn identity(path: &Path) -> Option<(u64, u64)> {
-        let metadata = std::fs::symlink_metadata(path).ok()?;
-        Some((metadata.dev(), metadata.ino()))
-    }
-}
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        if self.identity.is_some() && Self::identity(&self.path) == self.identity {
-            // Somebody else may be just about to remove it.
-            let _ = std::fs::remove_file(&self.path);
-        }
-    }
-}
-
 impl ServedSocket {
-    /// Bind `path`, in place of a socket that nobody serves any more.
+    /// Bind `path`, in place of a socket that nobody serves any more. Whoever may connect controls the
+    /// guest.
     ///
     /// # Errors
     /// The system's; `AddrInUse` if it is served.
     pub async fn bind(path: &Path) -> io::Result<Self> {
-        use std::os::unix::fs::{FileTypeExt as _, PermissionsExt as _};
-
-        if let Ok(metadata) = std::fs::symlink_metadata(path)
-            && metadata.file_type().is_socket()
-        {
+        let place = Place::open(path)?;
+        if place.has_socket() {
             match UnixStream::connect(path).await {
-                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                    std::fs::remove_file(path)?;
-                }
+                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => place.remove()?,
                 _ => return Err(io::ErrorKind::AddrInUse.into()),
             }
         }
-        let listener = UnixListener::bind(path)?;
-        // Whoever may connect controls the guest.
-        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
-        let file = Some(SocketFile::open(path.to_owned()));
-        Ok(Self { _file: file, listener, first: None })
+        let listener = UnixListener::from_std(listen_at(path, Mode::RUSR | Mode::WUSR)?)?;
+        Ok(Self { _file: SocketFile::open(path), listener, first: None })
     }
 }

@@ -20,6 +20,7 @@ mod process;
 pub mod schema;
 mod serve;
 mod session;
+mod socket_file;
 mod source;
 pub mod started;
 mod view;

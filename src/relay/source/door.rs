@@ -3,14 +3,12 @@
 use std::{
     hash::{BuildHasher as _, RandomState},
     io,
-    os::{
-        fd::OwnedFd,
-        unix::{fs::PermissionsExt as _, net::UnixListener as StdUnixListener},
-    },
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
     time::Duration,
 };
 
+use rustix::fs::Mode;
 use serde_json::{Value, json};
 use tokio::{net::UnixListener, time::timeout};
 use tracing::debug;
@@ -18,7 +16,10 @@ use tracing::debug;
 use crate::{
     qemu,
     qmp::{Execute, QmpError},
-    relay::Context,
+    relay::{
+        Context,
+        socket_file::{SocketFile, listen_at},
+    },
 };
 
 /// How long QEMU may take to connect once it has said that it does.
@@ -30,6 +31,8 @@ const CHARDEV: &str = "qemu-rdma-helper-probe";
 /// A socket that QEMU can reach, and whoever else connects is not let in. Its name is gone when this
 /// is dropped.
 pub struct QemusDoor {
+    /// Goes first: while the socket is there, its file's number is no other's.
+    _file: Option<SocketFile>,
     listener: UnixListener,
     path: PathBuf,
     pid: u32,
@@ -60,12 +63,9 @@ impl QemusDoor {
     fn bind(directory: &Path, pid: u32) -> io::Result<Self> {
         let name = format!("qemu-rdma-helper-{:016x}", RandomState::new().hash_one(pid));
         let path = directory.join(name);
-        let listener = StdUnixListener::bind(&path)?;
-        listener.set_nonblocking(true)?;
-        let door = Self { listener: UnixListener::from_std(listener)?, path, pid };
         // QEMU may be another user; who connects is looked at.
-        std::fs::set_permissions(&door.path, std::fs::Permissions::from_mode(0o666))?;
-        Ok(door)
+        let listener = UnixListener::from_std(listen_at(&path, Mode::from_raw_mode(0o666))?)?;
+        Ok(Self { _file: SocketFile::open(&path), listener, path, pid })
     }
 
     async fn is_reached_by(&self, qemu: &mut impl Execute) -> Result<(), QmpError> {
@@ -97,12 +97,5 @@ impl QemusDoor {
             }
             debug!("somebody else than QEMU connected");
         }
-    }
-}
-
-impl Drop for QemusDoor {
-    fn drop(&mut self) {
-        // Whoever has removed it did what we would.
-        let _ = std::fs::remove_file(&self.path);
     }
 }
