@@ -4,6 +4,7 @@ use std::os::fd::AsFd as _;
 
 use anyhow::Context as _;
 use qemu_rdma_helper::migration;
+use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
 use tracing::warn;
 
 /// The first to be ended where memory ends.
@@ -19,8 +20,21 @@ pub fn run() -> anyhow::Result<u8> {
     if let Err(error) = std::fs::write("/proc/self/oom_score_adj", OOM_SCORE_ADJ) {
         warn!(%error, "if memory ends, the kernel may choose QEMU");
     }
+    // Last: what is in /proc of a process that is not dumped is root's.
+    leave_no_core();
     let control = std::io::stdin().as_fd().try_clone_to_owned();
     let control = control.context("No socket to the relay on standard input")?;
     migration::worker::run(control.into()).context("The worker is started by the relay only")?;
     Ok(super::DONE)
+}
+
+/// The guest's memory is in mappings that are not dumped, but also in buffers. Whoever has no
+/// privilege can't trace this process any more, either.
+fn leave_no_core() {
+    let none = Rlimit { current: Some(0), maximum: Some(0) };
+    let limited = setrlimit(Resource::Core, none);
+    let denied = set_dumpable_behavior(DumpableBehavior::NotDumpable);
+    if let Err(error) = limited.and(denied) {
+        warn!(%error, "a core dump may have parts of the guest's memory");
+    }
 }

@@ -7,7 +7,7 @@ use std::{
     ptr::{self, NonNull},
 };
 
-use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 
 /// Since Linux 6.1 (asm-generic/mman-common.h).
 const MADV_COLLAPSE: libc::c_int = 25;
@@ -41,7 +41,7 @@ impl Mapping {
         // SAFETY: a new mapping at an address of the kernel's choice overlaps nothing of ours.
         let start = unsafe { mmap(ptr::null_mut(), length, protection, flags, file, offset)? };
         let start = NonNull::new(start.cast()).ok_or(io::ErrorKind::OutOfMemory)?;
-        Ok(Self { start, length, whole: (start, length) })
+        Self { start, length, whole: (start, length) }.not_dumped()
     }
 
     /// As [`Self::new`], at a multiple of `alignment` bytes, which is a power of two.
@@ -66,7 +66,15 @@ impl Mapping {
         // may be another's by now.
         // SAFETY: the place is in what was just reserved, which nobody else knows.
         unsafe { mmap(start.as_ptr().cast(), length, protection, flags, file, offset)? };
-        Ok(Self { start, length, whole: (whole, reserved) })
+        Self { start, length, whole: (whole, reserved) }.not_dumped()
+    }
+
+    /// A core dump has nothing of the guest's.
+    fn not_dumped(self) -> io::Result<Self> {
+        let start = self.start.as_ptr().cast();
+        // SAFETY: advice about our own mapping, whose content it does not change.
+        unsafe { madvise(start, self.length, Advice::LinuxDontDump)? };
+        Ok(self)
     }
 
     /// Put large pages in the place of small ones. Each needs one small page at least.

@@ -39,10 +39,11 @@ impl Buffers {
         let start = unsafe { alloc_zeroed(layout(count)) };
         let Some(start) = NonNull::new(start) else { handle_alloc_error(layout(count)) };
         // Pinned page by page otherwise, of which there are thousands. A kernel without them says
-        // no, and that is well too.
-        // SAFETY: advice about the allocation, whose content it does not change.
-        let _ =
-            unsafe { madvise(start.as_ptr().cast(), count * MESSAGE_MAX, Advice::LinuxHugepage) };
+        // no, and that is well too. What is staged is the guest's, and nothing for a core dump.
+        for advice in [Advice::LinuxHugepage, Advice::LinuxDontDump] {
+            // SAFETY: advice about the allocation, whose content it does not change.
+            let _ = unsafe { madvise(start.as_ptr().cast(), count * MESSAGE_MAX, advice) };
+        }
         Self { start, count }
     }
 
