@@ -9,6 +9,7 @@ mod huge_pages;
 mod inherited;
 mod large_pages;
 mod mapping;
+mod peer;
 mod pipe;
 mod ranges;
 mod region;
@@ -16,6 +17,7 @@ mod room;
 mod shortage;
 
 pub use inherited::{close_on_exec_from, inherited};
+pub use peer::peer_process;
 pub use pipe::Pipe;
 pub use ranges::{CHUNK, RANGE_MAX, Ranges};
 pub use region::{Region, RegionError};

@@ -5,7 +5,7 @@ use std::{io, os::fd::OwnedFd};
 use serde_json::{Value, json};
 
 use super::{
-    QemuError, discards,
+    Process, QemuError, discards,
     maps::{self, FileMapping},
     ramblock_text::{self, Row},
 };
@@ -83,13 +83,13 @@ pub struct OwnMemory {
     pub file: OwnedFd,
 }
 
-/// Find the RAM blocks of the QEMU with process id `pid`, of which some may be on our own memory.
+/// Find the RAM blocks of the QEMU that is `process`, of which some may be on our own memory.
 ///
 /// # Errors
 /// When QEMU does not say, or its process can't be looked into.
 pub async fn find(
     qmp: &mut impl Execute,
-    pid: u32,
+    process: &Process,
     memory: &[OwnMemory],
 ) -> Result<Vec<RamBlock>, QemuError> {
     let rows = rows(qmp).await?;
@@ -97,7 +97,7 @@ pub async fn find(
     let of = |row: &Row| own.iter().find(|memory| memory.id == row.name);
     // All that matters: what remains are ROMs, which are not shared.
     let all_own = rows.iter().all(|row| of(row).is_some() || row.used <= ROM_MAX);
-    let backings = match backings(qmp, pid, &rows).await {
+    let backings = match backings(qmp, process, &rows).await {
         Err(QemuError::Process { .. }) if all_own && !own.is_empty() => {
             let why = || "QEMU's process can't be looked into".to_owned();
             rows.iter().map(|_| Found { backing: Err(why()), private: false }).collect()
@@ -108,7 +108,7 @@ pub async fn find(
     for (row, mut found) in rows.into_iter().zip(backings) {
         if let Some(OwnMemory { path, file, .. }) = of(&row) {
             let file = file.try_clone().map_err(|source| QemuError::Process {
-                pid,
+                pid: process.pid(),
                 what: format!("RAM block '{}'", row.name),
                 source,
             })?;
@@ -157,12 +157,16 @@ async fn in_use<'a>(
 }
 
 /// The file behind each block, or why there is none, as QEMU's process has them.
-async fn backings(qmp: &mut impl Execute, pid: u32, rows: &[Row]) -> Result<Vec<Found>, QemuError> {
-    let process = |what: &str| {
-        let what = what.to_owned();
+async fn backings(
+    qmp: &mut impl Execute,
+    process: &Process,
+    rows: &[Row],
+) -> Result<Vec<Found>, QemuError> {
+    let failed = |what: &str| {
+        let (pid, what) = (process.pid(), what.to_owned());
         move |source| QemuError::Process { pid, what, source }
     };
-    let mapped = maps::read(pid).map_err(process("reading its mappings"))?;
+    let mapped = process.maps().map_err(failed("reading its mappings"))?;
     let mappings = maps::parse(&mapped);
     let addresses = addresses(qmp, rows, &mappings).await?;
     let mut backings = Vec::with_capacity(rows.len());
@@ -170,7 +174,7 @@ async fn backings(qmp: &mut impl Execute, pid: u32, rows: &[Row]) -> Result<Vec<
         if address.as_ref().is_ok_and(|address| !maps::is_mapped(&mapped, *address)) {
             let what = format!("looking for RAM block '{}'", row.name);
             let nothing = io::Error::new(io::ErrorKind::NotFound, "nothing is mapped there");
-            return Err(process(&what)(nothing));
+            return Err(failed(&what)(nothing));
         }
         let private = address.as_ref().is_ok_and(|address| maps::is_private(&mapped, *address));
         let found = match address {
@@ -180,7 +184,7 @@ async fn backings(qmp: &mut impl Execute, pid: u32, rows: &[Row]) -> Result<Vec<
         };
         let backing = match found {
             Ok((mapping, offset)) => {
-                let file = mapping.open(pid).map_err(process(&mapping.path))?;
+                let file = mapping.open(process).map_err(failed(&mapping.path))?;
                 Ok(Backing { file, offset, path: mapping.path.clone() })
             }
             Err(why) => Err(why),

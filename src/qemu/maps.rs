@@ -1,14 +1,8 @@
 //! `/proc/PID/maps`: which file backs an address of QEMU.
 
-use std::{
-    fs::{self, File, OpenOptions},
-    io,
-    ops::Range,
-    os::{
-        fd::OwnedFd,
-        unix::fs::{MetadataExt as _, OpenOptionsExt as _},
-    },
-};
+use std::{io, ops::Range, os::fd::OwnedFd};
+
+use super::process::{Found, Process};
 
 /// A shared, writable mapping of a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -31,40 +25,40 @@ impl FileMapping {
         (self.device, self.inode) == (other.device, other.inode)
     }
 
-    /// Open the file that process `pid` has mapped: through one of its descriptors, for a memfd
-    /// has no other name, else by path.
-    pub(super) fn open(&self, pid: u32) -> io::Result<OwnedFd> {
-        let is_it = |metadata: &fs::Metadata| {
-            let device = (rustix::fs::major(metadata.dev()), rustix::fs::minor(metadata.dev()));
-            metadata.ino() == self.inode && device == self.device
-        };
-        for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
-            let path = entry?.path();
-            // A descriptor that was closed meanwhile.
-            let Ok(metadata) = fs::metadata(&path) else { continue };
-            if is_it(&metadata) {
-                return open_for_both(path.as_os_str().as_ref());
+    /// Open the file that `process` has mapped. It is found among its descriptors, for a memfd has no
+    /// other name, else by path.
+    ///
+    /// Both are in the process's hands, and it may have less privilege than we: so what is found is
+    /// held and looked at before it is opened. While it is held, no other file has its number; and a
+    /// file that is mapped then, shared and writable, the process could write itself.
+    ///
+    /// That needs less than to take the descriptor by pidfd_getfd(2), which Yama and containers forbid,
+    /// and which would leave us with QEMU's position in the file.
+    pub(super) fn open(&self, process: &Process) -> io::Result<OwnedFd> {
+        let found = self.find(process)?;
+        let now = parse(&process.maps()?);
+        let is_here = |other: &Self| other.start <= self.start && self.start < other.end;
+        if !now.iter().any(|other| is_here(other) && self.same_file(other)) {
+            return Err(self.is_gone());
+        }
+        found.open()
+    }
+
+    fn find(&self, process: &Process) -> io::Result<Found> {
+        let is_it = |found: &Found| found.identity() == Some((self.device, self.inode));
+        for number in process.descriptors()? {
+            // One that was closed meanwhile is none.
+            if let Some(found) = process.descriptor(&number).ok().filter(is_it) {
+                return Ok(found);
             }
         }
-        let file = File::from(open_for_both(self.path.as_ref())?);
-        if is_it(&file.metadata()?) {
-            return Ok(file.into());
-        }
-        let why = format!("{} is not the file that QEMU has mapped any more", self.path);
-        Err(io::Error::new(io::ErrorKind::NotFound, why))
+        Some(Found::at(&self.path)?).filter(is_it).ok_or_else(|| self.is_gone())
     }
-}
 
-fn open_for_both(path: &std::path::Path) -> io::Result<OwnedFd> {
-    let nonblocking = rustix::fs::OFlags::NONBLOCK.bits().cast_signed();
-    let mut options = OpenOptions::new();
-    // Std adds CLOEXEC. Non-blocking, so that nothing odd in the process can hold us.
-    Ok(options.read(true).write(true).custom_flags(nonblocking).open(path)?.into())
-}
-
-/// What process `pid` has mapped, as /proc shows it.
-pub(super) fn read(pid: u32) -> io::Result<String> {
-    fs::read_to_string(format!("/proc/{pid}/maps"))
+    fn is_gone(&self) -> io::Error {
+        let why = format!("{} is not the file that QEMU has mapped any more", self.path);
+        io::Error::new(io::ErrorKind::NotFound, why)
+    }
 }
 
 /// The shared, writable file mappings in `text`, in the order of their addresses.

@@ -8,11 +8,14 @@ pub mod blocks;
 mod devices;
 mod discards;
 mod maps;
+mod process;
 mod ramblock_text;
 
 use std::{io, os::fd::AsFd};
 
 use serde_json::Value;
+
+pub use process::Process;
 
 use crate::qmp::QmpError;
 

@@ -167,6 +167,10 @@ pub async fn attach(options: AttachOptions) -> Result<(), RelayError> {
     settings.fabric.check()?;
     let qemu_error = |source| RelayError::Qemu { path: qemu_qmp.clone(), source };
     let mut session = Session::connect(&qemu_qmp).await.map_err(qemu_error)?;
+    let process = match pid {
+        Some(pid) => Process::open(pid),
+        None => session.peer(),
+    };
     session.pid = pid.unwrap_or(session.pid);
     let serve_error = |source| RelayError::Serve { path: qmp.clone(), source };
     let socket = ServedSocket::bind(&qmp).await.map_err(serve_error)?;
@@ -175,7 +179,7 @@ pub async fn attach(options: AttachOptions) -> Result<(), RelayError> {
         qemu: session.qemu.clone(),
         qemu_qmp: Some(qemu_qmp),
         pid: session.pid,
-        process: Arc::new(Process::open(session.pid)),
+        process: Arc::new(process),
         settings,
         memory: Arc::default(),
     };
@@ -230,7 +234,7 @@ struct Context {
 impl Context {
     /// QEMU's RAM blocks.
     async fn blocks(&self) -> Result<Vec<RamBlock>, QemuError> {
-        blocks::find(&mut self.qemu.clone(), self.pid, &self.memory).await
+        blocks::find(&mut self.qemu.clone(), self.process.files(), &self.memory).await
     }
 
     /// What the client set in QEMU that matters to a worker.

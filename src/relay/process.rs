@@ -1,31 +1,68 @@
 //! QEMU's process, as far as one must know whether it still is.
 
-use std::{os::fd::OwnedFd, thread, time::Duration};
+use std::{
+    os::fd::{AsFd, OwnedFd},
+    thread,
+    time::Duration,
+};
 
 use rustix::{
-    event::{PollFd, PollFlags, poll},
+    event::{PollFd, PollFlags, Timespec, poll},
     io::Errno,
     process::{Pid, PidfdFlags, pidfd_open},
 };
 use tokio::{sync::watch, time::timeout};
 
+use crate::{memory, qemu};
+
 /// How long a process may take to end after its sockets were closed.
 const END: Duration = Duration::from_secs(2);
 
 /// A process that may have ended, but is never mistaken for another with its number.
-pub struct Process(Option<watch::Receiver<bool>>);
+pub struct Process {
+    /// `None` if it can't be watched.
+    ended: Option<watch::Receiver<bool>>,
+    files: qemu::Process,
+}
 
 impl Process {
-    /// The process `pid`. If it can't be watched, nothing is known of it.
+    /// The process `pid`. If it can't be watched, no more is known of it than that.
     pub fn open(pid: u32) -> Self {
-        let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
-        let process = pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok());
-        Self(process.and_then(watch))
+        match pidfd(pid) {
+            Some(process) => Self::watched(pid, process),
+            None => Self { ended: None, files: qemu::Process::open(pid) },
+        }
+    }
+
+    /// The process at the other end of `socket`, whose number is, or was, `pid`.
+    pub fn peer(socket: impl AsFd, pid: u32) -> Self {
+        match memory::peer_process(socket) {
+            Ok(process) => Self::watched(pid, process),
+            // Before Linux 6.5.
+            Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => Self::open(pid),
+            Err(_) => Self::unknown(pid),
+        }
+    }
+
+    fn watched(pid: u32, process: OwnedFd) -> Self {
+        let files = qemu::Process::open(pid);
+        // As long as it is there, its number is no other's. Who has ended may have left the session to
+        // somebody else.
+        if is_alive(&process) { Self { ended: watch(process), files } } else { Self::unknown(pid) }
+    }
+
+    fn unknown(pid: u32) -> Self {
+        Self { ended: None, files: qemu::Process::unknown(pid) }
+    }
+
+    /// Its directory in /proc.
+    pub fn files(&self) -> &qemu::Process {
+        &self.files
     }
 
     /// Wait until it has ended; for ever if that can't be known.
     pub async fn ended(&self) {
-        if let Some(ended) = &self.0
+        if let Some(ended) = &self.ended
             && ended.clone().wait_for(|ended| *ended).await.is_ok()
         {
             return;
@@ -37,6 +74,16 @@ impl Process {
     pub async fn exits(&self) -> bool {
         timeout(END, self.ended()).await.is_ok()
     }
+}
+
+fn pidfd(pid: u32) -> Option<OwnedFd> {
+    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw)?;
+    pidfd_open(pid, PidfdFlags::empty()).ok()
+}
+
+fn is_alive(process: &OwnedFd) -> bool {
+    let now = Timespec::default();
+    poll(&mut [PollFd::new(process, PollFlags::IN)], Some(&now)) == Ok(0)
 }
 
 /// Becomes true when the process has ended. A thread waits for it: it costs nothing, and safe code
@@ -56,4 +103,39 @@ fn watch(process: OwnedFd) -> Option<watch::Receiver<bool>> {
     };
     thread::Builder::new().name("qemu".into()).spawn(wait).ok()?;
     Some(ended)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{os::unix::net::UnixStream, process::Command};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_peer_that_lives_is_known() {
+        let (socket, _other) = UnixStream::pair().unwrap();
+        let process = Process::peer(&socket, std::process::id());
+        assert!(process.ended.is_some());
+        assert_eq!(process.files().pid(), std::process::id());
+    }
+
+    #[tokio::test]
+    async fn the_end_of_a_process_is_noticed() {
+        let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
+        let process = Process::open(child.id());
+        child.kill().unwrap();
+        child.wait().unwrap();
+        process.ended().await;
+    }
+
+    /// Nothing is concluded from a process that was gone before: it may have left the session to another.
+    #[tokio::test]
+    async fn nothing_is_known_of_a_process_that_was_gone_before() {
+        let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
+        let gone = pidfd(child.id()).unwrap();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let process = Process::watched(std::process::id(), gone);
+        assert!(process.ended.is_none());
+    }
 }

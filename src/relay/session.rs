@@ -124,6 +124,11 @@ impl Session {
         }
     }
 
+    /// The process at the other end of the socket, of which QEMU says that it is alive.
+    pub fn peer(&self) -> Process {
+        Process::peer(&*self.stream, self.pid)
+    }
+
     /// End when `process` has ended, whoever else holds QEMU's end: a child of QEMU's may.
     pub fn end_with(&self, process: Arc<Process>) {
         let stream = self.stream.clone();

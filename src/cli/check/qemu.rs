@@ -6,6 +6,7 @@ use qemu_rdma_helper::{
     fabric::{Finding, Guest},
     migration::messages::FabricKind,
     qemu::{
+        Process,
         blockers::{self, Blocker},
         blocks::{self, RamBlock},
     },
@@ -76,7 +77,7 @@ impl Attached {
         let number = |part: &str| version["qemu"][part].as_u64().unwrap_or(0);
         let (major, minor, micro) = (number("major"), number("minor"), number("micro"));
         let heading = format!("QEMU {major}.{minor}.{micro}, process {pid}");
-        let (findings, guest) = match blocks::find(client, pid, &[]).await {
+        let (findings, guest) = match blocks::find(client, &Process::open(pid), &[]).await {
             Ok(blocks) => {
                 let pin_limit = helper.as_ref().and_then(|helper| helper.pin_limit);
                 let guest = guest(client, &blocks, pin_limit).await?;

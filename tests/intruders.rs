@@ -1,0 +1,239 @@
+//! Others on the host who have less privilege than the helper.
+
+mod support;
+
+use std::{
+    fs::{self, File},
+    os::{
+        fd::{AsRawFd as _, OwnedFd},
+        unix::fs::{MetadataExt as _, PermissionsExt as _},
+    },
+    path::Path,
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+};
+
+use qemu_rdma_helper::{
+    memory::Region,
+    qemu::{Process, blocks},
+    qmp::{Execute, QmpError},
+};
+use rustix::{fs::MemfdFlags, process::Signal};
+use serde_json::{Value, json};
+use support::{
+    Config, Guest, Helper, Host, Memory, Pair, Qemu, Qmp, VERSIONS, eventually,
+    helper::signal_process,
+};
+use tempfile::TempDir;
+
+const LENGTH: u64 = 1 << 20;
+
+/// A QEMU whose one RAM block is at this address.
+struct SaysSo(u64);
+
+impl Execute for SaysSo {
+    async fn execute(&mut self, command: &str, _: Value) -> Result<Value, QmpError> {
+        match command {
+            "x-query-ramblock" => {
+                let text = format!(
+                    "Block Name PSize Offset Used Total HVA RO\nram0 4 KiB 0x0 {LENGTH:#x} {LENGTH:#x} {:#x} rw\n",
+                    self.0
+                );
+                Ok(json!({ "human-readable-text": text }))
+            }
+            "query-balloon" => Err(QmpError {
+                class: "DeviceNotActive".into(),
+                desc: "No balloon device has been activated".into(),
+            }),
+            _ => Ok(json!([])),
+        }
+    }
+}
+
+fn is(fd: impl Into<File>, other: &File) -> bool {
+    let (one, other) = (fd.into().metadata().unwrap(), other.metadata().unwrap());
+    (one.dev(), one.ino()) == (other.dev(), other.ino())
+}
+
+/// A process that has its RAM's file and another one in turn under one number. Found by that number
+/// and opened by it, the other one is taken now and then.
+#[tokio::test]
+async fn a_descriptor_that_changes_is_not_taken() {
+    const TRIES: usize = 500;
+    // The first that is looked at.
+    let mut changing = OwnedFd::from(File::open("/dev/null").unwrap());
+    let memfd = rustix::fs::memfd_create("ram0", MemfdFlags::CLOEXEC).unwrap();
+    rustix::fs::ftruncate(&memfd, LENGTH).unwrap();
+    let ram = File::from(memfd.try_clone().unwrap());
+    let region = Region::new("ram0", memfd, 0, LENGTH).unwrap();
+    let (address, _) = region.mapped(0, LENGTH).unwrap();
+    let mut qemu = SaysSo(address.as_ptr() as u64);
+    let others = tempfile::tempfile().unwrap();
+    others.set_len(LENGTH).unwrap();
+    let process = Process::open(std::process::id());
+    let path = format!("/proc/self/fd/{}", changing.as_raw_fd());
+    let done = AtomicBool::new(false);
+    let (tries, fooled) = thread::scope(|scope| {
+        let (ram, others, done) = (&ram, &others, &done);
+        scope.spawn(move || {
+            while !done.load(Ordering::Relaxed) {
+                rustix::io::dup2(ram, &mut changing).unwrap();
+                rustix::io::dup2(others, &mut changing).unwrap();
+            }
+        });
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        let search = scope.spawn(move || {
+            let (mut tries, mut fooled) = (0, 0);
+            eventually("who is not careful to be fooled", || {
+                let blocks = runtime.block_on(blocks::find(&mut qemu, &process, &[]));
+                if let Some(backing) = blocks.unwrap().remove(0).backing {
+                    assert!(is(backing.file, ram), "try {tries}");
+                }
+                tries += 1;
+                let ino = ram.metadata().unwrap().ino();
+                if fs::metadata(&path).is_ok_and(|metadata| metadata.ino() == ino)
+                    && File::options()
+                        .read(true)
+                        .write(true)
+                        .open(&path)
+                        .is_ok_and(|it| is(it, others))
+                {
+                    fooled += 1;
+                }
+                (tries >= TRIES && fooled > 0).then_some(())
+            });
+            (tries, fooled)
+        });
+        let result = search.join();
+        done.store(true, Ordering::Relaxed);
+        result.unwrap()
+    });
+    println!("{tries} tries; without care {fooled} would have taken the other file");
+}
+
+/// Nobody, who has no privilege.
+const NOBODY: &[&str] = &["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"];
+
+/// Whoever the helper is, as long as he may look into QEMU's process.
+#[test]
+fn memory_of_another_users_qemu_is_found() {
+    for version in VERSIONS {
+        for memory in [Memory::Memfd, Memory::File] {
+            for helper in [&[][..], NOBODY] {
+                let dir = tempfile::tempdir().unwrap();
+                let config = Config { version, memory: memory.clone(), ..Config::default() };
+                let mut host = beside(&dir, "host", &config, helper);
+                assert_eq!(host.travel("ram0"), "mapped", "{version}, {memory:?}");
+            }
+        }
+    }
+}
+
+/// Nobody's QEMU, and a helper beside it.
+fn beside(dir: &TempDir, name: &str, config: &Config, helper: &[&str]) -> Host {
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
+    let qemu = Qemu::start(dir.path(), name, &Config { under: NOBODY, ..config.clone() });
+    let socket = qemu.helper_socket();
+    let helper = Helper::attach_under(helper, dir.path(), name, &socket, &[]);
+    Host { client: Qmp::connect(&helper.socket), helper, qemu }
+}
+
+#[test]
+fn another_users_guest_migrates() {
+    for helper in [&[][..], NOBODY] {
+        let dir = tempfile::tempdir().unwrap();
+        let config = Config::default();
+        let mut pair = Pair {
+            source: beside(&dir, "source", &config, helper),
+            destination: beside(&dir, "destination", &config.clone().incoming(), helper),
+            dir,
+        };
+        pair.source.qemu.await_guest();
+        pair.migrate();
+        pair.verify();
+    }
+}
+
+/// Memory that a process shares with QEMU, and what is said of it.
+fn guest_memory(worker: u32) -> Vec<String> {
+    let smaps = fs::read_to_string(format!("/proc/{worker}/smaps")).unwrap_or_default();
+    let (mut ours, mut all) = (false, Vec::new());
+    for line in smaps.lines() {
+        let permissions = line.split(' ').nth(1).unwrap_or_default();
+        if line.split(' ').next().unwrap_or_default().contains('-') {
+            ours = permissions == "rw-s" && line.contains("memory-backend");
+        } else if ours && line.starts_with("VmFlags:") {
+            all.push(line.to_owned());
+        }
+    }
+    all
+}
+
+/// Does this host write core dumps to the working directory?
+fn writes_cores(under: &[&str], cores: &Path) -> bool {
+    let mut sleeps =
+        support::qemu::command_under(under, "sleep".as_ref()).arg("1000").spawn().unwrap();
+    let exe = format!("/proc/{}/exe", sleeps.id());
+    eventually("a program", || fs::read_link(&exe).ok()?.ends_with("sleep").then_some(()));
+    signal_process(sleeps.id(), Signal::SEGV);
+    sleeps.wait().unwrap();
+    let files: Vec<_> = fs::read_dir(cores).unwrap().map(|entry| entry.unwrap().path()).collect();
+    files.iter().for_each(|file| fs::remove_file(file).unwrap());
+    !files.is_empty()
+}
+
+/// A worker that faults in mid migration, where core dumps are wanted, leaves nothing of the guest's.
+#[test]
+fn a_core_dump_has_no_guest_memory() {
+    let dir = tempfile::tempdir().unwrap();
+    let cores = dir.path().join("cores");
+    fs::create_dir(&cores).unwrap();
+    let shell = format!("ulimit -c unlimited; cd {}; exec \"$@\"", cores.display());
+    let under = ["sh", "-c", &shell, "sh"];
+    if !writes_cores(&under, &cores) {
+        println!("core dumps go elsewhere on this host: that there is none is not seen");
+    }
+    let memory = if support::huge_pages().is_ok() { Memory::Huge } else { Memory::Memfd };
+    let guest = Guest::Dirty { fill: 24, hot: 1, spin: 3000 };
+    let config = Config { mib: 32, memory, guest, ..Config::default() };
+    let mut pair = Pair::start(&config);
+    for name in ["source", "destination"] {
+        let host = if name == "source" { &mut pair.source } else { &mut pair.destination };
+        host.helper.kill();
+        let socket = host.qemu.helper_socket();
+        host.helper = Helper::attach_under(&under, pair.dir.path(), name, &socket, &[]);
+        host.client = Qmp::connect(&host.helper.socket);
+    }
+    pair.source.client.run("migrate-set-parameters", json!({ "max-bandwidth": 2 << 20 }));
+    let uri = pair.listen();
+    pair.source.client.run("migrate", json!({ "uri": uri }));
+    let workers = [&pair.source, &pair.destination].map(|host| host.helper.await_worker());
+    eventually("RAM to move", || {
+        let state = pair.source.client.run("query-migrate", json!({}));
+        (state["ram"]["transferred"].as_u64().unwrap_or(0) > 1 << 20).then_some(())
+    });
+    for worker in workers {
+        let limits = fs::read_to_string(format!("/proc/{worker}/limits")).unwrap();
+        let core = limits.lines().find(|line| line.starts_with("Max core file size")).unwrap();
+        assert_eq!(core.split_whitespace().nth(4), Some("0"), "{core}");
+        let mapped = guest_memory(worker);
+        assert!(config.memory != Memory::Huge || !mapped.is_empty());
+        for flags in mapped {
+            assert!(flags.split_whitespace().any(|flag| flag == "dd"), "{flags}");
+        }
+    }
+    for worker in workers {
+        // The first one takes away the handler of Rust's library, which looks for a stack overflow.
+        eventually("the worker to end", || {
+            let there = fs::exists(format!("/proc/{worker}")).unwrap();
+            if there {
+                signal_process(worker, Signal::SEGV);
+            }
+            (!there).then_some(())
+        });
+    }
+    let end = pair.source.await_status(&["failed", "completed"]);
+    assert_eq!(end["status"], "failed");
+    let left: Vec<_> = fs::read_dir(&cores).unwrap().collect();
+    assert!(left.is_empty(), "{left:?}");
+}
