@@ -3,7 +3,10 @@
 mod support;
 
 use std::{
-    fs, thread,
+    fs,
+    io::{Read as _, Write as _},
+    os::unix::net::UnixListener,
+    thread,
     time::{Duration, Instant},
 };
 
@@ -570,6 +573,27 @@ fn the_sources_relay_is_killed_at_pre_switchover() {
     let mut pair = at_pre_switchover(&config);
     pair.source.helper.kill();
     runs_on_with_a_new_helper(pair, &config);
+}
+
+/// Another server has QEMU's path by then, a successor or one to whom QEMU leads us: its guest is none of
+/// ours.
+#[test]
+fn the_sources_relay_is_killed_and_anothers_socket_is_left_alone() {
+    let mut pair = at_pre_switchover(&Config::default());
+    let path = pair.source.qemu.helper_socket();
+    let other = pair.dir.path().join("other");
+    let listener = UnixListener::bind(&other).unwrap();
+    let link = pair.dir.path().join("link");
+    std::os::unix::fs::symlink(&other, &link).unwrap();
+    fs::rename(&link, &path).unwrap();
+    pair.source.helper.kill();
+    let (mut client, _) = listener.accept().unwrap();
+    let greeting = b"{\"QMP\": {\"version\": {}, \"capabilities\": []}}\r\n";
+    // It may have hung up already.
+    let _ = client.write_all(greeting);
+    let mut said = Vec::new();
+    let _ = client.read_to_end(&mut said);
+    assert_eq!(String::from_utf8_lossy(&said), "");
 }
 
 /// The migration has failed, and nobody cancels it: with channels their end would leave the guest

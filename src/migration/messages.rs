@@ -82,6 +82,16 @@ impl FabricKind {
     }
 }
 
+/// A QMP socket, in a directory that may be others'.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct QmpSocket {
+    /// Where it is, or was.
+    pub path: PathBuf,
+    /// Who serves there. Another QEMU at this path is not meant.
+    pub pid: u32,
+}
+
 /// A QMP command.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Command {
@@ -143,7 +153,7 @@ pub enum Order {
         /// The destination's helper.
         address: Address,
         /// QEMU's QMP socket, for a worker whose relay is gone; `None` if only the relay has one.
-        qemu_qmp: Option<PathBuf>,
+        qemu_qmp: Option<QmpSocket>,
         /// QEMU's RAM blocks.
         blocks: Vec<Block>,
         /// Options.

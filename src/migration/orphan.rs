@@ -3,19 +3,21 @@
 use std::{
     io::{self, BufRead as _, BufReader, ErrorKind, Read as _, Write as _},
     os::unix::net::UnixStream,
-    path::{Path, PathBuf},
     thread,
     time::{Duration, Instant},
 };
 
 use rustix::{
     io::{Errno, ioctl_fionbio},
-    net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with},
+    net::{
+        AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with,
+        sockopt::socket_peercred,
+    },
 };
 use serde_json::{Value, json};
 use tracing::{debug, warn};
 
-use super::messages::Command;
+use super::messages::{Command, QmpSocket};
 use crate::{qemu, qmp::ITEM_MAX};
 
 /// How long QEMU may take for all that there is to do: its monitor waits while it flushes its disks.
@@ -34,7 +36,7 @@ pub enum Orphan {
     /// In line, or served.
     Session(Session),
     /// There was no place in the line of this socket.
-    Late(PathBuf),
+    Late(QmpSocket),
     /// There is no way to QEMU.
     Cut,
 }
@@ -43,11 +45,11 @@ impl Orphan {
     /// Get in line at QEMU's QMP socket, if it has one that others than the relay can reach: QEMU serves
     /// one client at a time, and no helper that is started again before this one. Without a session
     /// QEMU finds out by itself what it can.
-    pub fn new(qmp: Option<&Path>) -> Self {
+    pub fn new(qmp: Option<&QmpSocket>) -> Self {
         let Some(qmp) = qmp else { return Self::Cut };
         match Session::connect(qmp, Instant::now() + LINE.0) {
             Ok(session) => Self::Session(session),
-            Err(Errno::AGAIN) => Self::Late(qmp.to_owned()),
+            Err(Errno::AGAIN) => Self::Late(qmp.clone()),
             Err(Errno::NOENT | Errno::CONNREFUSED) => {
                 debug!("QEMU is gone too");
                 Self::Cut
@@ -91,15 +93,20 @@ pub struct Session {
 
 impl Session {
     /// Get in line. A QEMU that is not listening has room for one or two.
-    fn connect(qmp: &Path, deadline: Instant) -> rustix::io::Result<Self> {
+    fn connect(qmp: &QmpSocket, deadline: Instant) -> rustix::io::Result<Self> {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-        let address = SocketAddrUnix::new(qmp)?;
+        let address = SocketAddrUnix::new(&qmp.path)?;
         loop {
             match connect(&socket, &address) {
                 Err(Errno::AGAIN) if Instant::now() < deadline => thread::sleep(LINE.1),
                 connected => break connected?,
             }
+        }
+        // The path is in the hands of QEMU, or has been given to its successor.
+        let served_by = socket_peercred(&socket)?.pid.as_raw_nonzero().get();
+        if served_by.unsigned_abs() != qmp.pid {
+            return Err(Errno::CONNREFUSED);
         }
         ioctl_fionbio(&socket, false)?;
         Ok(Self { stream: BufReader::new(socket.into()), deadline })

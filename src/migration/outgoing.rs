@@ -2,7 +2,6 @@
 
 use std::{
     cell::{Cell, OnceCell},
-    path::PathBuf,
     sync::{
         Arc,
         atomic::Ordering,
@@ -24,7 +23,7 @@ use super::{
     error::MigrationError,
     intake, lifetime,
     link::Link,
-    messages::{Address, Command, Options, Order, Report},
+    messages::{Address, Command, Options, Order, QmpSocket, Report},
     orphan::Orphan,
     pacing::Pacer,
     return_path::{self, ToQemu},
@@ -114,7 +113,7 @@ struct Context {
     /// QEMU's sockets, once it was asked to migrate, and what sets it back to what it was before.
     qemu: OnceCell<(Arc<Streams>, Vec<Command>)>,
     /// QEMU's QMP socket, for when the relay is gone.
-    qmp: Option<PathBuf>,
+    qmp: Option<QmpSocket>,
     /// The relay is gone.
     is_alone: Cell<bool>,
     /// What is in its place.
@@ -138,7 +137,7 @@ pub fn run(
     address: Address,
     blocks: Vec<Block>,
     options: Options,
-    qmp: Option<PathBuf>,
+    qmp: Option<QmpSocket>,
     reports: Arc<Reports>,
     (sender, events): (Sender<Event>, Receiver<Event>),
 ) {
@@ -201,7 +200,7 @@ impl Context {
     fn become_orphan(&self) {
         // A relay that can't reach QEMU says so, and then it goes.
         if !self.is_alone.replace(true) {
-            self.orphan.set(Some(Orphan::new(self.qmp.as_deref())));
+            self.orphan.set(Some(Orphan::new(self.qmp.as_ref())));
         }
     }
 

@@ -38,7 +38,7 @@ use tracing::info;
 
 use crate::{
     fabric,
-    migration::messages::{self, FabricKind, Options},
+    migration::messages::{self, FabricKind, Options, QmpSocket},
     qemu::{
         QemuError, blockers,
         blocks::{self, OwnMemory, RamBlock},
@@ -171,6 +171,7 @@ pub async fn attach(options: AttachOptions) -> Result<(), RelayError> {
         Some(pid) => Process::open(pid),
         None => session.peer(),
     };
+    let qemu_qmp = QmpSocket { path: qemu_qmp, pid: session.pid };
     session.pid = pid.unwrap_or(session.pid);
     let serve_error = |source| RelayError::Serve { path: qmp.clone(), source };
     let socket = ServedSocket::bind(&qmp).await.map_err(serve_error)?;
@@ -223,7 +224,7 @@ fn told_to_end() -> io::Result<watch::Receiver<Option<&'static str>>> {
 struct Context {
     qemu: Qemu,
     /// QEMU's own socket, for a worker whose relay is gone.
-    qemu_qmp: Option<PathBuf>,
+    qemu_qmp: Option<QmpSocket>,
     pid: u32,
     process: Arc<Process>,
     settings: Settings,

@@ -42,7 +42,7 @@ impl QemusDoor {
     /// Make one. QEMU may be another user, see other directories, or be confined to some: so it is
     /// asked to connect, as a chardev. `None` if there is no place.
     pub async fn open(context: &Context) -> Option<Self> {
-        let beside_qmp = context.qemu_qmp.as_ref().and_then(|path| path.parent());
+        let beside_qmp = context.qemu_qmp.as_ref().and_then(|qmp| qmp.path.parent());
         let directories = beside_qmp.map(Path::to_owned).into_iter().chain([std::env::temp_dir()]);
         for directory in directories {
             let door = match Self::bind(&directory, context.pid) {
