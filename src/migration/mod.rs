@@ -18,7 +18,7 @@ mod incoming;
 mod intake;
 mod keys;
 mod landing;
-pub(crate) mod lines;
+pub mod lines;
 mod link;
 pub mod messages;
 mod orphan;

@@ -16,12 +16,10 @@ use serde_json::{Value, json};
 
 /// Commands in `pieces`, without the blanks around them: a cut may leave these behind.
 fn frame<'a>(pieces: impl Iterator<Item = &'a [u8]>) -> Vec<Framed> {
-    let (mut framer, mut all, mut end) = (Framer::default(), Vec::new(), 0);
+    let (mut framer, mut all) = (Framer::default(), Vec::new());
     for piece in pieces {
         framer.push(piece);
-        while let Some((framed, offset)) = framer.take() {
-            assert!(offset > end);
-            end = offset;
+        while let Some(framed) = framer.take() {
             all.push(match framed {
                 Framed::Value(bytes) => Framed::Value(bytes.trim_ascii().to_vec()),
                 other => other,
