@@ -276,8 +276,9 @@ pub struct Pinned {
 /// The half that sends, from any number of threads at once.
 ///
 /// Messages arrive in their order. So do writes of one kind to one chunk of a region
-/// ([`CHUNK`](crate::memory::CHUNK)), which no write leaves. Between all else order holds only where
-/// [`Poster::drain`] makes it.
+/// ([`CHUNK`](crate::memory::CHUNK)), which no write leaves, if the device [keeps
+/// it](Poster::orders_writes). Between all else order holds only where [`Poster::drain`] and
+/// [`Poster::send_behind_writes`] make it.
 pub trait Poster: Send + Sync {
     /// Send one control message, header and payload, at most [`MESSAGE_MAX`] bytes together.
     /// It may overtake writes that were posted before, and be overtaken by later ones.
@@ -285,6 +286,17 @@ pub trait Poster: Send + Sync {
     /// # Errors
     /// When the connection is lost.
     fn send(&self, header: &[u8], payload: &[u8]) -> Result<()>;
+
+    /// Send one behind writes that [`Poster::drain`] has waited for: the peer's
+    /// [`Receiver::await_writes`] returns when they have landed.
+    ///
+    /// # Errors
+    /// When the connection is lost.
+    fn send_behind_writes(&self, header: &[u8], payload: &[u8]) -> Result<()>;
+
+    /// An older write never lands on top of a newer one to the same place. Else a page may be
+    /// written again only when the peer has said that the older write has landed.
+    fn orders_writes(&self) -> bool;
 
     /// Write `length` bytes from `offset` of `region` to `offset` of the region that `remote`
     /// names. Blocks while too much is in flight.
@@ -320,7 +332,8 @@ pub trait Poster: Send + Sync {
     /// Guest memory that is pinned on this side, for sending and for receiving.
     fn pinned(&self) -> Pinned;
 
-    /// Wait until every write has landed that was posted before.
+    /// Wait until nothing is to be done here for any write that was posted before: its memory may
+    /// be released. Whether it has landed only the peer knows, see [`Poster::send_behind_writes`].
     ///
     /// # Errors
     /// When the connection is lost.
@@ -335,7 +348,8 @@ pub trait Poster: Send + Sync {
     /// Bytes of writes posted so far.
     fn posted(&self) -> u64;
 
-    /// Bytes of writes that are known to have landed.
+    /// Bytes of writes that have landed, as far as this side can tell: what a device has completed
+    /// may be on its way still.
     fn landed(&self) -> u64;
 }
 
@@ -347,6 +361,13 @@ pub trait Receiver: Send {
     /// # Errors
     /// [`FabricError::Closed`] at the peer's orderly end; any error ends the connection.
     fn receive(&mut self, message: &mut Vec<u8>) -> Result<()>;
+
+    /// The message that was received last was sent by [`Poster::send_behind_writes`]: wait until the
+    /// writes before it have landed. To be called for each such message.
+    ///
+    /// # Errors
+    /// As for [`Receiver::receive`].
+    fn await_writes(&mut self) -> Result<()>;
 
     /// Bytes of the peer's writes that have landed here; 0 where a device does it unseen.
     fn landed(&self) -> u64;

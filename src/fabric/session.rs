@@ -3,7 +3,7 @@
 //! What a fabric itself says in private data stands at the end of the longest one, behind what
 //! migrations say there: how many connections there are to be, and a number that only the peer
 //! knows. A stock QEMU reads the first 8 bytes and sends no more; a helper that knows no further
-//! connections says nothing of them.
+//! connections of this kind says nothing of them.
 
 use std::{
     collections::HashMap,
@@ -23,8 +23,26 @@ use zerocopy::{
 
 use crate::fabric::{FabricError, PRIVATE_DATA_MAX, Result};
 
-/// "QRL1".
-const MAGIC: u32 = u32::from_be_bytes(*b"QRL1");
+/// What the further ones are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// Connections of the tcp fabric.
+    Connections,
+    /// Queue pairs that have buffers for marks ([`super::Poster::send_behind_writes`]). Helpers that
+    /// know of no marks have another word for theirs, and so get none.
+    #[cfg(feature = "verbs")]
+    QueuePairs,
+}
+
+impl Kind {
+    fn magic(self) -> U32 {
+        U32::from_bytes(match self {
+            Self::Connections => *b"QRL1",
+            #[cfg(feature = "verbs")]
+            Self::QueuePairs => *b"QRL2",
+        })
+    }
+}
 
 /// How long a peer may take to connect all of its further connections.
 pub(super) const ESTABLISHING: Duration = Duration::from_secs(5);
@@ -48,8 +66,8 @@ pub(super) struct Trailer {
 }
 
 impl Trailer {
-    pub(super) fn new(lanes: u16, lane: u16, session: u64) -> Self {
-        let magic = MAGIC.into();
+    pub(super) fn new(kind: Kind, lanes: u16, lane: u16, session: u64) -> Self {
+        let magic = kind.magic();
         Self { magic, lanes: lanes.into(), lane: lane.into(), session: session.into() }
     }
 
@@ -65,10 +83,10 @@ impl Trailer {
         Ok(bytes)
     }
 
-    /// The peer's, if it sent one.
-    pub(super) fn find(private_data: &[u8]) -> Option<Self> {
+    /// The peer's, if it sent one of this kind.
+    pub(super) fn find(kind: Kind, private_data: &[u8]) -> Option<Self> {
         let (trailer, _) = Self::read_from_prefix(private_data.get(START..)?).ok()?;
-        (trailer.magic == MAGIC).then_some(trailer)
+        (trailer.magic == kind.magic()).then_some(trailer)
     }
 }
 
@@ -169,22 +187,34 @@ mod tests {
 
     #[test]
     fn it_stands_at_the_end() {
-        let trailer = Trailer::new(4, 2, 0x0123_4567_89ab_cdef);
+        let kind = Kind::Connections;
+        let trailer = Trailer::new(kind, 4, 2, 0x0123_4567_89ab_cdef);
         let bytes = trailer.append(b"\0\0\0\x01\0\0\0\0").unwrap();
         assert_eq!(bytes.len(), PRIVATE_DATA_MAX);
         assert_eq!(bytes[..8], *b"\0\0\0\x01\0\0\0\0");
         assert_eq!(bytes[40..], *b"QRL1\0\x04\0\x02\x01\x23\x45\x67\x89\xab\xcd\xef");
-        assert_eq!(Trailer::find(&bytes), Some(trailer));
-        assert_eq!(Trailer::find(&bytes[..55]), None);
-        assert_eq!(Trailer::find(&[0; PRIVATE_DATA_MAX]), None);
+        assert_eq!(Trailer::find(kind, &bytes), Some(trailer));
+        assert_eq!(Trailer::find(kind, &bytes[..55]), None);
+        assert_eq!(Trailer::find(kind, &[0; PRIVATE_DATA_MAX]), None);
         assert!(trailer.append(&[0; 41]).is_err());
+    }
+
+    /// Who has no buffers for marks has no further queue pairs, whichever end it is at.
+    #[cfg(feature = "verbs")]
+    #[test]
+    fn queue_pairs_without_marks_are_left_out() {
+        let old = Trailer::new(Kind::Connections, 4, 0, 0).append(&[]).unwrap();
+        assert_eq!(Trailer::find(Kind::QueuePairs, &old), None);
+        let new = Trailer::new(Kind::QueuePairs, 4, 0, 0).append(&[]).unwrap();
+        assert_eq!(new[40..46], *b"QRL2\0\x04");
+        assert_eq!(Trailer::find(Kind::Connections, &new), None);
     }
 
     #[test]
     fn only_what_belongs_to_a_session_gets_in() {
         let sessions = Arc::new(Sessions::default());
         let session = sessions.open(2);
-        let lane = |lane, number| Trailer::new(0, lane, number);
+        let lane = |lane, number| Trailer::new(Kind::Connections, 0, lane, number);
         assert!(!sessions.add(&lane(1, session.number() ^ 1), "a stranger"));
         assert!(sessions.add(&lane(1, session.number()), "first"));
         assert!(sessions.add(&lane(3, session.number()), "third"));

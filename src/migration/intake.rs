@@ -58,7 +58,7 @@ pub fn take(
         return_path,
         channels,
         statistics,
-        zeros: None,
+        unsettled: None,
         batch: Vec::new(),
         staged: Vec::new(),
         extents: Extents::default(),
@@ -118,8 +118,9 @@ struct Outbound<'a> {
     /// QEMU's multifd channels, if it has any.
     channels: Option<Arc<Channels>>,
     statistics: &'a Statistics,
-    /// Messages up to the end of the last RAM section, if it had zero ranges.
-    zeros: Option<u64>,
+    /// Messages up to the end of the last RAM section, if the destination must have dealt with them
+    /// before anything is written again.
+    unsettled: Option<u64>,
     /// Stream bytes that were not sent yet. At most a read's worth and what the rewriter held.
     batch: Vec<u8>,
     /// Bytes of the next staged write: at most a chunk of them.
@@ -167,9 +168,10 @@ impl Outlet for Outbound<'_> {
     fn hook(&mut self) -> Result<()> {
         self.send_batch()?;
         // A page of this section may have been zero in the last one. A device writes it when it
-        // likes; the processor that makes zero ranges must have done so before.
-        let zeros = self.zeros.take();
-        zeros.map_or(Ok(()), |messages| self.writer.link().await_consumed(messages))
+        // likes; the processor that makes zero ranges must have done so before. And it may have been
+        // written there, by a device that may place the older bytes last.
+        let unsettled = self.unsettled.take();
+        unsettled.map_or(Ok(()), |messages| self.writer.link().await_consumed(messages))
     }
 
     fn write(&mut self, range: BlockRange) -> Result<()> {
@@ -192,7 +194,7 @@ impl Outlet for Outbound<'_> {
         // Beside channels it is their meetings that wait for it. What those have sent may wait for
         // an answer that comes behind theirs.
         if self.channels.is_none() {
-            self.zeros = Some(self.writer.link().messages());
+            self.unsettled = Some(self.writer.link().messages());
         }
         Ok(())
     }
@@ -212,13 +214,16 @@ impl Outlet for Outbound<'_> {
 
     fn finished(&mut self) -> Result<()> {
         self.writer.exchange()?;
+        let link = self.writer.link();
         // Beside channels that go on writing, only where all meet there is an end to it.
-        if self.channels.is_none() {
-            self.writer.link().drain()?;
-            self.return_path.acknowledge(self.acknowledgement.all_landed());
+        if self.channels.is_some() {
+            return link.send(&Message::RegisterFinished);
         }
-        self.writer.link().send(&Message::RegisterFinished)?;
-        self.zeros = self.zeros.map(|_| self.writer.link().messages());
+        link.drain()?;
+        self.return_path.acknowledge(self.acknowledgement.all_landed());
+        link.send(&Message::RegisterFinished)?;
+        let waits = self.unsettled.is_some() || !link.orders_writes();
+        self.unsettled = waits.then(|| link.messages());
         Ok(())
     }
 

@@ -121,7 +121,11 @@ impl Link {
         }
         let mut scratch = Vec::new();
         let (header, payload) = message.encode(&mut scratch);
-        Ok(self.poster.send(&header, payload)?)
+        let sent = match message.follows_writes() {
+            true => self.poster.send_behind_writes(&header, payload),
+            false => self.poster.send(&header, payload),
+        };
+        Ok(sent?)
     }
 
     /// The peer is a stock QEMU: version 1 and nothing more.
@@ -271,7 +275,12 @@ impl Link {
         self.stall_timeout
     }
 
-    /// Wait until all writes have landed.
+    /// What is written again has to wait for the peer's word; see [`Poster::orders_writes`].
+    pub fn orders_writes(&self) -> bool {
+        self.poster.orders_writes()
+    }
+
+    /// Wait until all writes have left; see [`Poster::drain`].
     ///
     /// # Errors
     /// When the connection is lost.
@@ -316,7 +325,7 @@ impl Link {
 }
 
 impl LinkReceiver {
-    /// The next message, with READY dealt with.
+    /// The next message, with READY dealt with; one that follows writes when those have landed.
     ///
     /// # Errors
     /// When the connection is lost or the peer breaks the protocol.
@@ -333,6 +342,9 @@ impl LinkReceiver {
         let message = Message::decode(buffer)?;
         if message.needs_credit() {
             lock(&link.grants).received()?;
+        }
+        if message.follows_writes() {
+            self.0.await_writes()?;
         }
         Ok(message)
     }

@@ -2,7 +2,7 @@
 
 use std::sync::{
     Arc, Mutex, MutexGuard, PoisonError,
-    atomic::{AtomicBool, Ordering},
+    atomic::{AtomicBool, AtomicU64, Ordering},
 };
 
 use super::{
@@ -25,6 +25,8 @@ pub struct Writer {
     targets: Mutex<Targets>,
     /// There were zero ranges since the last [`Self::settle`].
     zeros: AtomicBool,
+    /// Bytes that had been posted then.
+    settled: AtomicU64,
 }
 
 impl Writer {
@@ -35,8 +37,8 @@ impl Writer {
         pacer: Arc<Pacer>,
         statistics: Arc<Statistics>,
     ) -> Self {
-        let zeros = AtomicBool::new(false);
-        Self { link, pacer, statistics, targets: Mutex::new(targets), zeros }
+        let (zeros, settled) = (AtomicBool::new(false), AtomicU64::new(0));
+        Self { link, pacer, statistics, targets: Mutex::new(targets), zeros, settled }
     }
 
     fn targets(&self) -> MutexGuard<'_, Targets> {
@@ -129,16 +131,21 @@ impl Writer {
         Ok(())
     }
 
-    /// All that was written, or said to be zero, must be so at the destination. While other threads
-    /// write there is no end to it.
+    /// All that was written, or said to be zero, must be so at the destination before anything that
+    /// is written, said to be zero or sent from now on is. While other threads write there is no end
+    /// to it.
     ///
     /// # Errors
     /// When the connection is lost.
     pub fn settle(&self) -> Result<()> {
         self.link.drain()?;
-        if self.zeros.swap(false, Ordering::SeqCst) {
+        let (posted, _) = self.link.written();
+        let zeros = self.zeros.swap(false, Ordering::SeqCst);
+        if self.settled.swap(posted, Ordering::SeqCst) != posted || zeros {
             self.link.send(&Message::RegisterFinished)?;
-            self.link.await_consumed(self.link.messages())?;
+            if zeros || !self.link.orders_writes() {
+                self.link.await_consumed(self.link.messages())?;
+            }
         }
         self.tally();
         Ok(())

@@ -296,6 +296,12 @@ impl<'a> Message<'a> {
                 | Self::UnregisterFinished
         )
     }
+
+    /// It says that writes have landed, or may not come any more: whoever receives it deals with it
+    /// when they have.
+    pub fn follows_writes(&self) -> bool {
+        matches!(self, Self::RegisterFinished | Self::UnregisterRequest(_))
+    }
 }
 
 fn empty<'a>(

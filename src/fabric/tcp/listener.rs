@@ -17,7 +17,7 @@ use crate::{
     fabric::{
         Connection, FabricError, Handle, Listener, Request, Result,
         pending::{Limits, Pending},
-        session::{Opened, Sessions, Trailer},
+        session::{Kind, Opened, Sessions, Trailer},
     },
     migration::messages::Address,
 };
@@ -156,7 +156,7 @@ impl Reception {
     /// Read the client's greeting, and hand the client on.
     fn greet(self, stream: TcpStream, peer: SocketAddr) -> std::io::Result<()> {
         let private_data = frame::read_hello(&stream, Instant::now() + GREETING_TIMEOUT)?;
-        let trailer = Trailer::find(&private_data);
+        let trailer = Trailer::find(Kind::Connections, &private_data);
         if let Some(trailer) = trailer.filter(|trailer| trailer.lane.get() > 0) {
             if !self.sessions.add(&trailer, stream) {
                 info!(%peer, "turned away: its connection belongs to none");
@@ -224,7 +224,8 @@ impl Request for TcpRequest {
         } else {
             let session = sessions.open(further);
             opened.set(&session);
-            let reply = Trailer::new(further, 0, session.number()).append(private_data)?;
+            let reply = Trailer::new(Kind::Connections, further, 0, session.number())
+                .append(private_data)?;
             frame::write_hello(&stream, &reply).map_err(accepting)?;
             for lane in 1..=further {
                 let other = session.next(lane)?;

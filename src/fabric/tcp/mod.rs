@@ -22,7 +22,8 @@ use std::{
 use rustix::net::sockopt;
 
 use super::{
-    Connection, Fabric, FabricError, Finding, Listener, Result, resolve, session::Trailer,
+    Connection, Fabric, FabricError, Finding, Listener, Result, resolve,
+    session::{Kind, Trailer},
 };
 use crate::migration::messages::Address;
 
@@ -56,13 +57,14 @@ impl Fabric for Tcp {
         let further = self.connections.saturating_sub(1);
         let hello = match further {
             0 => private_data.to_vec(),
-            _ => Trailer::new(further, 0, 0).append(private_data)?,
+            _ => Trailer::new(Kind::Connections, further, 0, 0).append(private_data)?,
         };
         let reply = greet(&stream, &hello, deadline).map_err(connect)?;
         let mut others = Vec::new();
-        if let Some(granted) = Trailer::find(&reply) {
+        if let Some(granted) = Trailer::find(Kind::Connections, &reply) {
             for lane in 1..=granted.lanes.get().min(further) {
-                let hello = Trailer::new(0, lane, granted.session.get()).append(&[])?;
+                let hello =
+                    Trailer::new(Kind::Connections, 0, lane, granted.session.get()).append(&[])?;
                 others.push(connect_further(peer, &hello, deadline).map_err(connect)?);
             }
         }

@@ -58,6 +58,11 @@ impl Receiver for TcpReceiver {
         })
     }
 
+    fn await_writes(&mut self) -> Result<()> {
+        // The peer has waited until it was told.
+        Ok(())
+    }
+
     fn landed(&self) -> u64 {
         self.shared.received.load(Ordering::Relaxed)
     }

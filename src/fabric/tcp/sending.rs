@@ -30,6 +30,15 @@ impl Poster for TcpPoster {
         sent.map_err(|error| self.shared.failure(error))
     }
 
+    fn send_behind_writes(&self, header: &[u8], payload: &[u8]) -> Result<()> {
+        // The peer itself has said what has landed.
+        self.send(header, payload)
+    }
+
+    fn orders_writes(&self) -> bool {
+        true
+    }
+
     fn write(
         &self,
         region: &Arc<Region>,

@@ -18,7 +18,10 @@ use rustix::{
     fs::{OFlags, fcntl_getfl, fcntl_setfl},
 };
 
-use super::library::{Library, check};
+use super::{
+    device::Transport,
+    library::{Library, check},
+};
 use crate::fabric::{self, FabricError, Result};
 
 /// RDMA_OPTION_ID (rdma/rdma_user_cm.h) and its options.
@@ -370,7 +373,7 @@ impl Id {
 
     /// Begin to connect.
     pub(super) fn connect(&self, private_data: &[u8]) -> Result<()> {
-        let mut parameters = parameters(private_data);
+        let mut parameters = self.parameters(private_data)?;
         // SAFETY: the private data outlives the call, which copies it.
         let result = unsafe { (self.library().rdma_connect)(self.as_ptr(), &mut parameters) };
         check("rdma_connect", result)
@@ -378,10 +381,26 @@ impl Id {
 
     /// Begin to accept a request.
     pub(super) fn accept(&self, private_data: &[u8]) -> Result<()> {
-        let mut parameters = parameters(private_data);
+        let mut parameters = self.parameters(private_data)?;
         // SAFETY: as in `connect`.
         let result = unsafe { (self.library().rdma_accept)(self.as_ptr(), &mut parameters) };
         check("rdma_accept", result)
+    }
+
+    fn parameters(&self, private_data: &[u8]) -> Result<rdma_conn_param> {
+        // How many reads each end may ask the other for at a time.
+        let reads = u8::from(!Transport::of(self.context()?).acknowledges());
+        Ok(rdma_conn_param {
+            private_data: private_data.as_ptr().cast(),
+            private_data_len: u8::try_from(private_data.len()).unwrap_or(u8::MAX),
+            responder_resources: reads,
+            initiator_depth: reads,
+            flow_control: 0,
+            retry_count: RETRIES,
+            rnr_retry_count: RNR_RETRIES,
+            srq: 0,
+            qp_num: 0,
+        })
     }
 
     /// Turn a request down.
@@ -406,18 +425,4 @@ impl Drop for Id {
 
 fn milliseconds(limit: Duration) -> i32 {
     i32::try_from(limit.as_millis()).unwrap_or(i32::MAX)
-}
-
-fn parameters(private_data: &[u8]) -> rdma_conn_param {
-    rdma_conn_param {
-        private_data: private_data.as_ptr().cast(),
-        private_data_len: u8::try_from(private_data.len()).unwrap_or(u8::MAX),
-        responder_resources: 0,
-        initiator_depth: 0,
-        flow_control: 0,
-        retry_count: RETRIES,
-        rnr_retry_count: RNR_RETRIES,
-        srq: 0,
-        qp_num: 0,
-    }
 }

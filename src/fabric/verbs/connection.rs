@@ -1,12 +1,12 @@
 //! An established connection and its two halves.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     ops::Range,
     sync::{Arc, atomic::Ordering},
 };
 
-use rdma_sys::rdma_cm_event_type as kind;
+use rdma_sys::{ibv_wc_status as status, rdma_cm_event_type as kind};
 use rustix::{
     event::{PollFd, PollFlags},
     fd::AsFd as _,
@@ -16,6 +16,7 @@ use super::{
     Timeouts,
     cm::Id,
     cm::wait_for,
+    marks::{self, Marks},
     objects::{Access, Completion, CompletionQueue, MemoryRegion, ProtectionDomain},
     queue_pair::{Depth, QueuePair, Queues},
     received::Received,
@@ -34,9 +35,17 @@ pub(super) fn depth(window: u16) -> Depth {
     Depth { send: SEND_DEPTH, receive: u32::from(window + UNCREDITED) }
 }
 
-/// Completions of what all queue pairs may have posted; `lanes` as in [`super::Verbs`].
-pub(super) fn completions(lanes: u16) -> u32 {
-    SEND_DEPTH * (1 + u32::from(lanes))
+/// The same of a queue pair for RAM, which receives a mark for each message that needs a credit at
+/// the most.
+fn lane_depth(window: u16) -> Depth {
+    Depth { send: SEND_DEPTH, receive: window.into() }
+}
+
+/// Completions of what all queue pairs may have posted, and of what they may have received; `window`
+/// and `lanes` as in [`super::Verbs`].
+pub(super) fn completions(window: u16, lanes: u16) -> Depth {
+    let (first, lane, lanes) = (depth(window), lane_depth(window), u32::from(lanes));
+    Depth { send: first.send + lanes * lane.send, receive: first.receive + lanes * lane.receive }
 }
 
 /// A connection before its halves go to their threads.
@@ -58,21 +67,22 @@ pub(super) struct Opening {
     /// Of the queue pairs for RAM: none of its keys is any good to the first one.
     ram_domain: Arc<ProtectionDomain>,
     received: Received,
+    window: u16,
 }
 
 impl Opening {
     /// Make the queue pair of `id`, and offer its buffers; it need not be connected yet. There may
     /// come up to `lanes` more.
     pub(super) fn new(id: Id, window: u16, lanes: u16) -> Result<Self> {
-        let depth = depth(window);
+        let (depth, completions) = (depth(window), completions(window, lanes));
         let queues = Queues {
-            sent: Arc::new(CompletionQueue::new(&id, completions(lanes))?),
-            received: Arc::new(CompletionQueue::new(&id, depth.receive)?),
+            sent: Arc::new(CompletionQueue::new(&id, completions.send)?),
+            received: Arc::new(CompletionQueue::new(&id, completions.receive)?),
         };
         let (domain, ram_domain) = (ProtectionDomain::new(&id)?, ProtectionDomain::new(&id)?);
         let pair = QueuePair::new(id, domain, queues.clone(), depth)?;
         let received = Received::offer_all(&pair, depth.receive as usize)?;
-        Ok(Self { pairs: vec![pair], queues, ram_domain, received })
+        Ok(Self { pairs: vec![pair], queues, ram_domain, received, window })
     }
 
     /// The identifier of the first one, to connect it.
@@ -82,8 +92,9 @@ impl Opening {
 
     /// Make one more, for RAM; returns its identifier, to connect it.
     pub(super) fn add_lane(&mut self, id: Id) -> Result<&Id> {
-        let depth = Depth { send: SEND_DEPTH, receive: 0 };
+        let depth = lane_depth(self.window);
         let pair = QueuePair::new(id, self.ram_domain.clone(), self.queues.clone(), depth)?;
+        marks::offer_all(&pair, self.pairs.len(), depth.receive)?;
         self.pairs.push(pair);
         Ok(&self.pairs[self.pairs.len() - 1].id)
     }
@@ -98,8 +109,14 @@ impl Opening {
 impl Connection for VerbsConnection {
     fn split(self: Box<Self>) -> (Arc<dyn Poster>, Box<dyn Receiver>) {
         let poster = VerbsPoster { shared: self.shared.clone() };
-        let receiver =
-            VerbsReceiver { shared: self.shared, registered: HashMap::new(), disconnected: false };
+        let receiver = VerbsReceiver {
+            marks: Marks::new(self.shared.pairs.len()),
+            lost: None,
+            waiting: VecDeque::new(),
+            shared: self.shared,
+            registered: HashMap::new(),
+            disconnected: false,
+        };
         (Arc::new(poster), Box::new(receiver))
     }
 
@@ -114,22 +131,22 @@ struct VerbsReceiver {
     shared: Arc<Shared>,
     /// What the peer may write, by region and range.
     registered: HashMap<(usize, u64, u64), MemoryRegion>,
+    marks: Marks,
+    /// A buffer for marks that will get none any more.
+    lost: Option<Completion>,
+    /// Messages that came while marks were waited for: as many as there are buffers, at the most.
+    waiting: VecDeque<Completion>,
     disconnected: bool,
 }
 
 impl Receiver for VerbsReceiver {
     fn receive(&mut self, message: &mut Vec<u8>) -> Result<()> {
-        let result = self.next_message(message);
-        match result {
-            Ok(()) => Ok(()),
-            Err(error) => {
-                // What failed may have been a request, and what came here its consequence.
-                let error =
-                    if matches!(error, FabricError::Closed) { self.shared.cause() } else { error };
-                self.shared.close();
-                Err(error)
-            }
-        }
+        self.next_message(message).map_err(|error| self.failed(error))
+    }
+
+    fn await_writes(&mut self) -> Result<()> {
+        self.marks.expect();
+        self.await_marks().map_err(|error| self.failed(error))
     }
 
     fn landed(&self) -> u64 {
@@ -171,12 +188,56 @@ impl Receiver for VerbsReceiver {
 }
 
 impl VerbsReceiver {
+    /// End the connection because of `error`; why did it really end?
+    fn failed(&self, error: FabricError) -> FabricError {
+        // What failed may have been a request, and what came here its consequence.
+        let error = if matches!(error, FabricError::Closed) { self.shared.cause() } else { error };
+        self.shared.close();
+        error
+    }
+
     fn next_message(&mut self, message: &mut Vec<u8>) -> Result<()> {
+        let completion = loop {
+            match self.waiting.pop_front() {
+                Some(completion) => break completion,
+                None => self.take_received()?,
+            }
+        };
+        let (index, length) = (completion.id as usize, completion.length as usize);
+        self.shared.received.take(&self.shared.pairs[0], index, length, message)
+    }
+
+    fn await_marks(&mut self) -> Result<()> {
+        while !self.marks.are_complete() {
+            if let Some(lost) = self.lost {
+                return self.shared.checked(lost).map(drop);
+            }
+            self.take_received()?;
+        }
+        Ok(())
+    }
+
+    /// Wait for the next message, or mark, and note that it is there.
+    fn take_received(&mut self) -> Result<()> {
+        let completion = self.next_received()?;
+        match marks::queue_pair(&completion) {
+            None => self.waiting.push_back(self.shared.checked(completion)?),
+            Some(lane) if completion.status == status::IBV_WC_SUCCESS => {
+                self.marks.arrive(lane);
+                marks::offer(&self.shared.pairs[lane], lane)?;
+            }
+            // Access to RAM has ended, or the queue pair is broken. Whoever waits for a mark must know.
+            Some(_) => self.lost = Some(completion),
+        }
+        Ok(())
+    }
+
+    fn next_received(&mut self) -> Result<Completion> {
         let shared = self.shared.clone();
         let queue: &CompletionQueue = shared.pairs[0].received();
         loop {
             if let Some(completion) = queue.poll()? {
-                return self.take(shared.checked(completion)?, message);
+                return Ok(completion);
             }
             // What was sent before the end has been taken by now.
             if self.disconnected || shared.closed.load(Ordering::SeqCst) {
@@ -184,7 +245,7 @@ impl VerbsReceiver {
             }
             queue.arm()?;
             if let Some(completion) = queue.poll()? {
-                return self.take(shared.checked(completion)?, message);
+                return Ok(completion);
             }
             let channel = shared.pairs[0].id.channel();
             let mut fds = [
@@ -206,10 +267,5 @@ impl VerbsReceiver {
                 );
             }
         }
-    }
-
-    fn take(&mut self, completion: Completion, message: &mut Vec<u8>) -> Result<()> {
-        let (index, length) = (completion.id as usize, completion.length as usize);
-        self.shared.received.take(&self.shared.pairs[0], index, length, message)
     }
 }

@@ -25,7 +25,7 @@ use super::{
 use crate::{
     fabric::{
         Connection, FabricError, Handle, Listener, Request, Result, resolve,
-        session::{ESTABLISHING, Opened, Session, Sessions, Trailer},
+        session::{ESTABLISHING, Kind, Opened, Session, Sessions, Trailer},
     },
     migration::messages::Address,
 };
@@ -110,7 +110,7 @@ impl Listener for VerbsListener {
             };
             let own = EventChannel::new().and_then(|channel| id.migrate(&channel));
             let own = own.and_then(|id| Ok((id, Stop::new()?)));
-            let trailer = Trailer::find(&private_data);
+            let trailer = Trailer::find(Kind::QueuePairs, &private_data);
             match (own, trailer) {
                 (Ok((id, _)), Some(trailer)) if trailer.lane.get() > 0 => {
                     // An identifier that is dropped tells its peer.
@@ -186,7 +186,8 @@ impl Request for VerbsRequest {
         } else {
             let session = self.sessions.open(self.lanes);
             self.opened.set(&session);
-            let reply = Trailer::new(self.lanes, 0, session.number()).append(private_data)?;
+            let reply = Trailer::new(Kind::QueuePairs, self.lanes, 0, session.number())
+                .append(private_data)?;
             establish(opening.id(), &reply, session.deadline(), &self.stop)?;
             self.take_lanes(&mut opening, &session)?;
         }

@@ -8,8 +8,10 @@
 mod buffers;
 mod cm;
 mod connection;
+mod device;
 mod library;
 mod listener;
+mod marks;
 mod objects;
 pub mod preflight;
 mod queue_pair;
@@ -30,7 +32,10 @@ use self::{
     cm::{EventChannel, Id},
     connection::Opening,
 };
-use super::{Connection, Fabric, FabricError, Listener, Result, resolve, session::Trailer};
+use super::{
+    Connection, Fabric, FabricError, Listener, Result, resolve,
+    session::{Kind, Trailer},
+};
 use crate::migration::messages::Address;
 
 /// How long things may take.
@@ -114,10 +119,11 @@ impl Verbs {
             route::expect(id, kind::RDMA_CM_EVENT_ESTABLISHED, address, deadline)
         };
         let mut opening = Opening::new(route()?, self.window, self.lanes)?;
-        let reply = establish(opening.id(), Trailer::new(self.lanes, 0, 0))?.private_data;
-        if let Some(granted) = Trailer::find(&reply) {
+        let reply =
+            establish(opening.id(), Trailer::new(Kind::QueuePairs, self.lanes, 0, 0))?.private_data;
+        if let Some(granted) = Trailer::find(Kind::QueuePairs, &reply) {
             for lane in 1..=granted.lanes.get().min(self.lanes) {
-                let trailer = Trailer::new(0, lane, granted.session.get());
+                let trailer = Trailer::new(Kind::QueuePairs, 0, lane, granted.session.get());
                 establish(opening.add_lane(route()?)?, trailer)?;
             }
         }

@@ -9,6 +9,7 @@ use rdma_sys::{
 
 use super::{
     cm::Id,
+    device::Transport,
     library::{check, check_errno},
     objects::{CompletionQueue, ProtectionDomain, refused},
 };
@@ -95,6 +96,10 @@ impl QueuePair {
         check_errno("ibv_post_send", unsafe { ibv_post_send(self.raw(), request, &mut bad) })
     }
 
+    pub(super) fn transport(&self) -> Result<Transport> {
+        Ok(Transport::of(self.id.context()?))
+    }
+
     pub(super) fn sent(&self) -> &CompletionQueue {
         &self.queues.sent
     }
@@ -123,9 +128,9 @@ impl QueuePair {
         self.modify(ibv_qp_attr_mask::IBV_QP_STATE, |it| it.qp_state = ibv_qp_state::IBV_QPS_ERR)
     }
 
-    /// Send a message.
-    pub(super) fn send(&self, id: u64, local: Local) -> Result<()> {
-        self.post(&mut request(id, ibv_wr_opcode::IBV_WR_SEND, true), Some(local))
+    /// Send a message; without `local`, one of no bytes.
+    pub(super) fn send(&self, id: u64, local: Option<Local>) -> Result<()> {
+        self.post(&mut request(id, ibv_wr_opcode::IBV_WR_SEND, true), local)
     }
 
     /// Write into the peer's memory; without `local`, nothing, which the peer acknowledges.
@@ -141,15 +146,19 @@ impl QueuePair {
         self.post(&mut request, local)
     }
 
-    /// Offer a buffer for a message.
-    pub(super) fn receive(&self, id: u64, local: Local) -> Result<()> {
-        let mut element = element(local);
-        let mut request = ibv_recv_wr {
-            wr_id: id,
-            next: ptr::null_mut(),
-            sg_list: &mut element,
-            num_sge: SGES.cast_signed(),
-        };
+    /// Read nothing of the peer's memory: its device answers all the same.
+    pub(super) fn read_nothing(&self, id: u64) -> Result<()> {
+        // Neither key is looked at where there are no bytes (RFC 5040, 5.2).
+        let nothing = Local { address: 0, length: 0, lkey: 0 };
+        self.post(&mut request(id, ibv_wr_opcode::IBV_WR_RDMA_READ, true), Some(nothing))
+    }
+
+    /// Offer a buffer for a message; without `local`, for one of no bytes.
+    pub(super) fn receive(&self, id: u64, local: Option<Local>) -> Result<()> {
+        let mut element = local.map(element);
+        let (num_sge, next) = (element.iter().len() as i32, ptr::null_mut());
+        let sg_list = element.as_mut().map_or(ptr::null_mut(), ptr::from_mut);
+        let mut request = ibv_recv_wr { wr_id: id, next, sg_list, num_sge };
         let mut bad = ptr::null_mut();
         // SAFETY: as in `post`.
         check_errno("ibv_post_recv", unsafe { ibv_post_recv(self.raw(), &mut request, &mut bad) })

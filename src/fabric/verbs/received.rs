@@ -32,7 +32,7 @@ impl Received {
             length: MESSAGE_MAX as u32,
             lkey: self.registration.lkey(),
         };
-        pair.receive(index as u64, local)
+        pair.receive(index as u64, Some(local))
     }
 
     /// Copy a message out of its buffer and offer the buffer again: messages are what is left of the

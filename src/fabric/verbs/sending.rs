@@ -20,6 +20,7 @@ use super::{
     Timeouts,
     buffers::Buffers,
     cm::wait_for,
+    device::Transport,
     objects::{Access, Completion, CompletionQueue, MemoryRegion, ProtectionDomain},
     queue_pair::{Local, QueuePair},
     received::Received,
@@ -115,6 +116,7 @@ pub(super) struct Shared {
     posted: AtomicU64,
     landed: AtomicU64,
     pub(super) timeouts: Timeouts,
+    transport: Transport,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -142,6 +144,7 @@ impl Shared {
             pinned: HashMap::new(),
             ring: None,
         };
+        let transport = pairs[0].transport()?;
         let wake = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)
             .map_err(|errno| FabricError::Host { call: "eventfd", source: errno.into() })?;
         Ok(Self {
@@ -154,6 +157,7 @@ impl Shared {
             posted: AtomicU64::new(0),
             landed: AtomicU64::new(0),
             timeouts,
+            transport,
         })
     }
 
@@ -187,11 +191,10 @@ impl Shared {
 
     /// Let the peer write no memory any more; false if the device can't.
     pub(super) fn refuse_writes(&self) -> bool {
-        let refused = match self.first_lane() {
-            0 => self.pairs[0].refuse_writes(),
-            first => self.pairs[first..].iter().try_for_each(QueuePair::fail),
-        };
-        refused.is_ok()
+        match self.first_lane() {
+            0 => self.transport.guards_queue_pairs() && self.pairs[0].refuse_writes().is_ok(),
+            first => self.pairs[first..].iter().try_for_each(QueuePair::fail).is_ok(),
+        }
     }
 
     pub(super) fn close(&self) {
@@ -297,6 +300,54 @@ impl Shared {
         }
     }
 
+    /// Wait until one more request may be posted to a queue pair.
+    fn await_room(&self, sending: &mut Sending, lane: usize) -> Result<()> {
+        self.await_sent(sending, self.timeouts.acknowledgement(), |sending, _| {
+            sending.posted[lane].outstanding < SEND_DEPTH
+        })
+    }
+
+    /// Post a message, once there is room for it.
+    fn post_message(&self, sending: &mut Sending, header: &[u8], payload: &[u8]) -> Result<()> {
+        self.await_sent(sending, self.timeouts.acknowledgement(), |sending, _| {
+            !sending.free.is_empty() && sending.posted[0].outstanding < SEND_DEPTH
+        })?;
+        let Some(buffer) = sending.free.pop() else { return Err(FabricError::Closed) };
+        let length = sending.buffers.fill(buffer, [header, payload]);
+        let local = Local {
+            address: sending.buffers.address(buffer),
+            length: length as u32,
+            lkey: sending.registration.lkey(),
+        };
+        self.post_send(sending, 0, Some(local), Some(buffer))
+    }
+
+    /// Post a message in `buffer`, or a mark, and count it.
+    fn post_send(
+        &self,
+        sending: &mut Sending,
+        lane: usize,
+        local: Option<Local>,
+        buffer: Option<usize>,
+    ) -> Result<()> {
+        self.pairs[lane].send(lane as u64, local)?;
+        self.count(sending, lane, buffer);
+        Ok(())
+    }
+
+    /// A signalled request that is no write was posted.
+    fn count(&self, sending: &mut Sending, lane: usize, buffer: Option<usize>) {
+        if sending.is_quiet() {
+            sending.quiet_since = Instant::now();
+        }
+        let posted = &mut sending.posted[lane];
+        let mut batch = std::mem::take(&mut posted.unsignalled);
+        batch.requests += 1;
+        batch.buffer = buffer;
+        posted.outstanding += 1;
+        posted.flight.push_back(batch);
+    }
+
     /// Post a write to a queue pair, and count it.
     fn post_write(
         &self,
@@ -313,6 +364,7 @@ impl Shared {
         batch.requests += 1;
         batch.bytes += local.map_or(0, |local| u64::from(local.length));
         let signalled = local.is_none()
+            || batch.staged > 0 && !self.transport.releases_unsignalled()
             || batch.requests >= SIGNAL_REQUESTS
             || batch.bytes >= self.signal_bytes();
         self.pairs[lane].write(lane as u64, local, to, signalled)?;
@@ -323,7 +375,20 @@ impl Shared {
         Ok(())
     }
 
-    /// Let the peer acknowledge what was posted, or that it is there.
+    /// Have the peer's device answer.
+    fn post_question(&self, sending: &mut Sending) -> Result<()> {
+        if self.transport.acknowledges() {
+            return self.post_nothing(sending, 0);
+        }
+        // Only helpers let themselves be read from; with them RAM has queue pairs of its own.
+        if self.first_lane() > 0 {
+            self.pairs[0].read_nothing(0)?;
+            self.count(sending, 0, None);
+        }
+        Ok(())
+    }
+
+    /// Post a signalled request that tells of all before it.
     fn post_nothing(&self, sending: &mut Sending, lane: usize) -> Result<()> {
         // A write of no bytes needs no key (InfiniBand specification, C9-88).
         self.post_write(sending, lane, None, RemoteKey { address: 0, rkey: 0 })
@@ -339,7 +404,7 @@ impl Shared {
         };
         self.take_sent(&mut sending)?;
         if sending.is_quiet() {
-            self.post_nothing(&mut sending, 0)
+            self.post_question(&mut sending)
         } else if sending.quiet_since.elapsed() > self.timeouts.acknowledgement() {
             Err(FabricError::Unreachable(self.timeouts.peer))
         } else {
@@ -356,28 +421,22 @@ pub(super) struct VerbsPoster {
 impl Poster for VerbsPoster {
     fn send(&self, header: &[u8], payload: &[u8]) -> Result<()> {
         let shared = &*self.shared;
+        shared.post_message(&mut lock(&shared.sending), header, payload)
+    }
+
+    fn send_behind_writes(&self, header: &[u8], payload: &[u8]) -> Result<()> {
+        let shared = &*self.shared;
+        // Held from the first mark to the message: what others send so has other marks.
         let sending = &mut *lock(&shared.sending);
-        shared.await_sent(sending, shared.timeouts.acknowledgement(), |sending, _| {
-            !sending.free.is_empty() && sending.posted[0].outstanding < SEND_DEPTH
-        })?;
-        let Some(buffer) = sending.free.pop() else { return Err(FabricError::Closed) };
-        let length = sending.buffers.fill(buffer, [header, payload]);
-        let local = Local {
-            address: sending.buffers.address(buffer),
-            length: length as u32,
-            lkey: sending.registration.lkey(),
-        };
-        shared.pairs[0].send(0, local)?;
-        if sending.is_quiet() {
-            sending.quiet_since = Instant::now();
+        for lane in 1..shared.pairs.len() {
+            shared.await_room(sending, lane)?;
+            shared.post_send(sending, lane, None, None)?;
         }
-        let posted = &mut sending.posted[0];
-        let mut batch = std::mem::take(&mut posted.unsignalled);
-        batch.requests += 1;
-        batch.buffer = Some(buffer);
-        posted.outstanding += 1;
-        posted.flight.push_back(batch);
-        Ok(())
+        shared.post_message(sending, header, payload)
+    }
+
+    fn orders_writes(&self) -> bool {
+        self.shared.transport.orders_writes()
     }
 
     fn write(
@@ -453,9 +512,7 @@ impl Poster for VerbsPoster {
             if sending.posted[lane].unsignalled.requests == 0 {
                 continue;
             }
-            shared.await_sent(sending, shared.timeouts.acknowledgement(), |sending, _| {
-                sending.posted[lane].outstanding < SEND_DEPTH
-            })?;
+            shared.await_room(sending, lane)?;
             shared.post_nothing(sending, lane)?;
         }
         shared.await_sent(sending, shared.timeouts.acknowledgement(), |_, in_flight| in_flight == 0)
@@ -463,9 +520,18 @@ impl Poster for VerbsPoster {
 
     fn finish(&self) {
         let shared = &*self.shared;
-        let sending = &mut *lock(&shared.sending);
-        // A message is in the peer's buffer when it completes. A peer that is gone needs none.
-        let _ = shared.await_sent(sending, FAREWELL, |sending, _| sending.is_quiet());
+        // A peer that is gone needs none of what was sent.
+        let sent = shared
+            .await_sent(&mut lock(&shared.sending), FAREWELL, |sending, _| sending.is_quiet());
+        // A message is in the peer's buffer when it completes; or else when the peer closes, which it
+        // does behind the last words.
+        if sent.is_ok() && !shared.transport.acknowledges() {
+            let mut fds = [
+                PollFd::from_borrowed_fd(shared.pairs[0].id.channel().fd(), PollFlags::IN),
+                PollFd::new(&shared.wake, PollFlags::IN),
+            ];
+            let _ = wait_for(&mut fds, Some(FAREWELL));
+        }
     }
 
     fn connections(&self) -> u32 {

@@ -13,7 +13,10 @@ use super::{
     super::{connection::WINDOW, frame::HEADER_SIZE},
     *,
 };
-use crate::fabric::{Poster, Receiver, session::Trailer};
+use crate::fabric::{
+    Poster, Receiver,
+    session::{Kind, Trailer},
+};
 
 /// A destination that receives until its source is gone.
 fn receiving(mut receiver: Box<dyn Receiver>) -> thread::JoinHandle<FabricError> {
@@ -119,11 +122,11 @@ impl Played {
                     let stream = TcpStream::connect(&address).unwrap();
                     frame::write_hello(&stream, &trailer.append(&[]).unwrap()).unwrap();
                     let reply = frame::read_hello(&stream, Instant::now() + TIMEOUT).unwrap();
-                    (stream, Trailer::find(&reply))
+                    (stream, Trailer::find(Kind::Connections, &reply))
                 };
-                let (first, granted) = connect(Trailer::new(count - 1, 0, 0));
+                let (first, granted) = connect(Trailer::new(Kind::Connections, count - 1, 0, 0));
                 let session = granted.unwrap().session.get();
-                let other = |lane| connect(Trailer::new(0, lane, session)).0;
+                let other = |lane| connect(Trailer::new(Kind::Connections, 0, lane, session)).0;
                 Self([first].into_iter().chain((1..count).map(other)).collect())
             });
             let connection = listener.accept().unwrap().accept(&[]).unwrap();
@@ -140,10 +143,11 @@ impl Played {
         let accept = || {
             let stream = listener.accept().unwrap().0;
             let hello = frame::read_hello(&stream, Instant::now() + TIMEOUT).unwrap();
-            (stream, Trailer::find(&hello).unwrap())
+            (stream, Trailer::find(Kind::Connections, &hello).unwrap())
         };
         let (first, wanted) = accept();
-        let granted = Trailer::new(wanted.lanes.get(), 0, 0x1234).append(&[]).unwrap();
+        let granted =
+            Trailer::new(Kind::Connections, wanted.lanes.get(), 0, 0x1234).append(&[]).unwrap();
         frame::write_hello(&first, &granted).unwrap();
         let mut streams = vec![first];
         for lane in 1..=wanted.lanes.get() {
@@ -420,7 +424,7 @@ fn a_stranger_is_no_connection_of_anybodys() {
     let address = listener.address().clone();
     let stranger = |session| {
         let stream = TcpStream::connect(address.to_string()).unwrap();
-        let hello = Trailer::new(0, 1, session).append(&[]).unwrap();
+        let hello = Trailer::new(Kind::Connections, 0, 1, session).append(&[]).unwrap();
         frame::write_hello(&stream, &hello).unwrap();
         stream
     };
@@ -452,7 +456,8 @@ fn a_peer_that_does_not_connect_all_is_given_up() {
     let mut listener = listening(&fabric);
     let address = listener.address().clone();
     let lame = TcpStream::connect(address.to_string()).unwrap();
-    frame::write_hello(&lame, &Trailer::new(2, 0, 0).append(&[]).unwrap()).unwrap();
+    frame::write_hello(&lame, &Trailer::new(Kind::Connections, 2, 0, 0).append(&[]).unwrap())
+        .unwrap();
     let error = listener.accept().unwrap().accept(&[]).err().unwrap();
     assert!(matches!(error, FabricError::Stalled(_)), "{error}");
     let connecting = thread::spawn(move || fabric.connect(&address, &[], TIMEOUT).unwrap());

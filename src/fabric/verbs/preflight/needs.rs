@@ -99,14 +99,14 @@ pub(super) fn locked_bytes(window: u16, guest: &Guest) -> u64 {
 /// What a device must have for `guest`, or for guests as they come; `window` and `lanes` as in
 /// [`super::super::Verbs`].
 pub(super) fn attributes(window: u16, lanes: u16, guest: Option<&Guest>) -> Attributes {
-    let Depth { send, receive } = depth(window);
+    let (Depth { send, receive }, completions) = (depth(window), completions(window, lanes));
     let buffers = bytes(receive as usize).max(bytes(SEND_BUFFERS)).max(ring::SIZE as u64);
     Attributes {
         // A stock source has no lanes, but a second connection for its return path.
         max_qp: 1 + u64::from(lanes.max(1)),
         max_qp_wr: send.max(receive).into(),
         max_sge: SGES.into(),
-        max_cqe: completions(lanes).max(receive).into(),
+        max_cqe: completions.send.max(completions.receive).into(),
         max_mr: REGISTRATIONS + guest.map_or(1, |guest| guest.blocks.len() as u64),
         max_mr_size: guest.map_or(RANGE_MAX, Guest::largest).max(buffers),
     }
