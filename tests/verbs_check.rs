@@ -117,6 +117,29 @@ fn a_device_that_is_as_it_should_be() {
     assert_eq!(code, 0);
 }
 
+/// On the device that there is: InfiniBand's transport, or iWARP.
+#[test]
+fn how_arrival_is_proved() {
+    if !support::lab() {
+        return;
+    }
+    let (code, text) = check(&["--fabric", "verbs", &format!("rdma:{}:4444", support::address())]);
+    assert_eq!(code, 0);
+    match support::device().as_str() {
+        "siw0" => {
+            let iwarp =
+                "ok       RDMA device siw0: iWARP, whose completions say nothing of the other";
+            assert_line(&text, iwarp, "and each pass waits for that");
+            assert_line(&text, "ok       RDMA device siw0: max_qp ", "");
+            assert_line(&text, "ok       RDMA device siw0, port 1: ACTIVE", "");
+        }
+        device => {
+            let infiniband = format!("ok       RDMA device {device}: InfiniBand's transport; ");
+            assert_line(&text, &infiniband, "proves that they have landed");
+        }
+    }
+}
+
 #[test]
 fn a_link_that_is_down() {
     if !support::lab() {

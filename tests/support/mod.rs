@@ -59,6 +59,11 @@ pub fn address() -> String {
     std::env::var("QEMU_RDMA_HELPER_TEST_ADDRESS").unwrap_or_else(|_| "127.0.0.1".into())
 }
 
+/// The RDMA device that has it.
+pub fn device() -> String {
+    std::env::var("QEMU_RDMA_HELPER_TEST_DEVICE").unwrap_or_default()
+}
+
 /// Tests run where there is an RDMA device.
 pub fn in_lab() -> bool {
     std::env::var_os("QEMU_RDMA_HELPER_TEST_ADDRESS").is_some()

@@ -3,6 +3,7 @@
 use rdma_sys::ibv_port_state as state;
 
 use super::{
+    super::device::Transport,
     needs,
     ports::Gid,
     probe::{Device, Link, Port},
@@ -38,7 +39,23 @@ pub(super) fn judge(device: &Device, only: Option<u8>, question: &Question<'_>) 
             findings.push(found);
         }
     }
+    if is_usable {
+        findings.push(arrival(device));
+    }
     Judged { findings, is_usable }
+}
+
+/// How a migration over the device knows that RAM has arrived.
+fn arrival(device: &Device) -> Finding {
+    let proof = "a message behind the writes of each queue pair proves that they have landed";
+    let name = &device.name;
+    Finding::good(match device.transport {
+        Transport::InfiniBand => format!("RDMA device {name}: InfiniBand's transport; {proof}"),
+        Transport::Iwarp => format!(
+            "RDMA device {name}: iWARP, whose completions say nothing of the other host; {proof}, and \
+             each pass waits for that"
+        ),
+    })
 }
 
 /// What a migration needs of the device's attributes against what it has.
@@ -99,7 +116,9 @@ fn judge_port(device: &str, port: &Port) -> Finding {
     }
     match port.link {
         Link::Roce => judge_roce(&place, port),
-        Link::InfiniBand | Link::Iwarp => Finding::good(format!(
+        // TCP cuts its packets.
+        Link::Iwarp => Finding::good(format!("{place}: ACTIVE, iWARP")),
+        Link::InfiniBand => Finding::good(format!(
             "{place}: ACTIVE, path MTU {} of {}; the other host's must be the same",
             port.mtu, port.mtu_max
         )),
@@ -213,7 +232,8 @@ mod tests {
 
     /// With exactly what is needed.
     fn device(ports: Vec<Port>) -> Device {
-        Device { name: "mlx5_0".into(), attributes: needs::attributes(16, 1, None), ports }
+        let attributes = needs::attributes(16, 1, None);
+        Device { name: "mlx5_0".into(), transport: Transport::InfiniBand, attributes, ports }
     }
 
     #[track_caller]
@@ -257,6 +277,20 @@ mod tests {
             (port.link, port.gids, port.interface) = (Link::InfiniBand, Vec::new(), None);
         });
         assert_found(&infiniband, Good, "ACTIVE, path MTU 4096 of 4096; the other", "");
+        let iwarp = judged(|port| (port.link, port.gids) = (Link::Iwarp, Vec::new()));
+        assert_found(&iwarp, Good, "port 1: ACTIVE, iWARP", "");
+    }
+
+    #[test]
+    fn a_usable_device_says_how_arrival_is_proved() {
+        let judged = |transport| {
+            let device = Device { transport, ..device(vec![port()]) };
+            judge(&device, None, &question(None)).findings.pop().unwrap()
+        };
+        let words = "mlx5_0: InfiniBand's transport; a message behind the writes";
+        assert_found(&judged(Transport::InfiniBand), Severity::Good, words, "");
+        let words = "mlx5_0: iWARP, whose completions say nothing of the other host; a message";
+        assert_found(&judged(Transport::Iwarp), Severity::Good, words, "");
     }
 
     #[test]

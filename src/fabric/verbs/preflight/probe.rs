@@ -2,12 +2,13 @@
 
 use std::{ffi::CStr, io, mem::MaybeUninit, path::Path, ptr::NonNull};
 
-use rdma_sys::{
-    ibv_context, ibv_device, ibv_device_attr, ibv_port_attr, ibv_port_state, ibv_transport_type,
-};
+use rdma_sys::{ibv_context, ibv_device, ibv_device_attr, ibv_port_attr, ibv_port_state};
 
 use super::{
-    super::library::{Library, check_errno},
+    super::{
+        device::Transport,
+        library::{Library, check_errno},
+    },
     needs::Attributes,
     ports::{self, Gid, Interface},
 };
@@ -20,6 +21,7 @@ const ETHERNET: u8 = 2;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Device {
     pub(super) name: String,
+    pub(super) transport: Transport,
     pub(super) attributes: Attributes,
     pub(super) ports: Vec<Port>,
 }
@@ -113,10 +115,10 @@ impl DeviceList {
         })?;
         let opened = Opened { raw, library: self.library };
         // SAFETY: the device is of this list.
-        let iwarp = unsafe { (*device).transport_type } == ibv_transport_type::IBV_TRANSPORT_IWARP;
+        let transport = Transport::of(raw);
         let (attributes, port_count) = opened.attributes()?;
-        let ports = (1..=port_count).map(|number| opened.port(&name, number, iwarp));
-        Ok(Device { attributes, ports: ports.collect::<Result<_>>()?, name })
+        let ports = (1..=port_count).map(|number| opened.port(&name, number, transport));
+        Ok(Device { attributes, ports: ports.collect::<Result<_>>()?, name, transport })
     }
 }
 
@@ -155,7 +157,7 @@ impl Opened {
         Ok((attributes, found.phys_port_cnt))
     }
 
-    fn port(&self, device: &str, number: u8, iwarp: bool) -> Result<Port> {
+    fn port(&self, device: &str, number: u8, transport: Transport) -> Result<Port> {
         let mut found = MaybeUninit::<ibv_port_attr>::zeroed();
         // SAFETY: the device is open, and there is room: the function writes all but the last field
         // of the structure, which is younger than it.
@@ -166,7 +168,7 @@ impl Opened {
         // SAFETY: as in `attributes`.
         let found = unsafe { found.assume_init() };
         let link = match found.link_layer {
-            _ if iwarp => Link::Iwarp,
+            _ if transport == Transport::Iwarp => Link::Iwarp,
             ETHERNET => Link::Roce,
             // Also what does not say.
             _ => Link::InfiniBand,
