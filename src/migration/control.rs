@@ -31,7 +31,7 @@ impl Orders {
     ///
     /// # Errors
     /// The system's; `InvalidData` for a line that is no order.
-    pub fn next(&mut self) -> io::Result<Option<(Order, Vec<OwnedFd>)>> {
+    pub fn receive(&mut self) -> io::Result<Option<(Order, Vec<OwnedFd>)>> {
         loop {
             if let Some(order) = self.lines.take()? {
                 return Ok(Some(order));

@@ -42,10 +42,10 @@ impl Options {
 pub fn run(control: UnixStream) -> std::io::Result<()> {
     let reports = Arc::new(Reports::new(control.try_clone()?));
     let mut orders = Orders::new(control);
-    let mut next = orders.next()?;
+    let mut next = orders.receive()?;
     if let Some((Order::Prepare { fabric }, _)) = next {
         prepare(fabric);
-        next = orders.next()?;
+        next = orders.receive()?;
     }
     let Some((order, fds)) = next else { return Ok(()) };
     if let Err(error) = start(order, fds, orders, &reports) {
@@ -149,7 +149,7 @@ fn forward<E: Send + 'static>(
     gone: fn() -> E,
 ) {
     thread::spawn(move || {
-        while let Ok(Some((next, fds))) = orders.next() {
+        while let Ok(Some((next, fds))) = orders.receive() {
             if events.send(order(next, fds)).is_err() {
                 return;
             }

@@ -42,7 +42,7 @@ fn orders(input: &[u8], size: usize) -> Vec<Order> {
     }
     drop(relay);
     let mut orders = Orders::new(worker);
-    let next = || orders.next().ok().flatten().map(|(order, _)| order);
+    let next = || orders.receive().ok().flatten().map(|(order, _)| order);
     std::iter::from_fn(next).collect()
 }
 
