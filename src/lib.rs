@@ -6,6 +6,7 @@
 //! moves guest [`memory`] over a [`fabric`].
 #![deny(unsafe_code)]
 
+pub mod confinement;
 pub mod fabric;
 pub mod memory;
 pub mod migration;

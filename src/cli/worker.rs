@@ -3,7 +3,10 @@
 use std::os::fd::AsFd as _;
 
 use anyhow::Context as _;
-use qemu_rdma_helper::migration;
+use qemu_rdma_helper::{
+    confinement::{Room, confine},
+    migration,
+};
 use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
 use tracing::warn;
 
@@ -20,8 +23,10 @@ pub fn run() -> anyhow::Result<u8> {
     if let Err(error) = std::fs::write("/proc/self/oom_score_adj", OOM_SCORE_ADJ) {
         warn!(%error, "if memory ends, the kernel may choose QEMU");
     }
-    // Last: what is in /proc of a process that is not dumped is root's.
+    // What is in /proc of a process that is not dumped is root's.
     leave_no_core();
+    // Behind all that needs more than a migration does, and before there is a second thread.
+    confine(Room::Worker);
     let control = std::io::stdin().as_fd().try_clone_to_owned();
     let control = control.context("No socket to the relay on standard input")?;
     migration::worker::run(control.into()).context("The worker is started by the relay only")?;

@@ -9,7 +9,6 @@
 
 mod borrowed;
 mod client;
-mod confinement;
 mod destination;
 mod door;
 mod helper_commands;
@@ -37,6 +36,7 @@ use tokio::{
 use tracing::info;
 
 use crate::{
+    confinement::{Room, confine},
     fabric,
     migration::messages::{self, FabricKind, Options, QmpSocket},
     qemu::{
@@ -165,6 +165,7 @@ pub enum RelayError {
 pub async fn attach(options: AttachOptions) -> Result<(), RelayError> {
     let AttachOptions { qemu_qmp, qmp, settings, pid } = options;
     settings.fabric.check()?;
+    confine(Room::Attached);
     let qemu_error = |source| RelayError::Qemu { path: qemu_qmp.clone(), source };
     let mut session = Session::connect(&qemu_qmp).await.map_err(qemu_error)?;
     let process = match pid {

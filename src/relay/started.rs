@@ -24,7 +24,7 @@ use tokio::{
 use tracing::{debug, error, warn};
 
 use super::{
-    Context, Settings, confinement,
+    Context, Settings,
     door::Door,
     migrations::Migrations,
     process::Process,
@@ -33,6 +33,7 @@ use super::{
     worker,
 };
 use crate::{
+    confinement::{Room, confine},
     migration::{lines::Lines, messages::Address},
     qemu::blocks::OwnMemory,
     qmp::{Execute as _, QmpError, socket},
@@ -144,7 +145,7 @@ pub fn detach() -> io::Result<()> {
     rustix::process::setsid()?;
     // Hold no file system.
     std::env::set_current_dir("/")?;
-    confinement::confine();
+    confine(Room::Started);
     Ok(())
 }
 

@@ -1,0 +1,247 @@
+//! Which system calls are allowed.
+//!
+//! What tokio, the standard library, the C library and the RDMA libraries need, by what it is for.
+//! Not on it is whatever changes the machine, other processes or who we are, opens another room
+//! (namespaces, mounts), or gives the kernel more surface than a migration needs: io_uring, BPF,
+//! performance events, userfaultfd, keys, tracing, loading kernels and modules. Nor is clone3, whose
+//! flags can't be seen by a filter: the C library falls back to clone.
+
+use libc::c_long;
+
+use super::Room;
+
+/// When a call is allowed.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Allowed {
+    /// Whatever its arguments.
+    Always,
+    /// If this argument is one of these.
+    IfOneOf(u8, &'static [u32]),
+    /// If of this argument the bits of the mask are the value's.
+    IfMasked(u8, u32, u32),
+    /// If this argument is none of these.
+    UnlessOneOf(u8, &'static [u32]),
+}
+
+/// CLONE_NEW* (`linux/sched.h`): namespaces of time come only by clone3 and unshare.
+const NAMESPACES: u32 = 0x7e02_0000;
+
+/// Socket families: QMP and files' descriptors, the network, RDMA's devices and routes.
+const FAMILIES: &[u32] = &[
+    libc::AF_UNIX.cast_unsigned(),
+    libc::AF_INET.cast_unsigned(),
+    libc::AF_INET6.cast_unsigned(),
+    libc::AF_NETLINK.cast_unsigned(),
+];
+
+/// ioctls by which a terminal that was inherited could be made to type (`asm-generic/ioctls.h`).
+const TYPING: &[u32] = &[libc::TIOCSTI as u32, libc::TIOCLINUX as u32];
+
+/// Both rooms.
+const COMMON: &[c_long] = &[
+    // Descriptors.
+    libc::SYS_close,
+    libc::SYS_close_range,
+    libc::SYS_dup,
+    libc::SYS_dup2,
+    libc::SYS_dup3,
+    libc::SYS_fcntl,
+    libc::SYS_pipe,
+    libc::SYS_pipe2,
+    // Bytes.
+    libc::SYS_copy_file_range,
+    libc::SYS_lseek,
+    libc::SYS_pread64,
+    libc::SYS_preadv,
+    libc::SYS_preadv2,
+    libc::SYS_pwrite64,
+    libc::SYS_pwritev,
+    libc::SYS_pwritev2,
+    libc::SYS_read,
+    libc::SYS_readv,
+    libc::SYS_sendfile,
+    libc::SYS_splice,
+    libc::SYS_tee,
+    libc::SYS_vmsplice,
+    libc::SYS_write,
+    libc::SYS_writev,
+    // Files.
+    libc::SYS_access,
+    libc::SYS_chdir,
+    libc::SYS_chmod,
+    libc::SYS_faccessat,
+    libc::SYS_faccessat2,
+    libc::SYS_fadvise64,
+    libc::SYS_fallocate,
+    libc::SYS_fchdir,
+    libc::SYS_fchmod,
+    libc::SYS_fchmodat,
+    libc::SYS_fdatasync,
+    libc::SYS_flock,
+    libc::SYS_fstat,
+    libc::SYS_fstatfs,
+    libc::SYS_fsync,
+    libc::SYS_ftruncate,
+    libc::SYS_getcwd,
+    libc::SYS_getdents64,
+    libc::SYS_link,
+    libc::SYS_linkat,
+    libc::SYS_lstat,
+    libc::SYS_memfd_create,
+    libc::SYS_mkdir,
+    libc::SYS_mkdirat,
+    libc::SYS_newfstatat,
+    libc::SYS_open,
+    libc::SYS_openat,
+    libc::SYS_openat2,
+    libc::SYS_readlink,
+    libc::SYS_readlinkat,
+    libc::SYS_rename,
+    libc::SYS_renameat,
+    libc::SYS_renameat2,
+    libc::SYS_rmdir,
+    libc::SYS_stat,
+    libc::SYS_statfs,
+    libc::SYS_statx,
+    libc::SYS_umask,
+    libc::SYS_unlink,
+    libc::SYS_unlinkat,
+    // Memory.
+    libc::SYS_brk,
+    libc::SYS_madvise,
+    libc::SYS_mincore,
+    libc::SYS_mlock,
+    libc::SYS_mlock2,
+    libc::SYS_mmap,
+    libc::SYS_mprotect,
+    libc::SYS_mremap,
+    libc::SYS_msync,
+    libc::SYS_munlock,
+    libc::SYS_munmap,
+    // Sockets; which ones is looked at where they are made.
+    libc::SYS_accept,
+    libc::SYS_accept4,
+    libc::SYS_bind,
+    libc::SYS_connect,
+    libc::SYS_getpeername,
+    libc::SYS_getsockname,
+    libc::SYS_getsockopt,
+    libc::SYS_listen,
+    libc::SYS_recvfrom,
+    libc::SYS_recvmmsg,
+    libc::SYS_recvmsg,
+    libc::SYS_sendmmsg,
+    libc::SYS_sendmsg,
+    libc::SYS_sendto,
+    libc::SYS_setsockopt,
+    libc::SYS_shutdown,
+    // Waiting.
+    libc::SYS_clock_nanosleep,
+    libc::SYS_epoll_create1,
+    libc::SYS_epoll_ctl,
+    libc::SYS_epoll_pwait,
+    libc::SYS_epoll_pwait2,
+    libc::SYS_epoll_wait,
+    libc::SYS_eventfd2,
+    libc::SYS_futex,
+    libc::SYS_nanosleep,
+    libc::SYS_poll,
+    libc::SYS_ppoll,
+    libc::SYS_pselect6,
+    libc::SYS_restart_syscall,
+    libc::SYS_select,
+    libc::SYS_timerfd_create,
+    libc::SYS_timerfd_settime,
+    // Signals to oneself, an abort's for example; the kernel sees to whose processes others are.
+    libc::SYS_kill,
+    libc::SYS_rt_sigaction,
+    libc::SYS_rt_sigpending,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_rt_sigtimedwait,
+    libc::SYS_sigaltstack,
+    libc::SYS_signalfd4,
+    libc::SYS_tgkill,
+    // Threads and the end.
+    libc::SYS_arch_prctl,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+    libc::SYS_get_robust_list,
+    libc::SYS_getcpu,
+    libc::SYS_membarrier,
+    libc::SYS_prctl,
+    libc::SYS_rseq,
+    libc::SYS_sched_get_priority_max,
+    libc::SYS_sched_get_priority_min,
+    libc::SYS_sched_getaffinity,
+    libc::SYS_sched_getparam,
+    libc::SYS_sched_getscheduler,
+    libc::SYS_sched_setaffinity,
+    libc::SYS_sched_yield,
+    libc::SYS_set_robust_list,
+    libc::SYS_set_tid_address,
+    // Who and where we are; how much we may have.
+    libc::SYS_capget,
+    libc::SYS_capset,
+    libc::SYS_clock_getres,
+    libc::SYS_clock_gettime,
+    libc::SYS_getegid,
+    libc::SYS_geteuid,
+    libc::SYS_getgid,
+    libc::SYS_getgroups,
+    libc::SYS_getpgid,
+    libc::SYS_getpgrp,
+    libc::SYS_getpid,
+    libc::SYS_getppid,
+    libc::SYS_getpriority,
+    libc::SYS_getrandom,
+    libc::SYS_getresgid,
+    libc::SYS_getresuid,
+    libc::SYS_getrlimit,
+    libc::SYS_getrusage,
+    libc::SYS_getsid,
+    libc::SYS_gettid,
+    libc::SYS_gettimeofday,
+    libc::SYS_getuid,
+    libc::SYS_prlimit64,
+    libc::SYS_setrlimit,
+    libc::SYS_sysinfo,
+    libc::SYS_time,
+    libc::SYS_times,
+    libc::SYS_uname,
+    // Less still: the worker's own list.
+    libc::SYS_seccomp,
+];
+
+/// The relay's besides: it starts workers, and takes QEMU's memory and end from its process.
+const RELAY: &[c_long] = &[
+    libc::SYS_execve,
+    libc::SYS_fork,
+    libc::SYS_pidfd_getfd,
+    libc::SYS_pidfd_open,
+    libc::SYS_pidfd_send_signal,
+    libc::SYS_setpgid,
+    libc::SYS_setsid,
+    libc::SYS_vfork,
+    libc::SYS_wait4,
+    libc::SYS_waitid,
+];
+
+/// All that is allowed in `room`.
+pub(super) fn of(room: Room) -> Vec<(c_long, Allowed)> {
+    let (besides, clone) = match room {
+        Room::Worker => (&[][..], Allowed::IfMasked(0, NAMESPACES | THREAD, THREAD)),
+        Room::Attached | Room::Started => (RELAY, Allowed::IfMasked(0, NAMESPACES, 0)),
+    };
+    let always = COMMON.iter().chain(besides).map(|call| (*call, Allowed::Always));
+    let limited = [
+        (libc::SYS_clone, clone),
+        (libc::SYS_ioctl, Allowed::UnlessOneOf(1, TYPING)),
+        (libc::SYS_socket, Allowed::IfOneOf(0, FAMILIES)),
+        (libc::SYS_socketpair, Allowed::IfOneOf(0, FAMILIES)),
+    ];
+    always.chain(limited).collect()
+}
+
+/// A thread of this process, no other one.
+const THREAD: u32 = libc::CLONE_THREAD.cast_unsigned();

@@ -1,0 +1,126 @@
+//! What relay and worker give up before they begin: capabilities, and system calls.
+//!
+//! System calls are an allow list ([`calls`]). What is not on it the kernel does not have, as far as
+//! the process is told (ENOSYS): so a C library that learns a new call falls back to an old one, and no
+//! guest is lost of that. The same holds for the numbers of another architecture, x32 among them.
+
+mod calls;
+
+use std::collections::BTreeMap;
+
+use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule,
+};
+use tracing::warn;
+
+use calls::Allowed;
+
+/// Capabilities that are kept, if they were there:
+/// * `SYS_PTRACE` reads the mappings of a QEMU that has more capabilities than we, to find memory
+///   that was hot-plugged;
+/// * `IPC_LOCK` and `SYS_RESOURCE` let a worker pin guest memory beyond the limit of its start.
+const KEPT: CapabilitySet =
+    CapabilitySet::SYS_PTRACE.union(CapabilitySet::IPC_LOCK).union(CapabilitySet::SYS_RESOURCE);
+
+/// What `attach` keeps besides, where root starts it: the socket and the files of a QEMU may be another
+/// user's, and a destination may listen at any port.
+const ATTACHED: CapabilitySet =
+    KEPT.union(CapabilitySet::DAC_OVERRIDE).union(CapabilitySet::NET_BIND_SERVICE);
+
+/// Who is confined.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Room {
+    /// The relay beside a QEMU that it found running.
+    Attached,
+    /// The relay of a QEMU that was started behind it.
+    Started,
+    /// The worker of a migration, which has what its relay has, and starts no process.
+    Worker,
+}
+
+/// Give up what is not needed, for good. Called while there is one thread.
+///
+/// What can't be given up is said and kept: a guest that starts is worth more. A Landlock domain is none
+/// of it: from within one, QEMU's process could not be looked into any more.
+pub fn confine(room: Room) {
+    if let Err(error) = drop_capabilities(room) {
+        warn!(%error, "capabilities could not be given up");
+    }
+    let denied = filter(room).and_then(|program| seccompiler::apply_filter(&program));
+    if let Err(error) = denied {
+        warn!(%error, "system calls could not be given up");
+    }
+}
+
+fn drop_capabilities(room: Room) -> rustix::io::Result<()> {
+    let kept = match room {
+        Room::Started => KEPT,
+        Room::Attached | Room::Worker => ATTACHED,
+    };
+    let now = capabilities(None)?;
+    set_capabilities(
+        None,
+        CapabilitySets {
+            effective: now.effective & kept,
+            permitted: now.permitted & kept,
+            inheritable: now.inheritable & kept,
+        },
+    )?;
+    // No program gets more than the one that starts it.
+    rustix::thread::set_no_new_privs(true)
+}
+
+/// The program that the kernel runs at each system call.
+///
+/// # Errors
+/// On a machine that the library does not know.
+pub fn filter(room: Room) -> Result<BpfProgram, seccompiler::Error> {
+    let backend = seccompiler::Error::Backend;
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
+    for (call, allowed) in calls::of(room) {
+        rules.insert(call, self::rules(allowed).map_err(backend)?);
+    }
+    let unknown = SeccompAction::Errno(libc::ENOSYS.cast_unsigned());
+    let machine = std::env::consts::ARCH.try_into().map_err(backend)?;
+    let filter = SeccompFilter::new(rules, unknown, SeccompAction::Allow, machine);
+    let mut program: BpfProgram = filter.and_then(TryInto::try_into).map_err(backend)?;
+    spare(&mut program);
+    Ok(program)
+}
+
+/// When arguments are right. Rules are alternatives; no rule: always.
+fn rules(allowed: Allowed) -> Result<Vec<SeccompRule>, seccompiler::BackendError> {
+    let rule = |argument, operation, value: u32| {
+        let length = SeccompCmpArgLen::Dword;
+        let condition = SeccompCondition::new(argument, length, operation, value.into())?;
+        SeccompRule::new(vec![condition])
+    };
+    match allowed {
+        Allowed::Always => Ok(Vec::new()),
+        Allowed::IfOneOf(argument, values) => {
+            values.iter().map(|value| rule(argument, SeccompCmpOp::Eq, *value)).collect()
+        }
+        Allowed::IfMasked(argument, mask, value) => {
+            Ok(vec![rule(argument, SeccompCmpOp::MaskedEq(mask.into()), value)?])
+        }
+        Allowed::UnlessOneOf(argument, values) => {
+            let conditions = values.iter().map(|value| {
+                let length = SeccompCmpArgLen::Dword;
+                SeccompCondition::new(argument, length, SeccompCmpOp::Ne, (*value).into())
+            });
+            Ok(vec![SeccompRule::new(conditions.collect::<Result<_, _>>()?)?])
+        }
+    }
+}
+
+/// The library kills a process for a call of another architecture. Ours is not killed: its guest may
+/// be lost with it.
+fn spare(program: &mut BpfProgram) {
+    const RETURN: u16 = (libc::BPF_RET | libc::BPF_K) as u16;
+    let enosys = libc::SECCOMP_RET_ERRNO | libc::ENOSYS.cast_unsigned();
+    let killing =
+        program.iter_mut().filter(|it| it.code == RETURN && it.k == libc::SECCOMP_RET_KILL_PROCESS);
+    killing.for_each(|instruction| instruction.k = enosys);
+}
