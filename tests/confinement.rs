@@ -196,8 +196,8 @@ fn assert_confined(pid: u32, capabilities: u64, filters: u32) {
 
 /// CAP_IPC_LOCK, CAP_SYS_PTRACE and CAP_SYS_RESOURCE.
 const STARTED: u64 = 1 << 14 | 1 << 19 | 1 << 24;
-/// CAP_DAC_OVERRIDE and CAP_NET_BIND_SERVICE besides.
-const ATTACHED: u64 = STARTED | 1 << 1 | 1 << 10;
+/// CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH and CAP_NET_BIND_SERVICE besides.
+const ATTACHED: u64 = STARTED | 1 << 1 | 1 << 2 | 1 << 10;
 
 #[test]
 fn relay_and_worker_are_confined_under_attach() {

@@ -26,8 +26,10 @@ const KEPT: CapabilitySet =
 
 /// What `attach` keeps besides, where root starts it: the socket and the files of a QEMU may be another
 /// user's, and a destination may listen at any port.
-const ATTACHED: CapabilitySet =
-    KEPT.union(CapabilitySet::DAC_OVERRIDE).union(CapabilitySet::NET_BIND_SERVICE);
+const ATTACHED: CapabilitySet = KEPT
+    .union(CapabilitySet::DAC_OVERRIDE)
+    .union(CapabilitySet::DAC_READ_SEARCH)
+    .union(CapabilitySet::NET_BIND_SERVICE);
 
 /// Who is confined.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
