@@ -5,6 +5,7 @@ use std::{ops::Range, sync::Arc, time::Duration};
 
 use super::{
     Block, Result,
+    coverage::Coverage,
     error::MigrationError,
     link::{Link, LinkReceiver, WINDOW},
     messages::{Address, FabricKind, Options, ROM_MAX},
@@ -99,6 +100,10 @@ pub struct AgreedBlock {
     /// What is added to offsets in it on the wire.
     base: u64,
 }
+    /// QEMU sends all of it, and nothing less is a migration.
+    pub read_whole: bool,
+    /// What was written of it, or said to be zero.
+    pub coverage: Coverage,
 
 impl Source {
     /// From `region`, if there is one that may be read.
@@ -127,7 +132,23 @@ impl AgreedBlock {
         let nowhere = RemoteKey { address: 0, rkey: 0 };
         let fixed = block.region.is_some() || block.length > ROM_MAX;
         let target = fixed.then(|| (Source::of(block.region.clone()), nowhere));
-        Self { name: block.name.clone(), length: block.length, target, index, base: 0 }
+        Self {
+            name: block.name.clone(),
+            length: block.length,
+            target,
+            read_whole: block.read_whole,
+            coverage: Coverage::default(),
+            index,
+            base: 0,
+        }
+    }
+
+    /// Bytes that should have been written and were not.
+    pub fn lacks(&self) -> u64 {
+        match self.target {
+            Some(_) if self.read_whole => self.coverage.lacks(self.length),
+            _ => 0,
+        }
     }
 
     /// How its pages travel.
@@ -378,7 +399,9 @@ fn agreed(
     let writable = (rkey, remote.address) != (0, 0) && entry.length.get() == block.length;
     let target = writable.then(|| (Source::of(block.region), remote));
     let index = index as u32;
-    Ok(AgreedBlock { name: block.name, length: block.length, target, index, base })
+    let Block { name, length, read_whole, .. } = block;
+    let coverage = Coverage::default();
+    Ok(AgreedBlock { name, length, target, read_whole, coverage, index, base })
 }
 
 /// A message that is out of turn.

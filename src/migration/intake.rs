@@ -90,6 +90,7 @@ pub fn take(
             if !pass_ram() {
                 return Err(MigrationError::Aborted("The migration has failed already".into()));
             }
+            writer.check_coverage()?;
         }
         if outbound.batch.len() >= BATCH {
             outbound.send_batch()?;

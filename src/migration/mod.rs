@@ -12,6 +12,7 @@ mod answers;
 mod channels;
 mod commitment;
 pub mod control;
+mod coverage;
 mod door;
 mod error;
 mod incoming;

@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     fabric::{FabricError, RemoteKey},
-    stream::{StreamBlock, Travel},
+    stream::{BlockRange, StreamBlock, Travel},
     wire::{Message, RamBlockEntry, RegisterResult},
 };
 
@@ -152,6 +152,31 @@ impl Targets {
     fn index(&self, index: u32) -> Result<usize> {
         let known = self.by_stream.get(index as usize).copied();
         known.ok_or_else(|| MigrationError::Stream(format!("RAM block {index} was not announced")))
+    }
+
+    /// These pages are written, or said to be zero.
+    ///
+    /// # Errors
+    /// There is no such block.
+    pub fn cover(&mut self, range: BlockRange) -> Result<()> {
+        let index = self.index(range.block)?;
+        self.blocks[index].coverage.add(range.offset..range.offset + range.length);
+        Ok(())
+    }
+
+    /// Behind the last RAM section: has all memory been sent, of all blocks that QEMU should have sent?
+    ///
+    /// # Errors
+    /// No: the destination must not run the guest.
+    pub fn check_coverage(&self) -> Result<()> {
+        let Some(block) = self.blocks.iter().find(|block| block.lacks() > 0) else { return Ok(()) };
+        Err(MigrationError::Qemu(format!(
+            "did not send all of the guest's memory: {} of {} bytes of RAM block '{}' are missing; \
+             look for capabilities and parameters of migrations that leave memory out, such as 'mode'",
+            block.lacks(),
+            block.length,
+            block.name
+        )))
     }
 
     /// A key that was got once is good for the whole migration.

@@ -96,6 +96,7 @@ impl Writer {
         let (source, remote) = targets.key(&self.link, range.block, range.offset)?;
         let Source::Mapped(region) = source else { return Err(not_mapped(range.block)) };
         let region = region.clone();
+        targets.cover(range)?;
         let _held = (!targets.keys_stay()).then_some(targets);
         self.link.write(&region, range.offset, range.length, remote)
     }
@@ -111,6 +112,7 @@ impl Writer {
             let (now, rest) = bytes.split_at(piece.min(bytes.len()));
             let mut targets = self.targets();
             let (_, remote) = targets.key(&self.link, range.block, offset)?;
+            targets.cover(BlockRange { offset, length: now.len() as u64, ..range })?;
             self.link.write_bytes(now, offset, remote)?;
             offset += now.len() as u64;
             bytes = rest;
@@ -124,7 +126,10 @@ impl Writer {
     /// # Errors
     /// When the connection is lost.
     pub fn zero(&self, range: BlockRange) -> Result<()> {
-        let message = self.targets().block(range.block)?.compress(range.offset, range.length);
+        let mut targets = self.targets();
+        let message = targets.block(range.block)?.compress(range.offset, range.length);
+        targets.cover(range)?;
+        drop(targets);
         self.link.send(&message)?;
         self.zeros.store(true, Ordering::SeqCst);
         self.statistics.zero_bytes.fetch_add(range.length, Ordering::Relaxed);
@@ -149,6 +154,14 @@ impl Writer {
         }
         self.tally();
         Ok(())
+    }
+
+    /// Behind the last RAM section; see [`Targets::check_coverage`].
+    ///
+    /// # Errors
+    /// Some memory was not sent.
+    pub fn check_coverage(&self) -> Result<()> {
+        self.targets().check_coverage()
     }
 
     /// Let the figures be seen.
