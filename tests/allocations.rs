@@ -114,8 +114,8 @@ impl Worker {
     }
 
     fn order(&self, order: &Order, fds: &[OwnedFd]) {
-        let mut line = serde_json::to_vec(order).unwrap();
-        line.push(b'\n');
+        let line = serde_json::json!({ "descriptors": fds.len(), "message": order });
+        let line = format!("{line}\n").into_bytes();
         let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
         assert_eq!(socket::send(&self.orders, &line, &fds).unwrap(), line.len());
     }
@@ -274,7 +274,7 @@ fn allocations(mib: u64, mapped: bool, intake: Intake) -> u64 {
         options,
     };
     let mut source = Worker::start(&order, &fds);
-    source.await_report(|report| matches!(report, Report::Agreed { .. }).then_some(()));
+    source.await_report(|report| matches!(report, Report::Agreed(_)).then_some(()));
     let (qemu, outgoing) = UnixStream::pair().unwrap();
     let mut fds = vec![outgoing.into()];
     let channel = (channels > 0).then(|| UnixStream::pair().unwrap());
@@ -282,7 +282,7 @@ fn allocations(mib: u64, mapped: bool, intake: Intake) -> u64 {
         fds.push(channel.into());
         exempt(move || send_channel(qemu, length))
     });
-    source.order(&Order::Take { give_back: Vec::new() }, &fds);
+    source.order(&Order::Take, &fds);
     match sender {
         None => send_stream(qemu, length, is_zero),
         Some(sender) => {

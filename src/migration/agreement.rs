@@ -55,6 +55,11 @@ impl Agreement {
         if self.any_time && kept <= ROM_MAX { options.channels } else { 0 }
     }
 
+    /// Is a return path that QEMU opens forwarded? By a stock destination only if it was told to.
+    pub fn return_path(&self, options: &Options) -> bool {
+        options.return_path || matches!(self.blocks, SourceBlocks::Agreed(_))
+    }
+
     /// How many blocks QEMU may announce without their content, because they are read from memory.
     /// It needs a return path for that, and a stock destination has one only if it was told so too.
     pub fn announceable(&self, options: &Options) -> usize {
@@ -95,15 +100,15 @@ pub struct AgreedBlock {
     pub length: u64,
     /// Where its pages are, and where they go; `None` if they travel in the stream.
     pub target: Option<(Source, RemoteKey)>,
+    /// QEMU sends all of it, and nothing less is a migration.
+    pub read_whole: bool,
+    /// What was written of it, or said to be zero.
+    pub coverage: Coverage,
     /// Its index on the wire.
     index: u32,
     /// What is added to offsets in it on the wire.
     base: u64,
 }
-    /// QEMU sends all of it, and nothing less is a migration.
-    pub read_whole: bool,
-    /// What was written of it, or said to be zero.
-    pub coverage: Coverage,
 
 impl Source {
     /// From `region`, if there is one that may be read.

@@ -21,7 +21,7 @@ use super::{
     error::MigrationError,
     landing, lifetime,
     link::Link,
-    messages::{Address, Options, Order, Report},
+    messages::{Address, Agreed, Options, Order, Report},
     statistics::Statistics,
 };
 use crate::{
@@ -134,7 +134,7 @@ impl Incoming {
     fn handle(self, event: Event, context: &Context, events: &Receiver<Event>) -> Self {
         match (self, event) {
             (Self::Listening(mut agreed), Event::Agreed(link)) => {
-                context.reports.send(&Report::Agreed { channels: 0, announceable: 0 });
+                context.reports.send(&Report::Agreed(Agreed::default()));
                 agreed.push(link);
                 Self::Listening(agreed)
             }

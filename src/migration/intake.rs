@@ -5,7 +5,7 @@
 
 use std::{
     os::unix::net::UnixStream,
-    sync::{Arc, atomic::Ordering::Relaxed},
+    sync::{Arc, atomic::Ordering::Relaxed, mpsc::Sender},
 };
 
 use rustix::{
@@ -18,6 +18,7 @@ use super::{
     announced::{Acknowledgement, Extents},
     channels::Channels,
     error::MigrationError,
+    outgoing::Event,
     return_path::ToQemu,
     statistics::Statistics,
     writer::Writer,
@@ -45,6 +46,7 @@ pub fn take(
     channels: Option<Arc<Channels>>,
     writer: &Writer,
     statistics: &Statistics,
+    events: &Sender<Event>,
     pass_ram: impl FnOnce() -> bool,
 ) -> Result<()> {
     let mut pass_ram = Some(pass_ram);
@@ -58,6 +60,7 @@ pub fn take(
         return_path,
         channels,
         statistics,
+        events,
         unsettled: None,
         batch: Vec::new(),
         staged: Vec::new(),
@@ -87,10 +90,10 @@ pub fn take(
             if outbound.channels.is_some() {
                 writer.settle()?;
             }
+            writer.check_coverage()?;
             if !pass_ram() {
                 return Err(MigrationError::Aborted("The migration has failed already".into()));
             }
-            writer.check_coverage()?;
         }
         if outbound.batch.len() >= BATCH {
             outbound.send_batch()?;
@@ -119,6 +122,7 @@ struct Outbound<'a> {
     /// QEMU's multifd channels, if it has any.
     channels: Option<Arc<Channels>>,
     statistics: &'a Statistics,
+    events: &'a Sender<Event>,
     /// Messages up to the end of the last RAM section, if the destination must have dealt with them
     /// before anything is written again.
     unsettled: Option<u64>,
@@ -226,6 +230,11 @@ impl Outlet for Outbound<'_> {
         let waits = self.unsettled.is_some() || !link.orders_writes();
         self.unsettled = waits.then(|| link.messages());
         Ok(())
+    }
+
+    fn guest_before(&mut self, status: String) {
+        // The receiver is gone only when the migration has ended.
+        let _ = self.events.send(Event::GuestBefore(status));
     }
 
     fn synchronise(&mut self) -> Result<Vec<ChannelPage>> {

@@ -161,9 +161,12 @@ pub enum Order {
     },
     /// Source, after [`Report::Agreed`]: take QEMU's stream. Descriptors: the worker's end of its
     /// socket, then those of QEMU's multifd channels, if it is to use any.
-    Take {
-        /// What sets QEMU back to what it was before, for a worker whose relay is gone.
-        give_back: Vec<Command>,
+    Take,
+    /// Source: what a worker whose relay is gone has to set QEMU back with. Sent before QEMU is set to
+    /// anything, and whenever it changes.
+    GiveBack {
+        /// The commands; none when it is done.
+        commands: Vec<Command>,
     },
     /// Source: whether the guest runs, but for the switchover. One that does is to run again after a
     /// failure that QEMU took for a success.
@@ -240,6 +243,18 @@ pub struct Progress {
     pub connections: u32,
 }
 
+/// How the source's QEMU may migrate.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Agreed {
+    /// Multifd channels that it should use; 0 for none.
+    pub channels: u16,
+    /// Blocks that it may announce without content (`qemu-patches/`).
+    pub announceable: usize,
+    /// The destination forwards a return path.
+    pub return_path: bool,
+}
+
 /// Worker to relay.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "report", rename_all = "kebab-case")]
@@ -251,17 +266,18 @@ pub enum Report {
     },
     /// Outgoing: connected, block lists agree. Incoming: a source connected and they agree.
     /// The source's relay starts QEMU's migration on this.
-    Agreed {
-        /// Multifd channels that QEMU should use; 0 for none.
-        channels: u16,
-        /// Blocks that QEMU may announce without content (`qemu-patches/`).
-        announceable: usize,
-    },
+    Agreed(Agreed),
     /// Sent about four times a second, and whenever the state changes: also the sign of life.
     Progress(Progress),
     /// Outgoing, sent before the first byte behind the last RAM section leaves: from here on the
     /// guest may come to run at the destination.
     PastRam,
+    /// Outgoing: what the guest did before the switchover, as QEMU tells the destination. A guest that
+    /// did not run is not let run when QEMU takes a failure for a success.
+    GuestBefore {
+        /// As in `query-status`.
+        status: String,
+    },
     /// Incoming: every byte of the stream was handed to QEMU, all RAM has landed and remote access
     /// is revoked. The relay watches QEMU for `completed` and answers with
     /// [`Order::QemuCompleted`] or [`Order::QemuFailed`].

@@ -1,7 +1,7 @@
 //! The source's side: QEMU's stream in, RAM and the rest of the stream out.
 
 use std::{
-    cell::{Cell, OnceCell},
+    cell::{Cell, OnceCell, RefCell},
     sync::{
         Arc,
         atomic::Ordering,
@@ -23,7 +23,7 @@ use super::{
     error::MigrationError,
     intake, lifetime,
     link::Link,
-    messages::{Address, Command, Options, Order, QmpSocket, Report},
+    messages::{Address, Agreed, Command, Options, Order, QmpSocket, Report},
     orphan::Orphan,
     pacing::Pacer,
     return_path::{self, ToQemu},
@@ -50,7 +50,9 @@ pub enum Event {
     /// Connected, and the block lists agree; or not.
     Agreed(Result<Agreement>),
     /// From the relay: QEMU's sockets; `None` if there were none.
-    Take(Option<Streams>, Vec<Command>),
+    Take(Option<Streams>),
+    /// What the guest did before the switchover, as QEMU tells the destination.
+    GuestBefore(String),
     /// QEMU's stream ended and all of it was sent; or not.
     StreamTaken(Result<()>),
     /// The destination's QEMU completed.
@@ -110,8 +112,10 @@ impl Way {
 /// What all states need.
 struct Context {
     way: Arc<Way>,
-    /// QEMU's sockets, once it was asked to migrate, and what sets it back to what it was before.
-    qemu: OnceCell<(Arc<Streams>, Vec<Command>)>,
+    /// QEMU's sockets, once it was asked to migrate.
+    qemu: OnceCell<Arc<Streams>>,
+    /// What sets QEMU back to what it was before.
+    give_back: RefCell<Vec<Command>>,
     /// QEMU's QMP socket, for when the relay is gone.
     qmp: Option<QmpSocket>,
     /// The relay is gone.
@@ -120,6 +124,8 @@ struct Context {
     orphan: Cell<Option<Orphan>>,
     /// The guest runs, but for the switchover.
     guest_runs: Cell<bool>,
+    /// It ran until the switchover, as QEMU knows it.
+    guest_ran: Cell<Option<bool>>,
     /// The relay has done all that there is to do.
     over: Cell<bool>,
     reports: Arc<Reports>,
@@ -149,10 +155,12 @@ pub fn run(
     let context = Context {
         way: way.clone(),
         qemu: OnceCell::new(),
+        give_back: RefCell::default(),
         qmp,
         is_alone: Cell::new(false),
         orphan: Cell::default(),
         guest_runs: Cell::new(true),
+        guest_ran: Cell::new(None),
         over: Cell::new(false),
         reports: reports.clone(),
         statistics: statistics.clone(),
@@ -179,11 +187,13 @@ pub fn run(
         threads = context.let_go(guest_never_ran);
         threads.extend(context.stand_in(guest_never_ran));
     });
-    if context.qemu.get().is_none() {
-        return;
-    }
     // What the relay has not done when it dies is left to do here.
-    if !context.is_alone.get() && !context.over.get() && !relay_finishes(&events) {
+    let has_begun = context.qemu.get().is_some();
+    if has_begun
+        && !context.is_alone.get()
+        && !context.over.get()
+        && !context.relay_finishes(&events)
+    {
         context.become_orphan();
         if never_ran {
             threads.extend(context.let_go(true));
@@ -206,7 +216,7 @@ impl Context {
 
     /// Tell QEMU of the end; by threads that the process should outlive.
     fn let_go(&self, guest_never_ran: bool) -> Vec<JoinHandle<()>> {
-        let Some((qemu, _)) = self.qemu.get() else { return Vec::new() };
+        let Some(qemu) = self.qemu.get() else { return Vec::new() };
         if !guest_never_ran {
             return_path::settle(&qemu.main);
             return Vec::new();
@@ -219,9 +229,45 @@ impl Context {
     /// Do what the relay would, if it is gone; on a thread, because neither QEMU nor the peer should
     /// wait for the other.
     fn stand_in(&self, never_ran: bool) -> Option<JoinHandle<()>> {
-        let (orphan, (_, give_back)) = (self.orphan.take()?, self.qemu.get()?);
-        let (give_back, guest_runs) = (give_back.clone(), self.guest_runs.get());
+        let (orphan, give_back) = (self.orphan.take()?, self.give_back.take());
+        if self.qemu.get().is_none() && give_back.is_empty() {
+            return None;
+        }
+        let guest_runs = self.guest_ran.get().unwrap_or(self.guest_runs.get());
         Some(thread::spawn(move || orphan.finish(&give_back, never_ran, guest_runs)))
+    }
+}
+
+impl Context {
+    /// What the relay says for the case that it dies.
+    fn note(&self, order: Order) {
+        match order {
+            Order::Guest { runs } => self.guest_runs.set(runs),
+            Order::GiveBack { commands } => drop(self.give_back.replace(commands)),
+            Order::Over => self.over.set(true),
+            _ => {}
+        }
+    }
+
+    fn guest_was(&self, status: String) {
+        self.guest_ran.set(Some(status == "running"));
+        self.reports.send(&Report::GuestBefore { status });
+    }
+
+    /// Wait until the relay has done its part; false if it is gone before.
+    fn relay_finishes(&self, events: &Receiver<Event>) -> bool {
+        debug!("waiting for the relay to end QEMU's migration");
+        loop {
+            match events.recv() {
+                Ok(Event::Order(order)) => self.note(order),
+                Ok(Event::GuestBefore(status)) => self.guest_was(status),
+                Ok(Event::RelayGone(_)) | Err(_) => return false,
+                Ok(_) => {}
+            }
+            if self.over.get() {
+                return true;
+            }
+        }
     }
 }
 
@@ -232,16 +278,17 @@ impl Outgoing {
                 context.statistics.set_up();
                 info!("block lists agree");
                 let options = &context.way.options;
-                context.reports.send(&Report::Agreed {
+                context.reports.send(&Report::Agreed(Agreed {
                     channels: agreement.channels(options),
                     announceable: agreement.announceable(options),
-                });
+                    return_path: agreement.return_path(options),
+                }));
                 Self::Agreed(Box::new(agreement))
             }
-            (Self::Agreed(agreement), Event::Take(Some(streams), give_back)) => {
-                Self::start(*agreement, streams, give_back, context)
+            (Self::Agreed(agreement), Event::Take(Some(streams))) => {
+                Self::start(*agreement, streams, context)
             }
-            (state, Event::Take(..)) => {
+            (state, Event::Take(_)) => {
                 let error = MigrationError::Aborted("The relay's order is out of turn".into());
                 Self::fail(state.link(), error, context, events)
             }
@@ -292,8 +339,12 @@ impl Outgoing {
                 context.become_orphan();
                 Self::fail(state.link(), MigrationError::Aborted(reason), context, events)
             }
-            (state, Event::Order(Order::Guest { runs })) => {
-                context.guest_runs.set(runs);
+            (state, Event::Order(order @ (Order::Guest { .. } | Order::GiveBack { .. }))) => {
+                context.note(order);
+                state
+            }
+            (state, Event::GuestBefore(status)) => {
+                context.guest_was(status);
                 state
             }
             (state, Event::Order(Order::Pace { rate })) => {
@@ -318,15 +369,10 @@ impl Outgoing {
     }
 
     /// Take QEMU's stream.
-    fn start(
-        agreement: Agreement,
-        streams: Streams,
-        give_back: Vec<Command>,
-        context: &Context,
-    ) -> Self {
+    fn start(agreement: Agreement, streams: Streams, context: &Context) -> Self {
         let Agreement { link, receiver, blocks, pin_limit, .. } = agreement;
         let (answering, events) = (link.clone(), context.events.clone());
-        let (qemu, _) = context.qemu.get_or_init(|| (Arc::new(streams), give_back)).clone();
+        let qemu = context.qemu.get_or_init(|| Arc::new(streams)).clone();
         let to_qemu = Arc::new(ToQemu::new(qemu.main.clone()));
         let return_path = to_qemu.clone();
         // A range that is needed, and the one that will be.
@@ -355,7 +401,7 @@ impl Outgoing {
         thread::spawn(move || {
             let taken = way.open_return_path(writer.link(), &to_qemu, &events).and_then(|()| {
                 let (main, to_qemu) = (&qemu.main, &to_qemu);
-                intake::take(main, to_qemu, channels, &writer, &statistics, pass_ram)
+                intake::take(main, to_qemu, channels, &writer, &statistics, &events, pass_ram)
             });
             // As above: nobody waits for it any more.
             let _ = events.send(Event::StreamTaken(taken));
@@ -387,18 +433,6 @@ fn fill_holes(context: &Context, writer: &Arc<Writer>) {
     let _ = thread::Builder::new().name("holes".into()).spawn(fill);
 }
 
-/// Wait until the relay has done its part; false if it is gone before.
-fn relay_finishes(events: &Receiver<Event>) -> bool {
-    debug!("waiting for the relay to end QEMU's migration");
-    loop {
-        match events.recv() {
-            Ok(Event::Order(Order::Over)) => return true,
-            Ok(Event::RelayGone(_)) | Err(_) => return false,
-            Ok(_) => {}
-        }
-    }
-}
-
 /// When the connection has ended, the peer may have said why before, or another thread of ours know
 /// it.
 fn last_words(
@@ -426,8 +460,8 @@ fn last_words(
                 known.get_or_insert(other);
             }
             Ok(Event::RelayGone(_)) => context.become_orphan(),
-            Ok(Event::Order(Order::Guest { runs })) => context.guest_runs.set(runs),
-            Ok(Event::Order(Order::Over)) => context.over.set(true),
+            Ok(Event::Order(order)) => context.note(order),
+            Ok(Event::GuestBefore(status)) => context.guest_was(status),
             Ok(_) => {}
             Err(_) => return known,
         }

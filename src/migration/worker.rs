@@ -71,7 +71,7 @@ fn start(order: Order, fds: Vec<OwnedFd>, orders: Orders, reports: &Arc<Reports>
             let fabric = fabric(&options)?;
             let (sender, events) = mpsc::channel();
             let order = |order, fds| match order {
-                Order::Take { give_back } => outgoing::Event::Take(Streams::new(fds), give_back),
+                Order::Take => outgoing::Event::Take(Streams::new(fds)),
                 Order::Leave { reason } => outgoing::Event::RelayGone(reason),
                 order => outgoing::Event::Order(order),
             };

@@ -120,6 +120,15 @@ pub async fn settings(qmp: &mut impl Execute) -> Result<Vec<Blocker>, QmpError> 
         }
     }
     let parameters = qmp.execute("query-migrate-parameters", Value::Null).await?;
+    // In any other mode QEMU leaves out memory, or ends when it has migrated.
+    if let Some(mode) = parameters["mode"].as_str().filter(|mode| *mode != "normal") {
+        blockers.push(Blocker {
+            reason: format!(
+                "Parameter 'mode' is '{mode}', and rdma: migrates only in mode 'normal'"
+            ),
+            cure: "set it back: migrate_set_parameter mode normal".into(),
+        });
+    }
     if parameters["tls-creds"].as_str().is_some_and(|creds| !creds.is_empty()) {
         blockers.push(Blocker {
             reason: "Parameter 'tls-creds' is set, and rdma: can't be encrypted".into(),

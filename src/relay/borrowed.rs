@@ -1,18 +1,58 @@
-//! Settings of QEMU's that a migration changes for its own time, and that no client sees changed.
+//! Settings of QEMU's that a migration borrows: it changes them for its own time, or relies on them.
+//!
+//! Clients see and write what QEMU would be set to without it. What they write is kept, and is QEMU's
+//! when the migration gives back what it has borrowed.
+
+use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
+use tokio::sync::{OwnedRwLockReadGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use tracing::warn;
 
+use super::worker::Orders;
 use crate::{
-    migration::messages::Command,
-    qmp::{Execute, QmpError, hmp},
+    migration::messages::{Command, Order},
+    qmp::{
+        Execute, QmpError,
+        hmp::{self, Setting},
+        monitor_line,
+    },
 };
 
-/// What they were before.
-#[derive(Debug, Clone, Default)]
+/// What no version of QEMU has a parameter for. Where it is named, nothing is set.
+const NOTHING: &str = "qemu-rdma-helper";
+
+/// A migration of ours and the clients of all monitors share it: nobody sees or changes settings while
+/// they are borrowed or given back.
+#[derive(Clone, Default)]
+pub struct Loan(Arc<RwLock<Borrowed>>);
+
+impl Loan {
+    /// Nothing is borrowed, nor will be while the guard is held.
+    pub fn nothing(&self) -> Option<OwnedRwLockReadGuard<Borrowed>> {
+        let borrowed = self.0.clone().try_read_owned().ok()?;
+        borrowed.is_empty().then_some(borrowed)
+    }
+
+    /// To look at settings.
+    pub async fn read(&self) -> RwLockReadGuard<'_, Borrowed> {
+        self.0.read().await
+    }
+
+    /// To change settings.
+    pub async fn write(&self) -> RwLockWriteGuard<'_, Borrowed> {
+        self.0.write().await
+    }
+}
+
+/// What QEMU is to be set back to.
+#[derive(Default)]
 pub struct Borrowed {
+    /// All of them are on meanwhile.
     capabilities: Vec<(String, bool)>,
     parameters: Map<String, Value>,
+    /// The worker sets QEMU back if the relay dies.
+    worker: Option<Orders>,
 }
 
 impl Borrowed {
@@ -24,6 +64,7 @@ impl Borrowed {
         qemu: &mut impl Execute,
         capabilities: &[&str],
         parameters: &[&str],
+        worker: Orders,
     ) -> Result<Self, QmpError> {
         let now = qemu.execute("query-migrate-capabilities", Value::Null).await?;
         let entries = now.as_array().into_iter().flatten().filter_map(|entry| {
@@ -34,7 +75,14 @@ impl Borrowed {
         let mut now = qemu.execute("query-migrate-parameters", Value::Null).await?;
         let values = parameters.iter().map(|name| ((*name).to_owned(), now[*name].take()));
         let parameters = values.filter(|(_, value)| !value.is_null()).collect();
-        Ok(Self { capabilities, parameters })
+        let borrowed = Self { capabilities, parameters, worker: Some(worker) };
+        borrowed.tell_worker().await;
+        Ok(borrowed)
+    }
+
+    /// Is nothing borrowed?
+    pub fn is_empty(&self) -> bool {
+        self.capabilities.is_empty() && self.parameters.is_empty()
     }
 
     /// Is this capability one of them?
@@ -44,23 +92,22 @@ impl Borrowed {
 
     /// What sets them back.
     pub fn commands(&self) -> Vec<Command> {
-        let list: Vec<_> = self
-            .capabilities
-            .iter()
-            .map(|(name, state)| json!({ "capability": name, "state": state }))
-            .collect();
         let command = |execute: &str, arguments| Command { execute: execute.into(), arguments };
-        let parameters = Value::Object(self.parameters.clone());
-        let mut commands =
-            vec![command("migrate-set-capabilities", json!({ "capabilities": list }))];
+        let mut commands = Vec::new();
+        if !self.capabilities.is_empty() {
+            let entry = |(name, state): &_| json!({ "capability": name, "state": state });
+            let list: Vec<_> = self.capabilities.iter().map(entry).collect();
+            commands.push(command("migrate-set-capabilities", json!({ "capabilities": list })));
+        }
         if !self.parameters.is_empty() {
+            let parameters = Value::Object(self.parameters.clone());
             commands.push(command("migrate-set-parameters", parameters));
         }
         commands
     }
 
-    /// Set them back.
-    pub async fn give_back(&self, qemu: &mut impl Execute) {
+    /// Set them back: nothing is borrowed any more.
+    pub async fn give_back(&mut self, qemu: &mut impl Execute) {
         for Command { execute, arguments } in self.commands() {
             if let Err(error) = qemu.execute(&execute, arguments).await
                 && error.class != QmpError::CONNECTION_LOST
@@ -68,9 +115,143 @@ impl Borrowed {
                 warn!(%error, "QEMU keeps settings of a migration that is over");
             }
         }
+        self.capabilities.clear();
+        self.parameters.clear();
+        self.tell_worker().await;
+        self.worker = None;
     }
 
-    /// Make the reply of `query-migrate-capabilities` what it was.
+    async fn tell_worker(&self) {
+        if let Some(worker) = &self.worker {
+            // One that is gone gives nothing back.
+            let _ = worker.send(&Order::GiveBack { commands: self.commands() }, &[]).await;
+        }
+    }
+
+    /// A client's `migrate-set-parameters`. All or nothing of it takes effect, as QEMU has it.
+    ///
+    /// # Errors
+    /// QEMU's refusal.
+    pub async fn set_parameters(
+        &mut self,
+        qemu: &mut impl Execute,
+        arguments: Map<String, Value>,
+    ) -> Result<Value, QmpError> {
+        const COMMAND: &str = "migrate-set-parameters";
+        let (kept, others): (Map<_, _>, Map<_, _>) =
+            arguments.clone().into_iter().partition(|(name, _)| self.parameters.contains_key(name));
+        // No QEMU has so few channels. It says so, among what else is wrong.
+        if kept.get("multifd-channels") == Some(&0.into()) {
+            return qemu.execute(COMMAND, Value::Object(arguments)).await;
+        }
+        if !kept.is_empty() {
+            let mut asked = arguments;
+            asked.insert(NOTHING.into(), Value::Null);
+            match qemu.execute(COMMAND, Value::Object(asked)).await {
+                // Of a value of the wrong type, or that is not in the list, it would have said so first.
+                Err(error) if error.desc.contains(NOTHING) => {}
+                refused => return refused,
+            }
+        }
+        let reply = qemu.execute(COMMAND, Value::Object(others)).await?;
+        if !kept.is_empty() {
+            self.parameters.extend(kept);
+            self.tell_worker().await;
+        }
+        Ok(reply)
+    }
+
+    /// A client's `migrate-set-capabilities`. What is borrowed is on, and goes to QEMU as that, so that
+    /// it answers as it would: that it changes none while it migrates, as a rule.
+    ///
+    /// # Errors
+    /// QEMU's refusal.
+    pub async fn set_capabilities(
+        &mut self,
+        qemu: &mut impl Execute,
+        mut arguments: Map<String, Value>,
+    ) -> Result<Value, QmpError> {
+        let mut after = self.capabilities.clone();
+        let list = arguments.get_mut("capabilities").and_then(Value::as_array_mut);
+        for entry in list.into_iter().flatten() {
+            let known = after.iter_mut().find(|(name, _)| entry["capability"] == *name);
+            if let (Some((_, kept)), Some(state)) = (known, entry["state"].as_bool()) {
+                *kept = state;
+                entry["state"] = true.into();
+            }
+        }
+        let arguments = Value::Object(arguments);
+        let reply = qemu.execute("migrate-set-capabilities", arguments).await?;
+        self.keep_capabilities(after).await;
+        Ok(reply)
+    }
+
+    async fn keep_capabilities(&mut self, capabilities: Vec<(String, bool)>) {
+        if std::mem::replace(&mut self.capabilities, capabilities) != self.capabilities {
+            self.tell_worker().await;
+        }
+    }
+
+    /// The human monitor's line for one of them; returns its text.
+    ///
+    /// # Errors
+    /// When QEMU does not answer.
+    pub async fn set_by_line(
+        &mut self,
+        qemu: &mut impl Execute,
+        setting: &Setting,
+    ) -> Result<String, QmpError> {
+        match setting {
+            Setting::Capability { name, state: Some((state, rest)), .. } if self.includes(name) => {
+                let line = format!("migrate_set_capability {name} on{rest}");
+                let text = monitor_line(qemu, &line).await?;
+                if text.is_empty() {
+                    let kept = self.capabilities.iter().cloned();
+                    let kept = kept.map(|(known, was)| {
+                        let state = if known == *name { *state } else { was };
+                        (known, state)
+                    });
+                    self.keep_capabilities(kept.collect()).await;
+                }
+                Ok(text)
+            }
+            Setting::Parameter { name, value, .. } if self.parameters.contains_key(name) => {
+                self.set_parameter_by_line(qemu, name, value).await
+            }
+            other => monitor_line(qemu, other.line()).await,
+        }
+    }
+
+    async fn set_parameter_by_line(
+        &mut self,
+        qemu: &mut impl Execute,
+        name: &str,
+        text: &str,
+    ) -> Result<String, QmpError> {
+        // How the line is wrong, if it is.
+        let said = monitor_line(qemu, &format!("migrate_set_parameter {NOTHING} {text}")).await?;
+        if !said.contains(NOTHING) {
+            return Ok(said);
+        }
+        let known = qemu.execute("query-migrate-parameters", Value::Null).await?;
+        // Since one parameter is a list of words, the value is the rest of the line (10.2).
+        let value = match known.get("cpr-exec-command") {
+            Some(_) => Some(text.to_owned()),
+            None => hmp::word(text).map(|(word, _)| word),
+        };
+        let value = match (value, &self.parameters[name]) {
+            (Some(text), Value::Number(_)) => hmp::number(&text).unwrap_or(text.into()),
+            (value, _) => value.into(),
+        };
+        let arguments = [(name.to_owned(), value)].into_iter().collect();
+        Ok(match self.set_parameters(qemu, arguments).await {
+            Ok(_) => String::new(),
+            Err(error) if error.class == QmpError::CONNECTION_LOST => return Err(error),
+            Err(error) => hmp::error_text(&error),
+        })
+    }
+
+    /// Make the reply of `query-migrate-capabilities` what clients see.
     pub fn hide_capabilities(&self, reply: &mut Value) {
         for entry in reply.as_array_mut().into_iter().flatten() {
             let known = self.capabilities.iter().find(|(name, _)| entry["capability"] == *name);
@@ -104,6 +285,26 @@ impl Borrowed {
     }
 }
 
+/// QEMU as clients see it.
+pub struct AsClientsSee<'a, Q> {
+    /// It.
+    pub qemu: Q,
+    /// What a migration has borrowed.
+    pub borrowed: &'a Borrowed,
+}
+
+impl<Q: Execute + Send> Execute for AsClientsSee<'_, Q> {
+    async fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, QmpError> {
+        let mut reply = self.qemu.execute(command, arguments).await?;
+        match command {
+            "query-migrate-capabilities" => self.borrowed.hide_capabilities(&mut reply),
+            "query-migrate-parameters" => self.borrowed.hide_parameters(&mut reply),
+            _ => {}
+        }
+        Ok(reply)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -113,7 +314,66 @@ mod tests {
         Borrowed {
             capabilities: vec![("multifd".into(), false)],
             parameters: parameters.as_object().unwrap().clone(),
+            worker: None,
         }
+    }
+
+    /// A QEMU that knows a few parameters, and keeps what it was set to.
+    #[derive(Default)]
+    struct Knows(Vec<Value>);
+
+    impl Execute for Knows {
+        async fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, QmpError> {
+            let known = ["multifd-channels", "multifd-compression", "max-bandwidth"];
+            let unknown = |name: &&String| !known.contains(&name.as_str());
+            let names = arguments.as_object().unwrap();
+            if command == "migrate-set-parameters"
+                && let Some(name) = names.keys().find(unknown)
+            {
+                return Err(QmpError::generic(format!("Parameter '{name}' is unexpected")));
+            }
+            if arguments["max-bandwidth"] == "wrong" {
+                return Err(QmpError::generic("Parameter 'max-bandwidth' expects uint64"));
+            }
+            self.0.push(arguments);
+            Ok(json!({}))
+        }
+    }
+
+    fn object(value: Value) -> Map<String, Value> {
+        value.as_object().unwrap().clone()
+    }
+
+    #[tokio::test]
+    async fn a_write_is_kept_and_the_rest_goes_on() {
+        let (mut borrowed, mut qemu) = (borrowed(), Knows::default());
+        let arguments = object(json!({ "multifd-channels": 7, "max-bandwidth": 5 }));
+        borrowed.set_parameters(&mut qemu, arguments).await.unwrap();
+        assert_eq!(qemu.0, [json!({ "max-bandwidth": 5 })]);
+        let parameters = json!({ "multifd-channels": 7, "multifd-compression": "zlib" });
+        assert_eq!(borrowed.commands()[1].arguments, parameters);
+        let list = json!({ "capabilities": [
+            { "capability": "multifd", "state": true }, { "capability": "events", "state": true }
+        ] });
+        borrowed.set_capabilities(&mut qemu, object(list.clone())).await.unwrap();
+        assert_eq!(qemu.0[1], list);
+        let on = json!({ "capabilities": [{ "capability": "multifd", "state": true }] });
+        assert_eq!(borrowed.commands()[0].arguments, on);
+        borrowed.give_back(&mut qemu).await;
+        assert_eq!(qemu.0[2..], [on, parameters]);
+        assert!(borrowed.is_empty() && borrowed.commands().is_empty());
+    }
+
+    #[tokio::test]
+    async fn nothing_is_kept_of_what_is_refused() {
+        let (mut borrowed, mut qemu) = (borrowed(), Knows::default());
+        let before = borrowed.commands();
+        for other in [json!({ "nonsense": 1 }), json!({ "max-bandwidth": "wrong" })] {
+            let mut arguments = object(other);
+            arguments.insert("multifd-channels".into(), 7.into());
+            borrowed.set_parameters(&mut qemu, arguments).await.unwrap_err();
+        }
+        assert_eq!((borrowed.commands(), qemu.0.len()), (before, 0));
     }
 
     #[test]

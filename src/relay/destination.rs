@@ -158,8 +158,8 @@ impl Destination {
                             return Ok(());
                         }
                         Some(Report::Failed { reason, .. }) => return Err(reason),
-                        Some(Report::Agreed { .. }) => self.look_at_settings(worker).await,
-                        Some(Report::Listening { .. } | Report::PastRam) => {}
+                        Some(Report::Agreed(_)) => self.look_at_settings(worker).await,
+                        Some(Report::Listening { .. } | Report::PastRam | Report::GuestBefore { .. }) => {}
                         None => return Err(WORKER_DIED.into()),
                     }
                 }

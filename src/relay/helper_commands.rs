@@ -4,6 +4,7 @@ use serde_json::{Value, json};
 
 use super::{
     Context,
+    borrowed::{AsClientsSee, Borrowed},
     schema::{RdmaFabric, RdmaHelperBlock, RdmaHelperInfo, RdmaMigrateBlocker, RdmaTravel},
 };
 use crate::{
@@ -62,10 +63,10 @@ pub async fn query_helper(context: &Context) -> Result<Value, QmpError> {
 ///
 /// # Errors
 /// As [`query_helper`].
-pub async fn query_blockers(context: &Context) -> Result<Value, QmpError> {
+pub async fn query_blockers(context: &Context, borrowed: &Borrowed) -> Result<Value, QmpError> {
     let blocks = find_blocks(context).await?;
-    let found =
-        blockers::find(&mut context.qemu.clone(), &blocks, context.settings.fabric.kind()).await?;
+    let mut qemu = AsClientsSee { qemu: context.qemu.clone(), borrowed };
+    let found = blockers::find(&mut qemu, &blocks, context.settings.fabric.kind()).await?;
     let found = found
         .into_iter()
         .map(|blockers::Blocker { reason, cure }| RdmaMigrateBlocker { reason, cure });

@@ -30,8 +30,15 @@ pub enum Intercepted {
     Cancel,
     /// `query-migrate`.
     QueryMigrate,
-    /// `migrate-set-capabilities` with `x-rdma-pin-all`; these are the list with QEMU's name.
-    SetCapabilities(Value),
+    /// `migrate-set-capabilities`.
+    SetCapabilities {
+        /// Its arguments, with QEMU's name for each.
+        arguments: Map<String, Value>,
+        /// They have another than the client's.
+        renamed: bool,
+    },
+    /// `migrate-set-parameters`, with these arguments.
+    SetParameters(Map<String, Value>),
     /// `query-migrate-capabilities` or `query-migrate-parameters`, some of which may be borrowed.
     QuerySettings(Settings),
     /// `query-rdma-helper`.
@@ -40,6 +47,19 @@ pub enum Intercepted {
     QueryBlockers,
     /// A line of the human monitor that is ours; the reply is text.
     Monitor(Line),
+}
+
+impl Intercepted {
+    /// It asks for settings of QEMU's or sets them: QEMU's own business, as long as none is borrowed.
+    pub fn is_about_settings(&self) -> bool {
+        matches!(
+            self,
+            Self::SetCapabilities { renamed: false, .. }
+                | Self::SetParameters(_)
+                | Self::QuerySettings(_)
+                | Self::Monitor(Line::InfoSettings(_) | Line::Set(_))
+        )
+    }
 }
 
 /// Which of QEMU's settings.
@@ -62,11 +82,12 @@ impl Settings {
 }
 
 /// Commands that may be ours.
-const OURS: [&str; 10] = [
+const OURS: [&str; 11] = [
     "human-monitor-command",
     "migrate",
     "migrate-incoming",
     "migrate-set-capabilities",
+    "migrate-set-parameters",
     "migrate_cancel",
     "query-migrate",
     "query-migrate-capabilities",
@@ -124,10 +145,11 @@ pub fn intercept(command: &Command) -> Result<Option<Intercepted>, QmpError> {
         "query-migrate-parameters" if arguments.is_empty() => {
             Intercepted::QuerySettings(Settings::Parameters)
         }
-        "migrate-set-capabilities" => match with_qemus_name(arguments) {
-            Some(capabilities) => Intercepted::SetCapabilities(capabilities),
-            None => return Ok(None),
-        },
+        "migrate-set-capabilities" => {
+            let (arguments, renamed) = with_qemus_name(arguments);
+            Intercepted::SetCapabilities { arguments, renamed }
+        }
+        "migrate-set-parameters" => Intercepted::SetParameters(arguments.clone()),
         "query-rdma-helper" => {
             only(arguments, &[])?;
             Intercepted::QueryHelper
@@ -173,18 +195,19 @@ fn boolean(arguments: &Map<String, Value>, name: &str) -> Result<Option<bool>, Q
     }
 }
 
-/// The arguments with `rdma-pin-all` for `x-rdma-pin-all`, its name before QEMU 2.2; `None` if
-/// it does not occur.
-fn with_qemus_name(arguments: &Map<String, Value>) -> Option<Value> {
+/// The arguments with `rdma-pin-all` for `x-rdma-pin-all`, its name before QEMU 2.2, and whether it
+/// occurs.
+fn with_qemus_name(arguments: &Map<String, Value>) -> (Map<String, Value>, bool) {
     let mut arguments = arguments.clone();
     let mut renamed = false;
-    for entry in arguments.get_mut("capabilities")?.as_array_mut()? {
+    let list = arguments.get_mut("capabilities").and_then(Value::as_array_mut);
+    for entry in list.into_iter().flatten() {
         if entry["capability"] == "x-rdma-pin-all" {
             entry["capability"] = "rdma-pin-all".into();
             renamed = true;
         }
     }
-    renamed.then_some(Value::Object(arguments))
+    (arguments, renamed)
 }
 
 #[cfg(test)]
@@ -225,8 +248,6 @@ mod tests {
     fn the_rest_is_qemus() {
         for text in [
             r#"{"execute": "query-status"}"#,
-            r#"{"execute": "migrate-set-capabilities", "arguments": {"capabilities": [{"capability": "rdma-pin-all", "state": true}]}}"#,
-            r#"{"execute": "migrate-set-capabilities", "arguments": {"capabilities": 7}}"#,
             r#"{"execute": "query-migrate", "arguments": {"x": 1}}"#,
             r#"{"execute": "human-monitor-command", "arguments": {"command-line": "info status"}}"#,
             r#"{"execute": "human-monitor-command", "arguments": {"command-line": 5}}"#,
@@ -241,6 +262,21 @@ mod tests {
         assert_eq!(ask(wrong).unwrap(), Some(Intercepted::MigrateOther));
     }
 
+    /// But those that may be borrowed.
+    #[test]
+    fn settings_are_looked_at() {
+        for text in [
+            r#"{"execute": "migrate-set-capabilities", "arguments": {"capabilities": [{"capability": "rdma-pin-all", "state": true}]}}"#,
+            r#"{"execute": "migrate-set-capabilities", "arguments": {"capabilities": 7}}"#,
+            r#"{"execute": "migrate-set-capabilities"}"#,
+            r#"{"execute": "migrate-set-parameters", "arguments": {"max-bandwidth": 7}}"#,
+            r#"{"execute": "query-migrate-parameters"}"#,
+            r#"{"execute": "human-monitor-command", "arguments": {"command-line": "migrate_set_parameter a b"}}"#,
+        ] {
+            assert!(ask(text).unwrap().unwrap().is_about_settings(), "{text}");
+        }
+    }
+
     #[test]
     fn storage_migration_is_refused() {
         let blk = r#"{"execute": "migrate", "arguments": {"uri": "rdma:h:1", "blk": true}}"#;
@@ -253,7 +289,10 @@ mod tests {
     fn the_old_name_is_translated() {
         let text = r#"{"execute": "migrate-set-capabilities", "arguments": {"capabilities": [{"capability": "x-rdma-pin-all", "state": true}, {"capability": "events", "state": true}]}}"#;
         let expected = serde_json::json!({"capabilities": [{"capability": "rdma-pin-all", "state": true}, {"capability": "events", "state": true}]});
-        assert_eq!(ask(text).unwrap(), Some(Intercepted::SetCapabilities(expected)));
+        let arguments = expected.as_object().unwrap().clone();
+        let expected = Intercepted::SetCapabilities { arguments, renamed: true };
+        assert!(!expected.is_about_settings(), "it goes to QEMU with another name");
+        assert_eq!(ask(text).unwrap(), Some(expected));
     }
 
     #[test]

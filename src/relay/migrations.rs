@@ -14,7 +14,7 @@ use tokio::{
 
 use super::{
     Context, Output, QemuEvent,
-    borrowed::Borrowed,
+    borrowed::Loan,
     destination::Destination,
     source::Source,
     view::{Phase, Side, View},
@@ -88,13 +88,15 @@ impl Outputs {
 pub struct Migrations {
     slots: Arc<Mutex<Slots>>,
     outputs: Outputs,
+    loan: Loan,
 }
 
 impl Migrations {
     /// None yet; and where each of `monitors` monitors gets their output.
     pub fn new(monitors: usize) -> (Self, Vec<mpsc::Receiver<Output>>) {
         let (senders, receivers): (Vec<_>, _) = (0..monitors).map(|_| mpsc::channel(QUEUE)).unzip();
-        (Self { slots: Arc::default(), outputs: Outputs(senders.into()) }, receivers)
+        let outputs = Outputs(senders.into());
+        (Self { slots: Arc::default(), outputs, loan: Loan::default() }, receivers)
     }
 
     fn slots(&self) -> MutexGuard<'_, Slots> {
@@ -107,10 +109,14 @@ impl Migrations {
         self.slots().all().find_map(Migration::shown)
     }
 
-    /// What a migration has changed of QEMU's settings.
-    pub fn borrowed(&self) -> Option<Borrowed> {
-        let slots = self.slots();
-        slots.source.as_ref().and_then(|source| source.view.borrow().borrowed.clone())
+    /// Settings of QEMU's, which a migration may have borrowed.
+    pub fn loan(&self) -> &Loan {
+        &self.loan
+    }
+
+    /// Has the outgoing migration borrowed settings of QEMU's?
+    pub fn borrows(&self) -> bool {
+        self.slots().source.as_ref().is_some_and(|source| source.view.borrow().borrows)
     }
 
     /// Where the outgoing migration stands, and whether it still runs.
@@ -148,10 +154,10 @@ impl Migrations {
         context: Context,
         address: Address,
     ) -> impl Future<Output = Reply> + Send + use<> {
-        let output = self.outputs.clone();
+        let (output, loan) = (self.outputs.clone(), self.loan.clone());
         let busy = "There's a migration process in progress";
         let result = begin(&mut self.slots().source, Side::Source, busy, |events, view, reply| {
-            tokio::spawn(Source { context, events, output, view }.run(address, reply))
+            tokio::spawn(Source { context, events, output, view, loan }.run(address, reply))
         });
         flatten(result)
     }

@@ -7,7 +7,7 @@ use std::{io, os::fd::OwnedFd};
 use serde_json::{Value, json};
 use tokio::{
     net::UnixStream,
-    sync::{mpsc, watch},
+    sync::{OwnedRwLockReadGuard, mpsc, watch},
     task::{JoinError, JoinHandle},
     time::timeout,
 };
@@ -15,6 +15,7 @@ use tracing::{debug, info, warn};
 
 use super::{
     Context, Output, QemuEvent,
+    borrowed::Borrowed,
     client::{Client, FromClient},
     door::Door,
     intercept::{Intercepted, intercept},
@@ -31,8 +32,8 @@ use crate::qmp::{
 
 /// A command that is not answered yet.
 enum Current {
-    /// QEMU will answer it.
-    Forwarded,
+    /// QEMU will answer it. If it is about settings, none is borrowed before that.
+    Forwarded { _nothing_borrowed: Option<OwnedRwLockReadGuard<Borrowed>> },
     /// The relay's task answers it.
     Ours(JoinHandle<Vec<u8>>),
 }
@@ -214,7 +215,7 @@ impl Monitor {
             // Until the destination has confirmed it, or the worker has said why.
             ("completed" | "failed", Phase::Running) => true,
             // Until QEMU is set back to what it was.
-            ("cancelled" | "failed", _) => self.migrations.borrowed().is_some(),
+            ("cancelled" | "failed", _) => self.migrations.borrows(),
             _ => false,
         };
         if runs && waits && self.held.is_none() {
@@ -280,7 +281,17 @@ impl Monitor {
         let sets_parameters =
             command.as_ref().is_some_and(|command| sets_parameters(&command.name));
         let id = command.and_then(|command| command.id);
+        let nothing_borrowed = match &intercepted {
+            Ok(Some(ours)) if ours.is_about_settings() => self.migrations.loan().nothing(),
+            _ => None,
+        };
         match intercepted {
+            Ok(Some(_)) if nothing_borrowed.is_some() => {
+                self.forward_while(bytes, fds, nothing_borrowed);
+                if sets_parameters {
+                    self.migrations.tell(&QemuEvent::Parameters);
+                }
+            }
             Ok(Some(Intercepted::MigrateOther)) => {
                 self.migrations.forget();
                 self.forward(bytes, fds);
@@ -296,9 +307,6 @@ impl Monitor {
             {
                 self.forward(bytes, fds);
             }
-            Ok(Some(
-                Intercepted::QuerySettings(_) | Intercepted::Monitor(Line::InfoSettings(_)),
-            )) if self.migrations.borrowed().is_none() => self.forward(bytes, fds),
             Ok(Some(intercepted)) => {
                 self.current = Some(Current::Ours(self.execute(intercepted, id)));
             }
@@ -314,8 +322,17 @@ impl Monitor {
 
     /// A command that is QEMU's.
     fn forward(&mut self, bytes: Vec<u8>, fds: Vec<OwnedFd>) {
+        self.forward_while(bytes, fds, None);
+    }
+
+    fn forward_while(
+        &mut self,
+        bytes: Vec<u8>,
+        fds: Vec<OwnedFd>,
+        nothing_borrowed: Option<OwnedRwLockReadGuard<Borrowed>>,
+    ) {
         let (qemu, client) = (self.context.qemu.clone(), self.client_number);
-        self.current = Some(Current::Forwarded);
+        self.current = Some(Current::Forwarded { _nothing_borrowed: nothing_borrowed });
         // The queue has room but for one command; if not, QEMU is what is waited for. A QEMU
         // that is gone ends the relay.
         tokio::spawn(async move { qemu.forward(client, bytes, fds).await });

@@ -17,14 +17,15 @@ use tracing::info;
 use self::pace::Pacing;
 use super::{
     Context, HEARTBEAT, Output, QemuEvent,
+    borrowed::Loan,
     migrations::Outputs,
     session::Qemu,
-    view::{Phase, View, rate},
+    view::{Guest, Phase, View, rate},
     worker::{self, Worker},
 };
 use crate::{
     migration::{
-        messages::{Address, Order, Progress, Report},
+        messages::{Address, Agreed, Order, Progress, Report},
         return_path,
         streams::Streams,
     },
@@ -81,6 +82,8 @@ pub struct Source {
     pub output: Outputs,
     /// What a client sees.
     pub view: watch::Sender<View>,
+    /// Settings of QEMU's.
+    pub loan: Loan,
 }
 
 /// A migration that QEMU has begun.
@@ -143,7 +146,8 @@ impl Source {
         let _ = reply.send(result);
         let Some(Begun { mut worker, streams }) = begun else { return };
         worker.has_stream();
-        let mut outcome = self.follow(&mut worker).await;
+        let has_channels = !streams.channels.is_empty();
+        let mut outcome = self.follow(&mut worker, has_channels).await;
         if matches!(outcome, Outcome::Silent { .. }) {
             worker.kill().await;
             // What it had said before counts, but for what it can't do any more: to settle QEMU.
@@ -233,7 +237,7 @@ impl Source {
             worker.begin(&order, &fds).await.map_err(generic)?;
             self.await_agreement(&mut worker).await
         };
-        let (channels, announceable) = match timeout(agreement, agreed).await {
+        let agreed = match timeout(agreement, agreed).await {
             Ok(result) => result?,
             Err(_) => {
                 let why = format!(
@@ -242,14 +246,15 @@ impl Source {
                 return Err(QmpError::generic(why));
             }
         };
+        let Agreed { channels, announceable, return_path } = agreed;
+        self.view.send_modify(|view| view.takes_return_path = return_path);
         let announces = announceable == shared;
         let (value, streams) = self.begin_stream(&mut worker, announces, channels).await?;
         Ok((value, Begun { worker, streams }))
     }
 
-    /// Wait for it; returns how many channels QEMU should use, and how many blocks it may announce
-    /// without their content.
-    async fn await_agreement(&mut self, worker: &mut Worker) -> Result<(u16, usize), QmpError> {
+    /// Wait for it; returns how QEMU may migrate.
+    async fn await_agreement(&mut self, worker: &mut Worker) -> Result<Agreed, QmpError> {
         let mut emitted = Instant::now();
         loop {
             let report = tokio::select! {
@@ -263,9 +268,7 @@ impl Source {
                 },
             };
             match report {
-                Some(Report::Agreed { channels, announceable }) => {
-                    return Ok((channels, announceable));
-                }
+                Some(Report::Agreed(agreed)) => return Ok(agreed),
                 Some(Report::Progress(progress)) => {
                     let pins = progress.pinned > 0;
                     self.view.send_modify(|view| view.progress = progress);
@@ -293,13 +296,10 @@ impl Source {
     }
 
     /// Follow the worker to its end.
-    async fn follow(&mut self, worker: &mut Worker) -> Outcome {
+    async fn follow(&mut self, worker: &mut Worker, has_channels: bool) -> Outcome {
         let mut seconds = every_second();
         let mut heard = Instant::now();
-        let mut seen = Seen::new(match &self.view.borrow().borrowed {
-            Some(borrowed) if borrowed.includes("multifd") => Pacing::At(None),
-            _ => Pacing::Never,
-        });
+        let mut seen = Seen::new(if has_channels { Pacing::At(None) } else { Pacing::Never });
         self.pace(worker, &mut seen.pacing).await;
         // Events of this were not heard while QEMU connected.
         self.look_at_guest(worker, &mut seen.pacing).await;
@@ -363,17 +363,17 @@ impl Source {
         let state = timeout(ANSWER, qemu.execute("query-status", Value::Null)).await;
         // One that does not answer switches over.
         let Ok(Ok(state)) = state else { return };
-        let stopped = match state["status"].as_str() {
-            Some("running" | "suspended") => false,
+        let guest = match state["status"].as_str() {
+            Some("running") => Guest::Runs,
+            Some("suspended") => Guest::Suspended,
             Some("finish-migrate" | "postmigrate") | None => return,
-            Some(_) => true,
+            Some(_) => Guest::Stopped,
         };
-        let changed =
-            |view: &mut View| std::mem::replace(&mut view.guest_stopped, stopped) != stopped;
+        let changed = |view: &mut View| std::mem::replace(&mut view.guest, guest) != guest;
         if self.view.send_if_modified(changed) {
-            worker.order(&Order::Guest { runs: !stopped }).await;
+            worker.order(&Order::Guest { runs: guest == Guest::Runs }).await;
         }
-        if stopped {
+        if guest == Guest::Stopped {
             pacing.resume();
         }
     }
@@ -385,6 +385,10 @@ impl Source {
             Report::Done(progress) => (progress, Some(Outcome::Done)),
             Report::Failed { reason, guest_never_ran, progress } => {
                 (progress, Some(Outcome::Failed { reason, guest_never_ran }))
+            }
+            Report::GuestBefore { status } => {
+                self.view.send_modify(|view| view.guest_before = Some(status));
+                return None;
             }
             Report::PastRam => {
                 self.view.send_modify(|view| view.past_ram = true);

@@ -3,7 +3,6 @@
 use qapi::qmp::MigrationStats;
 use serde_json::{Value, json};
 
-use super::borrowed::Borrowed;
 use super::schema::{RDMA_MIGRATION_THROUGHPUT, RdmaCapabilityState, RdmaFabric};
 use crate::{
     migration::messages::Progress,
@@ -26,6 +25,17 @@ pub enum Phase {
     Failed(String),
     /// It was cancelled.
     Cancelled,
+}
+
+/// What a guest does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Guest {
+    /// It runs.
+    Runs,
+    /// It sleeps (S3), until something wakes it up.
+    Suspended,
+    /// It stands still: it is not to run when the migration fails.
+    Stopped,
 }
 
 /// Which side.
@@ -56,10 +66,14 @@ pub struct View {
     pub max_bandwidth: u64,
     /// The guest may have come to run at the destination.
     pub past_ram: bool,
-    /// The guest stands still, and not for the switchover: it is not to run when the migration fails.
-    pub guest_stopped: bool,
-    /// QEMU's settings that the migration has changed.
-    pub borrowed: Option<Borrowed>,
+    /// What the guest does, but for the switchover.
+    pub guest: Guest,
+    /// What QEMU has told the destination that the guest did before the switchover, if it has.
+    pub guest_before: Option<String>,
+    /// The destination forwards a return path that QEMU opens.
+    pub takes_return_path: bool,
+    /// The migration has borrowed settings of QEMU's.
+    pub borrows: bool,
 }
 
 impl View {
@@ -74,8 +88,21 @@ impl View {
             pin_all: false,
             max_bandwidth: 0,
             past_ram: false,
-            guest_stopped: false,
-            borrowed: None,
+            guest: Guest::Runs,
+            guest_before: None,
+            takes_return_path: false,
+            borrows: false,
+        }
+    }
+
+    /// What the guest did before the switchover. QEMU knows best, and says nothing of one that runs or is
+    /// paused if its machine is that of a QEMU before 2.4.
+    pub fn guest_at_switchover(&self) -> Guest {
+        match self.guest_before.as_deref() {
+            Some("running") => Guest::Runs,
+            Some("suspended") => Guest::Suspended,
+            Some(_) => Guest::Stopped,
+            None => self.guest,
         }
     }
 
@@ -147,9 +174,7 @@ impl View {
             // The relay cancels it because it failed, and QEMU is not done with that.
             Phase::Failed(_) if self.side == Side::Source && status == "cancelling" => {}
             // Nor is it set back to what it was.
-            Phase::Failed(_)
-                if self.borrowed.is_some() && ["cancelled", "failed"].contains(&&*status) =>
-            {
+            Phase::Failed(_) if self.borrows && ["cancelled", "failed"].contains(&&*status) => {
                 reply["status"] = "cancelling".into();
             }
             // What QEMU says is of another one.
@@ -164,7 +189,7 @@ impl View {
                 reply["status"] = "device".into();
             }
             // Not before QEMU is set back to what it was.
-            Phase::Running if self.borrowed.is_some() && status == "cancelled" => {
+            Phase::Running if self.borrows && status == "cancelled" => {
                 reply["status"] = "cancelling".into();
             }
             // Not before the worker has said why.

@@ -7,12 +7,14 @@ use std::{
         unix::net::UnixStream as StdUnixStream,
     },
     process::Stdio,
+    sync::Arc,
     time::Duration,
 };
 
 use tokio::{
     net::UnixStream,
     process::{Child, Command},
+    sync::Mutex,
     time::timeout,
 };
 use tracing::warn;
@@ -34,8 +36,24 @@ const LAST_WORDS: Duration = Duration::from_secs(4);
 pub struct Worker {
     child: Child,
     has_stream: bool,
-    control: UnixStream,
+    control: Arc<UnixStream>,
+    orders: Orders,
     buffer: Vec<u8>,
+}
+
+/// Gives a worker orders, one after the other.
+#[derive(Clone)]
+pub struct Orders(Arc<Mutex<Arc<UnixStream>>>);
+
+impl Orders {
+    /// Give it one.
+    ///
+    /// # Errors
+    /// The system's.
+    pub async fn send(&self, order: &Order, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+        let control = self.0.lock().await;
+        socket::send_all_async(&control, &line(order, fds.len())?, fds).await
+    }
 }
 
 impl Worker {
@@ -52,10 +70,15 @@ impl Worker {
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .stdout(Stdio::null())
             .spawn()?;
-        let control = UnixStream::from_std(ours)?;
-        let mut worker = Self { child, has_stream: false, control, buffer: Vec::new() };
-        worker.send(&Order::Prepare { fabric }, &[]).await?;
-        Ok(worker)
+        let control = Arc::new(UnixStream::from_std(ours)?);
+        let orders = Orders(Arc::new(Mutex::new(control.clone())));
+        orders.send(&Order::Prepare { fabric }, &[]).await?;
+        Ok(Self { child, has_stream: false, control, orders, buffer: Vec::new() })
+    }
+
+    /// For others who have something to order.
+    pub fn orders(&self) -> Orders {
+        self.orders.clone()
     }
 
     /// Give it an order that has descriptors.
@@ -63,16 +86,12 @@ impl Worker {
     /// # Errors
     /// The system's.
     pub async fn begin(&mut self, order: &Order, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
-        self.send(order, fds).await
-    }
-
-    async fn send(&mut self, order: &Order, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
-        socket::send_all_async(&self.control, &line(order, fds.len())?, fds).await
+        self.orders.send(order, fds).await
     }
 
     /// Give it an order. One that is dead says so where reports are read.
     pub async fn order(&mut self, order: &Order) {
-        if let Err(error) = self.send(order, &[]).await {
+        if let Err(error) = self.orders.send(order, &[]).await {
             warn!(%error, "the worker takes no orders");
         }
     }
@@ -117,14 +136,14 @@ impl Worker {
     /// Leave what is to be done at QEMU to it, because nothing of that can be done here.
     pub async fn leave(mut self, reason: String) {
         // It may have ended already; and if not, it goes on by itself.
-        let _ = self.send(&Order::Leave { reason }, &[]).await;
+        let _ = self.orders.send(&Order::Leave { reason }, &[]).await;
         let _ = timeout(LAST_WORDS, self.child.wait()).await;
     }
 
     /// Wait until it has told the peer what there is to tell; kill it if that takes too long.
     pub async fn finish(mut self) {
         // It may have ended already.
-        let _ = self.send(&Order::Over, &[]).await;
+        let _ = self.orders.send(&Order::Over, &[]).await;
         if timeout(LAST_WORDS, self.child.wait()).await.is_err() {
             self.kill().await;
         }

@@ -8,6 +8,7 @@
 
 mod error;
 mod fields;
+mod global_state;
 mod landing;
 pub mod multifd;
 mod parser;

@@ -2,6 +2,7 @@
 
 use super::{
     error::{PushError, StreamError},
+    global_state::GlobalState,
     parser::{Item, PAGE, Parser, Payload, StreamBlock, Taker, flag},
 };
 
@@ -144,6 +145,9 @@ pub trait Outlet {
     /// The outlet's own.
     fn finished(&mut self) -> Result<(), Self::Error>;
 
+    /// Behind RAM: what the guest did before it was stopped, as in `query-status`.
+    fn guest_before(&mut self, _status: String) {}
+
     /// QEMU's multifd channels come to this point too, and all that they have written must land.
     /// Returns the other pages that they had, oldest first. Called only of a rewriter
     /// [`beside_channels`](Rewriter::beside_channels).
@@ -174,6 +178,7 @@ impl Rewriter {
             held: Vec::new(),
             named: None,
             channels: None,
+            global_state: GlobalState::default(),
         };
         Self { parser: Parser::new(), state }
     }
@@ -267,6 +272,7 @@ struct State {
     named: Option<u32>,
     /// There are multifd channels.
     channels: Option<Meeting>,
+    global_state: GlobalState,
 }
 
 struct Rewriting<'a, O> {
@@ -432,7 +438,13 @@ impl<O: Outlet> Rewriting<'_, O> {
         blocks: &[StreamBlock],
     ) -> Result<Payload, O::Error> {
         match item {
-            Item::Other | Item::Opaque => self.out.stream(raw)?,
+            Item::Other => self.out.stream(raw)?,
+            Item::Opaque => {
+                if let Some(status) = self.state.global_state.push(raw) {
+                    self.out.guest_before(status);
+                }
+                self.out.stream(raw)?;
+            }
             Item::BlocksEnd => {
                 self.out.stream(raw)?;
                 self.state.travels = self.out.ram_blocks(blocks)?;

@@ -1,17 +1,19 @@
 //! The client's commands that are the relay's.
 
-use serde_json::{Value, json, value::RawValue};
+use serde_json::{Map, Value, json, value::RawValue};
 use tokio::task::JoinHandle;
 
 use super::Monitor;
 use crate::{
     qmp::{
         Execute as _, envelope,
-        hmp::{self, Line},
+        hmp::{self, Line, Setting},
         monitor_line,
     },
     relay::{
-        Context, QemuEvent, helper_commands,
+        Context, QemuEvent,
+        borrowed::AsClientsSee,
+        helper_commands,
         intercept::{Intercepted, Settings},
         migrations::{Migrations, Reply},
     },
@@ -35,22 +37,19 @@ impl Monitor {
             }
             Intercepted::Cancel => answer_with(self.cancel(), id),
             Intercepted::QueryMigrate => answer_with(query_migrate(context, migrations), id),
-            Intercepted::SetCapabilities(arguments) => answer_with(
-                async move {
-                    let mut qemu = context.qemu;
-                    qemu.execute("migrate-set-capabilities", arguments).await
-                },
-                id,
-            ),
+            Intercepted::SetCapabilities { arguments, .. } => {
+                answer_with(set_capabilities(context, migrations, arguments), id)
+            }
+            Intercepted::SetParameters(arguments) => {
+                answer_with(set_parameters(context, migrations, arguments), id)
+            }
             Intercepted::QuerySettings(settings) => {
                 answer_with(query_settings(context, migrations, settings), id)
             }
             Intercepted::QueryHelper => {
                 answer_with(async move { helper_commands::query_helper(&context).await }, id)
             }
-            Intercepted::QueryBlockers => {
-                answer_with(async move { helper_commands::query_blockers(&context).await }, id)
-            }
+            Intercepted::QueryBlockers => answer_with(query_blockers(context, migrations), id),
             Intercepted::Monitor(line) => self.monitor(line, id),
             // Forwarded before.
             Intercepted::MigrateOther => answer_with(async { Ok(json!({})) }, id),
@@ -81,6 +80,9 @@ impl Monitor {
             Line::InfoMigrate => answer_with(info_migrate(context, self.migrations.clone()), id),
             Line::InfoSettings(what) => {
                 answer_with(info_settings(context, self.migrations.clone(), what), id)
+            }
+            Line::Set(setting) => {
+                answer_with(set_by_line(context, self.migrations.clone(), setting), id)
             }
             Line::Wrong(error) => answer_with(as_text(async move { Err(error) }), id),
             Line::Other => answer_with(async { Ok(json!("")) }, id),
@@ -120,22 +122,49 @@ async fn query_migrate(context: Context, migrations: Migrations) -> Reply {
     Ok(reply)
 }
 
-/// As they are without what a migration has borrowed.
-async fn query_settings(context: Context, migrations: Migrations, settings: Settings) -> Reply {
-    let borrowed = migrations.borrowed();
-    let mut reply = context.qemu.clone().execute(settings.query(), Value::Null).await?;
-    match (borrowed, settings) {
-        (Some(borrowed), Settings::Capabilities) => borrowed.hide_capabilities(&mut reply),
-        (Some(borrowed), Settings::Parameters) => borrowed.hide_parameters(&mut reply),
-        (None, _) => {}
-    }
-    Ok(reply)
+async fn query_blockers(context: Context, migrations: Migrations) -> Reply {
+    let borrowed = migrations.loan().read().await;
+    helper_commands::query_blockers(&context, &borrowed).await
 }
 
-async fn info_settings(context: Context, migrations: Migrations, what: String) -> Reply {
-    let borrowed = migrations.borrowed();
-    let text = monitor_line(&mut context.qemu.clone(), &format!("info {what}")).await?;
-    Ok(borrowed.map_or(text.clone(), |borrowed| borrowed.hide_text(&text)).into())
+/// As they are without what a migration has borrowed.
+async fn query_settings(context: Context, migrations: Migrations, settings: Settings) -> Reply {
+    let borrowed = migrations.loan().read().await;
+    let mut qemu = AsClientsSee { qemu: context.qemu, borrowed: &borrowed };
+    qemu.execute(settings.query(), Value::Null).await
+}
+
+async fn info_settings(mut context: Context, migrations: Migrations, what: String) -> Reply {
+    let borrowed = migrations.loan().read().await;
+    let text = monitor_line(&mut context.qemu, &format!("info {what}")).await?;
+    Ok(borrowed.hide_text(&text).into())
+}
+
+async fn set_capabilities(
+    mut context: Context,
+    migrations: Migrations,
+    arguments: Map<String, Value>,
+) -> Reply {
+    let mut borrowed = migrations.loan().write().await;
+    borrowed.set_capabilities(&mut context.qemu, arguments).await
+}
+
+async fn set_parameters(
+    mut context: Context,
+    migrations: Migrations,
+    arguments: Map<String, Value>,
+) -> Reply {
+    let mut borrowed = migrations.loan().write().await;
+    let reply = borrowed.set_parameters(&mut context.qemu, arguments).await;
+    migrations.tell(&QemuEvent::Parameters);
+    reply
+}
+
+async fn set_by_line(mut context: Context, migrations: Migrations, setting: Setting) -> Reply {
+    let mut borrowed = migrations.loan().write().await;
+    let text = borrowed.set_by_line(&mut context.qemu, &setting).await?;
+    migrations.tell(&QemuEvent::Parameters);
+    Ok(text.into())
 }
 
 async fn info_migrate(context: Context, migrations: Migrations) -> Reply {

@@ -8,7 +8,10 @@ use super::{ANSWER, END, NOTICE, POLL, Source, UNDER_WAY};
 use crate::{
     migration::streams::Streams,
     qmp::{Execute as _, QmpError, envelope},
-    relay::{Output, view::Phase},
+    relay::{
+        Output,
+        view::{Guest, Phase},
+    },
 };
 
 impl Source {
@@ -94,16 +97,23 @@ impl Source {
         if !guest_never_ran {
             return stays_stopped(&reason);
         }
-        if self.view.borrow().guest_stopped {
-            return format!(
+        let guest = self.view.borrow().guest_at_switchover();
+        match guest {
+            Guest::Stopped => format!(
                 "{reason}. The guest stays stopped, as it was; it must run before it can migrate again"
-            );
-        }
-        match self.run_again().await {
-            Ok(()) => reason,
-            Err(error) => {
-                format!("{reason}. The guest could not be started again here ({error}): 'cont' it")
-            }
+            ),
+            // QEMU 8.2 and later abort then. Earlier ones wake it up to migrate.
+            Guest::Suspended => format!(
+                "{reason}. The guest was suspended, and QEMU can't let it go on from here ('cont' would \
+                 end QEMU): 'system_reset' and 'cont' start it anew; with capability return-path a \
+                 suspended guest is not lost"
+            ),
+            Guest::Runs => match self.run_again().await {
+                Ok(()) => reason,
+                Err(error) => format!(
+                    "{reason}. The guest could not be started again here ({error}): 'cont' it"
+                ),
+            },
         }
     }
 
@@ -113,9 +123,12 @@ impl Source {
         // `completed` may come while QEMU is still in `finish-migrate`, which refuses `cont`.
         loop {
             let state = qemu.execute("query-status", Value::Null).await?;
-            match state["status"].as_str() {
-                Some("finish-migrate") if begun.elapsed() < END => sleep(POLL).await,
-                _ => break,
+            match state["status"].as_str().unwrap_or("unknown") {
+                "finish-migrate" if begun.elapsed() < END => sleep(POLL).await,
+                "postmigrate" => break,
+                "running" => return Ok(()),
+                // Somebody else has done something with it.
+                other => return Err(QmpError::generic(format!("its state is '{other}'"))),
             }
         }
         qemu.execute("cont", Value::Null).await.map(drop)

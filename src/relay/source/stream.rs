@@ -10,6 +10,7 @@ use std::{
 use serde_json::{Value, json};
 use tokio::{
     io,
+    sync::RwLockWriteGuard,
     time::{Instant, sleep, timeout, timeout_at},
 };
 use tracing::{debug, info, warn};
@@ -17,13 +18,13 @@ use tracing::{debug, info, warn};
 use super::{END, FDNAME, POLL, Source, door::QemusDoor, generic, is_under_way, pace::Pacing};
 use crate::{
     migration::{messages::Order, streams::Streams},
-    qemu::cleans_up,
+    qemu::{blockers, cleans_up},
     qmp::{Execute as _, QmpError},
     relay::{
         QemuEvent,
         borrowed::Borrowed,
         session::Qemu,
-        view::Phase,
+        view::{Guest, Phase},
         worker::{self, Worker},
     },
 };
@@ -33,7 +34,14 @@ const CONNECTED: Duration = Duration::from_secs(10);
 
 /// The capability by which QEMU announces shared memory without its content (`qemu-patches/`), and the
 /// one that it needs.
-const ANNOUNCING: [&str; 2] = ["x-shared-ram-external", "return-path"];
+const ANNOUNCING: [&str; 2] = ["x-shared-ram-external", RETURN_PATH];
+
+/// By this QEMU waits for the destination before it takes its migration for complete.
+const RETURN_PATH: &str = "return-path";
+
+/// Parameters that must stay what they were when the migration began: in another mode QEMU leaves out
+/// memory that is shared, at any time (`migrate_ram_is_ignored`, 11.1).
+const HELD: [&str; 1] = ["mode"];
 
 impl Source {
     /// Ask QEMU to migrate, so that it `announces` shared memory or with so many channels, if it can.
@@ -45,34 +53,49 @@ impl Source {
         channels: u16,
     ) -> Result<(Value, Streams), QmpError> {
         let mut qemu = self.qemu();
+        // From here on clients wait with settings: what is seen now is what QEMU migrates by.
+        let loan = self.loan.clone();
+        let mut borrowed = loan.write().await;
+        blockers::refuse(&blockers::settings(&mut qemu).await?)?;
         // A client may have stopped it, or let it run, while the destination was connected.
         self.look_at_guest(worker, &mut Pacing::Never).await;
-        if announces {
-            match self.borrow_announcing(&mut qemu).await {
-                Ok(true) => {
+        if announces && Self::can_announce(&mut qemu).await? {
+            match self.borrow(&mut borrowed, worker, &ANNOUNCING, json!({})).await {
+                Ok(()) => {
                     info!("QEMU announces memory without its content");
                     return self.with_one_socket(&qemu, worker).await;
                 }
-                Ok(false) => {}
                 Err(error) => {
                     debug!(%error, "QEMU does not announce memory now");
-                    self.give_back().await;
+                    borrowed.give_back(&mut qemu).await;
                 }
             }
         }
+        let capabilities = self.waits_for_destination();
         if channels > 0
             && Self::is_tried(&mut qemu).await?
             && let Some(door) = QemusDoor::open(&self.context).await
         {
-            match self.borrow_multifd(&mut qemu, channels).await {
-                Ok(()) => return self.with_channels(qemu, worker, door, channels).await,
+            let capabilities = [capabilities, &["multifd"]].concat();
+            let parameters = json!({ "multifd-channels": channels, "multifd-compression": "none" });
+            // Multifd is the helper's choice: management sees what it has set itself.
+            match self.borrow(&mut borrowed, worker, &capabilities, parameters).await {
+                Ok(()) => return self.with_channels(qemu, worker, door, channels, borrowed).await,
                 Err(error) => {
                     debug!(%error, "QEMU has no multifd channels now");
-                    self.give_back().await;
+                    borrowed.give_back(&mut qemu).await;
                 }
             }
         }
+        self.borrow(&mut borrowed, worker, capabilities, json!({})).await?;
         self.with_one_socket(&qemu, worker).await
+    }
+
+    /// A guest that is suspended can't be let go on by `cont` after a migration that QEMU takes for
+    /// complete: QEMU aborts (8.2 and later). So QEMU must not take one for complete that is not.
+    fn waits_for_destination(&self) -> &'static [&'static str] {
+        let view = self.view.borrow();
+        if view.guest == Guest::Suspended && view.takes_return_path { &[RETURN_PATH] } else { &[] }
     }
 
     /// 7.2 and 10.0, whose multifd was made to fail in all phases of a migration, and whose guests ran
@@ -90,7 +113,7 @@ impl Source {
         worker: &mut Worker,
     ) -> Result<(Value, Streams), QmpError> {
         let (ours, theirs) = worker::migration_socket().map_err(generic)?;
-        worker.begin(&self.take(), &[ours.as_fd()]).await.map_err(generic)?;
+        worker.begin(&Order::Take, &[ours.as_fd()]).await.map_err(generic)?;
         qemu.execute_with("getfd", json!({ "fdname": FDNAME }), vec![theirs]).await?;
         let mut qemu = qemu.clone();
         match qemu.execute("migrate", json!({ "uri": format!("fd:{FDNAME}") })).await {
@@ -106,49 +129,56 @@ impl Source {
         }
     }
 
-    /// False if QEMU has no such capability.
-    async fn borrow_announcing(&self, qemu: &mut Qemu) -> Result<bool, QmpError> {
-        let borrowed = Borrowed::from(qemu, &ANNOUNCING, &[]).await?;
-        if !ANNOUNCING.iter().all(|name| borrowed.includes(name)) {
-            return Ok(false);
+    /// Has QEMU the capabilities for it?
+    async fn can_announce(qemu: &mut Qemu) -> Result<bool, QmpError> {
+        let known = qemu.execute("query-migrate-capabilities", Value::Null).await?;
+        let known = known.as_array().map(Vec::as_slice).unwrap_or_default();
+        let has = |name: &&str| known.iter().any(|entry| entry["capability"] == **name);
+        Ok(ANNOUNCING.iter().all(has))
+    }
+
+    /// Turn these capabilities on, and set these parameters. What they were is known to all before: it
+    /// is what clients see, and what QEMU is set back to.
+    async fn borrow(
+        &self,
+        borrowed: &mut Borrowed,
+        worker: &Worker,
+        capabilities: &[&str],
+        parameters: Value,
+    ) -> Result<(), QmpError> {
+        let mut qemu = self.qemu();
+        let names = parameters.as_object().into_iter().flatten().map(|(name, _)| name.as_str());
+        let names: Vec<_> = names.chain(HELD).collect();
+        *borrowed = Borrowed::from(&mut qemu, capabilities, &names, worker.orders()).await?;
+        self.view.send_modify(|view| view.borrows = !borrowed.is_empty());
+        if parameters != json!({}) {
+            qemu.execute("migrate-set-parameters", parameters).await?;
         }
-        self.view.send_modify(|view| view.borrowed = Some(borrowed));
-        let on = ANNOUNCING.map(|name| json!({ "capability": name, "state": true }));
-        qemu.execute("migrate-set-capabilities", json!({ "capabilities": on })).await?;
-        Ok(true)
-    }
-
-    /// The order to take QEMU's stream.
-    fn take(&self) -> Order {
-        let borrowed = &self.view.borrow().borrowed;
-        Order::Take { give_back: borrowed.as_ref().map_or(Vec::new(), Borrowed::commands) }
-    }
-
-    /// Multifd is the helper's choice: management sees what it has set itself.
-    async fn borrow_multifd(&self, qemu: &mut Qemu, channels: u16) -> Result<(), QmpError> {
-        let parameters = ["multifd-channels", "multifd-compression"];
-        let borrowed = Borrowed::from(qemu, &["multifd"], &parameters).await?;
-        // From here on it is hidden, and given back.
-        self.view.send_modify(|view| view.borrowed = Some(borrowed));
-        let parameters = json!({ "multifd-channels": channels, "multifd-compression": "none" });
-        qemu.execute("migrate-set-parameters", parameters).await?;
-        let on = json!({ "capabilities": [{ "capability": "multifd", "state": true }] });
-        qemu.execute("migrate-set-capabilities", on).await.map(drop)
+        if !capabilities.is_empty() {
+            let on = |name: &&str| json!({ "capability": name, "state": true });
+            let on: Vec<_> = capabilities.iter().map(on).collect();
+            qemu.execute("migrate-set-capabilities", json!({ "capabilities": on })).await?;
+        }
+        Ok(())
     }
 
     /// Set back what QEMU was set to for this migration, which is over.
     pub(super) async fn give_back(&self) {
-        let borrowed = self.view.borrow().borrowed.clone();
-        let Some(borrowed) = borrowed else { return };
-        match timeout(END, self.await_clean_up()).await {
+        if !self.view.borrow().borrows {
+            return;
+        }
+        let clean = timeout(END, self.await_clean_up()).await;
+        let mut borrowed = self.loan.write().await;
+        match clean {
             Ok(Ok(())) => borrowed.give_back(&mut self.qemu()).await,
             Ok(Err(error)) if error.class == QmpError::CONNECTION_LOST => {}
             // Rather wrong settings than a QEMU that aborts.
             Ok(Err(_)) | Err(_) => {
-                warn!("QEMU does not end its migration; it keeps the settings for it")
+                warn!("QEMU does not end its migration; it keeps the settings for it");
+                *borrowed = Borrowed::default();
             }
         }
-        self.view.send_modify(|view| view.borrowed = None);
+        self.view.send_modify(|view| view.borrows = false);
     }
 
     /// QEMU ends a migration before it has cleaned up behind it. A multifd that is turned off in
@@ -167,10 +197,14 @@ impl Source {
         worker: &mut Worker,
         door: QemusDoor,
         channels: u16,
+        borrowed: RwLockWriteGuard<'_, Borrowed>,
     ) -> Result<(Value, Streams), QmpError> {
         let value = qemu.execute("migrate", json!({ "uri": door.uri() })).await?;
         self.view.send_modify(|view| view.phase = Phase::Running);
-        match self.take_channels(worker, &door, channels).await {
+        let taken = self.take_channels(worker, &door, channels).await;
+        // QEMU looked at settings until it had connected.
+        drop(borrowed);
+        match taken {
             Ok(streams) => Ok((value, streams)),
             Err((reason, sockets)) => {
                 if let Some(streams) = Streams::new(sockets) {
@@ -198,7 +232,7 @@ impl Source {
         }
         let fds: Vec<_> = sockets.iter().map(|socket| socket.as_fd()).collect();
         info!("QEMU sends through {channels} channels");
-        match worker.begin(&self.take(), &fds).await {
+        match worker.begin(&Order::Take, &fds).await {
             Ok(()) => Streams::new(sockets).ok_or(("QEMU did not connect".into(), Vec::new())),
             Err(error) => Err((error.to_string(), sockets)),
         }
