@@ -191,6 +191,25 @@ fn sources_that_break_the_protocol() {
     });
 }
 
+/// More peers than may be pending, stock and helpers, that are let in and fall silent: the source is
+/// served, as over tcp (`tests/strangers.rs`).
+#[test]
+fn silent_peers_do_not_keep_the_source_out() {
+    if !support::lab() {
+        return;
+    }
+    for private_data in [b"\0\0\0\x01\0\0\0\0QRH1\0\x02\0\x10\0\0\0\0".as_slice(), STOCK] {
+        let mut pair = Pair::start(&config());
+        let uri = pair.listen();
+        let port = uri.rsplit(':').next().unwrap().parse().unwrap();
+        let peers: Vec<_> = (0..6).map(|_| Peer::connect(port, private_data)).collect();
+        pair.source.client.run("migrate", json!({ "uri": uri }));
+        pair.source.await_status(&["completed"]);
+        pair.verify();
+        drop(peers);
+    }
+}
+
 /// Where the device itself says no: beyond what was let in, and behind a wrong key.
 #[test]
 fn writes_outside_what_was_let_in() {
