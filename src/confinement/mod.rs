@@ -1,6 +1,6 @@
 //! What relay and worker give up before they begin: capabilities, and system calls.
 //!
-//! System calls are an allow list ([`calls`]). What is not on it the kernel does not have, as far as
+//! System calls are an allow list (`calls`). What is not on it the kernel does not have, as far as
 //! the process is told (ENOSYS): so a C library that learns a new call falls back to an old one, and no
 //! guest is lost of that. The same holds for the numbers of another architecture, x32 among them.
 
