@@ -24,7 +24,7 @@ use std::{
 
 pub use preflight::{Finding, Guest, Question, Severity};
 
-use crate::{memory::Region, migration::messages::Address};
+use crate::{memory::Region, migration::messages::Address, threads::Lost};
 
 /// Longest control message, header included, in bytes (specification: control buffers of 512 KiB).
 pub const MESSAGE_MAX: usize = 512 << 10;
@@ -123,6 +123,9 @@ pub enum FabricError {
         /// errno.
         source: io::Error,
     },
+    /// A thread of ours has ended before its time.
+    #[error(transparent)]
+    Lost(#[from] Lost),
     /// The peer closed the connection.
     #[error("The peer closed the connection; its helper's log says why")]
     Closed,
@@ -148,7 +151,7 @@ pub enum FabricError {
 impl FabricError {
     /// It is about memory of this host: the peer can still be told.
     pub fn leaves_connection(&self) -> bool {
-        matches!(self, Self::Memory { .. } | Self::Pin { .. })
+        matches!(self, Self::Memory { .. } | Self::Pin { .. } | Self::Lost(_))
     }
 }
 

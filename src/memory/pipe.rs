@@ -5,7 +5,10 @@ use std::{
     os::fd::{BorrowedFd, OwnedFd},
 };
 
-use rustix::pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, splice};
+use rustix::{
+    io::retry_on_intr,
+    pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, splice},
+};
 
 /// Pipe size asked for, in bytes: what an unprivileged process may have (pipe-max-size).
 const SIZE: usize = 1 << 20;
@@ -43,7 +46,9 @@ impl Pipe {
         let taken = splice(socket, None, &self.write, None, length.min(self.size), flags)?;
         let mut left = taken;
         while left > 0 {
-            let moved = splice(&self.read, None, file, Some(&mut offset), left, flags)?;
+            // What is in the pipe must come out of it: nobody begins anew.
+            let moved =
+                retry_on_intr(|| splice(&self.read, None, file, Some(&mut offset), left, flags))?;
             if moved == 0 {
                 return Err(io::Error::new(io::ErrorKind::WriteZero, "file takes no bytes"));
             }

@@ -12,7 +12,6 @@ use std::{
         atomic::{AtomicBool, Ordering::Relaxed},
         mpsc::Sender,
     },
-    thread,
 };
 
 use super::{
@@ -28,6 +27,7 @@ use crate::{
         BlockRange, ChannelPage, PAGE, StreamBlock, Travel,
         multifd::{self, INIT_SIZE, PACKET_SIZE, PAGES_MAX, Packet},
     },
+    threads,
 };
 
 /// Bytes of dropped content that are read at once: they should stay in the cache.
@@ -77,12 +77,15 @@ impl Channels {
         });
         for channel in channels {
             let (channel, shared, events) = (channel.clone(), shared.clone(), events.clone());
-            thread::spawn(move || {
-                if let Err(error) = (Channel { socket: &channel, shared: &shared }).take() {
+            let taking = shared.clone();
+            let take = move || Channel { socket: &channel, shared: &taking }.take();
+            threads::start("channel", take, move |taken| {
+                if let Err(error) = taken.unwrap_or_else(|lost| Err(lost.into())) {
                     // The receiver is gone only when the migration has ended otherwise.
                     let _ = events.send(Event::StreamTaken(Err(error)));
                     shared.failed.store(true, Relaxed);
                 }
+                // Whoever waits for it at a meeting waits in vain.
                 shared.rounds.end();
             });
         }

@@ -6,7 +6,11 @@ use std::{
     sync::{Mutex, PoisonError},
 };
 
-use rustix::net::SendFlags;
+use rustix::{
+    event::{PollFd, PollFlags, poll},
+    io::{Errno, retry_on_intr},
+    net::{SendFlags, send},
+};
 
 use super::{
     lines::Lines,
@@ -51,32 +55,112 @@ impl Orders {
 
 /// Sends reports to the relay.
 #[derive(Debug)]
-pub struct Reports(Mutex<UnixStream>);
+pub struct Reports {
+    socket: UnixStream,
+    /// What the relay has not taken yet. Little: figures are not added to it.
+    backlog: Mutex<Vec<u8>>,
+}
 
 impl Reports {
     /// Reports that go out on `socket`.
     pub fn new(socket: UnixStream) -> Self {
-        Self(Mutex::new(socket))
+        Self { socket, backlog: Mutex::default() }
     }
 
-    /// Send one. A relay that is gone is noticed where orders are read. Figures are dropped while
-    /// the relay is too busy to take them: the state machine must not wait for it.
+    /// Send one, and wait for nobody: what a relay that is busy does not take is sent with the next
+    /// one, or by [`Reports::flush`]. Figures are dropped then. A relay that is gone is noticed where
+    /// orders are read.
     pub fn send(&self, report: &Report) {
         let Ok(mut line) = serde_json::to_vec(report) else { return };
         line.push(b'\n');
-        let socket = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut rest = line.as_slice();
-        if matches!(report, Report::Progress(_)) {
-            match rustix::net::send(&*socket, rest, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
-                Ok(sent) => rest = &rest[sent..],
-                Err(_) => return,
+        let mut backlog = self.backlog.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_busy = !self.push(&mut backlog);
+        if is_busy && matches!(report, Report::Progress(_)) {
+            return;
+        }
+        backlog.append(&mut line);
+        self.push(&mut backlog);
+    }
+
+    /// Send one, and wait until the relay has taken it, and all before it. Not for the state machine.
+    pub fn deliver(&self, report: &Report) {
+        self.send(report);
+        self.flush();
+    }
+
+    /// Wait until the relay has taken all that was sent, or is gone.
+    pub fn flush(&self) {
+        loop {
+            if self.push(&mut self.backlog.lock().unwrap_or_else(PoisonError::into_inner)) {
+                return;
+            }
+            // Not under the lock. If it fails, sending says why.
+            let _ = poll(&mut [PollFd::new(&self.socket, PollFlags::OUT)], None);
+        }
+    }
+
+    /// Send what can be sent now; true if nothing is left.
+    fn push(&self, backlog: &mut Vec<u8>) -> bool {
+        let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
+        while !backlog.is_empty() {
+            match retry_on_intr(|| send(&self.socket, backlog, flags)) {
+                Ok(sent) => drop(backlog.drain(..sent)),
+                Err(Errno::AGAIN) => return false,
+                // Nobody will take it.
+                Err(_) => backlog.clear(),
             }
         }
-        while !rest.is_empty() {
-            match socket::send(&*socket, rest, &[]) {
-                Ok(sent) => rest = &rest[sent..],
-                Err(_) => return,
-            }
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead as _, BufReader};
+
+    use super::*;
+    use crate::migration::messages::Progress;
+
+    /// A relay that is stopped must not stop the state machine; and when it goes on it hears all but
+    /// figures, in their order.
+    #[test]
+    fn a_busy_relay_holds_nobody_and_misses_nothing() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let reports = Reports::new(ours);
+        let figures = Report::Progress(Progress::default());
+        let is_busy = || !reports.backlog.lock().unwrap().is_empty();
+        while !is_busy() {
+            reports.send(&figures);
         }
+        for _ in 0..1000 {
+            reports.send(&figures);
+            reports.send(&Report::StreamEnded);
+        }
+        let heard = std::thread::scope(|scope| {
+            let relay = scope.spawn(|| {
+                let lines = BufReader::new(theirs)
+                    .lines()
+                    .map(|line| serde_json::from_str::<Report>(&line.unwrap()).unwrap());
+                lines.collect::<Vec<_>>()
+            });
+            reports.deliver(&Report::PastRam);
+            assert!(!is_busy());
+            reports.socket.shutdown(std::net::Shutdown::Both).unwrap();
+            relay.join().unwrap()
+        });
+        let (last, before) = heard.split_last().unwrap();
+        assert_eq!(*last, Report::PastRam);
+        let ends = before.iter().filter(|report| **report == Report::StreamEnded).count();
+        assert_eq!(ends, 1000);
+    }
+
+    #[test]
+    fn a_relay_that_is_gone_is_not_waited_for() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let reports = Reports::new(ours);
+        drop(theirs);
+        reports.deliver(&Report::PastRam);
+        reports.send(&Report::StreamEnded);
+        assert!(reports.backlog.lock().unwrap().is_empty());
     }
 }

@@ -10,7 +10,6 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError, Weak,
         mpsc::{self, Receiver, Sender, SyncSender, sync_channel},
     },
-    thread,
     time::Duration,
 };
 
@@ -21,7 +20,7 @@ use super::{
     acceptance::{self, Accepted},
     error::MigrationError,
     incoming::Event,
-    landing::Context,
+    landing::{Context, say_failure},
     messages::FabricKind,
     return_path::ReturnPath,
     seat::Seat,
@@ -31,6 +30,7 @@ use crate::{
         FabricError, Listener, Request,
         pending::{Limits, Pending, Place},
     },
+    threads,
     wire::PrivateData,
 };
 
@@ -89,18 +89,19 @@ impl Door {
             expected: Mutex::default(),
             proven: sender,
         });
-        thread::spawn(move || {
+        let accept = move || {
             loop {
                 match listener.accept() {
                     Ok(request) => hall.visit(request),
                     Err(error) => {
                         // The receiver is gone only when a source is served.
                         let _ = hall.proven.send(Err(error.into()));
-                        return;
+                        return Ok(());
                     }
                 }
             }
-        });
+        };
+        threads::start("door", accept, say_failure(&context.events, Event::Failed));
         Self { proven }
     }
 
@@ -135,9 +136,10 @@ impl Hall {
         };
         // Before it is let in: a stock QEMU connects again as soon as it is.
         let return_path = stock.then(|| self.expect_return_path(peer.ip()));
-        let hall = self.clone();
-        thread::spawn(move || {
-            if let Err(error) = hall.receive(request, place, return_path) {
+        let (hall, receiving) = (self.clone(), self.clone());
+        let receive = move || receiving.receive(request, place, return_path);
+        threads::start("source", receive, move |received| {
+            if let Err(error) = received.unwrap_or_else(|lost| Err(lost.into())) {
                 match hall.seat.begun() {
                     true => info!(%peer, %error, "turned away: another source is served"),
                     false => warn!(%peer, %error, "turned away"),
@@ -198,20 +200,26 @@ impl Hall {
     /// A stock source at this address may connect once more.
     fn expect_return_path(&self, address: IpAddr) -> Arc<ReturnPath> {
         let (open, requests) = sync_channel::<Box<dyn Request>>(1);
-        let return_path = ReturnPath::new(self.context.qemu.clone());
+        let return_path = ReturnPath::new(self.context.qemu.clone(), self.context.events.clone());
         let (opened, stall) = (Arc::downgrade(&return_path), self.context.options.stall_timeout());
         self.expected().push(Expected { address, return_path: opened.clone(), open });
-        thread::spawn(move || {
+        let open = move || {
             while let Ok(request) = requests.recv() {
                 let peer = request.peer();
                 // It is expected as long as its source is there.
-                let Some(return_path) = opened.upgrade() else { return };
+                let Some(return_path) = opened.upgrade() else { break };
                 match acceptance::accept_again(request) {
-                    Ok(connection) => return return_path.open(connection, stall),
+                    Ok(connection) => {
+                        return_path.open(connection, stall);
+                        break;
+                    }
                     Err(error) => info!(%peer, %error, "no return path"),
                 }
             }
-        });
+            Ok(())
+        };
+        let say = say_failure(&self.context.events, Event::ReturnPathLost);
+        threads::start("return path", open, say);
         return_path
     }
 }

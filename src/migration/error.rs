@@ -2,7 +2,7 @@
 
 use std::io;
 
-use crate::{fabric::FabricError, memory::RegionError};
+use crate::{fabric::FabricError, memory::RegionError, threads::Lost};
 
 /// Why a migration failed, from the worker's view.
 #[derive(Debug, thiserror::Error)]
@@ -36,6 +36,9 @@ pub enum MigrationError {
     /// The socket to QEMU failed.
     #[error("The migration socket of QEMU failed: {0}")]
     QemuSocket(#[source] io::Error),
+    /// A thread of ours has ended before its time.
+    #[error(transparent)]
+    Lost(#[from] Lost),
     /// The relay ended it, or is gone.
     #[error("{0}")]
     Aborted(String),

@@ -9,7 +9,7 @@ use std::{
 };
 
 use rustix::{
-    io::Errno,
+    io::{Errno, retry_on_intr},
     net::{RecvFlags, recv},
 };
 
@@ -69,13 +69,14 @@ pub fn take(
     };
     let mut buffer = vec![0; READ];
     loop {
-        let received = match recv(qemu, &mut *buffer, RecvFlags::DONTWAIT) {
+        let mut read = |flags| retry_on_intr(|| recv(qemu, &mut *buffer, flags));
+        let received = match read(RecvFlags::DONTWAIT) {
             Err(Errno::AGAIN) => {
                 // Nothing more is ready: what is gathered may be what somebody waits for.
                 rewriter.flush(&mut outbound).map_err(rewriting)?;
                 outbound.send_batch()?;
                 writer.tally();
-                recv(qemu, &mut *buffer, RecvFlags::empty())
+                read(RecvFlags::empty())
             }
             other => other,
         };

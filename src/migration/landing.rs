@@ -5,11 +5,10 @@ use std::{
     net::Shutdown,
     os::unix::net::UnixStream,
     sync::{Arc, atomic::Ordering::Relaxed, mpsc::Sender},
-    thread,
     time::Duration,
 };
 
-use tracing::warn;
+use tracing::{info, warn};
 
 use super::{
     Block, Result,
@@ -28,6 +27,7 @@ use crate::{
     fabric::{FabricError, Listener, pending::Place},
     memory::Region,
     stream::{Inlet, Landing, PAGE, PushError, Records, StreamBlock},
+    threads::{self, Lost},
     wire::{Message, RegisterResult},
 };
 
@@ -54,18 +54,30 @@ pub struct Context {
     pub events: Sender<Event>,
 }
 
-/// Serve sources until one has begun to send its stream, then that one to its end; says how it ended.
-pub fn serve(listener: Box<dyn Listener>, context: &Arc<Context>) {
-    let door = Door::open(listener, context);
-    // The receiver is gone only when the migration has ended otherwise.
-    let say = |served| drop(context.events.send(Event::Served(served)));
-    match serve_one(&door, context) {
-        Ok((mut receiving, served)) => {
-            say(served);
-            receiving.await_close();
+/// What a thread that waits for the source or QEMU says at its end, if it failed or was lost.
+pub fn say_failure(
+    events: &Sender<Event>,
+    failed: fn(MigrationError) -> Event,
+) -> impl FnOnce(std::result::Result<Result<()>, Lost>) + Send + 'static {
+    let events = events.clone();
+    move |end| {
+        if let Err(error) = end.unwrap_or_else(|lost| Err(lost.into())) {
+            // The receiver is gone only when the migration has ended otherwise.
+            let _ = events.send(failed(error));
         }
-        Err(error) => say(Err(error)),
     }
+}
+
+/// Serve sources until one has begun to send its stream, then that one to its end; says how it ended, and
+/// when the source has closed.
+pub fn serve(listener: Box<dyn Listener>, context: &Arc<Context>) -> Result<()> {
+    let door = Door::open(listener, context);
+    let (mut receiving, served) = serve_one(&door, context)?;
+    // The receiver is gone only when the migration has ended otherwise.
+    let _ = context.events.send(Event::Served(served));
+    receiving.await_close();
+    let _ = context.events.send(Event::Closed);
+    Ok(())
 }
 
 /// Serve the first source that begins to send its stream; how did that end?
@@ -106,6 +118,8 @@ struct Receiving<'a> {
     deadline: Option<Deadline>,
     /// Nothing may follow.
     ended: bool,
+    /// QEMU takes no more of the stream, and may have loaded the guest.
+    left: bool,
 }
 
 impl<'a> Receiving<'a> {
@@ -125,6 +139,7 @@ impl<'a> Receiving<'a> {
             hook_open: false,
             begun: false,
             ended: false,
+            left: false,
         }
     }
 
@@ -245,7 +260,8 @@ impl<'a> Receiving<'a> {
             PushError::Taker(error) => error,
         })?;
         self.hook_open = feed.hooked;
-        feed.write()?;
+        let batch = std::mem::take(&mut feed.batch);
+        self.hand_on(batch)?;
         self.context.statistics.stream_bytes.fetch_add(bytes.len() as u64, Relaxed);
         Ok(())
     }
@@ -262,8 +278,27 @@ impl<'a> Receiving<'a> {
             Some(return_path) => return_path.begin(),
             None => {
                 let qemu = self.context.qemu.clone();
-                thread::spawn(move || return_path::forward(&qemu, &link));
+                let say = say_failure(&self.context.events, Event::ReturnPathLost);
+                threads::start("return path", move || return_path::forward(&qemu, &link), say);
             }
+        }
+    }
+
+    /// Hand bytes of the stream to QEMU. One that has loaded the guest may leave a description of it unread
+    /// (`suppress-vmdesc` at one end only): the source sends it to the end nevertheless.
+    fn hand_on(&mut self, mut batch: Vec<u8>) -> Result<()> {
+        if self.left {
+            return Ok(());
+        }
+        match write(&self.context.qemu, &mut batch) {
+            Err(error @ MigrationError::Qemu(_)) if self.context.commitment.is_past_ram() => {
+                self.left = true;
+                info!(%error, "what is left of the stream is dropped");
+                // The receiver is gone only when the migration has ended otherwise.
+                let _ = self.context.events.send(Event::QemuLeft(error));
+                Ok(())
+            }
+            written => written,
         }
     }
 
@@ -317,10 +352,6 @@ impl Feed<'_> {
         }
         Ok(())
     }
-
-    fn write(&mut self) -> Result<()> {
-        write(&self.context.qemu, &mut self.batch)
-    }
 }
 
 /// Write to QEMU's stream what was gathered.
@@ -368,6 +399,7 @@ impl Inlet for Feed<'_> {
         self.receiving.receiver.revoke();
         self.hand_over_stand_ins()?;
         if self.context.commitment.pass_ram() {
+            self.receiving.link.be_patient();
             Ok(())
         } else {
             Err(MigrationError::Aborted("The migration has failed already".into()))

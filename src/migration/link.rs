@@ -2,8 +2,11 @@
 
 use std::{
     ops::Range,
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc},
-    thread,
+    sync::{
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
     time::Duration,
 };
 
@@ -11,6 +14,8 @@ use super::{Result, error::MigrationError};
 use crate::{
     fabric::{Connection, FabricError, Guard, Handle, Pinned, Poster, Receiver, RemoteKey},
     memory::Region,
+    patience::Patience,
+    threads::{self, Lost},
     wire::{
         Message,
         credit::{self, Flow},
@@ -20,6 +25,9 @@ use crate::{
 /// Buffers for control messages that a helper offers: enough that zero ranges and stream bytes
 /// need no round trip, 8 MiB of them at the most.
 pub const WINDOW: u16 = 16;
+
+/// How long the peer may take to hear why a migration has failed.
+const LAST_WORDS: Duration = Duration::from_secs(3);
 
 /// How much of a block that is pinned as a whole is pinned at a time, in bytes.
 const PIECE: u64 = 1 << 30;
@@ -35,12 +43,34 @@ pub struct Link {
     /// What the peer was granted.
     grants: Mutex<credit::Receiver>,
     stall_timeout: Duration,
-    /// The time limit that ended the connection.
-    expired: Mutex<Option<Duration>>,
+    /// Whoever waits for a credit waits as long as the connection stands.
+    patient: AtomicBool,
+    /// Nothing more is received: no credit either.
+    over: AtomicBool,
+    /// Why the connection was ended from here, if it was not for its own reasons.
+    ended: Mutex<Option<End>>,
     /// The peer is a stock QEMU.
     stock: bool,
     /// A stock peer's connection for the return path, which ends with this one.
     companion: Mutex<Option<Handle>>,
+}
+
+/// Why a connection was ended from here.
+#[derive(Debug, Clone)]
+enum End {
+    /// The peer took too long.
+    Late(Duration),
+    /// Nobody looks at the time any more.
+    Lost(Lost),
+}
+
+impl From<End> for FabricError {
+    fn from(end: End) -> Self {
+        match end {
+            End::Late(limit) => Self::Stalled(limit),
+            End::Lost(lost) => Self::Lost(lost),
+        }
+    }
 }
 
 /// Ends the connection when its time is over, unless it is dropped before.
@@ -48,8 +78,21 @@ pub struct Deadline {
     _pending: mpsc::Sender<()>,
 }
 
-/// The receiving side.
-pub struct LinkReceiver(Box<dyn Receiver>);
+/// The receiving side. When it goes, nothing can be waited for any more.
+pub struct LinkReceiver {
+    receiver: Box<dyn Receiver>,
+    link: Arc<Link>,
+}
+
+impl Drop for LinkReceiver {
+    fn drop(&mut self) {
+        // Under the lock: nobody is between looking and waiting.
+        let granted = lock(&self.link.granted);
+        self.link.over.store(true, Ordering::Relaxed);
+        drop(granted);
+        self.link.changed.notify_all();
+    }
+}
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -91,20 +134,32 @@ impl Link {
             changed: Condvar::new(),
             grants: Mutex::new(credit::Receiver::new(receiving)),
             stall_timeout,
-            expired: Mutex::default(),
+            patient: AtomicBool::new(false),
+            over: AtomicBool::new(false),
+            ended: Mutex::default(),
             stock,
             companion: Mutex::default(),
         };
-        (Arc::new(link), LinkReceiver(receiver))
+        let link = Arc::new(link);
+        (link.clone(), LinkReceiver { receiver, link })
     }
 
     /// Give the peer so long, however busy it is meanwhile.
     pub fn deadline(self: &Arc<Self>, limit: Duration) -> Deadline {
         let (pending, done) = mpsc::channel();
         let link = self.clone();
-        thread::spawn(move || {
-            if done.recv_timeout(limit) == Err(mpsc::RecvTimeoutError::Timeout) {
-                *lock(&link.expired) = Some(limit);
+        let wait = move || {
+            let mut patience = Patience::new(limit);
+            while done.recv_timeout(patience.slice()) == Err(mpsc::RecvTimeoutError::Timeout) {
+                if !patience.lasts() {
+                    return Some(End::Late(limit));
+                }
+            }
+            None
+        };
+        threads::start("deadline", wait, move |waited| {
+            if let Some(end) = waited.unwrap_or_else(|lost| Some(End::Lost(lost))) {
+                *lock(&link.ended) = Some(end);
                 link.close();
             }
         });
@@ -171,17 +226,25 @@ impl Link {
 
     fn await_credit(&self, there: impl Fn(&mut credit::Sender) -> bool) -> Result<()> {
         let mut granted = lock(&self.granted);
-        while !there(&mut granted) {
+        let mut patience = Patience::new(self.stall_timeout);
+        loop {
+            if there(&mut granted) {
+                return Ok(());
+            }
+            if self.over.load(Ordering::Relaxed) {
+                return Err(FabricError::Closed.into());
+            }
             let (next, timeout) = self
                 .changed
-                .wait_timeout(granted, self.stall_timeout)
+                .wait_timeout(granted, patience.slice())
                 .unwrap_or_else(PoisonError::into_inner);
-            if timeout.timed_out() {
+            granted = next;
+            if !timeout.timed_out() {
+                patience = Patience::new(self.stall_timeout);
+            } else if !patience.lasts() && !self.patient.load(Ordering::Relaxed) {
                 return Err(FabricError::Stalled(self.stall_timeout).into());
             }
-            granted = next;
         }
-        Ok(())
     }
 
     /// A received message that had taken a credit is dealt with: its buffer is free.
@@ -280,6 +343,12 @@ impl Link {
         self.poster.orders_writes()
     }
 
+    /// The guest may come to run at the destination: from here on a peer that takes its time is no
+    /// failure any more, as long as the connection stands. Its QEMU may need it to load a device.
+    pub fn be_patient(&self) {
+        self.patient.store(true, Ordering::Relaxed);
+    }
+
     /// Wait until all writes have left; see [`Poster::drain`].
     ///
     /// # Errors
@@ -294,8 +363,10 @@ impl Link {
         (self.poster.posted(), landed)
     }
 
-    /// End the connection; if it still stands, tell the peer why.
-    pub fn end(&self, error: &MigrationError, guest_never_ran: bool) {
+    /// End the connection; if it still stands, tell the peer why, which may take [`LAST_WORDS`].
+    pub fn end(self: &Arc<Self>, error: &MigrationError, guest_never_ran: bool) {
+        // Others may be sending, to a peer that takes nothing.
+        let _deadline = self.deadline(LAST_WORDS);
         let text = match error {
             MigrationError::PeerFailed { .. } => None,
             // What this host lacks, the peer's operator can't see.
@@ -331,8 +402,8 @@ impl LinkReceiver {
     /// When the connection is lost or the peer breaks the protocol.
     pub fn next<'b>(&mut self, link: &Link, buffer: &'b mut Vec<u8>) -> Result<Message<'b>> {
         loop {
-            self.0.receive(buffer).map_err(|error| match (error, *lock(&link.expired)) {
-                (FabricError::Closed, Some(limit)) => FabricError::Stalled(limit),
+            self.receiver.receive(buffer).map_err(|error| match (error, &*lock(&link.ended)) {
+                (FabricError::Closed, Some(end)) => end.clone().into(),
                 (error, _) => error,
             })?;
             let Message::Ready(repeat) = Message::decode(buffer)? else { break };
@@ -344,19 +415,19 @@ impl LinkReceiver {
             lock(&link.grants).received()?;
         }
         if message.follows_writes() {
-            self.0.await_writes()?;
+            self.receiver.await_writes()?;
         }
         Ok(message)
     }
 
     /// Bytes of the peer's writes that have landed here.
     pub fn landed(&self) -> u64 {
-        self.0.landed()
+        self.receiver.landed()
     }
 
     /// Ask before the peer's first write lands; see [`Receiver::guard`].
     pub fn guard(&mut self, may_land: Guard) {
-        self.0.guard(may_land);
+        self.receiver.guard(may_land);
     }
 
     /// Name a region to the peer; see [`Receiver::announce`].
@@ -364,7 +435,7 @@ impl LinkReceiver {
     /// # Errors
     /// When it can't be mapped.
     pub fn announce(&mut self, region: &Arc<Region>) -> Result<RemoteKey> {
-        Ok(self.0.announce(region)?)
+        Ok(self.receiver.announce(region)?)
     }
 
     /// Let the peer write into `range` of `region`; see [`Receiver::register`].
@@ -372,16 +443,50 @@ impl LinkReceiver {
     /// # Errors
     /// When the device can't register it.
     pub fn register(&mut self, region: &Arc<Region>, range: Range<u64>) -> Result<RemoteKey> {
-        Ok(self.0.register(region, range)?)
+        Ok(self.receiver.register(region, range)?)
     }
 
     /// Withdraw the peer's access to a range; see [`Receiver::unregister`].
     pub fn unregister(&mut self, region: &Arc<Region>, range: Range<u64>) {
-        self.0.unregister(region, range);
+        self.receiver.unregister(region, range);
     }
 
     /// Withdraw the peer's access to memory.
     pub fn revoke(&mut self) {
-        self.0.revoke();
+        self.receiver.revoke();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{thread, time::Instant};
+
+    use super::*;
+    use crate::migration::idle_link;
+
+    /// Who waits for a credit is let go with the thread that would have received it.
+    #[test]
+    fn whoever_waits_for_a_credit_is_let_go_when_nothing_is_received_any_more() {
+        let (link, receiver) = idle_link::link();
+        let waiting = link.clone();
+        let waiting = thread::spawn(move || waiting.await_consumed(1));
+        let receiving = thread::spawn(move || {
+            let _receiver = receiver;
+            panic!("on purpose");
+        });
+        assert!(receiving.join().is_err());
+        let begun = Instant::now();
+        let waited = waiting.join().unwrap();
+        assert!(matches!(waited, Err(MigrationError::Fabric(FabricError::Closed))));
+        assert!(begun.elapsed() < link.stall_timeout() / 2);
+    }
+
+    /// The last words wait for nobody who takes none.
+    #[test]
+    fn last_words_take_a_moment_only() {
+        let (link, _receiver) = idle_link::link();
+        let begun = Instant::now();
+        link.end(&MigrationError::Aborted("told".into()), true);
+        assert!(begun.elapsed() < LAST_WORDS * 3);
     }
 }

@@ -3,7 +3,8 @@
 //! Owns the order of events of a migration (`docs/architecture.md`, ordering rules). Knows nothing
 //! of QMP: the relay tells it what QEMU and the client said, in [`messages`]. One thread runs the
 //! state machine (`outgoing` or `incoming`); data threads take QEMU's stream and the peer's
-//! messages, and tell it what happens.
+//! messages, and tell it what happens, their own end above all (`threads`). The state machine itself
+//! waits for nobody but them: what may take the peer, QEMU or the relay its time is theirs to do.
 
 mod acceptance;
 mod agreement;
@@ -15,6 +16,8 @@ pub mod control;
 mod coverage;
 mod door;
 mod error;
+#[cfg(test)]
+mod idle_link;
 mod incoming;
 mod intake;
 mod keys;
@@ -39,6 +42,7 @@ use std::{
         Arc,
         mpsc::{Receiver, RecvTimeoutError},
     },
+    thread::JoinHandle,
     time::{Duration, Instant},
 };
 
@@ -48,8 +52,9 @@ use link::Link;
 pub use link::WINDOW;
 use messages::Report;
 use statistics::Statistics;
+use tracing::warn;
 
-use crate::memory::Region;
+use crate::{memory::Region, threads};
 
 /// How often the relay gets figures, which are the worker's sign of life too. Managers ask for them
 /// twice a second.
@@ -90,30 +95,57 @@ impl Verdict {
         Self::Failed { error, guest_never_ran: guest_never_ran || peer_knows, links }
     }
 
-    /// Tell the relay, which has to know before QEMU notices anything; then let QEMU go, by
-    /// `end_qemu`, which gets whether the guest certainly never ran; then tell the peer.
-    fn tell(self, reports: &Reports, statistics: &Statistics, end_qemu: impl FnOnce(bool)) {
+    /// Tell the relay, which has to know before QEMU notices anything; returns what is left to tell
+    /// the others.
+    fn tell(self, reports: &Reports, statistics: &Statistics) -> Option<LastWords> {
         let progress = statistics.progress();
         match self {
-            Self::Done => reports.send(&Report::Done(progress)),
+            Self::Done => {
+                reports.send(&Report::Done(progress));
+                None
+            }
             Self::Failed { error, guest_never_ran, links } => {
                 let reason = error.to_string();
                 reports.send(&Report::Failed { reason, guest_never_ran, progress });
-                end_qemu(guest_never_ran);
-                for link in links {
-                    link.end(&error, guest_never_ran);
-                }
+                Some(LastWords { error, guest_never_ran, links })
             }
         }
     }
 }
 
-/// Feed a state machine with events until it gives its verdict, reporting figures all the while.
+/// What the peer is told of a migration that failed.
+struct LastWords {
+    error: MigrationError,
+    guest_never_ran: bool,
+    links: Vec<Arc<Link>>,
+}
+
+impl LastWords {
+    /// Tell it, on a thread that the process should outlive, and end the connection; then do `after`.
+    fn say(self, after: impl FnOnce() + Send + 'static) -> Option<JoinHandle<()>> {
+        let Self { error, guest_never_ran, links } = self;
+        let say = move || {
+            for link in links {
+                link.end(&error, guest_never_ran);
+            }
+        };
+        threads::start("last words", say, |said| {
+            if let Err(lost) = said {
+                warn!(%lost, "the peer may not know why");
+            }
+            after();
+        })
+    }
+}
+
+/// Feed a state machine with events until it gives its verdict, reporting figures all the while. Where a
+/// state waits for only so long, `alarm` says until when, and what happens then.
 fn lifetime<S, E>(
     mut state: S,
     events: &Receiver<E>,
     reports: &Reports,
     statistics: &Statistics,
+    alarm: impl Fn(&S) -> Option<(Instant, E)>,
     mut step: impl FnMut(S, E) -> std::result::Result<S, Verdict>,
 ) -> Verdict {
     let mut next_report = Instant::now();
@@ -122,15 +154,22 @@ fn lifetime<S, E>(
             reports.send(&Report::Progress(statistics.progress()));
             next_report = Instant::now() + REPORT_INTERVAL;
         }
-        match events.recv_timeout(next_report.saturating_duration_since(Instant::now())) {
-            Ok(event) => match step(state, event) {
-                Ok(next) => state = next,
-                Err(verdict) => return verdict,
-            },
-            Err(RecvTimeoutError::Timeout) => {}
+        let alarm = alarm(&state);
+        let wake = alarm.as_ref().map_or(next_report, |(due, _)| next_report.min(*due));
+        let event = match events.recv_timeout(wake.saturating_duration_since(Instant::now())) {
+            Ok(event) => Some(event),
+            Err(RecvTimeoutError::Timeout) => {
+                alarm.filter(|(due, _)| *due <= Instant::now()).map(|(_, event)| event)
+            }
             Err(RecvTimeoutError::Disconnected) => {
                 let error = MigrationError::Aborted("All threads of the worker ended".into());
                 return Verdict::failed(error, false, None);
+            }
+        };
+        if let Some(event) = event {
+            match step(state, event) {
+                Ok(next) => state = next,
+                Err(verdict) => return verdict,
             }
         }
     }

@@ -4,21 +4,31 @@
 //! `migration/migration.c`).
 
 use std::{
-    io::{Read as _, Write as _},
+    io::{
+        ErrorKind::{Interrupted, WouldBlock},
+        Read as _, Write as _,
+    },
     net::Shutdown,
     os::unix::net::UnixStream,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    thread,
-    time::{Duration, Instant},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc::Sender},
+    time::Duration,
 };
 
-use rustix::net::{RecvFlags, recv};
+use rustix::{
+    io::{Errno, retry_on_intr},
+    net::{RecvFlags, recv},
+};
 
 use tracing::debug;
 
-use super::{Result, announced::RamAck, error::MigrationError, link::Link};
+use super::{
+    Result, announced::RamAck, error::MigrationError, incoming::Event, landing::say_failure,
+    link::Link,
+};
 use crate::{
-    fabric::Connection,
+    fabric::{Connection, FabricError},
+    patience::Patience,
+    threads,
     wire::{Message, credit::Flow},
 };
 
@@ -36,11 +46,21 @@ const REST: Duration = Duration::from_secs(15);
 
 /// The destination's side: forward until QEMU closes its end, or the connection is lost: whoever
 /// feeds QEMU notices that.
-pub fn forward(qemu: &UnixStream, link: &Link) {
+///
+/// # Errors
+/// When it can't be, although both are there.
+pub fn forward(qemu: &UnixStream, link: &Link) -> Result<()> {
     let mut buffer = [0; 4096];
-    while let Ok((received @ 1.., _)) = recv(qemu, &mut buffer, RecvFlags::empty()) {
-        if link.send(&Message::QemuFile(&buffer[..received])).is_err() {
-            return;
+    loop {
+        let received = match retry_on_intr(|| recv(qemu, &mut buffer[..], RecvFlags::empty())) {
+            // QEMU may have closed it with bytes unread.
+            Ok((0, _)) | Err(Errno::CONNRESET) => return Ok(()),
+            Ok((received, _)) => received,
+            Err(errno) => return Err(MigrationError::QemuSocket(errno.into())),
+        };
+        match link.send(&Message::QemuFile(&buffer[..received])) {
+            Err(MigrationError::Fabric(FabricError::Closed)) => return Ok(()),
+            sent => sent?,
         }
     }
 }
@@ -49,6 +69,7 @@ pub fn forward(qemu: &UnixStream, link: &Link) {
 /// the source begins, or not at all. What QEMU says is forwarded when both are there.
 pub struct ReturnPath {
     qemu: Arc<UnixStream>,
+    events: Sender<Event>,
     ends: Mutex<Ends>,
 }
 
@@ -60,9 +81,9 @@ struct Ends {
 }
 
 impl ReturnPath {
-    /// From this QEMU.
-    pub fn new(qemu: Arc<UnixStream>) -> Arc<Self> {
-        Arc::new(Self { qemu, ends: Mutex::default() })
+    /// From this QEMU; `events` are told if it is lost.
+    pub fn new(qemu: Arc<UnixStream>, events: Sender<Event>) -> Arc<Self> {
+        Arc::new(Self { qemu, events, ends: Mutex::default() })
     }
 
     fn lock(&self) -> MutexGuard<'_, Ends> {
@@ -82,12 +103,15 @@ impl ReturnPath {
     pub fn open(&self, connection: Box<dyn Connection>, stall: Duration) {
         let (link, mut receiver) = Link::stock(connection, Flow::LockstepAhead, stall);
         let answering = link.clone();
-        thread::spawn(move || {
+        let receive = move || {
             let mut buffer = Vec::new();
             while let Ok(message) = receiver.next(&answering, &mut buffer) {
                 debug!(?message, "a message on the return path");
             }
-        });
+            Ok(())
+        };
+        let say = say_failure(&self.events, Event::ReturnPathLost);
+        threads::start("return path", receive, say);
         let mut ends = self.lock();
         if let Some(main) = &ends.main {
             main.accompany(&link);
@@ -110,7 +134,8 @@ impl ReturnPath {
     fn forward(&self, link: &Arc<Link>) {
         debug!("the return path is open");
         let (qemu, link) = (self.qemu.clone(), link.clone());
-        thread::spawn(move || forward(&qemu, &link));
+        let say = say_failure(&self.events, Event::ReturnPathLost);
+        threads::start("return path", move || forward(&qemu, &link), say);
     }
 }
 
@@ -191,13 +216,13 @@ impl ToQemu {
 pub fn settle(mut qemu: &UnixStream) {
     // It fails where QEMU has closed its end, and is done.
     let _ = qemu.write_all(&SHUT);
-    let deadline = Instant::now() + REST;
+    let mut patience = Patience::new(REST);
     let mut rest = [0; 16384];
-    while Instant::now() < deadline && qemu.set_read_timeout(Some(Duration::from_secs(1))).is_ok() {
+    while patience.lasts() && qemu.set_read_timeout(Some(patience.slice())).is_ok() {
         match qemu.read(&mut rest) {
             Ok(0) => break,
             Ok(_) => {}
-            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+            Err(error) if matches!(error.kind(), WouldBlock | Interrupted) => {}
             Err(_) => break,
         }
     }

@@ -5,9 +5,11 @@ use std::{
     net::Shutdown,
     os::{fd::OwnedFd, unix::net::UnixStream},
     sync::Arc,
-    thread::{self, JoinHandle},
+    thread::JoinHandle,
     time::Duration,
 };
+
+use crate::threads;
 
 /// How long QEMU may write nothing to a channel that is drained, before it is left alone.
 const IDLE: Duration = Duration::from_secs(30);
@@ -39,13 +41,14 @@ impl Streams {
         let _ = self.main.shutdown(Shutdown::Both);
         let drain = |channel: &Arc<UnixStream>| {
             let channel = channel.clone();
-            thread::Builder::new().spawn(move || {
+            let drain = move || {
                 // QEMU is stuck, or gone; neither is helped by more patience.
                 let _ = channel.set_read_timeout(Some(IDLE));
                 let _ = io::copy(&mut &*channel, &mut io::sink());
-            })
+            };
+            // Nobody can do more for QEMU than that.
+            threads::start("drain", drain, |_| {})
         };
-        // A system that has no threads left can't be helped either.
-        self.channels.iter().filter_map(|channel| drain(channel).ok()).collect()
+        self.channels.iter().filter_map(drain).collect()
     }
 }

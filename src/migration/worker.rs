@@ -3,7 +3,6 @@
 use std::{
     os::{fd::OwnedFd, unix::net::UnixStream},
     sync::{Arc, mpsc},
-    thread,
     time::Duration,
 };
 
@@ -25,6 +24,7 @@ use crate::fabric::verbs::{self, Timeouts, Verbs};
 use crate::{
     fabric::{Fabric, tcp::Tcp},
     memory::Region,
+    threads::{self, Lost},
 };
 
 impl Options {
@@ -55,6 +55,8 @@ pub fn run(control: UnixStream) -> std::io::Result<()> {
             progress: messages::Progress::default(),
         });
     }
+    // A relay that was busy till now.
+    reports.flush();
     Ok(())
 }
 
@@ -75,9 +77,10 @@ fn start(order: Order, fds: Vec<OwnedFd>, orders: Orders, reports: &Arc<Reports>
                 Order::Leave { reason } => outgoing::Event::RelayGone(reason),
                 order => outgoing::Event::Order(order),
             };
-            let gone = || {
-                let reason = "The source's helper is gone; start it again there, and migrate again";
-                outgoing::Event::RelayGone(reason.into())
+            let gone = |lost: Option<Lost>| {
+                let gone = "The source's helper is gone; start it again there, and migrate again";
+                let reason = lost.map_or_else(|| gone.into(), |lost| lost.to_string());
+                outgoing::Event::RelayGone(reason)
             };
             forward(orders, sender.clone(), order, gone);
             outgoing::run(fabric, address, blocks, options, qemu_qmp, reports, (sender, events));
@@ -89,7 +92,7 @@ fn start(order: Order, fds: Vec<OwnedFd>, orders: Orders, reports: &Arc<Reports>
             let fabric = fabric(&options)?;
             let (sender, events) = mpsc::channel();
             let order = |order, _| incoming::Event::Order(order);
-            forward(orders, sender.clone(), order, || incoming::Event::RelayGone);
+            forward(orders, sender.clone(), order, incoming::Event::RelayGone);
             incoming::run(&*fabric, &address, blocks, options, qemu, reports, (sender, events));
         }
         _ => return Err(misuse("it begins no migration")),
@@ -146,16 +149,19 @@ fn forward<E: Send + 'static>(
     mut orders: Orders,
     events: mpsc::Sender<E>,
     order: fn(Order, Vec<OwnedFd>) -> E,
-    gone: fn() -> E,
+    gone: fn(Option<Lost>) -> E,
 ) {
-    thread::spawn(move || {
+    let ended = events.clone();
+    let forward = move || {
         while let Ok(Some((next, fds))) = orders.receive() {
             if events.send(order(next, fds)).is_err() {
                 return;
             }
         }
+    };
+    threads::start("orders", forward, move |end| {
         // The receiver is gone only when the migration has ended.
-        let _ = events.send(gone());
+        let _ = ended.send(gone(end.err()));
     });
 }
 

@@ -13,6 +13,7 @@ use std::{
 };
 
 use rustix::{
+    io::retry_on_intr,
     net::{
         RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
         SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
@@ -52,8 +53,9 @@ fn receive(
         [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX), ScmCredentials(1))];
     let mut sender = None;
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-    let received =
-        recvmsg(fd, &mut [IoSliceMut::new(buf)], &mut ancillary, RecvFlags::CMSG_CLOEXEC)?;
+    let received = retry_on_intr(|| {
+        recvmsg(&fd, &mut [IoSliceMut::new(buf)], &mut ancillary, RecvFlags::CMSG_CLOEXEC)
+    })?;
     for message in ancillary.drain() {
         match message {
             RecvAncillaryMessage::ScmRights(rights) => fds.extend(rights),
@@ -77,7 +79,9 @@ pub fn send(fd: impl AsFd, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<u
     if !fds.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(fds)) {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "too many file descriptors"));
     }
-    Ok(sendmsg(fd, &[IoSlice::new(bytes)], &mut ancillary, SendFlags::NOSIGNAL)?)
+    let sent =
+        retry_on_intr(|| sendmsg(&fd, &[IoSlice::new(bytes)], &mut ancillary, SendFlags::NOSIGNAL));
+    Ok(sent?)
 }
 
 /// Send all of `bytes` on a blocking socket, with `fds` attached to the first; more than fit into one

@@ -5,12 +5,12 @@ use std::{os::fd::AsFd as _, time::Duration};
 use serde_json::{Map, Value, json};
 use tokio::{
     sync::{mpsc, oneshot, watch},
-    time::{Instant, sleep, timeout},
+    time::{sleep, timeout},
 };
 use tracing::{info, warn};
 
 use super::{
-    Context, HEARTBEAT, QemuEvent,
+    Context, QemuEvent, heartbeat,
     source::{ANSWER, WORKER_DIED},
     view::{Phase, View},
     worker::{self, Worker},
@@ -26,6 +26,9 @@ const LISTENING: Duration = Duration::from_secs(15);
 
 /// How often QEMU is asked while its verdict is awaited, and otherwise.
 const POLL: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(1));
+
+/// How long the worker may take to end when QEMU is gone.
+const VERDICT: Duration = Duration::from_secs(10);
 
 /// Name of the migration socket in QEMU's monitor.
 const FDNAME: &str = "qemu-rdma-helper-incoming";
@@ -139,7 +142,7 @@ impl Destination {
     /// Follow worker and QEMU to the end.
     async fn follow(&mut self, worker: &mut Worker) -> Result<(), String> {
         let mut heard = Heard::default();
-        let mut last_report = Instant::now();
+        let mut silence = heartbeat();
         loop {
             let awaited = heard.stream_ended && !heard.judged;
             let poll = sleep(if awaited { POLL.0 } else { POLL.1 });
@@ -147,7 +150,7 @@ impl Destination {
                 // Reports first: they may have waited while QEMU was asked something.
                 biased;
                 report = worker.report() => {
-                    last_report = Instant::now();
+                    silence = heartbeat();
                     match report {
                         Some(Report::Progress(progress)) => {
                             self.view.send_modify(|view| view.progress = progress);
@@ -171,10 +174,10 @@ impl Destination {
                     Some(QemuEvent::Abort(reason)) => {
                         worker.order(&Order::Abort { reason }).await;
                     }
-                    None => return Err(self.qemu_gone(heard, worker).await),
+                    None => return self.qemu_gone(heard, worker).await,
                 },
                 () = poll => {
-                    if last_report.elapsed() > HEARTBEAT {
+                    if !silence.lasts() {
                         worker.kill().await;
                         return Err("The destination's worker hung and was killed".into());
                     }
@@ -218,7 +221,7 @@ impl Destination {
     }
 
     /// QEMU is gone, or just its session: the source must know whether its guest may run again.
-    async fn qemu_gone(&self, heard: Heard, worker: &mut Worker) -> String {
+    async fn qemu_gone(&self, heard: Heard, worker: &mut Worker) -> Result<(), String> {
         let (reason, exited) = if self.context.process.exits().await {
             ("The destination's QEMU is gone; look at its log".to_owned(), true)
         } else {
@@ -227,13 +230,18 @@ impl Destination {
         };
         let guest_never_ran = exited && !heard.resumed;
         worker.order(&Order::QemuFailed { reason: reason.clone(), guest_never_ran }).await;
-        // Unless the worker knows better: QEMU may have ended because the migration had failed.
-        loop {
-            match worker.report().await {
-                Some(Report::Failed { reason, .. }) => return reason,
-                Some(_) => {}
-                None => return reason,
+        // Unless the worker knows better: QEMU may have ended because the migration had failed, or when it
+        // had long had the guest, and the source is just being told.
+        let known = async {
+            loop {
+                match worker.report().await {
+                    Some(Report::Failed { reason, .. }) => return Err(reason),
+                    Some(Report::Done(_)) => return Ok(()),
+                    Some(_) => {}
+                    None => return Err(reason.clone()),
+                }
             }
-        }
+        };
+        timeout(VERDICT, known).await.unwrap_or_else(|_| Err(reason.clone()))
     }
 }

@@ -39,6 +39,7 @@ use crate::{
     confinement::{Room, confine},
     fabric,
     migration::messages::{self, FabricKind, Options, QmpSocket},
+    patience::Patience,
     qemu::{
         QemuError, blockers,
         blocks::{self, OwnMemory, RamBlock},
@@ -50,8 +51,14 @@ use migrations::Migrations;
 use process::Process;
 use session::{Qemu, Session};
 
-/// A worker that reports nothing for so long has hung.
-const HEARTBEAT: Duration = Duration::from_secs(10);
+/// A worker that reports nothing for so long has hung, and how long the relay may be busy otherwise
+/// meanwhile: what is longer, it was stopped itself.
+const HEARTBEAT: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(3));
+
+/// How long a worker may still report nothing, from now on.
+fn heartbeat() -> Patience {
+    Patience::in_slices(HEARTBEAT.0, HEARTBEAT.1)
+}
 
 /// Which fabric migrations use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -16,8 +16,9 @@ use tracing::info;
 
 use self::pace::Pacing;
 use super::{
-    Context, HEARTBEAT, Output, QemuEvent,
+    Context, Output, QemuEvent,
     borrowed::Loan,
+    heartbeat,
     migrations::Outputs,
     session::Qemu,
     view::{Guest, Phase, View, rate},
@@ -298,7 +299,7 @@ impl Source {
     /// Follow the worker to its end.
     async fn follow(&mut self, worker: &mut Worker, has_channels: bool) -> Outcome {
         let mut seconds = every_second();
-        let mut heard = Instant::now();
+        let mut silence = heartbeat();
         let mut seen = Seen::new(if has_channels { Pacing::At(None) } else { Pacing::Never });
         self.pace(worker, &mut seen.pacing).await;
         // Events of this were not heard while QEMU connected.
@@ -309,7 +310,7 @@ impl Source {
                 // Reports first: they may have waited while QEMU was asked something.
                 biased;
                 report = worker.report() => {
-                    heard = Instant::now();
+                    silence = heartbeat();
                     let Some(report) = report else {
                         return Outcome::Silent { reason: WORKER_DIED.into() };
                     };
@@ -340,13 +341,13 @@ impl Source {
                     Some(QemuEvent::Migration) => self.look_for_end(worker, &mut seen).await,
                     None => return Outcome::QemuGone,
                 },
-                () = sleep_until(deadline.unwrap_or(heard)), if deadline.is_some() => {
+                () = sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => {
                     let reason = seen.ended.map(|(_, why)| why).unwrap_or_default();
                     return Outcome::Silent { reason };
                 }
                 _ = seconds.tick() => {
                     let holds = seen.cancelling.is_some_and(|since| since.elapsed() > VERDICT);
-                    if heard.elapsed() > HEARTBEAT || holds {
+                    if !silence.lasts() || holds {
                         let reason = "The source's worker hung and was killed; migrate again".to_owned();
                         return Outcome::Silent { reason };
                     }

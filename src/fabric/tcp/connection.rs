@@ -10,7 +10,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    io::retry_on_intr,
+};
 
 use super::{
     receiving::{Incoming, TcpReceiver},
@@ -21,6 +24,7 @@ use super::{
 use crate::{
     fabric::{Connection, FabricError, Guard, Handle, Poster, Receiver, Result},
     memory::{CHUNK, Region},
+    patience::Patience,
 };
 
 /// Most bytes of writes in flight, through all connections together. It bounds what QEMU believes
@@ -58,7 +62,7 @@ pub(super) struct Shared {
     /// With `changed`: signals that `landed` or `failed` changed.
     change: Mutex<()>,
     changed: Condvar,
-    stall_timeout: Duration,
+    pub(super) stall_timeout: Duration,
 }
 
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -170,6 +174,7 @@ impl Shared {
     /// Wait until `done`, which looks at what has landed.
     pub(super) fn wait_until(&self, done: impl Fn(u64) -> bool) -> Result<()> {
         let mut guard = lock(&self.change);
+        let (mut seen, mut patience) = (self.landed(), Patience::new(self.stall_timeout));
         loop {
             if self.failed.load(Ordering::Relaxed) {
                 return Err(self.end());
@@ -178,11 +183,14 @@ impl Shared {
             if done(landed) {
                 return Ok(());
             }
+            if landed != seen {
+                (seen, patience) = (landed, Patience::new(self.stall_timeout));
+            }
             let (next, timeout) = self
                 .changed
-                .wait_timeout(guard, self.stall_timeout)
+                .wait_timeout(guard, patience.slice())
                 .unwrap_or_else(PoisonError::into_inner);
-            if timeout.timed_out() && self.landed() == landed {
+            if timeout.timed_out() && !patience.lasts() && self.landed() == landed {
                 return Err(self.stall());
             }
             guard = next;
@@ -242,7 +250,7 @@ impl Shared {
     pub(super) fn await_end(&self) {
         let mut closed = [PollFd::new(&self.sockets[0].stream, PollFlags::RDHUP)];
         // It fails only if it is closed.
-        let _ = poll(&mut closed, Some(&FAREWELL));
+        let _ = retry_on_intr(|| poll(&mut closed, Some(&FAREWELL)));
     }
 
     /// End all connections but the first one: whoever receives from them ends.
@@ -284,7 +292,7 @@ impl TcpConnection {
         let host = |source| FabricError::Host { call: "Setting up the connection", source };
         let socket = |stream| {
             set_options(&stream, stall_timeout)?;
-            Ok(Socket::new(stream))
+            Ok(Socket::new(stream, stall_timeout))
         };
         let streams = iter::once(first).chain(others);
         let shared = Arc::new(Shared {

@@ -82,9 +82,11 @@ fn read_exact_by(mut stream: &TcpStream, mut to: &mut [u8], deadline: Instant) -
             return Err(io::ErrorKind::TimedOut.into());
         }
         stream.set_read_timeout(Some(left))?;
-        match stream.read(to).map_err(went)? {
-            0 => return Err(went(io::ErrorKind::UnexpectedEof.into())),
-            read => to = &mut to[read..],
+        match stream.read(to) {
+            Ok(0) => return Err(went(io::ErrorKind::UnexpectedEof.into())),
+            Ok(read) => to = &mut to[read..],
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(went(error)),
         }
     }
     stream.set_read_timeout(None)

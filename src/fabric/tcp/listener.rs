@@ -20,6 +20,7 @@ use crate::{
         session::{Kind, Opened, Sessions, Trailer},
     },
     migration::messages::Address,
+    threads,
 };
 
 /// Clients that may be greeting at a time. A source that has many connections makes one at a time.
@@ -38,7 +39,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 pub(super) struct TcpFabricListener {
     address: Address,
     sockets: Vec<Arc<TcpListener>>,
-    requests: mpsc::Receiver<TcpRequest>,
+    requests: mpsc::Receiver<Result<TcpRequest>>,
 }
 
 impl TcpFabricListener {
@@ -65,7 +66,15 @@ impl TcpFabricListener {
         let reception = Reception { fabric, greeting, sessions, requests: sender };
         for socket in &sockets {
             let (socket, reception) = (socket.clone(), reception.clone());
-            thread::spawn(move || accept_clients(&socket, &reception));
+            let requests = reception.requests.clone();
+            threads::start(
+                "accept",
+                move || accept_clients(&socket, &reception),
+                move |end| {
+                    // The receiver is gone when nobody listens any more.
+                    let _ = end.map_err(|lost| requests.send(Err(lost.into())));
+                },
+            );
         }
         Ok(Self { address: bound, sockets, requests })
     }
@@ -78,7 +87,7 @@ impl Listener for TcpFabricListener {
 
     fn accept(&mut self) -> Result<Box<dyn Request>> {
         match self.requests.recv() {
-            Ok(request) => Ok(Box::new(request)),
+            Ok(request) => Ok(Box::new(request?)),
             Err(mpsc::RecvError) => Err(FabricError::Closed),
         }
     }
@@ -125,12 +134,15 @@ fn accept_clients(socket: &TcpListener, reception: &Reception) {
             continue;
         };
         let reception = reception.clone();
-        thread::spawn(move || {
-            if let Err(error) = reception.greet(stream, peer) {
-                info!(%peer, %error, "turned away: no helper's greeting");
+        let end = move |greeted| {
+            match greeted {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => info!(%peer, %error, "turned away: no helper's greeting"),
+                Err(lost) => warn!(%peer, %lost, "turned away"),
             }
             drop(place);
-        });
+        };
+        threads::start("greeting", move || reception.greet(stream, peer), end);
     }
 }
 
@@ -149,7 +161,7 @@ struct Reception {
     fabric: Tcp,
     greeting: Arc<Pending>,
     sessions: Arc<Sessions<TcpStream>>,
-    requests: SyncSender<TcpRequest>,
+    requests: SyncSender<Result<TcpRequest>>,
 }
 
 impl Reception {
@@ -179,7 +191,7 @@ impl Reception {
             opened,
         };
         // The receiver is gone when another peer was let in meanwhile.
-        let _ = self.requests.send(request);
+        let _ = self.requests.send(Ok(request));
         Ok(())
     }
 }

@@ -25,7 +25,7 @@ use super::{
     Connection, Fabric, FabricError, Finding, Listener, Result, resolve,
     session::{Kind, Trailer},
 };
-use crate::migration::messages::Address;
+use crate::{migration::messages::Address, patience::SLICE};
 
 /// The `tcp` fabric.
 #[derive(Debug, Clone)]
@@ -139,7 +139,7 @@ fn connect_any(address: &Address, deadline: Instant) -> Result<(TcpStream, Socke
 /// Make a dead peer noticed: keepalive while idle, a bound on unacknowledged data.
 fn set_options(stream: &TcpStream, stall_timeout: Duration) -> io::Result<()> {
     stream.set_nodelay(true)?;
-    stream.set_write_timeout(Some(stall_timeout))?;
+    stream.set_write_timeout(Some(stall_timeout.min(SLICE)))?;
     sockopt::set_socket_keepalive(stream, true)?;
     sockopt::set_tcp_keepidle(stream, Duration::from_secs(5))?;
     sockopt::set_tcp_keepintvl(stream, Duration::from_secs(5))?;

@@ -5,7 +5,7 @@ use std::{
     ops::Range,
     os::fd::AsFd as _,
     sync::{Arc, atomic::Ordering},
-    thread::{self, JoinHandle},
+    thread::JoinHandle,
 };
 
 use rustix::net::{RecvFlags, recv};
@@ -19,6 +19,8 @@ use super::{
 use crate::{
     fabric::{FabricError, Guard, MESSAGE_MAX, Receiver, RemoteKey, Result},
     memory::{CHUNK, Pipe, Region, Room},
+    patience::persist,
+    threads,
 };
 
 /// Bytes that land on a connection before the sender is told unasked.
@@ -43,8 +45,20 @@ pub(super) struct TcpReceiver {
 impl TcpReceiver {
     /// Receive from all but the first connection on threads of their own.
     pub(super) fn begin(shared: Arc<Shared>, first: Incoming, others: Vec<Incoming>) -> Self {
-        let take = |other: Incoming| thread::spawn(move || other.take_writes());
-        Self { shared, first, others: others.into_iter().map(take).collect() }
+        let take = |other: Incoming| {
+            let shared = shared.clone();
+            threads::start(
+                "writes",
+                move || other.take_writes(),
+                move |end| {
+                    if let Err(lost) = end {
+                        shared.fail_with(lost.into());
+                    }
+                },
+            )
+        };
+        let others = others.into_iter().filter_map(take).collect();
+        Self { shared, first, others }
     }
 }
 
@@ -100,7 +114,7 @@ impl Receiver for TcpReceiver {
         // outlive its connection: it waits for nothing else.
         self.shared.end_ram();
         for other in self.others.drain(..) {
-            // It fails only if the thread has panicked, and then it writes no more either.
+            // It has said how it ended.
             let _ = other.join();
         }
         // The first connection's writes land on this thread.
@@ -108,8 +122,10 @@ impl Receiver for TcpReceiver {
 }
 
 impl Drop for TcpReceiver {
+    /// Nobody hears any more what has landed: who waits for that has to know.
     fn drop(&mut self) {
         self.shared.end_ram();
+        self.shared.fail();
     }
 }
 
@@ -249,9 +265,11 @@ impl Incoming {
                 self.land_copied(region, at, left)?
             } else {
                 let stream = self.shared.sockets[self.index].stream.as_fd();
-                region
-                    .receive_from(stream, &mut self.pipe, &self.room, at, left)
-                    .map_err(|error| self.shared.failure_at(region, error))?
+                let (pipe, room) = (&mut self.pipe, &self.room);
+                persist(self.shared.stall_timeout, || {
+                    region.receive_from(stream, pipe, room, at, left)
+                })
+                .map_err(|error| self.shared.failure_at(region, error))?
             };
             if landed == 0 {
                 return Err(self.shared.end());
@@ -318,9 +336,11 @@ impl Incoming {
         self.next = 0;
         self.end = 0;
         let most = if self.after_long { HEADER_SIZE } else { READ_AHEAD };
-        self.end = recv(stream, &mut self.ahead[..most], RecvFlags::empty())
-            .map_err(|errno| self.shared.failure(errno.into()))?
-            .0;
+        let ahead = &mut self.ahead[..most];
+        self.end =
+            persist(self.shared.stall_timeout, || recv(stream, &mut *ahead, RecvFlags::empty()))
+                .map_err(|error| self.shared.failure(error))?
+                .0;
         Ok(self.end > 0)
     }
 }

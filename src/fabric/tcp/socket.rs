@@ -8,13 +8,14 @@ use std::{
         Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg};
 use zerocopy::IntoBytes as _;
 
 use super::frame::Header;
-use crate::memory::Region;
+use crate::{memory::Region, patience::persist};
 
 /// Longest write that is copied out of guest memory, to leave with its header in one system call.
 /// `sendfile` needs a second one and copies nothing: it costs the sender 0.52 s/GiB where copying
@@ -34,6 +35,8 @@ pub(super) struct Socket {
     posted: AtomicU64,
     /// Bytes of them that have landed.
     pub(super) landed: AtomicU64,
+    /// How long the peer may take nothing.
+    stall_timeout: Duration,
 }
 
 /// What belongs to who sends a frame.
@@ -44,12 +47,13 @@ struct Sending {
 }
 
 impl Socket {
-    pub(super) fn new(stream: TcpStream) -> Self {
+    pub(super) fn new(stream: TcpStream, stall_timeout: Duration) -> Self {
         Self {
             stream,
             sending: Mutex::default(),
             posted: AtomicU64::new(0),
             landed: AtomicU64::new(0),
+            stall_timeout,
         }
     }
 
@@ -99,7 +103,9 @@ impl Socket {
         let end = offset + length;
         while offset < end {
             let some = (end - offset).min(SENDFILE_MAX) as usize;
-            offset += match region.send_to(self.stream.as_fd(), offset, some) {
+            let sent =
+                persist(self.stall_timeout, || region.send_to(self.stream.as_fd(), offset, some));
+            offset += match sent {
                 Ok(sent) => sent as u64,
                 Err(error) => {
                     // Else the peer would take what follows, the last words, for the rest of it.
@@ -131,8 +137,9 @@ impl Socket {
         // What is empty at the front goes away.
         IoSlice::advance_slices(&mut left, 0);
         while !left.is_empty() {
-            let mut none = SendAncillaryBuffer::default();
-            let sent = sendmsg(&self.stream, left, &mut none, flags)?;
+            let sent = persist(self.stall_timeout, || {
+                sendmsg(&self.stream, left, &mut SendAncillaryBuffer::default(), flags)
+            })?;
             IoSlice::advance_slices(&mut left, sent);
         }
         Ok(())

@@ -101,7 +101,13 @@ impl EventChannel {
         // SAFETY: the channel is alive; `raw` is written on success.
         let result = unsafe { (self.library.rdma_get_cm_event)(self.raw.as_ptr(), &mut raw) };
         match check("rdma_get_cm_event", result) {
-            Err(FabricError::Host { source, .. }) if source.kind() == io::ErrorKind::WouldBlock => {
+            // It is asked again behind a wait that ends at once.
+            Err(FabricError::Host { source, .. })
+                if matches!(
+                    source.kind(),
+                    io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+                ) =>
+            {
                 return Ok(None);
             }
             other => other?,
@@ -162,14 +168,15 @@ impl Drop for EventChannel {
     }
 }
 
-/// poll(2) that an interruption does not end; whoever called looks again.
-pub(super) fn wait_for(fds: &mut [PollFd<'_>], limit: Option<Duration>) -> Result<()> {
+/// poll(2); true if the time was over. An interruption says nothing: whoever called looks again.
+pub(super) fn wait_for(fds: &mut [PollFd<'_>], limit: Option<Duration>) -> Result<bool> {
     let limit = limit.map(|limit| Timespec {
         tv_sec: i64::try_from(limit.as_secs()).unwrap_or(i64::MAX),
         tv_nsec: limit.subsec_nanos().into(),
     });
     match poll(fds, limit.as_ref()) {
-        Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+        Ok(ready) => Ok(ready == 0),
+        Err(rustix::io::Errno::INTR) => Ok(false),
         Err(errno) => Err(FabricError::Host { call: "poll", source: errno.into() }),
     }
 }

@@ -253,8 +253,7 @@ impl VerbsReceiver {
                 PollFd::from_borrowed_fd(channel.fd(), PollFlags::IN),
                 PollFd::from_borrowed_fd(shared.wake.as_fd(), PollFlags::IN),
             ];
-            wait_for(&mut fds, Some(shared.timeouts.keep_alive()))?;
-            if fds.iter().all(|fd| fd.revents().is_empty()) {
+            if wait_for(&mut fds, Some(shared.timeouts.keep_alive()))? {
                 shared.keep_alive()?;
             }
             while let Some(event) = channel.next()? {

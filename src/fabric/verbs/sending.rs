@@ -29,6 +29,7 @@ use super::{
 use crate::{
     fabric::{FabricError, Pinned, Poster, RemoteKey, Result},
     memory::{CHUNK, Ranges, Region},
+    patience::Patience,
 };
 
 /// Work requests that may be outstanding at a queue pair (QEMU's RDMA_SIGNALED_SEND_MAX).
@@ -275,8 +276,11 @@ impl Shared {
         limit: Duration,
         enough: impl Fn(&Sending, u64) -> bool,
     ) -> Result<()> {
+        let mut patience = Patience::new(limit);
         loop {
-            self.take_sent(sending)?;
+            if self.take_sent(sending)? {
+                patience = Patience::new(limit);
+            }
             let in_flight =
                 self.posted.load(Ordering::Relaxed) - self.landed.load(Ordering::Relaxed);
             if enough(sending, in_flight) {
@@ -284,6 +288,7 @@ impl Shared {
             }
             self.sent().arm()?;
             if self.take_sent(sending)? {
+                patience = Patience::new(limit);
                 continue;
             }
             if self.closed.load(Ordering::SeqCst) {
@@ -293,8 +298,8 @@ impl Shared {
                 PollFd::from_borrowed_fd(self.sent().fd(), PollFlags::IN),
                 PollFd::new(&self.wake, PollFlags::IN),
             ];
-            wait_for(&mut fds, Some(limit))?;
-            if fds.iter().all(|fd| fd.revents().is_empty()) && !self.take_sent(sending)? {
+            let over = wait_for(&mut fds, Some(patience.slice()))?;
+            if over && !patience.lasts() && !self.take_sent(sending)? {
                 return Err(FabricError::Unreachable(self.timeouts.peer));
             }
         }

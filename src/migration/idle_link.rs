@@ -1,0 +1,123 @@
+//! A link to a peer that takes nothing and says nothing, until it is closed.
+
+use std::{
+    ops::Range,
+    sync::{Arc, Condvar, Mutex},
+    time::Duration,
+};
+
+use super::link::{Link, LinkReceiver};
+use crate::{
+    fabric::{Connection, FabricError, Guard, Handle, Pinned, Poster, Receiver, RemoteKey, Result},
+    memory::Region,
+    wire::credit::Flow,
+};
+
+/// Both ends of one.
+pub(super) fn link() -> (Arc<Link>, LinkReceiver) {
+    let flow = Flow::Window(4);
+    Link::new(Box::new(Idle::default()), flow, flow, Duration::from_secs(60))
+}
+
+#[derive(Clone, Default)]
+struct Idle(Arc<(Mutex<bool>, Condvar)>);
+
+impl Idle {
+    fn wait(&self) -> FabricError {
+        let closed = self.0.0.lock().unwrap();
+        drop(self.0.1.wait_while(closed, |closed| !*closed).unwrap());
+        FabricError::Closed
+    }
+}
+
+impl Connection for Idle {
+    fn split(self: Box<Self>) -> (Arc<dyn Poster>, Box<dyn Receiver>) {
+        (Arc::new(self.as_ref().clone()), self)
+    }
+
+    fn handle(&self) -> Handle {
+        let state = self.0.clone();
+        Handle::new(move || {
+            *state.0.lock().unwrap() = true;
+            state.1.notify_all();
+        })
+    }
+}
+
+impl Poster for Idle {
+    fn send(&self, _: &[u8], _: &[u8]) -> Result<()> {
+        Err(self.wait())
+    }
+
+    fn send_behind_writes(&self, _: &[u8], _: &[u8]) -> Result<()> {
+        Err(self.wait())
+    }
+
+    fn orders_writes(&self) -> bool {
+        false
+    }
+
+    fn write(&self, _: &Arc<Region>, _: u64, _: u64, _: RemoteKey) -> Result<()> {
+        Err(self.wait())
+    }
+
+    fn write_bytes(&self, _: &[u8], _: u64, _: RemoteKey) -> Result<()> {
+        Err(self.wait())
+    }
+
+    fn pin(&self, _: &Arc<Region>, _: Range<u64>) -> Result<()> {
+        Ok(())
+    }
+
+    fn unpin(&self, _: &Arc<Region>, _: Range<u64>) {}
+
+    fn pinned(&self) -> Pinned {
+        Pinned::default()
+    }
+
+    fn drain(&self) -> Result<()> {
+        Err(self.wait())
+    }
+
+    fn finish(&self) {}
+
+    fn connections(&self) -> u32 {
+        1
+    }
+
+    fn posted(&self) -> u64 {
+        0
+    }
+
+    fn landed(&self) -> u64 {
+        0
+    }
+}
+
+impl Receiver for Idle {
+    fn receive(&mut self, _: &mut Vec<u8>) -> Result<()> {
+        Err(self.wait())
+    }
+
+    fn landed(&self) -> u64 {
+        0
+    }
+
+    fn await_writes(&mut self) -> Result<()> {
+        Err(self.wait())
+    }
+
+    fn guard(&mut self, _: Guard) {}
+
+    fn announce(&mut self, _: &Arc<Region>) -> Result<RemoteKey> {
+        Err(FabricError::Closed)
+    }
+
+    fn register(&mut self, _: &Arc<Region>, _: Range<u64>) -> Result<RemoteKey> {
+        Err(FabricError::Closed)
+    }
+
+    fn unregister(&mut self, _: &Arc<Region>, _: Range<u64>) {}
+
+    fn revoke(&mut self) {}
+}

@@ -1,0 +1,132 @@
+//! How long something is waited for, in time that this process has lived through.
+//!
+//! A process may be stopped: SIGSTOP, a freezer cgroup, a debugger. The clock goes on then, and nobody
+//! has been waited for. So patience is spent in slices, and none counts for more than its length. And a
+//! system call on a socket with a timeout ends with EINTR when the process goes on (signal(7)), which
+//! says nothing of the peer.
+
+use std::{
+    io::{Error, ErrorKind, Result},
+    time::{Duration, Instant},
+};
+
+/// The most that is waited at once. Sockets that are used through [`persist`] have no longer timeout.
+pub const SLICE: Duration = Duration::from_secs(1);
+
+/// What is left of it.
+#[derive(Debug, Clone)]
+pub struct Patience {
+    left: Duration,
+    /// The most that is waited at once.
+    most: Duration,
+    /// When the present slice began.
+    since: Instant,
+}
+
+impl Patience {
+    /// So much from now on.
+    pub fn new(limit: Duration) -> Self {
+        Self::in_slices(limit, SLICE)
+    }
+
+    /// The same, for one who may be busy for so long between two looks at it.
+    pub fn in_slices(limit: Duration, most: Duration) -> Self {
+        Self { left: limit, most, since: Instant::now() }
+    }
+
+    /// How long to wait now.
+    pub fn slice(&self) -> Duration {
+        self.left.min(self.most)
+    }
+
+    /// A slice, or a part of it, was waited in vain: is there more?
+    pub fn lasts(&mut self) -> bool {
+        self.lasts_at(Instant::now())
+    }
+
+    fn lasts_at(&mut self, now: Instant) -> bool {
+        let waited = now.saturating_duration_since(self.since).min(self.most);
+        self.left = self.left.saturating_sub(waited);
+        self.since = now;
+        !self.left.is_zero()
+    }
+}
+
+/// Make a system call on a socket with a timeout of [`SLICE`], or none, again as long as it was
+/// interrupted, or the timeout was over without its having done anything, and `limit` is not.
+///
+/// # Errors
+/// [`ErrorKind::TimedOut`] then; all others that the call gives.
+pub fn persist<T, E: Into<Error>>(
+    limit: Duration,
+    mut call: impl FnMut() -> std::result::Result<T, E>,
+) -> Result<T> {
+    // The clock is not looked at where nothing is wrong: this is called for each write.
+    let mut patience = None;
+    loop {
+        let error = match call() {
+            Ok(done) => return Ok(done),
+            Err(error) => error.into(),
+        };
+        let timed_out = match error.kind() {
+            ErrorKind::Interrupted => false,
+            ErrorKind::WouldBlock => true,
+            _ => return Err(error),
+        };
+        let lasts = match &mut patience {
+            Some(patience) => Patience::lasts(patience),
+            None => {
+                let left = limit.saturating_sub(if timed_out { SLICE } else { Duration::ZERO });
+                !patience.insert(Patience::new(left)).left.is_zero()
+            }
+        };
+        if !lasts {
+            return Err(ErrorKind::TimedOut.into());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::io::Errno;
+
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    #[test]
+    fn time_that_the_process_was_stopped_does_not_count() {
+        let mut patience = Patience::new(3 * SECOND);
+        let mut now = patience.since;
+        for slice in [SECOND, SECOND / 2, 20 * SECOND] {
+            assert_eq!(patience.slice(), SECOND.min(patience.left));
+            now += slice;
+            assert!(patience.lasts_at(now), "{slice:?}");
+        }
+        assert_eq!(patience.slice(), SECOND / 2);
+        assert!(!patience.lasts_at(now + SECOND / 2));
+    }
+
+    /// What `persist` makes of these, one after the other; and of a success behind them.
+    fn made_of(limit: Duration, errors: &[Errno]) -> (std::io::Result<u32>, usize) {
+        let mut calls = 0;
+        let result = persist(limit, || {
+            calls += 1;
+            errors.get(calls - 1).map_or(Ok(7), |error| Err(*error))
+        });
+        (result, calls)
+    }
+
+    #[test]
+    fn interruptions_and_slices_are_no_end() {
+        let interrupted = [Errno::INTR; 10];
+        assert_eq!(made_of(SECOND, &interrupted).0.unwrap(), 7);
+        // The first slice was waited by the call.
+        let (result, calls) = made_of(2 * SECOND, &[Errno::AGAIN, Errno::INTR]);
+        assert_eq!((result.unwrap(), calls), (7, 3));
+        let (result, calls) = made_of(SECOND, &[Errno::AGAIN]);
+        assert_eq!((result.unwrap_err().kind(), calls), (ErrorKind::TimedOut, 1));
+        let (result, calls) = made_of(SECOND, &[Errno::INTR, Errno::PIPE]);
+        assert_eq!((result.unwrap_err().kind(), calls), (ErrorKind::BrokenPipe, 2));
+    }
+}
