@@ -23,6 +23,7 @@ const READY: [u8; 4] = [0, 0, 0, 2];
 pub struct Proxy {
     pub port: u16,
     holding: Arc<AtomicBool>,
+    stalled: Arc<AtomicBool>,
     streams: Arc<Mutex<Vec<TcpStream>>>,
 }
 
@@ -36,8 +37,14 @@ impl Proxy {
     pub fn throttled(to: u16, rate: u64) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
-        let proxy = Self { port, holding: Arc::default(), streams: Arc::default() };
+        let proxy = Self {
+            port,
+            holding: Arc::default(),
+            stalled: Arc::default(),
+            streams: Arc::default(),
+        };
         let (holding, streams) = (proxy.holding.clone(), proxy.streams.clone());
+        let stalled = proxy.stalled.clone();
         thread::spawn(move || {
             let (source, _) = listener.accept().unwrap();
             let destination = TcpStream::connect(("127.0.0.1", to)).unwrap();
@@ -46,12 +53,12 @@ impl Proxy {
                 streams.lock().unwrap().push(stream.try_clone().unwrap());
             }
             let (from, into) = (destination.try_clone().unwrap(), source.try_clone().unwrap());
-            let both = streams.clone();
+            let (both, also) = (streams.clone(), stalled.clone());
             thread::spawn(move || {
-                forward(from, into, &holding, u64::MAX);
+                forward(from, into, &holding, &also, u64::MAX);
                 shutdown(&both);
             });
-            forward(source, destination, &AtomicBool::new(false), rate);
+            forward(source, destination, &AtomicBool::new(false), &stalled, rate);
             shutdown(&streams);
         });
         proxy
@@ -61,6 +68,11 @@ impl Proxy {
     /// landed, does.
     pub fn hold_messages(&self) {
         self.holding.store(true, Ordering::SeqCst);
+    }
+
+    /// Nothing passes any more, in neither direction, until it is to go on.
+    pub fn stall(&self, stalled: bool) {
+        self.stalled.store(stalled, Ordering::SeqCst);
     }
 
     /// Break the link.
@@ -79,6 +91,7 @@ fn forward(
     mut from: TcpStream,
     mut into: TcpStream,
     holding: &AtomicBool,
+    stalled: &AtomicBool,
     rate: u64,
 ) -> Option<()> {
     // When the link is free again.
@@ -95,6 +108,9 @@ fn forward(
             + Duration::from_nanos(frame.len() as u64 * 1_000_000_000 / rate);
         // How long the frame takes on the slow link; nobody waits for an event here.
         thread::sleep(free.saturating_duration_since(Instant::now()));
+        while stalled.load(Ordering::SeqCst) {
+            thread::park_timeout(Duration::from_millis(10));
+        }
         // READY lets the source go on to the end.
         let held = kind == SEND && frame[28..32] != READY;
         if !held || !holding.load(Ordering::SeqCst) {
