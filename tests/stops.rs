@@ -6,7 +6,10 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use serde_json::{Value, json};
-use support::{Config, Guest, Host, Pair, Proxy, VERSIONS, eventually, helper::signal_process};
+use support::{
+    Config, Guest, Host, Pair, Proxy, VERSIONS, eventually,
+    helper::{signal_if_alive, signal_process},
+};
 
 /// Longer than a worker may be silent.
 const LONG: Duration = Duration::from_secs(14);
@@ -127,10 +130,9 @@ fn workers_that_are_stopped_again_and_again() {
                 (one, Signal::CONT),
                 (other, Signal::CONT),
             ] {
-                if pair.source.helper.workers().is_empty() {
+                if !signal_if_alive(process, signal) {
                     break;
                 }
-                signal_process(process, signal);
                 // Long enough for a buffer to fill.
                 std::thread::park_timeout(Duration::from_millis(40));
             }

@@ -2,17 +2,26 @@
 //!
 //! Nobody waits for them, and a newcomer is not turned away for their sake: it is they who go, first
 //! those of the address that has the most, then those that have come least far, then those that have
-//! been there longest. An address is a host's: of IPv6 the network, of which a host may use all.
+//! been there longest; but nobody at once. An address is a host's: of IPv6 the network, of which a host may
+//! use all.
 
 use std::{
     net::{IpAddr, Ipv6Addr},
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Condvar, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
+    time::{Duration, Instant},
 };
 
 use super::Handle;
+
+/// How long nobody is asked to go who has just come: in a crowd that comes at once, an honest peer has the
+/// time to show what it is.
+pub const GRACE: Duration = Duration::from_millis(100);
+
+/// How long a newcomer waits for its place.
+const GOING: Duration = Duration::from_secs(1);
 
 /// How many may be pending.
 #[derive(Debug, Clone, Copy)]
@@ -21,6 +30,8 @@ pub struct Limits {
     pub each: usize,
     /// In all.
     pub total: usize,
+    /// How long nobody is asked to go who has just come.
+    pub grace: Duration,
 }
 
 /// Those that are pending.
@@ -29,12 +40,15 @@ pub struct Pending {
     limits: Limits,
     next: AtomicU64,
     entries: Mutex<Vec<Entry>>,
+    /// Somebody has gone.
+    gone: Condvar,
 }
 
 #[derive(Debug)]
 struct Entry {
     number: u64,
     host: IpAddr,
+    since: Instant,
     /// How far it has come.
     step: u32,
     /// It was asked to go, and has not gone yet.
@@ -45,25 +59,43 @@ struct Entry {
 impl Pending {
     /// Nobody yet.
     pub fn new(limits: Limits) -> Arc<Self> {
-        Arc::new(Self { limits, next: AtomicU64::new(0), entries: Mutex::default() })
+        Arc::new(Self {
+            limits,
+            next: AtomicU64::new(0),
+            entries: Mutex::default(),
+            gone: Condvar::new(),
+        })
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Entry>> {
         self.entries.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A place for a peer that `end` ends. `None` where too many do not go although they were asked
-    /// to: they are bounded too.
+    /// A place for a peer that `end` ends. It may take a moment until somebody can go for it. `None` where
+    /// nobody does: those that were asked to go, and have not gone, are bounded too.
     pub fn enter(self: &Arc<Self>, address: IpAddr, end: Handle) -> Option<Place> {
         let host = host(address);
         let number = self.next.fetch_add(1, Ordering::Relaxed);
+        let deadline = Instant::now() + GOING;
         let mut entries = self.lock();
-        let of_host = entries.iter().filter(|entry| entry.host == host).count();
-        if of_host >= 2 * self.limits.each || entries.len() >= 2 * self.limits.total {
-            return None;
-        }
-        entries.push(Entry { number, host, step: 0, leaving: false, end });
-        let ended = surplus(&mut entries, self.limits, number);
+        let goes = loop {
+            let now = Instant::now();
+            match room(&entries, self.limits, host, now) {
+                Room::Free => break None,
+                Room::Of(index) => break Some(index),
+                Room::Later(_) if now >= deadline => return None,
+                Room::Later(at) => {
+                    let time = at.map_or(deadline, |at| at.min(deadline)) - now;
+                    let waited = self.gone.wait_timeout(entries, time);
+                    entries = waited.unwrap_or_else(PoisonError::into_inner).0;
+                }
+            }
+        };
+        let ended = goes.map(|index| {
+            entries[index].leaving = true;
+            entries[index].end.clone()
+        });
+        entries.push(Entry { number, host, since: Instant::now(), step: 0, leaving: false, end });
         drop(entries);
         if let Some(end) = ended {
             end.close();
@@ -72,22 +104,38 @@ impl Pending {
     }
 }
 
-/// Who has to go for the newcomer, if there are more than there may be.
-fn surplus(entries: &mut [Entry], limits: Limits, newcomer: u64) -> Option<Handle> {
-    let staying = |entry: &&Entry| !entry.leaving;
-    let of = |host| entries.iter().filter(staying).filter(|entry| entry.host == host).count();
-    let host = entries.iter().find(|entry| entry.number == newcomer)?.host;
-    let all = of(host) <= limits.each;
-    if all && entries.iter().filter(staying).count() <= limits.total {
-        return None;
+/// Whether there is room for a newcomer.
+enum Room {
+    /// There is.
+    Free,
+    /// If this entry goes.
+    Of(usize),
+    /// When somebody has gone; or at this time, when somebody may be asked to.
+    Later(Option<Instant>),
+}
+
+fn room(entries: &[Entry], limits: Limits, host: IpAddr, now: Instant) -> Room {
+    let of_host = entries.iter().filter(|entry| entry.host == host).count();
+    if of_host >= 2 * limits.each || entries.len() >= 2 * limits.total {
+        return Room::Later(None);
     }
-    let candidates = entries.iter().filter(staying).filter(|it| it.number != newcomer);
-    let candidates = candidates.filter(|it| all || it.host == host);
-    let goes = candidates.max_by_key(|it| (of(it.host), u32::MAX - it.step, u64::MAX - it.number));
-    let goes = goes?.number;
-    let goes = entries.iter_mut().find(|entry| entry.number == goes)?;
-    goes.leaving = true;
-    Some(goes.end.clone())
+    let staying = || entries.iter().enumerate().filter(|(_, entry)| !entry.leaving);
+    // With the newcomer.
+    let of = |it: IpAddr| {
+        staying().filter(|(_, entry)| entry.host == it).count() + usize::from(it == host)
+    };
+    let host_is_full = of(host) > limits.each;
+    if !host_is_full && staying().count() < limits.total {
+        return Room::Free;
+    }
+    let candidates = || staying().filter(|(_, entry)| !host_is_full || entry.host == host);
+    let goes = candidates()
+        .filter(|(_, entry)| entry.since + limits.grace <= now)
+        .max_by_key(|(_, it)| (of(it.host), u32::MAX - it.step, u64::MAX - it.number));
+    match goes {
+        Some((index, _)) => Room::Of(index),
+        None => Room::Later(candidates().map(|(_, entry)| entry.since + limits.grace).min()),
+    }
 }
 
 /// What counts as one host.
@@ -137,6 +185,7 @@ impl Place {
 impl Drop for Place {
     fn drop(&mut self) {
         self.pending.lock().retain(|entry| entry.number != self.number);
+        self.pending.gone.notify_all();
     }
 }
 
@@ -146,7 +195,7 @@ mod tests {
 
     use super::*;
 
-    const LIMITS: Limits = Limits { each: 2, total: 4 };
+    const LIMITS: Limits = Limits { each: 2, total: 4, grace: Duration::ZERO };
 
     struct Crowd {
         pending: Arc<Pending>,
@@ -233,6 +282,24 @@ mod tests {
         assert!(!places[0].advance(crowd.end("stubborn")), "it was asked to go");
         places.pop();
         assert!(crowd.enter("10.0.0.1", "again").is_some());
+    }
+
+    /// However many come at once, each has the time to show what it is.
+    #[test]
+    fn nobody_goes_at_once() {
+        let grace = Duration::from_millis(50);
+        let pending = Pending::new(Limits { grace, ..LIMITS });
+        let begun = Instant::now();
+        let gone = Arc::new(Mutex::new(None));
+        let places: Vec<_> = (0..3)
+            .map(|_| {
+                let gone = gone.clone();
+                let end = Handle::new(move || *gone.lock().unwrap() = Some(Instant::now()));
+                pending.enter([10, 0, 0, 1].into(), end).unwrap()
+            })
+            .collect();
+        assert!(gone.lock().unwrap().unwrap() >= begun + grace);
+        drop(places);
     }
 
     #[test]

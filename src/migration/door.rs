@@ -28,14 +28,14 @@ use super::{
 use crate::{
     fabric::{
         FabricError, Listener, Request,
-        pending::{Limits, Pending, Place},
+        pending::{GRACE, Limits, Pending, Place},
     },
     threads,
     wire::PrivateData,
 };
 
 /// Sources that may be pending. On RDMA the buffers of each are 12 MiB of pinned memory.
-const PENDING: Limits = Limits { each: 4, total: 16 };
+const PENDING: Limits = Limits { each: 4, total: 16, grace: GRACE };
 
 /// How long a source may take from the agreement to its first bytes. Its QEMU is asked to migrate
 /// then.
@@ -230,8 +230,8 @@ fn first_message(accepted: &mut Accepted) -> Result<Vec<u8>> {
     let mut first = Vec::new();
     let deadline = link.deadline(FIRST_BYTES);
     link.grant()?;
-    let message = accepted.receiver.next(&link, &mut first)?;
-    debug!(?message, "the source begins");
+    accepted.receiver.next(&link, &mut first)?;
+    debug!("the source begins");
     drop(deadline);
     if accepted.claim.take() {
         accepted.claim.expect();

@@ -6,7 +6,10 @@ use std::{
     process::{Child, Stdio},
 };
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::{
+    io::Errno,
+    process::{Pid, Signal, kill_process},
+};
 
 use super::{eventually, in_lab, qemu::command_under};
 
@@ -119,8 +122,16 @@ fn fabric() -> &'static [&'static str] {
 }
 
 pub fn signal_process(pid: u32, signal: Signal) {
+    assert!(signal_if_alive(pid, signal), "process {pid} has ended");
+}
+
+/// False for a process that has ended.
+pub fn signal_if_alive(pid: u32, signal: Signal) -> bool {
     let pid = Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
-    kill_process(pid, signal).unwrap();
+    match kill_process(pid, signal) {
+        Err(Errno::SRCH) => false,
+        done => done.map(|()| true).unwrap(),
+    }
 }
 
 /// The greatest resident set of a process so far, without pages of files that it maps, in bytes.

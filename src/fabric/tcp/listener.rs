@@ -16,7 +16,7 @@ use super::{Tcp, connection::TcpConnection, frame, resolve};
 use crate::{
     fabric::{
         Connection, FabricError, Handle, Listener, Request, Result,
-        pending::{Limits, Pending},
+        pending::{GRACE, Limits, Pending},
         session::{Kind, Opened, Sessions, Trailer},
     },
     migration::messages::Address,
@@ -24,7 +24,7 @@ use crate::{
 };
 
 /// Clients that may be greeting at a time. A source that has many connections makes one at a time.
-const GREETING: Limits = Limits { each: 8, total: 128 };
+const GREETING: Limits = Limits { each: 8, total: 128, grace: GRACE };
 
 /// Clients that have greeted, and wait for who serves them.
 const WAITING: usize = 16;
