@@ -80,10 +80,13 @@ pub fn take(
             }
             other => other,
         };
-        let received = received.map_err(|errno| MigrationError::QemuSocket(errno.into()))?.0;
-        if received == 0 {
-            break;
-        }
+        let received = match received {
+            // A QEMU that has left something unread, when all of its own was read: whether it came to its
+            // end the stream itself says.
+            Ok((0, _)) | Err(Errno::CONNRESET) => break,
+            Ok((received, _)) => received,
+            Err(errno) => return Err(MigrationError::QemuSocket(errno.into())),
+        };
         rewriter.push(&buffer[..received], &mut outbound).map_err(rewriting)?;
         if rewriter.ram_ended()
             && let Some(pass_ram) = pass_ram.take()

@@ -117,7 +117,11 @@ impl Round {
         source.goes_on()?;
         reset(&mut source, &defaults)?;
         let mut destination = End::start(&dir, "next", &incoming, carrier);
-        once_more(&mut source, &mut destination, carrier)
+        let logs = |source: &End, destination: &End| {
+            format!("\n{}\n{}", source.qemu.log(), destination.qemu.log())
+        };
+        let moved = once_more(&mut source, &mut destination, carrier);
+        moved.map_err(|what| what + &logs(&source, &destination))
     }
 
     /// Migrate and disturb. Returns whether the guest has moved, if that can be said.
