@@ -484,15 +484,7 @@ fn at_the_very_end(return_path: bool) -> (Pair, Proxy) {
     let mut pair = Pair::start(&Config::default());
     let runs_by_itself = Config { incoming: true, ..Config::default() };
     pair.destination = Host::start(&pair.dir, "runs", &runs_by_itself);
-    for host in [&mut pair.source, &mut pair.destination] {
-        host.client.capability("return-path", return_path);
-    }
-    pair.source.client.capability("pause-before-switchover", true);
-    let uri = pair.listen();
-    let proxy = Proxy::start(uri.rsplit(':').next().unwrap().parse().unwrap());
-    let uri = format!("rdma:127.0.0.1:{}", proxy.port);
-    pair.source.client.run("migrate", json!({ "uri": uri }));
-    pair.source.await_status(&["pre-switchover"]);
+    let proxy = pair.at_pre_switchover(return_path);
     proxy.hold_messages();
     pair.source.client.run("migrate-continue", json!({ "state": "pre-switchover" }));
     eventually("the destination's guest to run", || {

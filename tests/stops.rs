@@ -24,15 +24,7 @@ fn with_many_processors(version: &'static str) -> Config {
 /// A migration whose guest is stopped, and that waits to be told to go on; over a link that can stall.
 fn at_pre_switchover(config: &Config, return_path: bool) -> (Pair, Proxy) {
     let mut pair = Pair::start(config);
-    for host in [&mut pair.source, &mut pair.destination] {
-        host.client.capability("return-path", return_path);
-    }
-    pair.source.client.capability("pause-before-switchover", true);
-    let uri = pair.listen();
-    let proxy = Proxy::start(uri.rsplit(':').next().unwrap().parse().unwrap());
-    let uri = format!("rdma:127.0.0.1:{}", proxy.port);
-    pair.source.client.run("migrate", json!({ "uri": uri }));
-    pair.source.await_status(&["pre-switchover"]);
+    let proxy = pair.at_pre_switchover(return_path);
     (pair, proxy)
 }
 

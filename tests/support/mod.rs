@@ -216,6 +216,21 @@ impl Pair {
         uri
     }
 
+    /// Start a migration over a link that can be held up, and wait until it waits to be told to go on.
+    #[track_caller]
+    pub fn at_pre_switchover(&mut self, return_path: bool) -> Proxy {
+        for host in [&mut self.source, &mut self.destination] {
+            host.client.capability("return-path", return_path);
+        }
+        self.source.client.capability("pause-before-switchover", true);
+        let uri = self.listen();
+        let proxy = Proxy::start(uri.rsplit(':').next().unwrap().parse().unwrap());
+        let uri = format!("rdma:127.0.0.1:{}", proxy.port);
+        self.source.client.run("migrate", json!({ "uri": uri }));
+        self.source.await_status(&["pre-switchover"]);
+        proxy
+    }
+
     /// Migrate, and wait for the end.
     #[track_caller]
     pub fn migrate(&mut self) -> Value {
