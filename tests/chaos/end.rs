@@ -1,6 +1,10 @@
 //! One end of a migration: a QEMU, with or without a relay before it.
 
-use std::{fs, os::unix::process::ExitStatusExt as _};
+use std::{
+    fmt, fs,
+    os::unix::process::ExitStatusExt as _,
+    panic::{AssertUnwindSafe, catch_unwind},
+};
 
 use rustix::process::Signal;
 use serde_json::{Value, json};
@@ -12,6 +16,7 @@ use crate::{
         Config, Qemu, Qmp,
         helper::{BINARY, signal_process},
         image,
+        qmp::{HUNG_UP, STUCK},
         wrapped::relay_of,
     },
 };
@@ -33,8 +38,46 @@ impl Carrier {
     }
 }
 
+/// What kind of thing went wrong. Only the same kind, with QEMU alone, is QEMU's own.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Kind {
+    /// The QEMU of this name died of a signal.
+    Died(String, i32),
+    /// The QEMU of this name does not answer.
+    Silent(String),
+    /// A command that must succeed was refused.
+    Refused(&'static str),
+    Endless,
+    /// The guest is stopped at the source, and the destination has not got it.
+    Nowhere,
+    /// Both ends have it.
+    Twice,
+    /// The guest does not go on.
+    Stands,
+    /// The next migration failed.
+    Next,
+    /// RAM is not the same at both ends.
+    Differs,
+}
+
 /// What went wrong.
-pub type Wrong = String;
+#[derive(Debug)]
+pub struct Wrong {
+    pub kind: Kind,
+    pub what: String,
+}
+
+impl Wrong {
+    pub fn new(kind: Kind, what: impl Into<String>) -> Self {
+        Self { kind, what: what.into() }
+    }
+}
+
+impl fmt::Display for Wrong {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(out, "{:?}: {}", self.kind, self.what)
+    }
+}
 
 pub struct End {
     pub client: Qmp,
@@ -58,9 +101,14 @@ impl End {
         Self { client, qemu, relay }
     }
 
-    pub fn run(&mut self, command: &str, arguments: Value) -> Result<Value, Wrong> {
+    pub fn run(&mut self, command: &'static str, arguments: Value) -> Result<Value, Wrong> {
         let reply = self.client.try_execute(command, &arguments);
-        reply.map_err(|error| format!("{}: {command}: {error}", self.qemu.name()))
+        reply.map_err(|error| {
+            let name = self.qemu.name().to_owned();
+            let what = format!("{name}: {command}: {error}");
+            let gone = error == HUNG_UP || error == STUCK;
+            Wrong::new(if gone { Kind::Silent(name) } else { Kind::Refused(command) }, what)
+        })
     }
 
     /// The state of the migration.
@@ -84,15 +132,17 @@ impl End {
         if self.guest()? != "running" {
             self.run("cont", json!({}))?;
         }
-        self.qemu.await_guest();
-        self.qemu.assert_goes_on();
-        Ok(())
+        let runs = catch_unwind(AssertUnwindSafe(|| {
+            self.qemu.await_guest();
+            self.qemu.assert_goes_on();
+        }));
+        runs.map_err(|_| Wrong::new(Kind::Stands, self.qemu.log()))
     }
 
     /// The signal that its QEMU died of, if it did.
     pub fn crash(&mut self) -> Option<Wrong> {
         let signal = self.qemu.child.try_wait().unwrap()?.signal()?;
-        Some(format!("{}: QEMU died of signal {signal}", self.qemu.name()))
+        Some(Wrong::new(Kind::Died(self.qemu.name().to_owned(), signal), self.qemu.log()))
     }
 }
 

@@ -1,7 +1,10 @@
 //! One migration, what is done to it, and what must hold at its end.
 
 use std::{
-    sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst},
+    sync::{
+        Mutex,
+        atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -12,7 +15,7 @@ use serde_json::{Value, json};
 
 use crate::{
     commands::{Command, Commands},
-    end::{Carrier, End, Wrong, signal_workers},
+    end::{Carrier, End, Kind, Wrong, signal_workers},
     support::{
         Config, Guest, Memory, Qmp, free_port, memory,
         qmp::{HUNG_UP, STUCK},
@@ -62,10 +65,12 @@ struct Disturbance {
     sent: AtomicUsize,
     /// It has let a guest run again whose migration had completed.
     let_run: AtomicBool,
+    /// What it sent, and what came back.
+    trail: Mutex<Vec<String>>,
 }
 
-fn ensure(holds: bool, what: impl FnOnce() -> Wrong) -> Result<(), Wrong> {
-    if holds { Ok(()) } else { Err(what()) }
+fn ensure(holds: bool, kind: Kind, what: impl FnOnce() -> String) -> Result<(), Wrong> {
+    if holds { Ok(()) } else { Err(Wrong::new(kind, what())) }
 }
 
 impl Round {
@@ -107,7 +112,7 @@ impl Round {
         let migrated = self.migrate(&mut source, &mut destination, carrier);
         for end in [&mut source, &mut destination] {
             if let Some(crash) = end.crash() {
-                return Err(format!("{crash}\n{}", end.qemu.log()));
+                return Err(crash);
             }
         }
         let Some(destination_runs) = migrated? else { return Ok(()) };
@@ -121,7 +126,7 @@ impl Round {
             format!("\n{}\n{}", source.qemu.log(), destination.qemu.log())
         };
         let moved = once_more(&mut source, &mut destination, carrier);
-        moved.map_err(|what| what + &logs(&source, &destination))
+        moved.map_err(|wrong| Wrong { what: wrong.what + &logs(&source, &destination), ..wrong })
     }
 
     /// Migrate and disturb. Returns whether the guest has moved, if that can be said.
@@ -154,7 +159,12 @@ impl Round {
         });
         let sent = disturbances.each_ref().map(|disturbance| disturbance.sent.load(SeqCst));
         println!("commands: {sent:?}");
-        ended?;
+        if let Err(wrong) = ended {
+            for disturbance in disturbances {
+                println!("{:#?}", disturbance.trail.lock().unwrap());
+            }
+            return Err(wrong);
+        }
         let may_run = disturbances[0].let_run.load(SeqCst);
         let moved = has_moved(source, destination)?;
         Ok(if may_run { None } else { Some(moved) })
@@ -186,6 +196,8 @@ fn disturb(
     while !over.load(SeqCst) {
         let (command, arguments) = draw();
         let mut done = client.try_execute(command, &arguments);
+        let trail = format!("{command} {arguments} -> {done:?}");
+        disturbance.trail.lock().unwrap().push(trail);
         if command == "cont" && done.is_ok() {
             done = client.try_execute("query-migrate", &json!({}));
             if done.as_ref().is_ok_and(|state| state["status"] == "completed") {
@@ -209,9 +221,9 @@ fn follow(
     let uri = json!({ "uri": format!("{}:127.0.0.1:{}", carrier.scheme(), free_port()) });
     for (end, command) in [(destination, "migrate-incoming"), (&mut *source, "migrate")] {
         match end.run(command, uri.clone()) {
-            Err(error) if error.ends_with(HUNG_UP) || error.ends_with(STUCK) => return Err(error),
             // Some settings don't go together.
-            Err(_) => return Ok(()),
+            Err(Wrong { kind: Kind::Refused(_), .. }) => return Ok(()),
+            Err(wrong) => return Err(wrong),
             Ok(_) => {}
         }
     }
@@ -237,7 +249,7 @@ fn follow(
             cancelled = true;
             source.run("migrate_cancel", json!({}))?;
         }
-        ensure(taken < DISTURBED + 2 * UNDISTURBED, || format!("it does not end: {state}"))?;
+        ensure(taken < DISTURBED + 2 * UNDISTURBED, Kind::Endless, || state.to_string())?;
         thread::park_timeout(LOOK);
     }
 }
@@ -266,7 +278,8 @@ fn has_moved(source: &mut End, destination: &mut End) -> Result<bool, Wrong> {
     match (stopped, moved) {
         (true, true) | (false, false) => Ok(moved),
         (true, false) if said => Ok(false),
-        _ => Err(why()),
+        (true, false) => Err(Wrong::new(Kind::Nowhere, why())),
+        (false, true) => Err(Wrong::new(Kind::Twice, why())),
     }
 }
 
@@ -293,12 +306,14 @@ fn once_more(source: &mut End, destination: &mut End, carrier: Carrier) -> Resul
             let state = end.migration()?;
             match state["status"].as_str() {
                 Some("completed") => break,
-                Some("failed" | "cancelled") => return Err(format!("the next one: {state}")),
+                Some("failed" | "cancelled") => {
+                    return Err(Wrong::new(Kind::Next, state.to_string()));
+                }
                 _ => thread::park_timeout(LOOK),
             }
         }
     }
     let differences = memory::compare(&mut source.qemu, &mut destination.qemu);
-    ensure(differences.is_empty(), || format!("RAM differs: {differences:?}"))?;
+    ensure(differences.is_empty(), Kind::Differs, || format!("{differences:?}"))?;
     destination.goes_on()
 }
