@@ -64,9 +64,7 @@ impl Setting {
 
     /// In a line, if QEMU would look for the name of one there.
     fn read(line: &str) -> Option<Self> {
-        let rest = line.trim_start_matches(is_space);
-        let end = rest.find(|c| is_space(c) || c == '/').unwrap_or(rest.len());
-        let (command, rest) = rest.split_at(end);
+        let (command, rest) = split_command(line);
         let parameter = match command {
             "migrate_set_parameter" => true,
             "migrate_set_capability" => false,
@@ -85,6 +83,17 @@ impl Setting {
         };
         Some(Self::Capability { name, state, line })
     }
+}
+
+/// The name of a line's command, and what follows.
+fn split_command(line: &str) -> (&str, &str) {
+    let line = line.trim_start_matches(is_space);
+    line.split_at(line.find(|c| is_space(c) || c == '/').unwrap_or(line.len()))
+}
+
+/// The name of a line's command.
+pub fn command(line: &str) -> &str {
+    split_command(line).0
 }
 
 /// C's isspace.

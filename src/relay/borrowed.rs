@@ -85,6 +85,11 @@ impl Borrowed {
         self.capabilities.is_empty() && self.parameters.is_empty()
     }
 
+    /// Are capabilities of QEMU's others than clients see?
+    pub fn changes_capabilities(&self) -> bool {
+        !self.capabilities.is_empty()
+    }
+
     /// Is this capability one of them?
     pub fn includes(&self, capability: &str) -> bool {
         self.capabilities.iter().any(|(name, _)| name == capability)

@@ -17,8 +17,8 @@ use crate::{
 pub enum Intercepted {
     /// Migrate to this address.
     Migrate(Address),
-    /// A migration over another transport, in or out, is QEMU's own: ours no longer shows.
-    MigrateOther,
+    /// QEMU saves or loads the guest by itself.
+    SaveOrLoad(SaveOrLoad),
     /// Wait for a migration at this address.
     MigrateIncoming {
         /// Where.
@@ -50,15 +50,36 @@ pub enum Intercepted {
 }
 
 impl Intercepted {
-    /// It asks for settings of QEMU's or sets them: QEMU's own business, as long as none is borrowed.
+    /// It asks for settings of QEMU's, sets them or goes by them: QEMU's own business, as long as none is
+    /// borrowed.
     pub fn is_about_settings(&self) -> bool {
         matches!(
             self,
-            Self::SetCapabilities { renamed: false, .. }
+            Self::SaveOrLoad(_)
+                | Self::SetCapabilities { renamed: false, .. }
                 | Self::SetParameters(_)
                 | Self::QuerySettings(_)
                 | Self::Monitor(Line::InfoSettings(_) | Line::Set(_))
         )
+    }
+}
+
+/// A command by which QEMU saves or loads the guest: a migration over another transport, or a snapshot.
+/// It goes by the settings of migrations for both, and 7.2 to 11.1 crash if these have multifd on where
+/// no migration has made channels.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SaveOrLoad {
+    /// Its name.
+    pub command: String,
+    /// Its arguments.
+    pub arguments: Map<String, Value>,
+    /// It is a migration, in or out: ours no longer shows.
+    pub migrates: bool,
+}
+
+impl SaveOrLoad {
+    fn new(command: &Command, arguments: &Map<String, Value>, migrates: bool) -> Self {
+        Self { command: command.name.clone(), arguments: arguments.clone(), migrates }
     }
 }
 
@@ -82,7 +103,7 @@ impl Settings {
 }
 
 /// Commands that may be ours.
-const OURS: [&str; 11] = [
+const OURS: [&str; 15] = [
     "human-monitor-command",
     "migrate",
     "migrate-incoming",
@@ -94,6 +115,10 @@ const OURS: [&str; 11] = [
     "query-migrate-parameters",
     "query-rdma-helper",
     "query-rdma-migrate-blockers",
+    "snapshot-load",
+    "snapshot-save",
+    "xen-load-devices-state",
+    "xen-save-devices-state",
 ];
 
 /// Look at a command; `None` if it is QEMU's.
@@ -127,7 +152,7 @@ pub fn intercept(command: &Command) -> Result<Option<Intercepted>, QmpError> {
                 }
                 Intercepted::Migrate(address)
             }
-            Target::Other => Intercepted::MigrateOther,
+            Target::Other => Intercepted::SaveOrLoad(SaveOrLoad::new(command, arguments, true)),
         },
         "migrate-incoming" => match uri::target(arguments)? {
             Target::Rdma(address) => {
@@ -135,7 +160,7 @@ pub fn intercept(command: &Command) -> Result<Option<Intercepted>, QmpError> {
                 let exit_on_error = boolean(arguments, "exit-on-error")?;
                 Intercepted::MigrateIncoming { address, exit_on_error }
             }
-            Target::Other => Intercepted::MigrateOther,
+            Target::Other => Intercepted::SaveOrLoad(SaveOrLoad::new(command, arguments, true)),
         },
         "migrate_cancel" if arguments.is_empty() => Intercepted::Cancel,
         "query-migrate" if arguments.is_empty() => Intercepted::QueryMigrate,
@@ -158,20 +183,24 @@ pub fn intercept(command: &Command) -> Result<Option<Intercepted>, QmpError> {
             only(arguments, &[])?;
             Intercepted::QueryBlockers
         }
-        "human-monitor-command" => return Ok(monitor(arguments)),
+        "snapshot-load" | "snapshot-save" | "xen-load-devices-state" | "xen-save-devices-state" => {
+            Intercepted::SaveOrLoad(SaveOrLoad::new(command, arguments, false))
+        }
+        "human-monitor-command" => return Ok(monitor(command, arguments)),
         _ => return Ok(None),
     }))
 }
 
-fn monitor(arguments: &Map<String, Value>) -> Option<Intercepted> {
+fn monitor(command: &Command, arguments: &Map<String, Value>) -> Option<Intercepted> {
     let line = arguments.get("command-line")?.as_str()?;
+    let save_or_load =
+        |migrates| Some(Intercepted::SaveOrLoad(SaveOrLoad::new(command, arguments, migrates)));
     match hmp::parse(line) {
-        Ok(Line::Other)
-            if matches!(line.split_whitespace().next(), Some("migrate" | "migrate_incoming")) =>
-        {
-            Some(Intercepted::MigrateOther)
-        }
-        Ok(Line::Other) => None,
+        Ok(Line::Other) => match hmp::command(line) {
+            "migrate" | "migrate_incoming" => save_or_load(true),
+            "savevm" | "loadvm" => save_or_load(false),
+            _ => None,
+        },
         Ok(line) => Some(Intercepted::Monitor(line)),
         Err(error) => Some(Intercepted::Monitor(Line::Wrong(error))),
     }
@@ -212,6 +241,8 @@ fn with_qemus_name(arguments: &Map<String, Value>) -> (Map<String, Value>, bool)
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     fn ask(text: &str) -> Result<Option<Intercepted>, QmpError> {
@@ -224,6 +255,14 @@ mod tests {
 
     fn address() -> Address {
         Address { host: "h".into(), port: 1 }
+    }
+
+    /// Whether QEMU migrates, if it saves or loads the guest.
+    fn by_qemu(text: &str) -> Option<bool> {
+        match ask(text).unwrap() {
+            Some(Intercepted::SaveOrLoad(by_qemu)) => Some(by_qemu.migrates),
+            _ => None,
+        }
     }
 
     #[test]
@@ -255,11 +294,17 @@ mod tests {
             assert_eq!(ask(text).unwrap(), None, "{text}");
         }
         let tcp = r#"{"execute": "migrate", "arguments": {"uri": "tcp:h:1", "whatever": 1}}"#;
-        assert_eq!(ask(tcp).unwrap(), Some(Intercepted::MigrateOther));
+        assert_eq!(by_qemu(tcp), Some(true));
         let incoming = r#"{"execute": "migrate-incoming", "arguments": {"uri": "tcp:h:1"}}"#;
-        assert_eq!(ask(incoming).unwrap(), Some(Intercepted::MigrateOther));
+        assert_eq!(by_qemu(incoming), Some(true));
         let wrong = r#"{"execute": "migrate", "arguments": {"uri": 5}}"#;
-        assert_eq!(ask(wrong).unwrap(), Some(Intercepted::MigrateOther));
+        assert_eq!(by_qemu(wrong), Some(true));
+        for line in ["migrate -d tcp:h:1", " savevm one", "loadvm one", "savevm"] {
+            let text = json!({ "execute": "human-monitor-command", "arguments": { "command-line": line } });
+            assert_eq!(by_qemu(&text.to_string()), Some(line.starts_with("migrate")));
+        }
+        let snapshot = r#"{"execute": "snapshot-save", "arguments": {"tag": "one"}}"#;
+        assert_eq!(by_qemu(snapshot), Some(false));
     }
 
     /// But those that may be borrowed.
@@ -288,7 +333,7 @@ mod tests {
     #[test]
     fn the_old_name_is_translated() {
         let text = r#"{"execute": "migrate-set-capabilities", "arguments": {"capabilities": [{"capability": "x-rdma-pin-all", "state": true}, {"capability": "events", "state": true}]}}"#;
-        let expected = serde_json::json!({"capabilities": [{"capability": "rdma-pin-all", "state": true}, {"capability": "events", "state": true}]});
+        let expected = json!({"capabilities": [{"capability": "rdma-pin-all", "state": true}, {"capability": "events", "state": true}]});
         let arguments = expected.as_object().unwrap().clone();
         let expected = Intercepted::SetCapabilities { arguments, renamed: true };
         assert!(!expected.is_about_settings(), "it goes to QEMU with another name");

@@ -83,6 +83,9 @@ impl Outputs {
     }
 }
 
+/// What QEMU says while it migrates.
+pub const IN_PROGRESS: &str = "There's a migration process in progress";
+
 /// The migrations. Nothing waits while they are locked.
 #[derive(Clone)]
 pub struct Migrations {
@@ -155,10 +158,12 @@ impl Migrations {
         address: Address,
     ) -> impl Future<Output = Reply> + Send + use<> {
         let (output, loan) = (self.outputs.clone(), self.loan.clone());
-        let busy = "There's a migration process in progress";
-        let result = begin(&mut self.slots().source, Side::Source, busy, |events, view, reply| {
-            tokio::spawn(Source { context, events, output, view, loan }.run(address, reply))
-        });
+        let result =
+            begin(&mut self.slots().source, Side::Source, IN_PROGRESS, |events, view, reply| {
+                tokio::spawn(
+                    Source { context, events, output, view, loan, ended: None }.run(address, reply),
+                )
+            });
         flatten(result)
     }
 

@@ -18,7 +18,7 @@ use super::{
     borrowed::Borrowed,
     client::{Client, FromClient},
     door::Door,
-    intercept::{Intercepted, intercept},
+    intercept::{Intercepted, SaveOrLoad, intercept},
     migrations::{FAREWELL, Migrations},
     session::Said,
     view::Phase,
@@ -286,15 +286,14 @@ impl Monitor {
             _ => None,
         };
         match intercepted {
-            Ok(Some(_)) if nothing_borrowed.is_some() => {
+            Ok(Some(intercepted)) if nothing_borrowed.is_some() => {
+                if let Intercepted::SaveOrLoad(SaveOrLoad { migrates: true, .. }) = intercepted {
+                    self.migrations.forget();
+                }
                 self.forward_while(bytes, fds, nothing_borrowed);
                 if sets_parameters {
                     self.migrations.tell(&QemuEvent::Parameters);
                 }
-            }
-            Ok(Some(Intercepted::MigrateOther)) => {
-                self.migrations.forget();
-                self.forward(bytes, fds);
             }
             Ok(Some(Intercepted::Cancel | Intercepted::Monitor(Line::Cancel)))
                 if !self.migrations.cancels_itself() =>

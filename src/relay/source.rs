@@ -19,7 +19,7 @@ use super::{
     Context, Output, QemuEvent,
     borrowed::Loan,
     heartbeat,
-    migrations::Outputs,
+    migrations::{IN_PROGRESS, Outputs},
     session::Qemu,
     view::{Guest, Phase, View, rate},
     worker::{self, Worker},
@@ -85,6 +85,16 @@ pub struct Source {
     pub view: watch::Sender<View>,
     /// Settings of QEMU's.
     pub loan: Loan,
+    /// QEMU's own migration has ended without success. Whatever QEMU says after that is of another one.
+    pub ended: Option<Ended>,
+}
+
+/// How QEMU's own migration ended.
+pub struct Ended {
+    since: Instant,
+    /// `cancelled` or `failed`.
+    status: String,
+    why: String,
 }
 
 /// A migration that QEMU has begun.
@@ -105,13 +115,11 @@ struct Seen {
     last: Progress,
     /// Since when QEMU cancels.
     cancelling: Option<Instant>,
-    /// When QEMU's own migration ended without success, and why.
-    ended: Option<(Instant, String)>,
 }
 
 impl Seen {
     fn new(pacing: Pacing) -> Self {
-        Self { pacing, last: Progress::default(), cancelling: None, ended: None }
+        Self { pacing, last: Progress::default(), cancelling: None }
     }
 }
 
@@ -201,7 +209,7 @@ impl Source {
         let mut qemu = self.qemu();
         let state = qemu.execute("query-migrate", Value::Null).await?;
         if is_under_way(&state) {
-            return Err(QmpError::generic("There's a migration process in progress"));
+            return Err(QmpError::generic(IN_PROGRESS));
         }
         let guest = qemu.execute("query-status", Value::Null).await?;
         if guest["status"] == "postmigrate" {
@@ -305,7 +313,7 @@ impl Source {
         // Events of this were not heard while QEMU connected.
         self.look_at_guest(worker, &mut seen.pacing).await;
         loop {
-            let deadline = seen.ended.as_ref().map(|(since, _)| *since + VERDICT);
+            let deadline = self.ended.as_ref().map(|ended| ended.since + VERDICT);
             tokio::select! {
                 // Reports first: they may have waited while QEMU was asked something.
                 biased;
@@ -342,8 +350,8 @@ impl Source {
                     None => return Outcome::QemuGone,
                 },
                 () = sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => {
-                    let reason = seen.ended.map(|(_, why)| why).unwrap_or_default();
-                    return Outcome::Silent { reason };
+                    let reason = self.ended.as_ref().map(|ended| ended.why.clone());
+                    return Outcome::Silent { reason: reason.unwrap_or_default() };
                 }
                 _ = seconds.tick() => {
                     let holds = seen.cancelling.is_some_and(|since| since.elapsed() > VERDICT);
@@ -417,20 +425,26 @@ impl Source {
             // QEMU may wait for what is being held back.
             seen.pacing.lift(worker).await;
         }
-        if seen.ended.is_some() || !["cancelled", "failed"].contains(&status) {
+        if self.ended.is_some() || !["cancelled", "failed"].contains(&status) {
             return;
         }
         let why = state["error-desc"].as_str().unwrap_or("QEMU ended the migration");
-        seen.ended = Some((Instant::now(), why.to_owned()));
-        if status == "cancelled" {
-            // Whatever the worker says, or does not.
+        let (status, why) = (status.to_owned(), why.to_owned());
+        let is_cancelled = status == "cancelled";
+        self.ended = Some(Ended { since: Instant::now(), status, why });
+        if is_cancelled {
+            // Whatever the worker says, or does not. Clients may begin something else now.
             self.give_back().await;
+            self.view.send_modify(|view| view.phase = Phase::Cancelled);
             self.put(Output::Release).await;
         }
     }
 
     /// Once a second: what QEMU knows, and the event.
     async fn second(&mut self, worker: &mut Worker, seen: &mut Seen) {
+        if self.ended.is_some() {
+            return;
+        }
         let Ok(Ok((mut state, max_bandwidth))) = timeout(ANSWER, self.ask_figures()).await else {
             return;
         };

@@ -6,7 +6,7 @@ use tokio::task::JoinHandle;
 use super::Monitor;
 use crate::{
     qmp::{
-        Execute as _, envelope,
+        Execute as _, QmpError, envelope,
         hmp::{self, Line, Setting},
         monitor_line,
     },
@@ -14,8 +14,8 @@ use crate::{
         Context, QemuEvent,
         borrowed::AsClientsSee,
         helper_commands,
-        intercept::{Intercepted, Settings},
-        migrations::{Migrations, Reply},
+        intercept::{Intercepted, SaveOrLoad, Settings},
+        migrations::{IN_PROGRESS, Migrations, Reply},
     },
 };
 
@@ -51,8 +51,9 @@ impl Monitor {
             }
             Intercepted::QueryBlockers => answer_with(query_blockers(context, migrations), id),
             Intercepted::Monitor(line) => self.monitor(line, id),
-            // Forwarded before.
-            Intercepted::MigrateOther => answer_with(async { Ok(json!({})) }, id),
+            Intercepted::SaveOrLoad(command) => {
+                answer_with(save_or_load(context, migrations, command), id)
+            }
         }
     }
 
@@ -165,6 +166,20 @@ async fn set_by_line(mut context: Context, migrations: Migrations, setting: Sett
     let text = borrowed.set_by_line(&mut context.qemu, &setting).await?;
     migrations.tell(&QemuEvent::Parameters);
     Ok(text.into())
+}
+
+/// Not with what a migration has borrowed. That is over for clients only when it is given back.
+async fn save_or_load(mut context: Context, migrations: Migrations, wanted: SaveOrLoad) -> Reply {
+    let SaveOrLoad { command, arguments, migrates } = wanted;
+    let borrowed = migrations.loan().read().await;
+    if borrowed.changes_capabilities() {
+        let busy = async { Err(QmpError::generic(IN_PROGRESS)) };
+        return if command == "human-monitor-command" { as_text(busy).await } else { busy.await };
+    }
+    if migrates {
+        migrations.forget();
+    }
+    context.qemu.execute(&command, arguments.into()).await
 }
 
 async fn info_migrate(context: Context, migrations: Migrations) -> Reply {

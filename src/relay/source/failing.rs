@@ -28,6 +28,9 @@ impl Source {
 
     /// Cancel QEMU's migration, if it goes on; clients see that it failed.
     async fn cancel_as_failed(&self, reason: &str) -> Result<(), QmpError> {
+        if self.ended.is_some() {
+            return Ok(());
+        }
         let mut qemu = self.qemu();
         let state = qemu.execute("query-migrate", Value::Null).await?;
         let status = state["status"].as_str().unwrap_or("none");
@@ -69,6 +72,9 @@ impl Source {
         reason: &str,
         guest_never_ran: bool,
     ) -> Result<String, QmpError> {
+        if let Some(ended) = &self.ended {
+            return Ok(ended.status.clone());
+        }
         let mut qemu = self.qemu();
         let begun = Instant::now();
         let mut cancelled = false;
