@@ -75,6 +75,17 @@ impl Command {
         })
     }
 
+    /// The line of a `human-monitor-command`, however long; `None` where QEMU finds none either.
+    pub fn line(&self) -> Option<String> {
+        #[derive(Deserialize)]
+        struct Arguments {
+            #[serde(rename = "command-line")]
+            line: String,
+        }
+        let arguments: Arguments = serde_json::from_str(self.arguments.as_ref()?.get()).ok()?;
+        Some(arguments.line)
+    }
+
     /// Read its arguments.
     ///
     /// # Errors

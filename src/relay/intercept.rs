@@ -1,6 +1,6 @@
 //! Which of a client's commands are ours, and what they ask for.
 
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use crate::{
     migration::messages::Address,
@@ -72,14 +72,14 @@ pub struct SaveOrLoad {
     /// Its name.
     pub command: String,
     /// Its arguments.
-    pub arguments: Map<String, Value>,
+    pub arguments: Value,
     /// It is a migration, in or out: ours no longer shows.
     pub migrates: bool,
 }
 
 impl SaveOrLoad {
-    fn new(command: &Command, arguments: &Map<String, Value>, migrates: bool) -> Self {
-        Self { command: command.name.clone(), arguments: arguments.clone(), migrates }
+    fn new(command: &Command, arguments: Value, migrates: bool) -> Self {
+        Self { command: command.name.clone(), arguments, migrates }
     }
 }
 
@@ -129,12 +129,10 @@ pub fn intercept(command: &Command) -> Result<Option<Intercepted>, QmpError> {
     if !OURS.contains(&command.name.as_str()) {
         return Ok(None);
     }
-    let arguments = &match command.arguments() {
-        Ok(arguments) => arguments,
-        // Whatever is that long is no migration over rdma:.
-        Err(_) if command.name == "human-monitor-command" => return Ok(None),
-        Err(error) => return Err(error),
-    };
+    if command.name == "human-monitor-command" {
+        return Ok(command.line().and_then(|line| monitor(command, &line)));
+    }
+    let arguments = &command.arguments()?;
     Ok(Some(match command.name.as_str() {
         "migrate" => match uri::target(arguments)? {
             Target::Rdma(address) => {
@@ -152,7 +150,9 @@ pub fn intercept(command: &Command) -> Result<Option<Intercepted>, QmpError> {
                 }
                 Intercepted::Migrate(address)
             }
-            Target::Other => Intercepted::SaveOrLoad(SaveOrLoad::new(command, arguments, true)),
+            Target::Other => {
+                Intercepted::SaveOrLoad(SaveOrLoad::new(command, arguments.clone().into(), true))
+            }
         },
         "migrate-incoming" => match uri::target(arguments)? {
             Target::Rdma(address) => {
@@ -160,7 +160,9 @@ pub fn intercept(command: &Command) -> Result<Option<Intercepted>, QmpError> {
                 let exit_on_error = boolean(arguments, "exit-on-error")?;
                 Intercepted::MigrateIncoming { address, exit_on_error }
             }
-            Target::Other => Intercepted::SaveOrLoad(SaveOrLoad::new(command, arguments, true)),
+            Target::Other => {
+                Intercepted::SaveOrLoad(SaveOrLoad::new(command, arguments.clone().into(), true))
+            }
         },
         "migrate_cancel" if arguments.is_empty() => Intercepted::Cancel,
         "query-migrate" if arguments.is_empty() => Intercepted::QueryMigrate,
@@ -184,17 +186,19 @@ pub fn intercept(command: &Command) -> Result<Option<Intercepted>, QmpError> {
             Intercepted::QueryBlockers
         }
         "snapshot-load" | "snapshot-save" | "xen-load-devices-state" | "xen-save-devices-state" => {
-            Intercepted::SaveOrLoad(SaveOrLoad::new(command, arguments, false))
+            Intercepted::SaveOrLoad(SaveOrLoad::new(command, arguments.clone().into(), false))
         }
-        "human-monitor-command" => return Ok(monitor(command, arguments)),
         _ => return Ok(None),
     }))
 }
 
-fn monitor(command: &Command, arguments: &Map<String, Value>) -> Option<Intercepted> {
-    let line = arguments.get("command-line")?.as_str()?;
-    let save_or_load =
-        |migrates| Some(Intercepted::SaveOrLoad(SaveOrLoad::new(command, arguments, migrates)));
+/// A line of the human monitor. One of any length: QEMU takes it.
+fn monitor(command: &Command, line: &str) -> Option<Intercepted> {
+    let save_or_load = |migrates| {
+        let only_line = || json!({ "command-line": line });
+        let arguments = command.arguments().map_or_else(|_| only_line(), Value::Object);
+        Some(Intercepted::SaveOrLoad(SaveOrLoad::new(command, arguments, migrates)))
+    };
     match hmp::parse(line) {
         Ok(Line::Other) => match hmp::command(line) {
             "migrate" | "migrate_incoming" => save_or_load(true),
@@ -241,8 +245,6 @@ fn with_qemus_name(arguments: &Map<String, Value>) -> (Map<String, Value>, bool)
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
 
     fn ask(text: &str) -> Result<Option<Intercepted>, QmpError> {
@@ -305,6 +307,30 @@ mod tests {
         }
         let snapshot = r#"{"execute": "snapshot-save", "arguments": {"tag": "one"}}"#;
         assert_eq!(by_qemu(snapshot), Some(false));
+    }
+
+    /// QEMU takes a line of any length, and looks for a word in all of it.
+    #[test]
+    fn no_line_is_too_long() {
+        let space = " ".repeat(1 << 20);
+        for (line, padded) in [
+            ("migrate rdma:h:1", format!("{space}migrate{space}rdma:h:1{space}")),
+            ("savevm one", format!("savevm{space}one")),
+            ("migrate_set_parameter a b", format!("{space}migrate_set_parameter a b")),
+            ("info migrate", format!("info migrate{space}")),
+        ] {
+            let ask = |line: &str, space: &str| {
+                let line = json!(line);
+                ask(&format!(
+                    r#"{{"execute": "human-monitor-command", "arguments": {{{space}"command-line": {line}}}}}"#
+                ))
+            };
+            let kind = |asked: Result<Option<Intercepted>, _>| {
+                std::mem::discriminant(&asked.unwrap().unwrap())
+            };
+            assert_eq!(kind(ask(&padded, "")), kind(ask(line, "")), "{line}");
+            assert_eq!(ask(line, &space), ask(line, ""), "{line}");
+        }
     }
 
     /// But those that may be borrowed.

@@ -179,7 +179,7 @@ async fn save_or_load(mut context: Context, migrations: Migrations, wanted: Save
     if migrates {
         migrations.forget();
     }
-    context.qemu.execute(&command, arguments.into()).await
+    context.qemu.execute(&command, arguments).await
 }
 
 async fn info_migrate(context: Context, migrations: Migrations) -> Reply {
