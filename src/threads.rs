@@ -1,4 +1,4 @@
-//! Threads whose end nobody can miss.
+//! Threads, and tasks, whose end nobody can miss.
 //!
 //! Somebody waits for almost every thread of a worker: for its answer, at a meeting, for a place in a
 //! queue. So each says that it has ended, whatever ended it: its work, a failure, a panic, or that the
@@ -8,8 +8,12 @@
 
 use std::{
     any::Any,
+    future::poll_fn,
     panic::{AssertUnwindSafe, catch_unwind},
+    pin::pin,
+    task::Poll,
     thread::{Builder, JoinHandle},
+    time::{Duration, Instant},
 };
 
 /// A thread that did not come to the end of its work.
@@ -60,6 +64,27 @@ pub fn start<T: Send + 'static>(
     Builder::new().name(thread.into()).spawn(run).ok()
 }
 
+/// Do the `work` of a task. A panic ends it, and not what comes after it.
+///
+/// # Errors
+/// It panicked.
+pub async fn caught<T>(task: &'static str, work: impl Future<Output = T>) -> Result<T, Lost> {
+    let mut work = pin!(work);
+    let due = on_demand(task).map(|after| Instant::now() + after);
+    poll_fn(|context| {
+        let poll = || {
+            assert!(due.is_none_or(|due| Instant::now() < due), "on demand");
+            work.as_mut().poll(context)
+        };
+        // It is not polled again after that.
+        match catch_unwind(AssertUnwindSafe(poll)) {
+            Ok(poll) => poll.map(Ok),
+            Err(panic) => Poll::Ready(Err(Lost::Panicked { thread: task, why: said(&*panic) })),
+        }
+    })
+    .await
+}
+
 /// Says what came of a thread when it goes: with the thread, or instead of it.
 struct Ending<T, F: FnOnce(Result<T, Lost>)> {
     thread: &'static str,
@@ -88,18 +113,20 @@ fn said(panic: &(dyn Any + Send)) -> String {
     text.unwrap_or("without a word").to_owned()
 }
 
-/// Tests of a debug build let a thread panic instead of doing its work: when so many milliseconds are
-/// over, so that others have come to wait for it.
-fn fail_on_demand(thread: &str) {
+/// Tests of a debug build let a thread panic instead of doing its work: when so much time is over, so
+/// that others have come to wait for it.
+fn on_demand(thread: &str) -> Option<Duration> {
     if !cfg!(debug_assertions) {
-        return;
+        return None;
     }
-    let wanted = std::env::var("QEMU_RDMA_HELPER_TEST_PANIC").unwrap_or_default();
-    if let Some((name, after)) = wanted.split_once(':')
-        && name == thread
-        && let Ok(after) = after.parse()
-    {
-        std::thread::sleep(std::time::Duration::from_millis(after));
+    let wanted = std::env::var("QEMU_RDMA_HELPER_TEST_PANIC").ok()?;
+    let (_, after) = wanted.split_once(':').filter(|(name, _)| *name == thread)?;
+    after.parse().ok().map(Duration::from_millis)
+}
+
+fn fail_on_demand(thread: &str) {
+    if let Some(after) = on_demand(thread) {
+        std::thread::sleep(after);
         panic!("on demand");
     }
 }

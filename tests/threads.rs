@@ -53,7 +53,12 @@ fn assert_panicked(host: &Host, thread: &str) {
 
 #[track_caller]
 fn fails(thread: &'static str, at_source: bool) {
-    let mut pair = pair(thread, 400, at_source);
+    fails_after(thread, 400, at_source);
+}
+
+#[track_caller]
+fn fails_after(thread: &'static str, after: u32, at_source: bool) {
+    let mut pair = pair(thread, after, at_source);
     let why = migrate(&mut pair, 16);
     println!("| {} | {thread} | {why} |", if at_source { "source" } else { "destination" });
     assert!(!why.is_empty());
@@ -137,4 +142,15 @@ fn that_forwards_the_return_path_at_the_end() {
     assert_eq!(end["status"], "completed", "{end}");
     assert_panicked(&pair.destination, "return path");
     pair.verify();
+}
+
+/// The relay's, of which the worker and QEMU hear nothing.
+#[test]
+fn that_prepares_a_migration() {
+    fails_after("prepare", 0, true);
+}
+
+#[test]
+fn that_follows_a_migration() {
+    fails("follow", true);
 }

@@ -7,7 +7,6 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value, json};
 use tokio::sync::{OwnedRwLockReadGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
-use tracing::warn;
 
 use super::worker::Orders;
 use crate::{
@@ -112,18 +111,19 @@ impl Borrowed {
     }
 
     /// Set them back: nothing is borrowed any more.
-    pub async fn give_back(&mut self, qemu: &mut impl Execute) {
+    ///
+    /// # Errors
+    /// QEMU refused one: it migrates. What comes after that one is left too: a channel more than there
+    /// is would be QEMU's end.
+    pub async fn give_back(&mut self, qemu: &mut impl Execute) -> Result<(), QmpError> {
         for Command { execute, arguments } in self.commands() {
-            if let Err(error) = qemu.execute(&execute, arguments).await
-                && error.class != QmpError::CONNECTION_LOST
-            {
-                warn!(%error, "QEMU keeps settings of a migration that is over");
-            }
+            qemu.execute(&execute, arguments).await?;
         }
         self.capabilities.clear();
         self.parameters.clear();
         self.tell_worker().await;
         self.worker = None;
+        Ok(())
     }
 
     async fn tell_worker(&self) {
@@ -364,7 +364,7 @@ mod tests {
         assert_eq!(qemu.0[1], list);
         let on = json!({ "capabilities": [{ "capability": "multifd", "state": true }] });
         assert_eq!(borrowed.commands()[0].arguments, on);
-        borrowed.give_back(&mut qemu).await;
+        borrowed.give_back(&mut qemu).await.unwrap();
         assert_eq!(qemu.0[2..], [on, parameters]);
         assert!(borrowed.is_empty() && borrowed.commands().is_empty());
     }
@@ -379,6 +379,25 @@ mod tests {
             borrowed.set_parameters(&mut qemu, arguments).await.unwrap_err();
         }
         assert_eq!((borrowed.commands(), qemu.0.len()), (before, 0));
+    }
+
+    /// A QEMU that migrates.
+    struct Refuses(Vec<String>);
+
+    impl Execute for Refuses {
+        async fn execute(&mut self, command: &str, _: Value) -> Result<Value, QmpError> {
+            self.0.push(command.to_owned());
+            Err(QmpError::generic("There's a migration process in progress"))
+        }
+    }
+
+    #[tokio::test]
+    async fn what_can_not_be_given_back_yet_is_kept() {
+        let (mut borrowed, mut qemu) = (borrowed(), Refuses(Vec::new()));
+        let before = borrowed.commands();
+        borrowed.give_back(&mut qemu).await.unwrap_err();
+        assert_eq!(qemu.0, ["migrate-set-capabilities"], "channels stay what they are");
+        assert_eq!(borrowed.commands(), before);
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
+use super::view::Side;
 use crate::{
     migration::messages::Address,
     qmp::{
@@ -50,13 +51,11 @@ pub enum Intercepted {
 }
 
 impl Intercepted {
-    /// It asks for settings of QEMU's, sets them or goes by them: QEMU's own business, as long as none is
-    /// borrowed.
+    /// It asks for settings of QEMU's or sets them: QEMU's own business, as long as none is borrowed.
     pub fn is_about_settings(&self) -> bool {
         matches!(
             self,
-            Self::SaveOrLoad(_)
-                | Self::SetCapabilities { renamed: false, .. }
+            Self::SetCapabilities { renamed: false, .. }
                 | Self::SetParameters(_)
                 | Self::QuerySettings(_)
                 | Self::Monitor(Line::InfoSettings(_) | Line::Set(_))
@@ -73,12 +72,12 @@ pub struct SaveOrLoad {
     pub command: String,
     /// Its arguments.
     pub arguments: Value,
-    /// It is a migration, in or out: ours no longer shows.
-    pub migrates: bool,
+    /// It is a migration, and this is its end of it.
+    pub migrates: Option<Side>,
 }
 
 impl SaveOrLoad {
-    fn new(command: &Command, arguments: Value, migrates: bool) -> Self {
+    fn new(command: &Command, arguments: Value, migrates: Option<Side>) -> Self {
         Self { command: command.name.clone(), arguments, migrates }
     }
 }
@@ -150,9 +149,11 @@ pub fn intercept(command: &Command) -> Result<Option<Intercepted>, QmpError> {
                 }
                 Intercepted::Migrate(address)
             }
-            Target::Other => {
-                Intercepted::SaveOrLoad(SaveOrLoad::new(command, arguments.clone().into(), true))
-            }
+            Target::Other => Intercepted::SaveOrLoad(SaveOrLoad::new(
+                command,
+                arguments.clone().into(),
+                Some(Side::Source),
+            )),
         },
         "migrate-incoming" => match uri::target(arguments)? {
             Target::Rdma(address) => {
@@ -160,9 +161,11 @@ pub fn intercept(command: &Command) -> Result<Option<Intercepted>, QmpError> {
                 let exit_on_error = boolean(arguments, "exit-on-error")?;
                 Intercepted::MigrateIncoming { address, exit_on_error }
             }
-            Target::Other => {
-                Intercepted::SaveOrLoad(SaveOrLoad::new(command, arguments.clone().into(), true))
-            }
+            Target::Other => Intercepted::SaveOrLoad(SaveOrLoad::new(
+                command,
+                arguments.clone().into(),
+                Some(Side::Destination),
+            )),
         },
         "migrate_cancel" if arguments.is_empty() => Intercepted::Cancel,
         "query-migrate" if arguments.is_empty() => Intercepted::QueryMigrate,
@@ -186,7 +189,7 @@ pub fn intercept(command: &Command) -> Result<Option<Intercepted>, QmpError> {
             Intercepted::QueryBlockers
         }
         "snapshot-load" | "snapshot-save" | "xen-load-devices-state" | "xen-save-devices-state" => {
-            Intercepted::SaveOrLoad(SaveOrLoad::new(command, arguments.clone().into(), false))
+            Intercepted::SaveOrLoad(SaveOrLoad::new(command, arguments.clone().into(), None))
         }
         _ => return Ok(None),
     }))
@@ -201,8 +204,9 @@ fn monitor(command: &Command, line: &str) -> Option<Intercepted> {
     };
     match hmp::parse(line) {
         Ok(Line::Other) => match hmp::command(line) {
-            "migrate" | "migrate_incoming" => save_or_load(true),
-            "savevm" | "loadvm" => save_or_load(false),
+            "migrate" => save_or_load(Some(Side::Source)),
+            "migrate_incoming" => save_or_load(Some(Side::Destination)),
+            "savevm" | "loadvm" => save_or_load(None),
             _ => None,
         },
         Ok(line) => Some(Intercepted::Monitor(line)),
@@ -262,7 +266,7 @@ mod tests {
     /// Whether QEMU migrates, if it saves or loads the guest.
     fn by_qemu(text: &str) -> Option<bool> {
         match ask(text).unwrap() {
-            Some(Intercepted::SaveOrLoad(by_qemu)) => Some(by_qemu.migrates),
+            Some(Intercepted::SaveOrLoad(by_qemu)) => Some(by_qemu.migrates.is_some()),
             _ => None,
         }
     }

@@ -37,6 +37,8 @@ struct Migration {
     /// What was shown before, and goes on to be if this one does not begin.
     before: Option<View>,
     task: JoinHandle<()>,
+    /// Another one, which is not ours, came after it.
+    forgotten: bool,
 }
 
 impl Migration {
@@ -44,8 +46,25 @@ impl Migration {
         !self.task.is_finished()
     }
 
+    /// Another one may begin.
+    fn is_over(&self) -> bool {
+        !self.runs() || self.view.borrow().is_over()
+    }
+
+    /// Wait until its task has ended.
+    async fn ended(self) {
+        // It takes QEMU for gone when nobody has events for it any more.
+        let Self { events, task, .. } = self;
+        // A panic is in the log.
+        let _ = task.await;
+        drop(events);
+    }
+
     /// What a client sees.
     fn shown(&self) -> Option<View> {
+        if self.forgotten {
+            return None;
+        }
         let view = self.view.borrow();
         if view.shows() { Some(view.clone()) } else { self.before.clone() }
     }
@@ -64,8 +83,19 @@ struct Slots {
 }
 
 impl Slots {
+    fn of(&self, side: Side) -> &Option<Migration> {
+        match side {
+            Side::Source => &self.source,
+            Side::Destination => &self.destination,
+        }
+    }
+
     fn all(&self) -> impl Iterator<Item = &Migration> {
         [&self.source, &self.destination].into_iter().flatten()
+    }
+
+    fn all_mut(&mut self) -> impl Iterator<Item = &mut Migration> {
+        [&mut self.source, &mut self.destination].into_iter().flatten()
     }
 }
 
@@ -117,17 +147,12 @@ impl Migrations {
         &self.loan
     }
 
-    /// Has the outgoing migration borrowed settings of QEMU's?
-    pub fn borrows(&self) -> bool {
-        self.slots().source.as_ref().is_some_and(|source| source.view.borrow().borrows)
-    }
-
-    /// Where the outgoing migration stands, and whether it still runs.
-    pub fn source(&self) -> Option<(Phase, bool)> {
+    /// Where the outgoing migration stands.
+    pub fn source(&self) -> Option<Phase> {
         let slots = self.slots();
-        let source = slots.source.as_ref()?;
+        let source = slots.source.as_ref().filter(|source| !source.forgotten)?;
         let phase = source.view.borrow().phase.clone();
-        Some((phase, source.runs()))
+        Some(phase)
     }
 
     /// Not QEMU cancels a migration that is still connecting, or whose guest may have come to run
@@ -139,11 +164,27 @@ impl Migrations {
         })
     }
 
-    /// A migration of ours that is over no longer shows.
-    pub fn forget(&self) {
-        let mut slots = self.slots();
-        slots.source.take_if(|source| !source.runs());
-        slots.destination.take_if(|destination| !destination.runs());
+    /// A migration of ours goes on in this direction.
+    pub fn goes_on(&self, side: Side) -> bool {
+        self.slots().of(side).as_ref().is_some_and(|migration| !migration.is_over())
+    }
+
+    /// Migrations of ours that are over show no more. Returns which were shown.
+    pub fn forget(&self) -> Vec<Side> {
+        let shown = |migration: &mut Migration| {
+            let shows = migration.is_over() && !migration.forgotten;
+            migration.forgotten |= shows;
+            shows.then(|| migration.view.borrow().side)
+        };
+        self.slots().all_mut().filter_map(shown).collect()
+    }
+
+    /// They are shown again.
+    pub fn remember(&self, sides: &[Side]) {
+        for migration in self.slots().all_mut() {
+            let side = migration.view.borrow().side;
+            migration.forgotten &= !sides.contains(&side);
+        }
     }
 
     /// Tell them what happened.
@@ -158,13 +199,14 @@ impl Migrations {
         address: Address,
     ) -> impl Future<Output = Reply> + Send + use<> {
         let (output, loan) = (self.outputs.clone(), self.loan.clone());
-        let result =
-            begin(&mut self.slots().source, Side::Source, IN_PROGRESS, |events, view, reply| {
-                tokio::spawn(
-                    Source { context, events, output, view, loan, ended: None }.run(address, reply),
-                )
-            });
-        flatten(result)
+        flatten(begin(
+            &mut self.slots().source,
+            Side::Source,
+            IN_PROGRESS,
+            |events, view, reply| {
+                Source { context, events, output, view, loan, ended: None }.run(address, reply)
+            },
+        ))
     }
 
     /// `migrate-incoming`; resolves when the client is to be answered.
@@ -176,11 +218,9 @@ impl Migrations {
     ) -> impl Future<Output = Reply> + Send + use<> {
         let busy = "The incoming migration has already been started";
         let slot = &mut self.slots().destination;
-        let result = begin(slot, Side::Destination, busy, |events, view, reply| {
-            let destination = Destination { context, events, view };
-            tokio::spawn(destination.run(address, exit_on_error, reply))
-        });
-        flatten(result)
+        flatten(begin(slot, Side::Destination, busy, |events, view, reply| {
+            Destination { context, events, view }.run(address, exit_on_error, reply)
+        }))
     }
 
     /// End them: because QEMU is gone, or the relay is told to end.
@@ -200,29 +240,33 @@ impl Migrations {
     }
 }
 
-/// Start a migration in its slot, unless one runs there, which `busy` says. What comes is the
+/// Start a migration in its slot, unless one goes on there, which `busy` says. What comes is the
 /// client's answer.
-fn begin(
+fn begin<F: Future<Output = ()> + Send + 'static>(
     slot: &mut Option<Migration>,
     side: Side,
     busy: &str,
-    start: impl FnOnce(
-        mpsc::Receiver<QemuEvent>,
-        watch::Sender<View>,
-        oneshot::Sender<Reply>,
-    ) -> JoinHandle<()>,
+    run: impl FnOnce(mpsc::Receiver<QemuEvent>, watch::Sender<View>, oneshot::Sender<Reply>) -> F,
 ) -> oneshot::Receiver<Reply> {
     let (reply, result) = oneshot::channel();
-    if slot.as_ref().is_some_and(Migration::runs) {
+    if slot.as_ref().is_some_and(|migration| !migration.is_over()) {
         // The receiver is right here.
         let _ = reply.send(Err(QmpError::generic(busy)));
-    } else {
-        let (events, event_receiver) = mpsc::channel(QUEUE);
-        let (view, view_receiver) = watch::channel(View::new(side));
-        let before = slot.as_ref().and_then(Migration::shown);
-        let task = start(event_receiver, view, reply);
-        *slot = Some(Migration { events, view: view_receiver, before, task });
+        return result;
     }
+    let (events, event_receiver) = mpsc::channel(QUEUE);
+    let (view, view_receiver) = watch::channel(View::new(side));
+    let previous = slot.take();
+    let before = previous.as_ref().and_then(Migration::shown);
+    let run = run(event_receiver, view, reply);
+    let task = tokio::spawn(async move {
+        // Its worker may still have to say goodbye to its peer.
+        if let Some(previous) = previous {
+            previous.ended().await;
+        }
+        run.await;
+    });
+    *slot = Some(Migration { events, view: view_receiver, before, task, forgotten: false });
     result
 }
 

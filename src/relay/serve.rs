@@ -18,7 +18,7 @@ use super::{
     borrowed::Borrowed,
     client::{Client, FromClient},
     door::Door,
-    intercept::{Intercepted, SaveOrLoad, intercept},
+    intercept::{Intercepted, intercept},
     migrations::{FAREWELL, Migrations},
     session::Said,
     view::Phase,
@@ -201,24 +201,21 @@ impl Monitor {
 
     /// What the client gets of a MIGRATION event while a migration of ours runs, if anything.
     fn migration_event(&mut self, status: &str, line: Vec<u8>) -> Option<Vec<u8>> {
-        let Some((phase, runs)) = self.migrations.source() else { return Some(line) };
+        let Some(phase) = self.migrations.source() else { return Some(line) };
         let failed = || envelope::event("MIGRATION", &json!({ "status": "failed" }));
         let line = match (status, &phase) {
             // QEMU's word comes behind the verdict.
             ("completed", Phase::Failed(_)) => failed(),
             // The relay cancels it because it failed.
-            ("cancelling", Phase::Failed(_)) if runs => return None,
-            ("cancelled", Phase::Failed(_)) if runs => failed(),
+            ("cancelling", Phase::Failing | Phase::Failed(_)) => return None,
+            ("cancelled", Phase::Failing | Phase::Failed(_)) => failed(),
             _ => line,
         };
-        let waits = match (status, &phase) {
-            // Until the destination has confirmed it, or the worker has said why.
-            ("completed" | "failed", Phase::Running) => true,
-            // Until QEMU is set back to what it was.
-            ("cancelled" | "failed", _) => self.migrations.borrows(),
-            _ => false,
-        };
-        if runs && waits && self.held.is_none() {
+        // Until the destination has confirmed it, or the worker has said why, and QEMU is set back to what it
+        // was.
+        let ends = ["completed", "failed", "cancelled"].contains(&status);
+        let waits = ends && matches!(phase, Phase::Running | Phase::Failing);
+        if waits && self.held.is_none() {
             self.held = Some(Held::default());
         }
         Some(line)
@@ -286,10 +283,7 @@ impl Monitor {
             _ => None,
         };
         match intercepted {
-            Ok(Some(intercepted)) if nothing_borrowed.is_some() => {
-                if let Intercepted::SaveOrLoad(SaveOrLoad { migrates: true, .. }) = intercepted {
-                    self.migrations.forget();
-                }
+            Ok(Some(_)) if nothing_borrowed.is_some() => {
                 self.forward_while(bytes, fds, nothing_borrowed);
                 if sets_parameters {
                     self.migrations.tell(&QemuEvent::Parameters);

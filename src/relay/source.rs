@@ -33,6 +33,7 @@ use crate::{
     qemu::blockers,
     qmp::{Execute as _, QmpError, envelope},
     stream::Travel,
+    threads,
 };
 
 /// How long connecting and comparing block lists may take in all; the worker's own bounds are
@@ -142,8 +143,8 @@ enum Outcome {
 impl Source {
     /// Run it; `reply` is the result of the client's `migrate`.
     pub async fn run(mut self, address: Address, reply: oneshot::Sender<Result<Value, QmpError>>) {
-        let prepared = self.prepare(&address).await;
-        let (result, begun) = match prepared {
+        let prepared = threads::caught("prepare", self.prepare(&address)).await;
+        let (result, begun) = match prepared.map_err(generic).flatten() {
             Ok((value, begun)) => (Ok(value), Some(begun)),
             Err(error) => {
                 self.give_back().await;
@@ -156,7 +157,9 @@ impl Source {
         let Some(Begun { mut worker, streams }) = begun else { return };
         worker.has_stream();
         let has_channels = !streams.channels.is_empty();
-        let mut outcome = self.follow(&mut worker, has_channels).await;
+        let followed = threads::caught("follow", self.follow(&mut worker, has_channels)).await;
+        let mut outcome =
+            followed.unwrap_or_else(|lost| Outcome::Silent { reason: lost.to_string() });
         if matches!(outcome, Outcome::Silent { .. }) {
             worker.kill().await;
             // What it had said before counts, but for what it can't do any more: to settle QEMU.
@@ -176,7 +179,7 @@ impl Source {
             Outcome::Silent { reason } => {
                 let guest_never_ran = !self.view.borrow().past_ram;
                 if guest_never_ran {
-                    self.break_off(&streams, &reason).await;
+                    self.break_off(&streams).await;
                 } else {
                     tokio::task::spawn_blocking(move || return_path::settle(&streams.main));
                 }
@@ -184,7 +187,7 @@ impl Source {
             }
             Outcome::Failed { reason, guest_never_ran } => {
                 if guest_never_ran {
-                    self.break_off(&streams, &reason).await;
+                    self.break_off(&streams).await;
                 }
                 self.fail(reason, guest_never_ran).await;
             }

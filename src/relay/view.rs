@@ -21,6 +21,8 @@ pub enum Phase {
     Running,
     /// The destination's QEMU completed.
     Confirmed,
+    /// It failed, and QEMU's migration is being cancelled because of that.
+    Failing,
     /// It failed; one sentence.
     Failed(String),
     /// It was cancelled.
@@ -106,6 +108,17 @@ impl View {
         }
     }
 
+    /// Clients see how it ended, and may begin another one.
+    pub fn is_over(&self) -> bool {
+        matches!(self.phase, Phase::Confirmed | Phase::Failed(_) | Phase::Cancelled)
+    }
+
+    /// QEMU's migration has ended, by its own account, and clients don't see that yet.
+    pub fn awaits_end(&self, status: &str) -> bool {
+        let goes_on = matches!(self.phase, Phase::Running | Phase::Failing);
+        self.side == Side::Source && goes_on && ["cancelled", "failed"].contains(&status)
+    }
+
     /// It is, or was, a migration that a client should see.
     pub fn shows(&self) -> bool {
         self.phase != Phase::Asked
@@ -173,10 +186,8 @@ impl View {
             Phase::Failed(_) if self.side == Side::Destination && status == "completed" => {}
             // The relay cancels it because it failed, and QEMU is not done with that.
             Phase::Failed(_) if self.side == Side::Source && status == "cancelling" => {}
-            // Nor is it set back to what it was.
-            Phase::Failed(_) if self.borrows && ["cancelled", "failed"].contains(&&*status) => {
-                reply["status"] = "cancelling".into();
-            }
+            // Nor has the relay taken note of it.
+            Phase::Failing if self.awaits_end(&status) => reply["status"] = "cancelling".into(),
             // What QEMU says is of another one.
             Phase::Connecting => *reply = json!({ "status": "setup" }),
             Phase::Cancelled => reply["status"] = "cancelled".into(),
@@ -188,8 +199,8 @@ impl View {
             Phase::Running if self.side == Side::Source && status == "completed" => {
                 reply["status"] = "device".into();
             }
-            // Not before QEMU is set back to what it was.
-            Phase::Running if self.borrows && status == "cancelled" => {
+            // Not before the relay has taken note of it: what QEMU says then is of whatever comes next.
+            Phase::Running if self.side == Side::Source && status == "cancelled" => {
                 reply["status"] = "cancelling".into();
             }
             // Not before the worker has said why.
@@ -199,7 +210,7 @@ impl View {
                     reply.remove("error-desc");
                 }
             }
-            Phase::Asked | Phase::Running | Phase::Confirmed => {}
+            Phase::Asked | Phase::Running | Phase::Failing | Phase::Confirmed => {}
         }
         if self.side == Side::Destination {
             return;
@@ -337,8 +348,12 @@ mod tests {
 
     #[test]
     fn a_cancellation_is_no_error() {
+        let mut view = view(Side::Source);
         let mut shown = json!({"status": "cancelled", "error-desc": "Broken pipe"});
-        view(Side::Source).overlay(&mut shown);
+        view.overlay(&mut shown);
+        assert_eq!(shown["status"], "cancelling", "the relay does not know yet");
+        view.phase = Phase::Cancelled;
+        view.overlay(&mut shown);
         assert_eq!(shown["status"], "cancelled");
         assert!(shown.get("error-desc").is_none());
     }

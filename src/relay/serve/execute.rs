@@ -16,6 +16,7 @@ use crate::{
         helper_commands,
         intercept::{Intercepted, SaveOrLoad, Settings},
         migrations::{IN_PROGRESS, Migrations, Reply},
+        view::Side,
     },
 };
 
@@ -118,6 +119,9 @@ async fn query_migrate(context: Context, migrations: Migrations) -> Reply {
     let mut reply = qemu.execute("query-migrate", Value::Null).await?;
     // Looked at now: when QEMU says that it was cancelled, it is known whether by us.
     if let Some(view) = migrations.view() {
+        if view.awaits_end(reply["status"].as_str().unwrap_or("none")) {
+            migrations.tell(&QemuEvent::Migration);
+        }
         view.overlay(&mut reply);
     }
     Ok(reply)
@@ -168,18 +172,29 @@ async fn set_by_line(mut context: Context, migrations: Migrations, setting: Sett
     Ok(text.into())
 }
 
-/// Not with what a migration has borrowed. That is over for clients only when it is given back.
+/// Not with what a migration has borrowed: that is given back before clients see its end.
 async fn save_or_load(mut context: Context, migrations: Migrations, wanted: SaveOrLoad) -> Reply {
     let SaveOrLoad { command, arguments, migrates } = wanted;
     let borrowed = migrations.loan().read().await;
-    if borrowed.changes_capabilities() {
+    let goes_on = migrates == Some(Side::Source) && migrations.goes_on(Side::Source);
+    if goes_on || borrowed.changes_capabilities() {
         let busy = async { Err(QmpError::generic(IN_PROGRESS)) };
         return if command == "human-monitor-command" { as_text(busy).await } else { busy.await };
     }
-    if migrates {
-        migrations.forget();
+    if migrates.is_none() {
+        return context.qemu.execute(&command, arguments).await;
     }
-    context.qemu.execute(&command, arguments).await
+    // What QEMU says from here on is of the other one.
+    let forgotten = migrations.forget();
+    let reply = context.qemu.execute(&command, arguments).await;
+    let refused = match &reply {
+        Ok(text) => text.as_str().is_some_and(|text| text.starts_with("Error: ")),
+        Err(_) => true,
+    };
+    if refused {
+        migrations.remember(&forgotten);
+    }
+    reply
 }
 
 async fn info_migrate(context: Context, migrations: Migrations) -> Reply {

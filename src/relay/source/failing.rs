@@ -18,16 +18,16 @@ impl Source {
     /// Let QEMU's migration end. One with channels is cancelled first: a channel that breaks while QEMU
     /// waits at pre-switchover fails the migration and leaves the guest stopped for good
     /// (`multifd_send_set_error` sets the state, and nobody wakes the thread that waits; 10.0).
-    pub(super) async fn break_off(&self, streams: &Streams, reason: &str) {
+    pub(super) async fn break_off(&self, streams: &Streams) {
         if !streams.channels.is_empty() {
             // One that holds its lock while it writes to nobody does not answer.
-            let _ = timeout(ANSWER, self.cancel_as_failed(reason)).await;
+            let _ = timeout(ANSWER, self.cancel_as_failed()).await;
         }
         streams.end();
     }
 
     /// Cancel QEMU's migration, if it goes on; clients see that it failed.
-    async fn cancel_as_failed(&self, reason: &str) -> Result<(), QmpError> {
+    async fn cancel_as_failed(&self) -> Result<(), QmpError> {
         if self.ended.is_some() {
             return Ok(());
         }
@@ -35,7 +35,7 @@ impl Source {
         let state = qemu.execute("query-migrate", Value::Null).await?;
         let status = state["status"].as_str().unwrap_or("none");
         if UNDER_WAY.contains(&status) && status != "cancelling" {
-            self.view.send_modify(|view| view.phase = Phase::Failed(reason.to_owned()));
+            self.view.send_modify(|view| view.phase = Phase::Failing);
             qemu.execute("migrate_cancel", Value::Null).await?;
         }
         Ok(())
@@ -44,11 +44,9 @@ impl Source {
     /// The migration failed: let QEMU end it, and the guest run on.
     pub(super) async fn fail(&mut self, reason: String, guest_never_ran: bool) {
         warn!(%reason, "migration failed");
-        let status = self.end_qemus_migration(&reason, guest_never_ran).await;
+        let status = self.end_qemus_migration(guest_never_ran).await;
         let phase = match status.as_deref() {
-            Ok("cancelled") if !matches!(self.view.borrow().phase, Phase::Failed(_)) => {
-                Phase::Cancelled
-            }
+            Ok("cancelled") if self.view.borrow().phase != Phase::Failing => Phase::Cancelled,
             Ok("completed") => Phase::Failed(self.roll_back(reason, guest_never_ran).await),
             Ok(status) if UNDER_WAY.contains(&status) && !guest_never_ran => {
                 Phase::Failed(stays_stopped(&reason))
@@ -67,11 +65,7 @@ impl Source {
     }
 
     /// Wait until QEMU's migration is over; returns its last state.
-    async fn end_qemus_migration(
-        &mut self,
-        reason: &str,
-        guest_never_ran: bool,
-    ) -> Result<String, QmpError> {
+    async fn end_qemus_migration(&mut self, guest_never_ran: bool) -> Result<String, QmpError> {
         if let Some(ended) = &self.ended {
             return Ok(ended.status.clone());
         }
@@ -91,7 +85,7 @@ impl Source {
             let may_cancel = guest_never_ran && status != "cancelling" && !cancelled;
             if may_cancel && begun.elapsed() > NOTICE {
                 cancelled = true;
-                self.cancel_as_failed(reason).await?;
+                self.cancel_as_failed().await?;
             }
             sleep(POLL).await;
         }

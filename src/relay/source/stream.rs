@@ -22,12 +22,15 @@ use crate::{
     qmp::{Execute as _, QmpError},
     relay::{
         QemuEvent,
-        borrowed::Borrowed,
+        borrowed::{Borrowed, Loan},
         session::Qemu,
         view::{Guest, Phase},
         worker::{self, Worker},
     },
 };
+
+/// How long a QEMU is left alone that refused to be set back.
+const REFUSED: Duration = Duration::from_secs(1);
 
 /// How long QEMU may take to connect all of its channels.
 const CONNECTED: Duration = Duration::from_secs(10);
@@ -56,6 +59,10 @@ impl Source {
         // From here on clients wait with settings: what is seen now is what QEMU migrates by.
         let loan = self.loan.clone();
         let mut borrowed = loan.write().await;
+        if !borrowed.is_empty() {
+            let why = "QEMU has not cleaned up behind its last migration yet; try again";
+            return Err(QmpError::generic(why));
+        }
         blockers::refuse(&blockers::settings(&mut qemu).await?)?;
         // A client may have stopped it, or let it run, while the destination was connected.
         self.look_at_guest(worker, &mut Pacing::Never).await;
@@ -67,7 +74,7 @@ impl Source {
                 }
                 Err(error) => {
                     debug!(%error, "QEMU does not announce memory now");
-                    borrowed.give_back(&mut qemu).await;
+                    borrowed.give_back(&mut qemu).await?;
                 }
             }
         }
@@ -83,7 +90,7 @@ impl Source {
                 Ok(()) => return self.with_channels(qemu, worker, door, channels, borrowed).await,
                 Err(error) => {
                     debug!(%error, "QEMU has no multifd channels now");
-                    borrowed.give_back(&mut qemu).await;
+                    borrowed.give_back(&mut qemu).await?;
                 }
             }
         }
@@ -162,33 +169,19 @@ impl Source {
         Ok(())
     }
 
-    /// Set back what QEMU was set to for this migration, which is over.
+    /// Set back what QEMU was set to for this migration, which is over. Until QEMU lets that be done, no
+    /// other migration begins; nobody waits for it longer than is bearable.
     pub(super) async fn give_back(&self) {
         if !self.view.borrow().borrows {
             return;
         }
-        let clean = timeout(END, self.await_clean_up()).await;
-        let mut borrowed = self.loan.write().await;
-        match clean {
-            Ok(Ok(())) => borrowed.give_back(&mut self.qemu()).await,
-            Ok(Err(error)) if error.class == QmpError::CONNECTION_LOST => {}
-            // Rather wrong settings than a QEMU that aborts.
-            Ok(Err(_)) | Err(_) => {
-                warn!("QEMU does not end its migration; it keeps the settings for it");
-                *borrowed = Borrowed::default();
-            }
+        let given_back = tokio::spawn(give_back(self.qemu(), self.loan.clone()));
+        if timeout(END, given_back).await.is_err() {
+            warn!(
+                "QEMU does not clean up behind its migration; its settings are given back when it has"
+            );
         }
         self.view.send_modify(|view| view.borrows = false);
-    }
-
-    /// QEMU ends a migration before it has cleaned up behind it. A multifd that is turned off in
-    /// between is not cleaned up, and QEMU aborts of that (`multifd_send_shutdown`, 7.2 to 10.0).
-    async fn await_clean_up(&self) -> Result<(), QmpError> {
-        let mut qemu = self.qemu();
-        while cleans_up(&qemu.execute("query-yank", Value::Null).await?) {
-            sleep(POLL).await;
-        }
-        Ok(())
     }
 
     async fn with_channels(
@@ -208,7 +201,7 @@ impl Source {
             Ok(streams) => Ok((value, streams)),
             Err((reason, sockets)) => {
                 if let Some(streams) = Streams::new(sockets) {
-                    self.break_off(&streams, &reason).await;
+                    self.break_off(&streams).await;
                 }
                 // QEMU notices what it can't connect to.
                 drop(door);
@@ -277,4 +270,24 @@ impl Source {
         }
         Err(state["error-desc"].as_str().unwrap_or("QEMU ended the migration").to_owned())
     }
+}
+
+/// Set QEMU back as soon as it has cleaned up behind its migration.
+async fn give_back(mut qemu: Qemu, loan: Loan) {
+    while let Err(error) = try_to_give_back(&mut qemu, &loan).await {
+        if error.class == QmpError::CONNECTION_LOST {
+            return;
+        }
+        debug!(%error, "QEMU is not set back yet");
+        sleep(REFUSED).await;
+    }
+}
+
+/// QEMU ends a migration before it has cleaned up behind it. A multifd that is turned off in between
+/// is not cleaned up, and QEMU aborts of that (`multifd_send_shutdown`, 7.2 to 10.0).
+async fn try_to_give_back(qemu: &mut Qemu, loan: &Loan) -> Result<(), QmpError> {
+    while cleans_up(&qemu.execute("query-yank", Value::Null).await?) {
+        sleep(POLL).await;
+    }
+    loan.write().await.give_back(qemu).await
 }
