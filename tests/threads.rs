@@ -3,7 +3,7 @@
 mod support;
 
 use serde_json::json;
-use support::{Config, Host, Pair, eventually};
+use support::{Config, Host, Pair, Qmp, eventually};
 
 /// A pair whose thread of this name, at one end, panics instead of doing its work, so many milliseconds
 /// after it began: others have come to wait for it.
@@ -53,12 +53,7 @@ fn assert_panicked(host: &Host, thread: &str) {
 
 #[track_caller]
 fn fails(thread: &'static str, at_source: bool) {
-    fails_after(thread, 400, at_source);
-}
-
-#[track_caller]
-fn fails_after(thread: &'static str, after: u32, at_source: bool) {
-    let mut pair = pair(thread, after, at_source);
+    let mut pair = pair(thread, 400, at_source);
     let why = migrate(&mut pair, 16);
     println!("| {} | {thread} | {why} |", if at_source { "source" } else { "destination" });
     assert!(!why.is_empty());
@@ -144,13 +139,21 @@ fn that_forwards_the_return_path_at_the_end() {
     pair.verify();
 }
 
-/// The relay's, of which the worker and QEMU hear nothing.
+/// The relay's tasks, of whose end neither the worker nor QEMU hears.
 #[test]
-fn that_prepares_a_migration() {
-    fails_after("prepare", 0, true);
-}
-
-#[test]
-fn that_follows_a_migration() {
-    fails("follow", true);
+fn tasks_of_the_relay() {
+    for (task, after) in [("prepare", 0), ("follow", 400)] {
+        let mut pair = pair(task, after, true);
+        let why = migrate(&mut pair, 16);
+        println!("| source | {task} | {why} |");
+        assert!(why.contains(&format!("'{task}' panicked (on demand)")), "{why}");
+        eventually("the guest to run", || (pair.source.qemu.status() == "running").then_some(()));
+        pair.source.qemu.assert_goes_on();
+        pair.source.helper.await_no_worker();
+        // QEMU is set back.
+        let mut qemu = Qmp::connect(&pair.source.qemu.spare_socket());
+        assert_eq!(qemu.hmp("info migrate_capabilities"), {
+            pair.source.client.hmp("info migrate_capabilities")
+        });
+    }
 }
