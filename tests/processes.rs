@@ -122,20 +122,39 @@ fn the_destinations_worker_is_killed() {
     migrates_after_all(pair, &config);
 }
 
-/// With QEMU's return path open, its end is one more thing that has to go well.
+/// With QEMU's return path open, its end is one more thing that has to go well: also in the next
+/// migration, for which QEMU 7.2 believes that it is still open.
 #[test]
-fn the_destinations_worker_is_killed_with_return_path() {
-    let config = Config::default();
-    let mut pair = Pair::start(&config);
-    for host in [&mut pair.source, &mut pair.destination] {
-        host.client.capability("return-path", true);
+fn the_next_one_succeeds_after_one_with_return_path_failed() {
+    for version in VERSIONS {
+        for (cancelled, next) in [(false, false), (false, true), (true, false), (true, true)] {
+            println!("QEMU {version}, cancelled: {cancelled}, return path then: {next}");
+            // It writes faster than can be sent before it ends.
+            let guest = Guest::Dirty { fill: 48, hot: 16, spin: 300 };
+            let config = Config { version, mib: 64, guest, ..Config::default() };
+            let mut pair = Pair::start(&config);
+            let open = |host: &mut Host, open| host.client.capability("return-path", open);
+            open(&mut pair.source, true);
+            open(&mut pair.destination, true);
+            in_mid_transfer(&mut pair);
+            if cancelled {
+                pair.source.client.run("migrate_cancel", json!({}));
+                pair.source.await_status(&["cancelled"]);
+                runs_on(&mut pair);
+            } else {
+                signal_process(pair.destination.helper.await_worker(), Signal::KILL);
+                failed(&mut pair, &["closed the connection"]);
+            }
+            destination_is_gone(&mut pair);
+            pair.new_destination(&config, "next");
+            open(&mut pair.source, next);
+            open(&mut pair.destination, next);
+            slow(&mut pair, 4096);
+            pair.migrate();
+            pair.verify();
+            pair.source.helper.await_no_worker();
+        }
     }
-    in_mid_transfer(&mut pair);
-    signal_process(pair.destination.helper.await_worker(), Signal::KILL);
-    failed(&mut pair, &["closed the connection"]);
-    destination_is_gone(&mut pair);
-    pair.source.client.capability("return-path", false);
-    migrates_after_all(pair, &config);
 }
 
 #[test]

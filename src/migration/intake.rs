@@ -69,24 +69,20 @@ pub fn take(
     };
     let mut buffer = vec![0; READ];
     loop {
-        let mut read = |flags| retry_on_intr(|| recv(qemu, &mut *buffer, flags));
-        let received = match read(RecvFlags::DONTWAIT) {
+        let received = match receive(qemu, &mut buffer, RecvFlags::DONTWAIT) {
             Err(Errno::AGAIN) => {
                 // Nothing more is ready: what is gathered may be what somebody waits for.
                 rewriter.flush(&mut outbound).map_err(rewriting)?;
                 outbound.send_batch()?;
                 writer.tally();
-                read(RecvFlags::empty())
+                receive(qemu, &mut buffer, RecvFlags::empty())
             }
             other => other,
         };
-        let received = match received {
-            // A QEMU that has left something unread, when all of its own was read: whether it came to its
-            // end the stream itself says.
-            Ok((0, _)) | Err(Errno::CONNRESET) => break,
-            Ok((received, _)) => received,
-            Err(errno) => return Err(MigrationError::QemuSocket(errno.into())),
-        };
+        let received = received.map_err(|errno| MigrationError::QemuSocket(errno.into()))?;
+        if received == 0 {
+            break;
+        }
         rewriter.push(&buffer[..received], &mut outbound).map_err(rewriting)?;
         if rewriter.ram_ended()
             && let Some(pass_ram) = pass_ram.take()
@@ -110,6 +106,20 @@ pub fn take(
     outbound.send_batch()?;
     writer.tally();
     Ok(())
+}
+
+/// The next bytes that QEMU has written; 0 when it has closed its end.
+///
+/// A QEMU that leaves something unread ends by a reset, which comes behind all that it wrote. QEMU 7.2
+/// does so in the migration after one that failed with a return path: it believes that it still has one
+/// (`rp_thread_created` of `migration/migration.c`), asks the destination for it, and nobody reads what
+/// comes back. A reset says no more than an end does: up to the end of RAM it is the stream that says
+/// whether it is whole, and behind that the destination's QEMU, which loads none without its last byte.
+fn receive(qemu: &UnixStream, buffer: &mut [u8], flags: RecvFlags) -> rustix::io::Result<usize> {
+    match retry_on_intr(|| recv(qemu, &mut *buffer, flags)) {
+        Err(Errno::CONNRESET) => Ok(0),
+        received => received.map(|(received, _)| received),
+    }
 }
 
 fn rewriting(error: PushError<MigrationError>) -> MigrationError {
@@ -243,5 +253,89 @@ impl Outlet for Outbound<'_> {
 
     fn synchronise(&mut self) -> Result<Vec<ChannelPage>> {
         self.channels.as_ref().map_or(Ok(Vec::new()), |channels| channels.meet())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{io::Write as _, sync::mpsc, thread};
+
+    use super::*;
+    use crate::migration::{
+        agreement::SourceBlocks,
+        idle_link,
+        messages::{FabricKind, Options},
+        pacing::Pacer,
+        targets::Targets,
+    };
+
+    /// Our end and QEMU's, which has something to read.
+    fn sockets() -> (UnixStream, UnixStream) {
+        let (mut ours, theirs) = UnixStream::pair().unwrap();
+        ours.write_all(&[0, 2, 0, 4, 0, 0, 0, 1]).unwrap();
+        (ours, theirs)
+    }
+
+    #[test]
+    fn a_reset_comes_behind_all_that_was_written() {
+        let wait = RecvFlags::empty();
+        let (qemu, mut theirs) = sockets();
+        theirs.write_all(b"all").unwrap();
+        drop(theirs);
+        assert_eq!(recv(&qemu, &mut [0; 3][..], wait).unwrap().0, 3);
+        assert_eq!(recv(&qemu, &mut [0; 3][..], wait).unwrap_err(), Errno::CONNRESET);
+
+        // More than the socket holds.
+        let stream: Vec<u8> = (0..4 << 20).map(|at: u32| (at / 97) as u8).collect();
+        let (qemu, mut theirs) = sockets();
+        let written = stream.clone();
+        let writing = thread::spawn(move || theirs.write_all(&written).unwrap());
+        let (mut read, mut buffer) = (Vec::new(), [0; 100_000]);
+        loop {
+            match receive(&qemu, &mut buffer, wait).unwrap() {
+                0 => break,
+                received => read.extend_from_slice(&buffer[..received]),
+            }
+        }
+        writing.join().unwrap();
+        assert!(read == stream);
+    }
+
+    #[test]
+    fn a_reset_before_the_end_of_ram_is_no_end() {
+        let options = Options {
+            pin_all: false,
+            return_path: false,
+            stall_timeout: 60,
+            peer_timeout: 60,
+            connections: 1,
+            channels: 0,
+            pin_limit: None,
+            cpus: Vec::new(),
+            fabric: FabricKind::Tcp,
+        };
+        for stream in [&b""[..], b"QEVM\0\0\0\x03", b"QEVM\0\0\0\x03\x07\0\0\0\x02p"] {
+            let (link, _receiver) = idle_link::link();
+            let targets = Targets::new(
+                SourceBlocks::Agreed(Vec::new()),
+                mpsc::channel().1,
+                None,
+                options.clone(),
+            );
+            let statistics = Statistics::new("tcp");
+            let writer =
+                Writer::new(link.clone(), targets, Arc::<Pacer>::default(), statistics.clone());
+            let (qemu, mut theirs) = sockets();
+            theirs.write_all(stream).unwrap();
+            drop(theirs);
+            let qemu = Arc::new(qemu);
+            let to_qemu = ToQemu::new(qemu.clone());
+            let pass_ram = || panic!("RAM has not ended");
+            let taken =
+                take(&qemu, &to_qemu, None, &writer, &statistics, &mpsc::channel().0, pass_ram);
+            let error = taken.unwrap_err().to_string();
+            assert!(error.contains("ended its migration stream early"), "{error}");
+            link.close();
+        }
     }
 }
