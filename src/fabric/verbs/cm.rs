@@ -372,7 +372,7 @@ impl Id {
 
     /// Let the transport give up on a peer that acknowledges nothing within about `limit`.
     pub(super) fn set_peer_timeout(&self, limit: Duration) -> Result<()> {
-        // 4.096 us * 2^value a try (InfiniBand specification, 9.7.6.1.3). Devices may take longer.
+        // 4.096 us * 2^value a try (rdma_set_option(3)). Devices may take longer.
         let each = limit.as_nanos() / (u128::from(RETRIES) + 1) / 4096;
         let value = each.max(1).ilog2().min(31) as u8;
         self.set_option(OPTION_ACK_TIMEOUT, &mut [value])

@@ -21,7 +21,7 @@ impl Transport {
     }
 
     /// The peer's device has acknowledged what completes. Over iWARP a request is complete when the
-    /// network has its bytes (RFC 5040, 5.5).
+    /// network will deliver its bytes (RFC 5041, 5.4).
     pub(super) fn acknowledges(self) -> bool {
         self == Self::InfiniBand
     }
@@ -39,8 +39,9 @@ impl Transport {
         self == Self::InfiniBand
     }
 
-    /// Writes of one queue pair take effect in their order (InfiniBand specification, 9.5). Over
-    /// iWARP the bytes of a later one may be placed first (RFC 5040, 5.5).
+    /// Writes of one queue pair take effect in their order (ibv_reg_mr(3) of rdma-core 56, at
+    /// IBV_ACCESS_RELAXED_ORDERING). Over iWARP the bytes of a later one may be placed first (RFC 5040,
+    /// 5.5).
     pub(super) fn orders_writes(self) -> bool {
         self == Self::InfiniBand
     }

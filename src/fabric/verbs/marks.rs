@@ -2,8 +2,8 @@
 //!
 //! A completion tells the side that writes nothing about memory at the other one: over InfiniBand
 //! that the device there has the bytes, over iWARP not even that. A message that arrives does: all
-//! writes before it on the same queue pair have landed (InfiniBand specification, 9.5; RFC 5040,
-//! 5.5). So whoever sends a message behind writes sends one of no bytes, a mark, on each queue pair
+//! writes before it on the same queue pair have landed (ibv_reg_mr(3) of rdma-core 56, at
+//! IBV_ACCESS_RELAXED_ORDERING; RFC 5040, 5.5). So whoever sends a message behind writes sends one of no bytes, a mark, on each queue pair
 //! for RAM before it, and who receives the message waits for as many marks on each as there were
 //! such messages. A queue pair that carries messages itself needs none.
 

@@ -148,7 +148,7 @@ impl QueuePair {
 
     /// Read nothing of the peer's memory: its device answers all the same.
     pub(super) fn read_nothing(&self, id: u64) -> Result<()> {
-        // Neither key is looked at where there are no bytes (RFC 5040, 5.2).
+        // Neither key is looked at where there are no bytes (RFC 5040, 5.2.1; RFC 5041, 5.2).
         let nothing = Local { address: 0, length: 0, lkey: 0 };
         self.post(&mut request(id, ibv_wr_opcode::IBV_WR_RDMA_READ, true), Some(nothing))
     }

@@ -395,7 +395,8 @@ impl Shared {
 
     /// Post a signalled request that tells of all before it.
     fn post_nothing(&self, sending: &mut Sending, lane: usize) -> Result<()> {
-        // A write of no bytes needs no key (InfiniBand specification, C9-88).
+        // A write of no bytes needs no key (InfiniBand specification, C9-88, as Linux cites it in
+        // `check_rkey` of rxe; RFC 5041, 5.2).
         self.post_write(sending, lane, None, RemoteKey { address: 0, rkey: 0 })
     }
 
