@@ -22,7 +22,13 @@ use super::{
     device::Transport,
     library::{Library, check},
 };
-use crate::fabric::{self, FabricError, Result};
+use crate::{
+    fabric::{self, FabricError, Result},
+    patience::Patience,
+};
+
+#[cfg(test)]
+mod tests;
 
 /// RDMA_OPTION_ID (rdma/rdma_user_cm.h) and its options.
 const OPTION_ID: i32 = 0;
@@ -178,6 +184,17 @@ pub(super) fn wait_for(fds: &mut [PollFd<'_>], limit: Option<Duration>) -> Resul
         Ok(ready) => Ok(ready == 0),
         Err(rustix::io::Errno::INTR) => Ok(false),
         Err(errno) => Err(FabricError::Host { call: "poll", source: errno.into() }),
+    }
+}
+
+/// poll(2) until something is ready or the time is over, however often it is interrupted.
+pub(super) fn wait_through(fds: &mut [PollFd<'_>], limit: Duration) -> Result<()> {
+    let mut patience = Patience::new(limit);
+    loop {
+        wait_for(fds, Some(patience.slice()))?;
+        if fds.iter().any(|fd| !fd.revents().is_empty()) || !patience.lasts() {
+            return Ok(());
+        }
     }
 }
 

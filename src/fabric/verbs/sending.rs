@@ -19,7 +19,7 @@ use rustix::{
 use super::{
     Timeouts,
     buffers::Buffers,
-    cm::wait_for,
+    cm::{wait_for, wait_through},
     device::Transport,
     objects::{Access, Completion, CompletionQueue, MemoryRegion, ProtectionDomain},
     queue_pair::{Local, QueuePair},
@@ -536,7 +536,7 @@ impl Poster for VerbsPoster {
                 PollFd::from_borrowed_fd(shared.pairs[0].id.channel().fd(), PollFlags::IN),
                 PollFd::new(&shared.wake, PollFlags::IN),
             ];
-            let _ = wait_for(&mut fds, Some(FAREWELL));
+            let _ = wait_through(&mut fds, FAREWELL);
         }
     }
 
