@@ -20,6 +20,9 @@ use support::{
 /// A guest for whom it is not about RAM.
 const SMALL: Guest = Guest::Dirty { fill: 8, hot: 1, spin: 3000 };
 
+/// One that writes faster than [`in_mid_transfer`] lets it be sent.
+const FAST: Guest = Guest::Dirty { fill: 48, hot: 16, spin: 300 };
+
 /// A guest that writes faster than it can be sent, and time to do something meanwhile.
 fn slow(pair: &mut Pair, mib_per_second: u64) {
     let limit = json!({ "max-bandwidth": mib_per_second << 20 });
@@ -129,9 +132,7 @@ fn the_next_one_succeeds_after_one_with_return_path_failed() {
     for version in VERSIONS {
         for (cancelled, next) in [(false, false), (false, true), (true, false), (true, true)] {
             println!("QEMU {version}, cancelled: {cancelled}, return path then: {next}");
-            // It writes faster than can be sent before it ends.
-            let guest = Guest::Dirty { fill: 48, hot: 16, spin: 300 };
-            let config = Config { version, mib: 64, guest, ..Config::default() };
+            let config = Config { version, mib: 64, guest: FAST, ..Config::default() };
             let mut pair = Pair::start(&config);
             let open = |host: &mut Host, open| host.client.capability("return-path", open);
             open(&mut pair.source, true);
@@ -555,6 +556,46 @@ fn cancelled_at_the_very_end() {
     for return_path in [false, true] {
         let (mut pair, _proxy) = at_the_very_end(return_path);
         pair.source.client.run("migrate_cancel", json!({}));
+        stays_stopped(&mut pair);
+    }
+}
+
+/// Break the source's migration off as a manager does that has lost patience.
+fn yank(pair: &mut Pair) {
+    let instances = json!([{ "type": "migration" }]);
+    pair.source.client.run("yank", json!({ "instances": instances }));
+}
+
+#[test]
+fn yanked_at_any_time() {
+    for version in VERSIONS {
+        let config = Config { version, mib: 64, guest: FAST, ..Config::default() };
+        for pause in [true, false] {
+            println!("QEMU {version}, at pre-switchover: {pause}");
+            let mut pair = Pair::start(&config);
+            pair.source.client.capability("pause-before-switchover", pause);
+            if pause {
+                let uri = pair.listen();
+                pair.source.client.run("migrate", json!({ "uri": uri }));
+                pair.source.await_status(&["pre-switchover"]);
+            } else {
+                in_mid_transfer(&mut pair);
+            }
+            yank(&mut pair);
+            failed(&mut pair, &["ended its migration stream early"]);
+            destination_is_gone(&mut pair);
+            pair.source.client.capability("pause-before-switchover", false);
+            migrates_after_all(pair, &config);
+        }
+    }
+}
+
+/// QEMU itself would run the guest, which is at the destination.
+#[test]
+fn yanked_at_the_very_end() {
+    for return_path in [false, true] {
+        let (mut pair, _proxy) = at_the_very_end(return_path);
+        yank(&mut pair);
         stays_stopped(&mut pair);
     }
 }

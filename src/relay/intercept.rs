@@ -29,6 +29,8 @@ pub enum Intercepted {
     },
     /// `migrate_cancel`: QEMU's business, unless it comes too early or too late.
     Cancel,
+    /// `yank` of a migration, likewise; and of these, which are QEMU's.
+    Yank(Vec<Value>),
     /// `query-migrate`.
     QueryMigrate,
     /// `migrate-set-capabilities`.
@@ -102,7 +104,7 @@ impl Settings {
 }
 
 /// Commands that may be ours.
-const OURS: [&str; 15] = [
+const OURS: [&str; 16] = [
     "human-monitor-command",
     "migrate",
     "migrate-incoming",
@@ -118,6 +120,7 @@ const OURS: [&str; 15] = [
     "snapshot-save",
     "xen-load-devices-state",
     "xen-save-devices-state",
+    "yank",
 ];
 
 /// Look at a command; `None` if it is QEMU's.
@@ -191,8 +194,16 @@ pub fn intercept(command: &Command) -> Result<Option<Intercepted>, QmpError> {
         "snapshot-load" | "snapshot-save" | "xen-load-devices-state" | "xen-save-devices-state" => {
             Intercepted::SaveOrLoad(SaveOrLoad::new(command, arguments.clone().into(), None))
         }
+        "yank" => return Ok(yank(arguments)),
         _ => return Ok(None),
     }))
+}
+
+fn yank(arguments: &Map<String, Value>) -> Option<Intercepted> {
+    let instances = arguments.get("instances")?.as_array()?.iter().cloned();
+    let (migrations, others): (Vec<_>, Vec<_>) =
+        instances.partition(|instance| instance["type"] == "migration");
+    (!migrations.is_empty()).then_some(Intercepted::Yank(others))
 }
 
 /// A line of the human monitor. One of any length: QEMU takes it.
@@ -334,6 +345,21 @@ mod tests {
             };
             assert_eq!(kind(ask(&padded, "")), kind(ask(line, "")), "{line}");
             assert_eq!(ask(line, &space), ask(line, ""), "{line}");
+        }
+    }
+
+    #[test]
+    fn a_migration_that_is_yanked_is_told_from_others() {
+        let yank = |instances: &str| {
+            ask(&format!(r#"{{"execute": "yank", "arguments": {{"instances": {instances}}}}}"#))
+        };
+        let device = serde_json::json!({ "type": "chardev", "id": "c" });
+        let both = yank(r#"[{"type": "chardev", "id": "c"}, {"type": "migration"}]"#);
+        assert_eq!(both.unwrap(), Some(Intercepted::Yank(vec![device])));
+        let alone = yank(r#"[{"type": "migration"}]"#).unwrap();
+        assert_eq!(alone, Some(Intercepted::Yank(Vec::new())));
+        for other in [r#"[{"type": "chardev", "id": "c"}]"#, "[]", "[7]", "7"] {
+            assert_eq!(yank(other).unwrap(), None, "{other}");
         }
     }
 

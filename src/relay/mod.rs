@@ -274,7 +274,7 @@ enum QemuEvent {
     Stopped,
     /// A parameter of migrations may have changed.
     Parameters,
-    /// `migrate_cancel`, when it is not QEMU's business.
+    /// `migrate_cancel`, or `yank`, when it is not QEMU's business.
     Cancel,
     /// The relay is told to end.
     Abort(String),

@@ -289,9 +289,9 @@ impl Monitor {
                     self.migrations.tell(&QemuEvent::Parameters);
                 }
             }
-            Ok(Some(Intercepted::Cancel | Intercepted::Monitor(Line::Cancel)))
-                if !self.migrations.cancels_itself() =>
-            {
+            Ok(Some(
+                Intercepted::Cancel | Intercepted::Yank(_) | Intercepted::Monitor(Line::Cancel),
+            )) if !self.migrations.cancels_itself() => {
                 self.forward(bytes, fds);
             }
             // No migration of ours is to be shown.

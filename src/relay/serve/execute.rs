@@ -37,6 +37,7 @@ impl Monitor {
                 answer_with(self.migrations.migrate_incoming(context, address, exit_on_error), id)
             }
             Intercepted::Cancel => answer_with(self.cancel(), id),
+            Intercepted::Yank(others) => answer_with(yank(context, migrations, others), id),
             Intercepted::QueryMigrate => answer_with(query_migrate(context, migrations), id),
             Intercepted::SetCapabilities { arguments, .. } => {
                 answer_with(set_capabilities(context, migrations, arguments), id)
@@ -112,6 +113,15 @@ fn answer_with(
     id: Option<Box<RawValue>>,
 ) -> JoinHandle<Vec<u8>> {
     tokio::spawn(async move { envelope::reply(&result.await, id.as_deref()) })
+}
+
+/// What is yanked at that moment is cancelled: of a socket that breaks then QEMU would run its guest.
+async fn yank(mut context: Context, migrations: Migrations, others: Vec<Value>) -> Reply {
+    if !others.is_empty() {
+        context.qemu.execute("yank", json!({ "instances": others })).await?;
+    }
+    migrations.tell(&QemuEvent::Cancel);
+    Ok(json!({}))
 }
 
 async fn query_migrate(context: Context, migrations: Migrations) -> Reply {
