@@ -396,3 +396,34 @@ fn a_migration_that_leaves_out_memory_fails() {
     pair.migrate();
     pair.verify();
 }
+
+/// A QEMU that waits for a stream without channels would crash when that ends.
+#[test]
+fn multifd_is_kept_from_a_destination_that_waits() {
+    for version in VERSIONS {
+        let mut pair = Pair::start(&Config { version, ..Config::default() });
+        let uri = json!(format!("rdma:127.0.0.1:{}", free_port()));
+        let exit = json!({ "uri": uri, "exit-on-error": false });
+        let arguments = if version == "7.2" { json!({ "uri": uri }) } else { exit };
+        let client = &mut pair.destination.client;
+        client.run("migrate-incoming", arguments);
+        client.capability("multifd", true);
+        assert_eq!(client.hmp("migrate_set_capability multifd off"), "");
+        assert!(!is_on(client, "multifd"));
+        assert_eq!(client.hmp("migrate_set_capability multifd on"), "");
+        assert!(is_on(client, "multifd"));
+        let mut qemu = Qmp::connect(&pair.destination.qemu.spare_socket());
+        assert!(!is_on(&mut qemu, "multifd"));
+        signal_process(pair.destination.helper.await_worker(), Signal::KILL);
+        if version == "7.2" {
+            // It ends with any migration that fails.
+            let status = pair.destination.qemu.child.wait().unwrap();
+            assert_eq!(status.code(), Some(1), "{status}");
+        } else {
+            let is_set = |qemu: &mut Qmp| is_on(qemu, "multifd").then_some(());
+            eventually("what was written", || is_set(&mut qemu));
+            assert_eq!(qemu.run("query-migrate", json!({}))["status"], "failed");
+            assert!(is_on(&mut pair.destination.client, "multifd"));
+        }
+    }
+}

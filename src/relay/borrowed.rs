@@ -3,20 +3,38 @@
 //! Clients see and write what QEMU would be set to without it. What they write is kept, and is QEMU's
 //! when the migration gives back what it has borrowed.
 
-use std::sync::Arc;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use serde_json::{Map, Value, json};
-use tokio::sync::{OwnedRwLockReadGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use tokio::{
+    sync::{OwnedRwLockReadGuard, RwLock, RwLockReadGuard, RwLockWriteGuard},
+    time::{sleep, timeout},
+};
+use tracing::{debug, warn};
 
-use super::worker::Orders;
+use super::{migrations::IN_PROGRESS, session::Qemu, worker::Orders};
 use crate::{
     migration::messages::{Command, Order},
+    qemu::cleans_up,
     qmp::{
         Execute, QmpError,
         hmp::{self, Setting},
         monitor_line,
     },
 };
+
+/// How long QEMU's cleaning up is waited for, and how often it is looked for.
+const CLEAN_UP: Duration = Duration::from_secs(15);
+const POLL: Duration = Duration::from_millis(20);
+
+/// How long a QEMU is left alone that refused to be set back.
+const REFUSED: Duration = Duration::from_secs(1);
 
 /// What no version of QEMU has a parameter for. Where it is named, nothing is set.
 const NOTHING: &str = "qemu-rdma-helper";
@@ -42,41 +60,118 @@ impl Loan {
     pub async fn write(&self) -> RwLockWriteGuard<'_, Borrowed> {
         self.0.write().await
     }
+
+    /// Set QEMU back as soon as it has cleaned up behind its migration. Until then no other migration
+    /// begins; the caller does not wait for it longer than is bearable.
+    pub async fn give_back(&self, turn: Turn, qemu: Qemu) {
+        let given_back = tokio::spawn(give_back(turn, qemu, self.clone()));
+        if timeout(CLEAN_UP, given_back).await.is_err() {
+            warn!("QEMU does not clean up behind its migration; it is set back when it has");
+        }
+    }
+}
+
+async fn give_back(turn: Turn, mut qemu: Qemu, loan: Loan) {
+    while let Err(error) = try_to_give_back(turn, &mut qemu, &loan).await {
+        if error.class == QmpError::CONNECTION_LOST {
+            return;
+        }
+        debug!(%error, "QEMU is not set back yet");
+        sleep(REFUSED).await;
+    }
+}
+
+/// QEMU ends a migration before it has cleaned up behind it. A multifd that is turned off in between
+/// is not cleaned up, and QEMU aborts of that (`multifd_send_shutdown`, 7.2 to 10.0).
+async fn try_to_give_back(turn: Turn, qemu: &mut Qemu, loan: &Loan) -> Result<(), QmpError> {
+    loop {
+        let mut borrowed = loan.write().await;
+        if borrowed.turn != turn {
+            // It was given back, and another migration is at it.
+            return Ok(());
+        }
+        if !cleans_up(&qemu.execute("query-yank", Value::Null).await?) {
+            return borrowed.give_back(qemu).await;
+        }
+        drop(borrowed);
+        sleep(POLL).await;
+    }
+}
+
+/// Which time something was borrowed.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct Turn(u64);
+
+impl Turn {
+    fn next() -> Self {
+        static LAST: AtomicU64 = AtomicU64::new(0);
+        Self(LAST.fetch_add(1, Ordering::Relaxed) + 1)
+    }
+}
+
+/// A capability of QEMU's.
+#[derive(Debug, Clone, PartialEq)]
+struct Capability {
+    name: String,
+    /// What QEMU is to be set back to.
+    kept: bool,
+    /// What QEMU is set to meanwhile.
+    now: bool,
 }
 
 /// What QEMU is to be set back to.
 #[derive(Default)]
 pub struct Borrowed {
-    /// All of them are on meanwhile.
-    capabilities: Vec<(String, bool)>,
+    turn: Turn,
+    capabilities: Vec<Capability>,
     parameters: Map<String, Value>,
     /// The worker sets QEMU back if the relay dies.
     worker: Option<Orders>,
 }
 
 impl Borrowed {
-    /// What these capabilities and parameters are now, as far as QEMU has them.
+    /// What these capabilities, which are to be on or off meanwhile, and parameters are now, as far as
+    /// QEMU has them.
     ///
     /// # Errors
     /// When QEMU does not answer.
     pub async fn from(
         qemu: &mut impl Execute,
-        capabilities: &[&str],
+        capabilities: &[(&str, bool)],
         parameters: &[&str],
-        worker: Orders,
+        worker: Option<Orders>,
     ) -> Result<Self, QmpError> {
-        let now = qemu.execute("query-migrate-capabilities", Value::Null).await?;
-        let entries = now.as_array().into_iter().flatten().filter_map(|entry| {
-            let name = entry["capability"].as_str().filter(|name| capabilities.contains(name))?;
-            Some((name.to_owned(), entry["state"].as_bool()?))
+        let known = qemu.execute("query-migrate-capabilities", Value::Null).await?;
+        let entries = known.as_array().into_iter().flatten().filter_map(|entry| {
+            let (name, now) = capabilities.iter().find(|(name, _)| entry["capability"] == *name)?;
+            Some(Capability { name: (*name).into(), kept: entry["state"].as_bool()?, now: *now })
         });
         let capabilities = entries.collect();
         let mut now = qemu.execute("query-migrate-parameters", Value::Null).await?;
         let values = parameters.iter().map(|name| ((*name).to_owned(), now[*name].take()));
         let parameters = values.filter(|(_, value)| !value.is_null()).collect();
-        let borrowed = Self { capabilities, parameters, worker: Some(worker) };
+        let borrowed = Self { turn: Turn::next(), capabilities, parameters, worker };
         borrowed.tell_worker().await;
         Ok(borrowed)
+    }
+
+    /// Which time this is.
+    pub fn turn(&self) -> Turn {
+        self.turn
+    }
+
+    /// Set QEMU back now, if it has cleaned up behind the migration that has borrowed something.
+    ///
+    /// # Errors
+    /// It has not.
+    pub async fn settle(&mut self, qemu: &mut impl Execute) -> Result<(), QmpError> {
+        if self.is_empty() {
+            return Ok(());
+        }
+        if cleans_up(&qemu.execute("query-yank", Value::Null).await?) {
+            return Err(QmpError::generic(IN_PROGRESS));
+        }
+        self.give_back(qemu).await
     }
 
     /// Is nothing borrowed?
@@ -86,12 +181,12 @@ impl Borrowed {
 
     /// Are capabilities of QEMU's others than clients see?
     pub fn changes_capabilities(&self) -> bool {
-        !self.capabilities.is_empty()
+        self.capabilities.iter().any(|capability| capability.kept != capability.now)
     }
 
     /// Is this capability one of them?
     pub fn includes(&self, capability: &str) -> bool {
-        self.capabilities.iter().any(|(name, _)| name == capability)
+        self.capabilities.iter().any(|known| known.name == capability)
     }
 
     /// What sets them back.
@@ -99,7 +194,8 @@ impl Borrowed {
         let command = |execute: &str, arguments| Command { execute: execute.into(), arguments };
         let mut commands = Vec::new();
         if !self.capabilities.is_empty() {
-            let entry = |(name, state): &_| json!({ "capability": name, "state": state });
+            let entry =
+                |known: &Capability| json!({ "capability": known.name, "state": known.kept });
             let list: Vec<_> = self.capabilities.iter().map(entry).collect();
             commands.push(command("migrate-set-capabilities", json!({ "capabilities": list })));
         }
@@ -166,8 +262,8 @@ impl Borrowed {
         Ok(reply)
     }
 
-    /// A client's `migrate-set-capabilities`. What is borrowed is on, and goes to QEMU as that, so that
-    /// it answers as it would: that it changes none while it migrates, as a rule.
+    /// A client's `migrate-set-capabilities`. What is borrowed goes to QEMU as what it is meanwhile, so
+    /// that it answers as it would: that it changes none while it migrates, as a rule.
     ///
     /// # Errors
     /// QEMU's refusal.
@@ -179,10 +275,10 @@ impl Borrowed {
         let mut after = self.capabilities.clone();
         let list = arguments.get_mut("capabilities").and_then(Value::as_array_mut);
         for entry in list.into_iter().flatten() {
-            let known = after.iter_mut().find(|(name, _)| entry["capability"] == *name);
-            if let (Some((_, kept)), Some(state)) = (known, entry["state"].as_bool()) {
-                *kept = state;
-                entry["state"] = true.into();
+            let known = after.iter_mut().find(|known| entry["capability"] == known.name);
+            if let (Some(known), Some(state)) = (known, entry["state"].as_bool()) {
+                known.kept = state;
+                entry["state"] = known.now.into();
             }
         }
         let arguments = Value::Object(arguments);
@@ -191,7 +287,7 @@ impl Borrowed {
         Ok(reply)
     }
 
-    async fn keep_capabilities(&mut self, capabilities: Vec<(String, bool)>) {
+    async fn keep_capabilities(&mut self, capabilities: Vec<Capability>) {
         if std::mem::replace(&mut self.capabilities, capabilities) != self.capabilities {
             self.tell_worker().await;
         }
@@ -208,15 +304,16 @@ impl Borrowed {
     ) -> Result<String, QmpError> {
         match setting {
             Setting::Capability { name, state: Some((state, rest)), .. } if self.includes(name) => {
-                let line = format!("migrate_set_capability {name} on{rest}");
+                let mut after = self.capabilities.clone();
+                let mut now = true;
+                for known in after.iter_mut().filter(|known| known.name == *name) {
+                    (known.kept, now) = (*state, known.now);
+                }
+                let now = if now { "on" } else { "off" };
+                let line = format!("migrate_set_capability {name} {now}{rest}");
                 let text = monitor_line(qemu, &line).await?;
                 if text.is_empty() {
-                    let kept = self.capabilities.iter().cloned();
-                    let kept = kept.map(|(known, was)| {
-                        let state = if known == *name { *state } else { was };
-                        (known, state)
-                    });
-                    self.keep_capabilities(kept.collect()).await;
+                    self.keep_capabilities(after).await;
                 }
                 Ok(text)
             }
@@ -259,9 +356,9 @@ impl Borrowed {
     /// Make the reply of `query-migrate-capabilities` what clients see.
     pub fn hide_capabilities(&self, reply: &mut Value) {
         for entry in reply.as_array_mut().into_iter().flatten() {
-            let known = self.capabilities.iter().find(|(name, _)| entry["capability"] == *name);
-            if let Some((_, state)) = known {
-                entry["state"] = (*state).into();
+            let known = self.capabilities.iter().find(|known| entry["capability"] == known.name);
+            if let Some(known) = known {
+                entry["state"] = known.kept.into();
             }
         }
     }
@@ -276,7 +373,7 @@ impl Borrowed {
     /// The same for `info migrate_capabilities` and `info migrate_parameters`.
     pub fn hide_text(&self, text: &str) -> String {
         let on_off = |state: bool| if state { "on" } else { "off" }.to_owned();
-        let capabilities = self.capabilities.iter().map(|(name, state)| (name, on_off(*state)));
+        let capabilities = self.capabilities.iter().map(|known| (&known.name, on_off(known.kept)));
         let parameters = self.parameters.iter().map(|(name, value)| {
             (name, value.as_str().map_or_else(|| value.to_string(), str::to_owned))
         });
@@ -317,9 +414,9 @@ mod tests {
     fn borrowed() -> Borrowed {
         let parameters = json!({ "multifd-channels": 2, "multifd-compression": "zlib" });
         Borrowed {
-            capabilities: vec![("multifd".into(), false)],
+            capabilities: vec![Capability { name: "multifd".into(), kept: false, now: true }],
             parameters: parameters.as_object().unwrap().clone(),
-            worker: None,
+            ..Borrowed::default()
         }
     }
 

@@ -10,7 +10,9 @@ use tokio::{
 use tracing::{info, warn};
 
 use super::{
-    Context, QemuEvent, heartbeat,
+    Context, QemuEvent,
+    borrowed::{AsClientsSee, Borrowed, Loan, Turn},
+    heartbeat,
     source::{ANSWER, WORKER_DIED},
     view::{Phase, View},
     worker::{self, Worker},
@@ -20,6 +22,10 @@ use crate::{
     qemu::blockers,
     qmp::{Execute as _, QmpError},
 };
+
+/// Capabilities that stay what they are meanwhile: a QEMU that came to have multifd in the midst of a
+/// stream that has none crashes when that ends (`multifd_recv_terminate_threads`, 10.0).
+const HELD: [(&str, bool); 1] = [("multifd", false)];
 
 /// How long the worker may take to listen.
 const LISTENING: Duration = Duration::from_secs(15);
@@ -41,6 +47,10 @@ pub struct Destination {
     pub events: mpsc::Receiver<QemuEvent>,
     /// What a client sees.
     pub view: watch::Sender<View>,
+    /// Settings of QEMU's.
+    pub loan: Loan,
+    /// What it has borrowed of them.
+    pub turn: Turn,
 }
 
 /// What QEMU has said so far.
@@ -66,12 +76,17 @@ impl Destination {
         let (result, worker) = match prepared {
             Ok((value, worker)) => (Ok(value), Some(worker)),
             // QEMU knows nothing of it, and neither does the client's view.
-            Err(error) => (Err(error), None),
+            Err(error) => {
+                self.loan.give_back(self.turn, self.context.qemu.clone()).await;
+                (Err(error), None)
+            }
         };
         // A client that is gone needs no reply; the migration is waited for nevertheless.
         let _ = reply.send(result);
         let Some(mut worker) = worker else { return };
-        match self.follow(&mut worker).await {
+        let end = self.follow(&mut worker).await;
+        self.loan.give_back(self.turn, self.context.qemu.clone()).await;
+        match end {
             Ok(()) => {
                 info!("migration completed");
                 self.view.send_modify(|view| view.phase = Phase::Confirmed);
@@ -98,7 +113,13 @@ impl Destination {
         let worker = Worker::start(self.context.settings.fabric.kind()).await;
         let mut worker = worker.map_err(|error| generic(&error))?;
         let mut qemu = self.context.qemu.clone();
-        blockers::refuse(&blockers::settings(&mut qemu).await?)?;
+        {
+            let mut borrowed = self.loan.write().await;
+            blockers::refuse(&blockers::settings(&mut qemu).await?)?;
+            borrowed.settle(&mut qemu).await?;
+            *borrowed = Borrowed::from(&mut qemu, &HELD, &[], None).await?;
+            self.turn = borrowed.turn();
+        }
         let blocks = self.context.blocks().await;
         let blocks = blocks.map_err(|error| generic(&error))?;
         let options = self.context.options(&mut qemu).await?;
@@ -190,8 +211,10 @@ impl Destination {
     /// A source is let in: settings may have changed since `migrate-incoming`. With multifd, for
     /// one, QEMU would wait for channels that never come.
     async fn look_at_settings(&self, worker: &mut Worker) {
+        let borrowed = self.loan.read().await;
+        let mut seen = AsClientsSee { qemu: self.context.qemu.clone(), borrowed: &borrowed };
         // A QEMU that is gone closes `events`.
-        let Ok(found) = blockers::settings(&mut self.context.qemu.clone()).await else { return };
+        let Ok(found) = blockers::settings(&mut seen).await else { return };
         if let Err(error) = blockers::refuse(&found) {
             let reason = format!("The destination refuses: {}", error.desc);
             worker.order(&Order::Abort { reason }).await;

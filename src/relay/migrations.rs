@@ -14,7 +14,7 @@ use tokio::{
 
 use super::{
     Context, Output, QemuEvent,
-    borrowed::Loan,
+    borrowed::{Loan, Turn},
     destination::Destination,
     source::Source,
     view::{Phase, Side, View},
@@ -204,7 +204,9 @@ impl Migrations {
             Side::Source,
             IN_PROGRESS,
             |events, view, reply| {
-                Source { context, events, output, view, loan, ended: None }.run(address, reply)
+                let turn = Turn::default();
+                Source { context, events, output, view, loan, turn, ended: None }
+                    .run(address, reply)
             },
         ))
     }
@@ -217,9 +219,13 @@ impl Migrations {
         exit_on_error: Option<bool>,
     ) -> impl Future<Output = Reply> + Send + use<> {
         let busy = "The incoming migration has already been started";
-        let slot = &mut self.slots().destination;
+        let (slot, loan) = (&mut self.slots().destination, self.loan.clone());
         flatten(begin(slot, Side::Destination, busy, |events, view, reply| {
-            Destination { context, events, view }.run(address, exit_on_error, reply)
+            Destination { context, events, view, loan, turn: Turn::default() }.run(
+                address,
+                exit_on_error,
+                reply,
+            )
         }))
     }
 

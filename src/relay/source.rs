@@ -17,7 +17,7 @@ use tracing::info;
 use self::pace::Pacing;
 use super::{
     Context, Output, QemuEvent,
-    borrowed::Loan,
+    borrowed::{Loan, Turn},
     heartbeat,
     migrations::{IN_PROGRESS, Outputs},
     session::Qemu,
@@ -86,6 +86,8 @@ pub struct Source {
     pub view: watch::Sender<View>,
     /// Settings of QEMU's.
     pub loan: Loan,
+    /// What it has borrowed of them.
+    pub turn: Turn,
     /// QEMU's own migration has ended without success. Whatever QEMU says after that is of another one.
     pub ended: Option<Ended>,
 }

@@ -74,8 +74,6 @@ pub struct View {
     pub guest_before: Option<String>,
     /// The destination forwards a return path that QEMU opens.
     pub takes_return_path: bool,
-    /// The migration has borrowed settings of QEMU's.
-    pub borrows: bool,
 }
 
 impl View {
@@ -93,7 +91,6 @@ impl View {
             guest: Guest::Runs,
             guest_before: None,
             takes_return_path: false,
-            borrows: false,
         }
     }
 

@@ -4,6 +4,8 @@ use std::{
     fmt, fs,
     os::unix::process::ExitStatusExt as _,
     panic::{AssertUnwindSafe, catch_unwind},
+    thread,
+    time::Instant,
 };
 
 use rustix::process::Signal;
@@ -11,7 +13,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::{
-    round::PATIENCE,
+    round::{LOOK, PATIENCE},
     support::{
         Config, Qemu, Qmp,
         helper::{BINARY, signal_process},
@@ -139,9 +141,20 @@ impl End {
         runs.map_err(|_| Wrong::new(Kind::Stands, self.qemu.log()))
     }
 
-    /// The signal that its QEMU died of, if it did.
+    /// The signal that its QEMU died of, if it did. One that has hung up may still have to write its core.
     pub fn crash(&mut self) -> Option<Wrong> {
-        let signal = self.qemu.child.try_wait().unwrap()?.signal()?;
+        let deadline = Instant::now() + PATIENCE;
+        let hung_up = |end: &mut Self| {
+            end.client.try_execute("query-version", &json!({})).is_err_and(|error| error == HUNG_UP)
+        };
+        let status = loop {
+            let status = self.qemu.child.try_wait().unwrap();
+            if status.is_some() || Instant::now() > deadline || !hung_up(self) {
+                break status?;
+            }
+            thread::park_timeout(LOOK);
+        };
+        let signal = status.signal()?;
         Some(Wrong::new(Kind::Died(self.qemu.name().to_owned(), signal), self.qemu.log()))
     }
 }

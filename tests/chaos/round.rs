@@ -32,7 +32,7 @@ const UNDISTURBED: Duration = Duration::from_secs(25);
 pub const PATIENCE: Duration = Duration::from_secs(45);
 
 /// How often things are looked at.
-const LOOK: Duration = Duration::from_millis(10);
+pub const LOOK: Duration = Duration::from_millis(10);
 
 /// States of a migration that is over.
 const ENDS: [&str; 4] = ["none", "completed", "failed", "cancelled"];

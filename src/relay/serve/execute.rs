@@ -185,9 +185,11 @@ async fn set_by_line(mut context: Context, migrations: Migrations, setting: Sett
 /// Not with what a migration has borrowed: that is given back before clients see its end.
 async fn save_or_load(mut context: Context, migrations: Migrations, wanted: SaveOrLoad) -> Reply {
     let SaveOrLoad { command, arguments, migrates } = wanted;
-    let borrowed = migrations.loan().read().await;
-    let goes_on = migrates == Some(Side::Source) && migrations.goes_on(Side::Source);
-    if goes_on || borrowed.changes_capabilities() {
+    let mut borrowed = migrations.loan().write().await;
+    let goes_on = migrations.goes_on(Side::Source);
+    let differs = borrowed.changes_capabilities();
+    let is_busy = goes_on && (differs || migrates == Some(Side::Source));
+    if is_busy || (differs && borrowed.settle(&mut context.qemu).await.is_err()) {
         let busy = async { Err(QmpError::generic(IN_PROGRESS)) };
         return if command == "human-monitor-command" { as_text(busy).await } else { busy.await };
     }

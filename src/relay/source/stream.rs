@@ -11,26 +11,23 @@ use serde_json::{Value, json};
 use tokio::{
     io,
     sync::RwLockWriteGuard,
-    time::{Instant, sleep, timeout, timeout_at},
+    time::{Instant, timeout_at},
 };
-use tracing::{debug, info, warn};
+use tracing::{debug, info};
 
-use super::{END, FDNAME, POLL, Source, door::QemusDoor, generic, is_under_way, pace::Pacing};
+use super::{FDNAME, Source, door::QemusDoor, generic, is_under_way, pace::Pacing};
 use crate::{
     migration::{messages::Order, streams::Streams},
-    qemu::{blockers, cleans_up},
+    qemu::blockers,
     qmp::{Execute as _, QmpError},
     relay::{
         QemuEvent,
-        borrowed::{Borrowed, Loan},
+        borrowed::Borrowed,
         session::Qemu,
         view::{Guest, Phase},
         worker::{self, Worker},
     },
 };
-
-/// How long a QEMU is left alone that refused to be set back.
-const REFUSED: Duration = Duration::from_secs(1);
 
 /// How long QEMU may take to connect all of its channels.
 const CONNECTED: Duration = Duration::from_secs(10);
@@ -59,10 +56,7 @@ impl Source {
         // From here on clients wait with settings: what is seen now is what QEMU migrates by.
         let loan = self.loan.clone();
         let mut borrowed = loan.write().await;
-        if !borrowed.is_empty() {
-            let why = "QEMU has not cleaned up behind its last migration yet; try again";
-            return Err(QmpError::generic(why));
-        }
+        borrowed.settle(&mut qemu).await?;
         blockers::refuse(&blockers::settings(&mut qemu).await?)?;
         // A client may have stopped it, or let it run, while the destination was connected.
         self.look_at_guest(worker, &mut Pacing::Never).await;
@@ -147,7 +141,7 @@ impl Source {
     /// Turn these capabilities on, and set these parameters. What they were is known to all before: it
     /// is what clients see, and what QEMU is set back to.
     async fn borrow(
-        &self,
+        &mut self,
         borrowed: &mut Borrowed,
         worker: &Worker,
         capabilities: &[&str],
@@ -156,8 +150,9 @@ impl Source {
         let mut qemu = self.qemu();
         let names = parameters.as_object().into_iter().flatten().map(|(name, _)| name.as_str());
         let names: Vec<_> = names.chain(HELD).collect();
-        *borrowed = Borrowed::from(&mut qemu, capabilities, &names, worker.orders()).await?;
-        self.view.send_modify(|view| view.borrows = !borrowed.is_empty());
+        let on: Vec<_> = capabilities.iter().map(|name| (*name, true)).collect();
+        *borrowed = Borrowed::from(&mut qemu, &on, &names, Some(worker.orders())).await?;
+        self.turn = borrowed.turn();
         if parameters != json!({}) {
             qemu.execute("migrate-set-parameters", parameters).await?;
         }
@@ -169,19 +164,9 @@ impl Source {
         Ok(())
     }
 
-    /// Set back what QEMU was set to for this migration, which is over. Until QEMU lets that be done, no
-    /// other migration begins; nobody waits for it longer than is bearable.
+    /// Set back what QEMU was set to for this migration, which is over.
     pub(super) async fn give_back(&self) {
-        if !self.view.borrow().borrows {
-            return;
-        }
-        let given_back = tokio::spawn(give_back(self.qemu(), self.loan.clone()));
-        if timeout(END, given_back).await.is_err() {
-            warn!(
-                "QEMU does not clean up behind its migration; its settings are given back when it has"
-            );
-        }
-        self.view.send_modify(|view| view.borrows = false);
+        self.loan.give_back(self.turn, self.qemu()).await;
     }
 
     async fn with_channels(
@@ -270,24 +255,4 @@ impl Source {
         }
         Err(state["error-desc"].as_str().unwrap_or("QEMU ended the migration").to_owned())
     }
-}
-
-/// Set QEMU back as soon as it has cleaned up behind its migration.
-async fn give_back(mut qemu: Qemu, loan: Loan) {
-    while let Err(error) = try_to_give_back(&mut qemu, &loan).await {
-        if error.class == QmpError::CONNECTION_LOST {
-            return;
-        }
-        debug!(%error, "QEMU is not set back yet");
-        sleep(REFUSED).await;
-    }
-}
-
-/// QEMU ends a migration before it has cleaned up behind it. A multifd that is turned off in between
-/// is not cleaned up, and QEMU aborts of that (`multifd_send_shutdown`, 7.2 to 10.0).
-async fn try_to_give_back(qemu: &mut Qemu, loan: &Loan) -> Result<(), QmpError> {
-    while cleans_up(&qemu.execute("query-yank", Value::Null).await?) {
-        sleep(POLL).await;
-    }
-    loan.write().await.give_back(qemu).await
 }
