@@ -3,12 +3,14 @@
 mod support;
 
 use std::{
-    fs::{self, File},
+    fs::{self, File, Permissions},
+    io::{BufRead as _, BufReader, ErrorKind},
     os::{
         fd::{AsRawFd as _, OwnedFd},
         unix::fs::{MetadataExt as _, PermissionsExt as _},
     },
     path::Path,
+    process::Stdio,
     sync::atomic::{AtomicBool, Ordering},
     thread,
 };
@@ -18,7 +20,11 @@ use qemu_rdma_helper::{
     qemu::{Process, blocks},
     qmp::{Execute, QmpError},
 };
-use rustix::{fs::MemfdFlags, process::Signal};
+use rustix::{
+    fs::MemfdFlags,
+    process::{Pid, PidfdFlags, PidfdGetfdFlags, Signal, pidfd_getfd, pidfd_open},
+    thread::{CapabilitySet, capabilities, set_capabilities},
+};
 use serde_json::{Value, json};
 use support::{
     Config, Guest, Helper, Host, Memory, Pair, Qemu, Qmp, VERSIONS, eventually,
@@ -111,38 +117,128 @@ async fn a_descriptor_that_changes_is_not_taken() {
     println!("{tries} tries; without care {fooled} would have taken the other file");
 }
 
+/// A process of nobody's that does the same; it says where its RAM is, and what.
+const CHANGES: &str = "
+import ctypes, mmap, os, sys, tempfile
+length = int(sys.argv[1])
+changing = os.open('/dev/null', os.O_RDONLY) # the first that is looked at
+ram, other = os.memfd_create('ram0'), tempfile.TemporaryFile()
+os.ftruncate(ram, length)
+memory = mmap.mmap(ram, length)
+print(ctypes.addressof(ctypes.c_char.from_buffer(memory)), os.fstat(ram).st_ino, changing, flush=True)
+while True:
+    os.dup2(ram, changing)
+    os.dup2(other.fileno(), changing)
+";
+
+/// The same of another user: its descriptors can't be opened, but taken.
+#[test]
+fn a_descriptor_that_changes_is_not_taken_from_another_user() {
+    const TRIES: usize = 500;
+    let mut child = support::qemu::command_under(NOBODY, "/usr/bin/python3".as_ref())
+        .args(["-c", CHANGES, &LENGTH.to_string()])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    let intruder = support::qemu::Process::new(child);
+    let numbers: Vec<u64> = line.split_whitespace().map(|word| word.parse().unwrap()).collect();
+    let [address, inode, changing] = numbers[..] else { panic!("{line}") };
+    let changing = i32::try_from(changing).unwrap();
+    only_trace();
+    let files = format!("/proc/{}", intruder.id());
+    let denied = fs::read_dir(format!("{files}/fd")).unwrap_err();
+    assert_eq!(denied.kind(), ErrorKind::PermissionDenied);
+    let careless = || {
+        let info = fs::read_to_string(format!("{files}/fdinfo/{changing}")).ok()?;
+        info.contains(&format!("ino:\t{inode}\n")).then_some(())?;
+        let pidfd = pidfd_open(Pid::from_child(&intruder), PidfdFlags::empty()).unwrap();
+        Some(pidfd_getfd(pidfd, changing, PidfdGetfdFlags::empty()).unwrap())
+    };
+    let ino = |fd: OwnedFd| File::from(fd).metadata().unwrap().ino();
+    let (mut qemu, process) = (SaysSo(address), Process::open(intruder.id()));
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let (mut tries, mut fooled) = (0, 0);
+    eventually("who is not careful to be fooled", || {
+        let blocks = runtime.block_on(blocks::find(&mut qemu, &process, &[]));
+        let backing = blocks.unwrap().remove(0).backing.unwrap();
+        assert_eq!(ino(backing.file), inode, "try {tries}");
+        tries += 1;
+        fooled += usize::from(careless().is_some_and(|file| ino(file) != inode));
+        (tries >= TRIES && fooled > 0).then_some(())
+    });
+    println!("{tries} tries; without care {fooled} would have taken the other file");
+}
+
+/// This thread may look into others' processes, and into no file that is not let.
+fn only_trace() {
+    let mut sets = capabilities(None).unwrap();
+    sets.effective -= CapabilitySet::DAC_OVERRIDE | CapabilitySet::DAC_READ_SEARCH;
+    assert!(sets.effective.contains(CapabilitySet::SYS_PTRACE));
+    set_capabilities(None, sets).unwrap();
+}
+
 /// Nobody, who has no privilege.
 const NOBODY: &[&str] = &["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"];
 
-/// Whoever the helper is, as long as he may look into QEMU's process.
+/// The same, whose files nobody else may open.
+const NOBODY_ALONE: &[&str] = &[
+    "setpriv",
+    "--reuid=65534",
+    "--regid=65534",
+    "--clear-groups",
+    "sh",
+    "-c",
+    "umask 77; exec \"$@\"",
+    "sh",
+];
+
+/// Another one, with the one capability of the packaged unit.
+const TRACER: &[&str] = &[
+    "setpriv",
+    "--reuid=65533",
+    "--regid=65533",
+    "--clear-groups",
+    "--inh-caps=-all,+sys_ptrace",
+    "--ambient-caps=-all,+sys_ptrace",
+    "--bounding-set=-all,+sys_ptrace",
+];
+
+/// Whoever the helper is, as long as he may look into QEMU's process; and whoever may open the memory.
 #[test]
 fn memory_of_another_users_qemu_is_found() {
     for version in VERSIONS {
         for memory in [Memory::Memfd, Memory::File] {
-            for helper in [&[][..], NOBODY] {
+            for helper in [&[][..], NOBODY, TRACER] {
                 let dir = tempfile::tempdir().unwrap();
                 let config = Config { version, memory: memory.clone(), ..Config::default() };
                 let mut host = beside(&dir, "host", &config, helper);
-                assert_eq!(host.travel("ram0"), "mapped", "{version}, {memory:?}");
+                assert_eq!(host.travel("ram0"), "mapped", "{version}, {memory:?}, {helper:?}");
             }
         }
     }
 }
 
-/// Nobody's QEMU, and a helper beside it.
+/// Nobody's QEMU, whose files are his alone, and a helper beside it whom he lets in.
 fn beside(dir: &TempDir, name: &str, config: &Config, helper: &[&str]) -> Host {
-    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
-    let qemu = Qemu::start(dir.path(), name, &Config { under: NOBODY, ..config.clone() });
+    let let_in = |path: &Path| fs::set_permissions(path, Permissions::from_mode(0o777)).unwrap();
+    let_in(dir.path());
+    let qemu = Qemu::start(dir.path(), name, &Config { under: NOBODY_ALONE, ..config.clone() });
     let socket = qemu.helper_socket();
+    let_in(&socket);
     let helper = Helper::attach_under(helper, dir.path(), name, &socket, &[]);
     Host { client: Qmp::connect(&helper.socket), helper, qemu }
 }
 
+/// Over memory that its user alone may open, too.
 #[test]
 fn another_users_guest_migrates() {
-    for helper in [&[][..], NOBODY] {
+    for (helper, memory) in
+        [(&[][..], Memory::Memfd), (NOBODY, Memory::Memfd), (TRACER, Memory::File)]
+    {
         let dir = tempfile::tempdir().unwrap();
-        let config = Config::default();
+        let config = Config { memory, ..Config::default() };
         let mut pair = Pair {
             source: beside(&dir, "source", &config, helper),
             destination: beside(&dir, "destination", &config.clone().incoming(), helper),

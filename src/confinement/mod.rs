@@ -18,8 +18,8 @@ use tracing::warn;
 use calls::Allowed;
 
 /// Capabilities that are kept, if they were there:
-/// * `SYS_PTRACE` reads the mappings of a QEMU that has more capabilities than we, to find memory
-///   that was hot-plugged;
+/// * `SYS_PTRACE` finds the memory of a QEMU that is another user's, or has more capabilities than we;
+///   a worker is given that memory, and has no use for it;
 /// * `IPC_LOCK` and `SYS_RESOURCE` let a worker pin guest memory beyond the limit of its start.
 const KEPT: CapabilitySet =
     CapabilitySet::SYS_PTRACE.union(CapabilitySet::IPC_LOCK).union(CapabilitySet::SYS_RESOURCE);
@@ -30,6 +30,9 @@ const ATTACHED: CapabilitySet = KEPT
     .union(CapabilitySet::DAC_OVERRIDE)
     .union(CapabilitySet::DAC_READ_SEARCH)
     .union(CapabilitySet::NET_BIND_SERVICE);
+
+/// What QEMU's memory is found with.
+const FINDING: CapabilitySet = CapabilitySet::SYS_PTRACE.union(CapabilitySet::DAC_READ_SEARCH);
 
 /// Who is confined.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -59,7 +62,8 @@ pub fn confine(room: Room) {
 fn drop_capabilities(room: Room) -> rustix::io::Result<()> {
     let kept = match room {
         Room::Started => KEPT,
-        Room::Attached | Room::Worker => ATTACHED,
+        Room::Attached => ATTACHED,
+        Room::Worker => ATTACHED.difference(FINDING),
     };
     let now = capabilities(None)?;
     set_capabilities(

@@ -32,8 +32,8 @@ impl FileMapping {
     /// held and looked at before it is opened. While it is held, no other file has its number; and a
     /// file that is mapped then, shared and writable, the process could write itself.
     ///
-    /// That needs less than to take the descriptor by pidfd_getfd(2), which Yama and containers forbid,
-    /// and which would leave us with QEMU's position in the file.
+    /// To hold it a look (`O_PATH`) is preferred to the descriptor itself, by pidfd_getfd(2): Yama and
+    /// containers forbid that to a helper that runs as QEMU's user.
     pub(super) fn open(&self, process: &Process) -> io::Result<OwnedFd> {
         let found = self.find(process)?;
         let now = parse(&process.maps()?);
@@ -46,13 +46,22 @@ impl FileMapping {
 
     fn find(&self, process: &Process) -> io::Result<Found> {
         let is_it = |found: &Found| found.identity() == Some((self.device, self.inode));
+        let mut denied = None;
         for number in process.descriptors()? {
-            // One that was closed meanwhile is none.
-            if let Some(found) = process.descriptor(&number).ok().filter(is_it) {
-                return Ok(found);
+            match process.descriptor(number, self.inode) {
+                Ok(found) if is_it(&found) => return Ok(found),
+                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                    denied = Some(error);
+                }
+                // Another one, or one that was closed meanwhile.
+                _ => {}
             }
         }
-        Some(Found::at(&self.path)?).filter(is_it).ok_or_else(|| self.is_gone())
+        match Found::at(&self.path) {
+            Ok(found) if is_it(&found) => Ok(found),
+            Ok(_) => Err(self.is_gone()),
+            Err(error) => Err(denied.unwrap_or(error)),
+        }
     }
 
     fn is_gone(&self) -> io::Error {

@@ -1,15 +1,15 @@
 //! QEMU's process, as /proc shows it.
 
 use std::{
-    ffi::CString,
     fs::File,
     io::{self, Read as _},
-    os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
+    os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd},
 };
 
 use rustix::{
-    fs::{CWD, Dir, Mode, OFlags, open, openat},
+    fs::{CWD, Dir, Mode, OFlags, fcntl_getfl, open, openat},
     io::Errno,
+    process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open},
 };
 
 /// The directory of a process in /proc. As long as it is open it is that process's, even if another
@@ -42,30 +42,57 @@ impl Process {
         Ok(openat(directory, path, flags | OFlags::CLOEXEC, Mode::empty())?)
     }
 
-    /// What it has mapped.
-    pub(super) fn maps(&self) -> io::Result<String> {
+    fn read(&self, path: &str) -> io::Result<String> {
         let mut text = String::new();
-        File::from(self.open_at("maps", OFlags::RDONLY)?).read_to_string(&mut text)?;
+        File::from(self.open_at(path, OFlags::RDONLY)?).read_to_string(&mut text)?;
         Ok(text)
     }
 
-    /// The numbers of its descriptors.
-    pub(super) fn descriptors(&self) -> io::Result<Vec<CString>> {
-        let directory = self.open_at("fd", OFlags::RDONLY | OFlags::DIRECTORY)?;
-        let entries = Dir::new(directory)?.map(|entry| Ok(entry?.file_name().to_owned()));
-        let entries: io::Result<Vec<_>> = entries.collect();
-        Ok(entries?.into_iter().filter(|name| !name.as_bytes().starts_with(b".")).collect())
+    /// What it has mapped.
+    pub(super) fn maps(&self) -> io::Result<String> {
+        self.read("maps")
     }
 
-    /// What its descriptor `number` is now.
-    pub(super) fn descriptor(&self, number: &CString) -> io::Result<Found> {
-        let path = format!("fd/{}", number.to_string_lossy());
-        Ok(Found(self.open_at(&path, OFlags::PATH)?))
+    /// The numbers of its descriptors, which are not in fd/ alone: that is its user's, while to trace it
+    /// (CAP_SYS_PTRACE) is enough for fdinfo/.
+    pub(super) fn descriptors(&self) -> io::Result<Vec<RawFd>> {
+        let mut numbers = Vec::new();
+        for entry in Dir::new(self.open_at("fdinfo", OFlags::RDONLY | OFlags::DIRECTORY)?)? {
+            let name = entry?.file_name().to_string_lossy().into_owned();
+            numbers.extend(name.parse::<RawFd>());
+        }
+        Ok(numbers)
+    }
+
+    /// What its descriptor `number` is now, of use only if it is a file with this `inode` number.
+    pub(super) fn descriptor(&self, number: RawFd, inode: u64) -> io::Result<Found> {
+        match self.open_at(&format!("fd/{number}"), OFlags::PATH) {
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                self.take(number, inode).map(Found)
+            }
+            found => Ok(Found(found?)),
+        }
+    }
+
+    /// Take its descriptor `number`, if that is a file with this `inode` number: not any, because to let
+    /// go of a file may have effects.
+    ///
+    /// It is another's, if that has the process's number by now. So look at this one's mappings
+    /// afterwards: whoever has some had its number until then.
+    fn take(&self, number: RawFd, inode: u64) -> io::Result<OwnedFd> {
+        let info = self.read(&format!("fdinfo/{number}"))?;
+        let shown = info.lines().find_map(|line| line.strip_prefix("ino:"));
+        if shown.and_then(|shown| shown.trim().parse().ok()) != Some(inode) {
+            return Err(io::ErrorKind::NotFound.into());
+        }
+        let pid = i32::try_from(self.pid).ok().and_then(Pid::from_raw).ok_or(Errno::SRCH)?;
+        let process = pidfd_open(pid, PidfdFlags::empty())?;
+        Ok(pidfd_getfd(process, number, PidfdGetfdFlags::empty())?)
     }
 }
 
 /// A file that was found, and not opened: what it is can be looked at, without a trace and whatever it
-/// is.
+/// is. Or QEMU's own descriptor of one.
 #[derive(Debug)]
 pub(super) struct Found(OwnedFd);
 
@@ -87,9 +114,20 @@ impl Found {
     }
 
     /// Open this file, whatever has the name or the number by now under which it was found.
-    pub(super) fn open(&self) -> io::Result<OwnedFd> {
+    ///
+    /// Where its permissions are for QEMU's user alone, QEMU's own descriptor does: nobody has a use for
+    /// the position that is shared then.
+    pub(super) fn open(self) -> io::Result<OwnedFd> {
         let path = format!("/proc/self/fd/{}", self.0.as_raw_fd());
-        Ok(open(path, OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC, Mode::empty())?)
+        let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        match open(path, flags, Mode::empty()) {
+            Err(Errno::ACCESS) if self.is_open_for_writing() => Ok(self.0),
+            opened => Ok(opened?),
+        }
+    }
+
+    fn is_open_for_writing(&self) -> bool {
+        fcntl_getfl(&self.0).is_ok_and(|flags| flags & OFlags::RWMODE == OFlags::RDWR)
     }
 }
 
@@ -104,7 +142,7 @@ mod tests {
         let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
         let process = Process::open(child.id());
         assert!(!process.maps().unwrap().is_empty());
-        assert!(process.descriptors().unwrap().iter().any(|number| number.as_bytes() == b"0"));
+        assert!(process.descriptors().unwrap().contains(&0));
         child.kill().unwrap();
         child.wait().unwrap();
         // Whoever has its number by now.
