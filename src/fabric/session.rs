@@ -141,6 +141,7 @@ impl<T> Session<T> {
     }
 
     /// When all of them must have come.
+    #[cfg(feature = "verbs")]
     pub(super) fn deadline(&self) -> Instant {
         self.deadline
     }
