@@ -33,7 +33,7 @@ pub type Reply = Result<Value, QmpError>;
 /// A migration of ours, running or over.
 struct Migration {
     events: mpsc::Sender<QemuEvent>,
-    view: watch::Receiver<View>,
+    view: watch::Sender<View>,
     /// What was shown before, and goes on to be if this one does not begin.
     before: Option<View>,
     task: JoinHandle<()>,
@@ -155,13 +155,17 @@ impl Migrations {
         Some(phase)
     }
 
-    /// Not QEMU cancels a migration that is still connecting, or whose guest may have come to run
-    /// at the destination.
-    pub fn cancels_itself(&self) -> bool {
-        self.slots().source.as_ref().is_some_and(|source| {
-            let view = source.view.borrow();
-            source.runs() && (view.past_ram || view.phase == Phase::Connecting)
-        })
+    /// Cancel the outgoing migration, if one goes on. One that has just been asked for may yet be refused
+    /// because of another one, for which it is meant then: false, and QEMU is to be asked too.
+    pub fn cancel(&self) -> bool {
+        let slots = self.slots();
+        let Some(source) = slots.source.as_ref().filter(|source| !source.is_over()) else {
+            return false;
+        };
+        source.view.send_modify(|view| view.cancels = true);
+        source.tell(QemuEvent::Cancel);
+        let is_ours = source.view.borrow().shows();
+        is_ours
     }
 
     /// A migration of ours goes on in this direction.
@@ -261,10 +265,10 @@ fn begin<F: Future<Output = ()> + Send + 'static>(
         return result;
     }
     let (events, event_receiver) = mpsc::channel(QUEUE);
-    let (view, view_receiver) = watch::channel(View::new(side));
+    let view = watch::Sender::new(View::new(side));
     let previous = slot.take();
     let before = previous.as_ref().and_then(Migration::shown);
-    let run = run(event_receiver, view, reply);
+    let run = run(event_receiver, view.clone(), reply);
     let task = tokio::spawn(async move {
         // Its worker may still have to say goodbye to its peer.
         if let Some(previous) = previous {
@@ -272,7 +276,7 @@ fn begin<F: Future<Output = ()> + Send + 'static>(
         }
         run.await;
     });
-    *slot = Some(Migration { events, view: view_receiver, before, task, forgotten: false });
+    *slot = Some(Migration { events, view, before, task, forgotten: false });
     result
 }
 

@@ -274,9 +274,9 @@ enum QemuEvent {
     Stopped,
     /// A parameter of migrations may have changed.
     Parameters,
-    /// `migrate_cancel`, or `yank`, when it is not QEMU's business.
+    /// `migrate_cancel`.
     Cancel,
-    /// The relay is told to end.
+    /// The migration is to fail, because the relay is told to end or for another reason.
     Abort(String),
 }
 
@@ -285,10 +285,10 @@ enum QemuEvent {
 enum Output {
     /// The line of an event.
     Emit(Vec<u8>),
-    /// The destination completed, or QEMU failed by itself: events that were held back may pass.
+    /// QEMU has said how the migration ended: events that were held back may pass.
     Release,
-    /// The migration failed after QEMU completed: this event takes the place of QEMU's.
-    FailInstead(Vec<u8>),
+    /// The migration did not end as QEMU has it: this event takes the place of QEMU's.
+    Instead(Vec<u8>),
 }
 
 /// The blocks of an order.

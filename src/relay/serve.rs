@@ -21,7 +21,7 @@ use super::{
     intercept::{Intercepted, intercept},
     migrations::{FAREWELL, Migrations},
     session::Said,
-    view::Phase,
+    view::{Phase, Side},
 };
 use crate::qmp::{
     ITEM_MAX, QmpError,
@@ -225,7 +225,7 @@ impl Monitor {
         let first = match output {
             Output::Emit(line) => return self.send_event(line),
             Output::Release => None,
-            Output::FailInstead(line) => Some(line),
+            Output::Instead(line) => Some(line),
         };
         let mut held = self.held.take().unwrap_or_default().lines.into_iter();
         if first.is_some() && held.next().is_some() {
@@ -289,9 +289,12 @@ impl Monitor {
                     self.migrations.tell(&QemuEvent::Parameters);
                 }
             }
-            Ok(Some(
-                Intercepted::Cancel | Intercepted::Yank(_) | Intercepted::Monitor(Line::Cancel),
-            )) if !self.migrations.cancels_itself() => {
+            Ok(Some(Intercepted::Cancel | Intercepted::Monitor(Line::Cancel)))
+                if !self.migrations.cancel() =>
+            {
+                self.forward(bytes, fds);
+            }
+            Ok(Some(Intercepted::Yank(_))) if !self.migrations.goes_on(Side::Source) => {
                 self.forward(bytes, fds);
             }
             // No migration of ours is to be shown.

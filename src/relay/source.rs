@@ -118,11 +118,13 @@ struct Seen {
     last: Progress,
     /// Since when QEMU cancels.
     cancelling: Option<Instant>,
+    /// When a client cancelled.
+    cancelled: Option<Instant>,
 }
 
 impl Seen {
     fn new(pacing: Pacing) -> Self {
-        Self { pacing, last: Progress::default(), cancelling: None }
+        Self { pacing, last: Progress::default(), cancelling: None, cancelled: None }
     }
 }
 
@@ -335,10 +337,7 @@ impl Source {
                     Some(QemuEvent::Abort(reason)) => {
                         worker.order(&Order::Abort { reason }).await;
                     }
-                    Some(QemuEvent::Cancel) => {
-                        let reason = "The migration was cancelled at its very end".to_owned();
-                        worker.order(&Order::Abort { reason }).await;
-                    }
+                    Some(QemuEvent::Cancel) => self.cancel(worker, &mut seen).await,
                     // QEMU keeps to no limit any more.
                     Some(QemuEvent::Stopped) => {
                         seen.pacing.lift(worker).await;
@@ -359,7 +358,8 @@ impl Source {
                     return Outcome::Silent { reason: reason.unwrap_or_default() };
                 }
                 _ = seconds.tick() => {
-                    let holds = seen.cancelling.is_some_and(|since| since.elapsed() > VERDICT);
+                    let late = |since: Instant| since.elapsed() > VERDICT;
+                    let holds = seen.cancelling.is_some_and(late) || seen.cancelled.is_some_and(late);
                     if !silence.lasts() || holds {
                         let reason = "The source's worker hung and was killed; migrate again".to_owned();
                         return Outcome::Silent { reason };
@@ -367,6 +367,18 @@ impl Source {
                     self.second(worker, &mut seen).await;
                 }
             }
+        }
+    }
+
+    /// A client cancels. The worker is told first, and says whether the guest may have come to run at the
+    /// destination; only if it has not, and will not, QEMU is told: while it writes the end of its stream
+    /// it hears nobody, and afterwards it would run its guest.
+    async fn cancel(&mut self, worker: &mut Worker, seen: &mut Seen) {
+        if seen.cancelled.is_none() {
+            seen.cancelled = Some(Instant::now());
+            let at_end = if self.view.borrow().past_ram { " at its very end" } else { "" };
+            let reason = format!("The migration was cancelled{at_end}");
+            worker.order(&Order::Abort { reason }).await;
         }
     }
 

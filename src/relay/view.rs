@@ -68,6 +68,8 @@ pub struct View {
     pub max_bandwidth: u64,
     /// The guest may have come to run at the destination.
     pub past_ram: bool,
+    /// A client has cancelled it.
+    pub cancels: bool,
     /// What the guest does, but for the switchover.
     pub guest: Guest,
     /// What QEMU has told the destination that the guest did before the switchover, if it has.
@@ -88,6 +90,7 @@ impl View {
             pin_all: false,
             max_bandwidth: 0,
             past_ram: false,
+            cancels: false,
             guest: Guest::Runs,
             guest_before: None,
             takes_return_path: false,
@@ -198,6 +201,10 @@ impl View {
             }
             // Not before the relay has taken note of it: what QEMU says then is of whatever comes next.
             Phase::Running if self.side == Side::Source && status == "cancelled" => {
+                reply["status"] = "cancelling".into();
+            }
+            // First the worker, then QEMU.
+            Phase::Running if self.cancels && status != "completed" => {
                 reply["status"] = "cancelling".into();
             }
             // Not before the worker has said why.

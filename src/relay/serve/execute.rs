@@ -36,7 +36,8 @@ impl Monitor {
             Intercepted::MigrateIncoming { address, exit_on_error } => {
                 answer_with(self.migrations.migrate_incoming(context, address, exit_on_error), id)
             }
-            Intercepted::Cancel => answer_with(self.cancel(), id),
+            // It was told.
+            Intercepted::Cancel => answer_with(async { Ok(json!({})) }, id),
             Intercepted::Yank(others) => answer_with(yank(context, migrations, others), id),
             Intercepted::QueryMigrate => answer_with(query_migrate(context, migrations), id),
             Intercepted::SetCapabilities { arguments, .. } => {
@@ -79,7 +80,7 @@ impl Monitor {
                     id,
                 )
             }
-            Line::Cancel => answer_with(as_text(self.cancel()), id),
+            Line::Cancel => answer_with(async { Ok(json!("")) }, id),
             Line::InfoMigrate => answer_with(info_migrate(context, self.migrations.clone()), id),
             Line::InfoSettings(what) => {
                 answer_with(info_settings(context, self.migrations.clone(), what), id)
@@ -90,13 +91,6 @@ impl Monitor {
             Line::Wrong(error) => answer_with(as_text(async move { Err(error) }), id),
             Line::Other => answer_with(async { Ok(json!("")) }, id),
         }
-    }
-
-    /// Cancel a migration that QEMU has not begun, or whose guest may run at the destination: QEMU
-    /// itself would run it here.
-    fn cancel(&self) -> impl Future<Output = Reply> + Send + use<> {
-        self.migrations.tell(&QemuEvent::Cancel);
-        async { Ok(json!({})) }
     }
 }
 
@@ -115,12 +109,13 @@ fn answer_with(
     tokio::spawn(async move { envelope::reply(&result.await, id.as_deref()) })
 }
 
-/// What is yanked at that moment is cancelled: of a socket that breaks then QEMU would run its guest.
+/// A migration of ours ends where it is known whether the guest may run at the destination: of a socket
+/// that breaks QEMU would run its guest.
 async fn yank(mut context: Context, migrations: Migrations, others: Vec<Value>) -> Reply {
     if !others.is_empty() {
         context.qemu.execute("yank", json!({ "instances": others })).await?;
     }
-    migrations.tell(&QemuEvent::Cancel);
+    migrations.tell(&QemuEvent::Abort("The migration was yanked".into()));
     Ok(json!({}))
 }
 

@@ -17,17 +17,18 @@ use crate::{
 impl Source {
     /// Let QEMU's migration end. One with channels is cancelled first: a channel that breaks while QEMU
     /// waits at pre-switchover fails the migration and leaves the guest stopped for good
-    /// (`multifd_send_set_error` sets the state, and nobody wakes the thread that waits; 10.0).
+    /// (`multifd_send_set_error` sets the state, and nobody wakes the thread that waits; 10.0). So is one
+    /// that a client has cancelled.
     pub(super) async fn break_off(&self, streams: &Streams) {
-        if !streams.channels.is_empty() {
+        if !streams.channels.is_empty() || self.view.borrow().cancels {
             // One that holds its lock while it writes to nobody does not answer.
-            let _ = timeout(ANSWER, self.cancel_as_failed()).await;
+            let _ = timeout(ANSWER, self.cancel_at_qemu()).await;
         }
         streams.end();
     }
 
-    /// Cancel QEMU's migration, if it goes on; clients see that it failed.
-    async fn cancel_as_failed(&self) -> Result<(), QmpError> {
+    /// Cancel QEMU's migration, if it goes on. Clients see that it failed, unless they cancelled it.
+    async fn cancel_at_qemu(&self) -> Result<(), QmpError> {
         if self.ended.is_some() {
             return Ok(());
         }
@@ -35,7 +36,13 @@ impl Source {
         let state = qemu.execute("query-migrate", Value::Null).await?;
         let status = state["status"].as_str().unwrap_or("none");
         if UNDER_WAY.contains(&status) && status != "cancelling" {
-            self.view.send_modify(|view| view.phase = Phase::Failing);
+            self.view.send_if_modified(|view| {
+                let fails = !view.cancels;
+                if fails {
+                    view.phase = Phase::Failing;
+                }
+                fails
+            });
             qemu.execute("migrate_cancel", Value::Null).await?;
         }
         Ok(())
@@ -47,6 +54,8 @@ impl Source {
         let status = self.end_qemus_migration(guest_never_ran).await;
         let phase = match status.as_deref() {
             Ok("cancelled") if self.view.borrow().phase != Phase::Failing => Phase::Cancelled,
+            // What the worker's end has made of it.
+            Ok("failed") if self.view.borrow().cancels && guest_never_ran => Phase::Cancelled,
             Ok("completed") => Phase::Failed(self.roll_back(reason, guest_never_ran).await),
             Ok(status) if UNDER_WAY.contains(&status) && !guest_never_ran => {
                 Phase::Failed(stays_stopped(&reason))
@@ -54,14 +63,16 @@ impl Source {
             _ => Phase::Failed(reason),
         };
         self.give_back().await;
+        let shown = if phase == Phase::Cancelled { "cancelled" } else { "failed" };
         self.view.send_modify(|view| view.phase = phase);
         self.emit_throughput().await;
-        if matches!(status.as_deref(), Ok("completed")) {
-            let failed = envelope::event("MIGRATION", &json!({ "status": "failed" }));
-            self.put(Output::FailInstead(failed)).await;
-        } else {
-            self.put(Output::Release).await;
-        }
+        let output = match status.as_deref() {
+            Ok(said @ ("completed" | "failed")) if said != shown => {
+                Output::Instead(envelope::event("MIGRATION", &json!({ "status": shown })))
+            }
+            _ => Output::Release,
+        };
+        self.put(output).await;
     }
 
     /// Wait until QEMU's migration is over; returns its last state.
@@ -85,7 +96,7 @@ impl Source {
             let may_cancel = guest_never_ran && status != "cancelling" && !cancelled;
             if may_cancel && begun.elapsed() > NOTICE {
                 cancelled = true;
-                self.cancel_as_failed().await?;
+                self.cancel_at_qemu().await?;
             }
             sleep(POLL).await;
         }
