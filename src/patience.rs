@@ -53,12 +53,13 @@ impl Patience {
 }
 
 /// Make a system call on a socket with a timeout of [`SLICE`], or none, again as long as it was
-/// interrupted, or the timeout was over without its having done anything, and `limit` is not.
+/// interrupted, or the timeout was over without its having done anything, and `limit` is not. There may
+/// be none, and that may change meanwhile.
 ///
 /// # Errors
 /// [`ErrorKind::TimedOut`] then; all others that the call gives.
 pub fn persist<T, E: Into<Error>>(
-    limit: Duration,
+    limit: impl Fn() -> Option<Duration>,
     mut call: impl FnMut() -> std::result::Result<T, E>,
 ) -> Result<T> {
     // The clock is not looked at where nothing is wrong: this is called for each write.
@@ -73,6 +74,7 @@ pub fn persist<T, E: Into<Error>>(
             ErrorKind::WouldBlock => true,
             _ => return Err(error),
         };
+        let Some(limit) = limit() else { continue };
         let lasts = match &mut patience {
             Some(patience) => Patience::lasts(patience),
             None => {
@@ -108,9 +110,9 @@ mod tests {
     }
 
     /// What `persist` makes of these, one after the other; and of a success behind them.
-    fn made_of(limit: Duration, errors: &[Errno]) -> (std::io::Result<u32>, usize) {
-        let mut calls = 0;
-        let result = persist(limit, || {
+    fn made_of(limit: impl Into<Option<Duration>>, errors: &[Errno]) -> (std::io::Result<u32>, usize) {
+        let (mut calls, limit) = (0, limit.into());
+        let result = persist(|| limit, || {
             calls += 1;
             errors.get(calls - 1).map_or(Ok(7), |error| Err(*error))
         });
@@ -126,6 +128,11 @@ mod tests {
         assert_eq!((result.unwrap(), calls), (7, 3));
         let (result, calls) = made_of(SECOND, &[Errno::AGAIN]);
         assert_eq!((result.unwrap_err().kind(), calls), (ErrorKind::TimedOut, 1));
+        // Without a limit there is only the system's own.
+        let (result, calls) = made_of(None, &[Errno::AGAIN; 10]);
+        assert_eq!((result.unwrap(), calls), (7, 11));
+        let (result, calls) = made_of(None, &[Errno::AGAIN, Errno::TIMEDOUT]);
+        assert_eq!((result.unwrap_err().kind(), calls), (ErrorKind::TimedOut, 2));
         let (result, calls) = made_of(SECOND, &[Errno::INTR, Errno::PIPE]);
         assert_eq!((result.unwrap_err().kind(), calls), (ErrorKind::BrokenPipe, 2));
     }

@@ -342,6 +342,10 @@ pub trait Poster: Send + Sync {
     /// When the connection is lost.
     fn drain(&self) -> Result<()>;
 
+    /// From here on a peer that takes nothing is waited for as long as the connection stands. There is
+    /// nothing to do where a device acknowledges what comes, however busy the peer is.
+    fn be_patient(&self) {}
+
     /// Nothing more will be sent: let what was sent arrive, as far as that takes a moment only.
     fn finish(&self);
 

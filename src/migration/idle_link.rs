@@ -15,8 +15,13 @@ use crate::{
 
 /// Both ends of one.
 pub(super) fn link() -> (Arc<Link>, LinkReceiver) {
+    link_of(Duration::from_secs(60))
+}
+
+/// The same, with this stall timeout.
+pub(super) fn link_of(stall_timeout: Duration) -> (Arc<Link>, LinkReceiver) {
     let flow = Flow::Window(4);
-    Link::new(Box::new(Idle::default()), flow, flow, Duration::from_secs(60))
+    Link::new(Box::new(Idle::default()), flow, flow, stall_timeout)
 }
 
 #[derive(Clone, Default)]

@@ -52,7 +52,7 @@ pub struct Link {
     /// The peer is a stock QEMU.
     stock: bool,
     /// A stock peer's connection for the return path, which ends with this one.
-    companion: Mutex<Option<Handle>>,
+    companion: Mutex<Option<Arc<Link>>>,
 }
 
 /// Why a connection was ended from here.
@@ -193,9 +193,12 @@ impl Link {
         self.handle.clone()
     }
 
-    /// End `companion` together with this.
-    pub fn accompany(&self, companion: &Self) {
-        *lock(&self.companion) = Some(companion.handle.clone());
+    /// End `companion` together with this, and be as patient there.
+    pub fn accompany(&self, companion: &Arc<Self>) {
+        *lock(&self.companion) = Some(companion.clone());
+        if self.patient.load(Ordering::Relaxed) {
+            companion.be_patient();
+        }
     }
 
     /// Wait until the peer is ready for a message.
@@ -239,9 +242,9 @@ impl Link {
                 .wait_timeout(granted, patience.slice())
                 .unwrap_or_else(PoisonError::into_inner);
             granted = next;
-            if !timeout.timed_out() {
+            if !timeout.timed_out() || self.patient.load(Ordering::Relaxed) {
                 patience = Patience::new(self.stall_timeout);
-            } else if !patience.lasts() && !self.patient.load(Ordering::Relaxed) {
+            } else if !patience.lasts() {
                 return Err(FabricError::Stalled(self.stall_timeout).into());
             }
         }
@@ -347,6 +350,10 @@ impl Link {
     /// failure any more, as long as the connection stands. Its QEMU may need it to load a device.
     pub fn be_patient(&self) {
         self.patient.store(true, Ordering::Relaxed);
+        self.poster.be_patient();
+        if let Some(companion) = &*lock(&self.companion) {
+            companion.be_patient();
+        }
     }
 
     /// Wait until all writes have left; see [`Poster::drain`].
@@ -459,10 +466,37 @@ impl LinkReceiver {
 
 #[cfg(test)]
 mod tests {
-    use std::{thread, time::Instant};
+    use std::{cell::Cell, thread, time::Instant};
 
     use super::*;
     use crate::migration::idle_link;
+
+    /// And is no burden meanwhile.
+    #[test]
+    fn the_patient_wait_as_long_as_the_connection_stands() {
+        const LIMIT: Duration = Duration::from_millis(20);
+        let (link, receiver) = idle_link::link_of(LIMIT);
+        assert!(matches!(
+            link.await_consumed(1),
+            Err(MigrationError::Fabric(FabricError::Stalled(LIMIT)))
+        ));
+        link.be_patient();
+        let begun = Instant::now();
+        let looks = Cell::new(0);
+        let waited = thread::scope(|scope| {
+            scope.spawn(|| {
+                thread::park_timeout(LIMIT * 10);
+                drop(receiver);
+            });
+            link.await_credit(|_| {
+                looks.set(looks.get() + 1);
+                false
+            })
+        });
+        assert!(matches!(waited, Err(MigrationError::Fabric(FabricError::Closed))));
+        assert!(begun.elapsed() >= LIMIT * 10);
+        assert!(looks.get() <= 15, "{} looks in {:?}", looks.get(), begun.elapsed());
+    }
 
     /// Who waits for a credit is let go with the thread that would have received it.
     #[test]

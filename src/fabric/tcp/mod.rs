@@ -136,13 +136,19 @@ fn connect_any(address: &Address, deadline: Instant) -> Result<(TcpStream, Socke
     Err(FabricError::Connect { address: address.clone(), source: last })
 }
 
+/// How often a peer that is silent is asked whether it is there, in seconds.
+const KEEPALIVE: u32 = 5;
+
 /// Make a dead peer noticed: keepalive while idle, a bound on unacknowledged data.
 fn set_options(stream: &TcpStream, stall_timeout: Duration) -> io::Result<()> {
     stream.set_nodelay(true)?;
     stream.set_write_timeout(Some(stall_timeout.min(SLICE)))?;
     sockopt::set_socket_keepalive(stream, true)?;
-    sockopt::set_tcp_keepidle(stream, Duration::from_secs(5))?;
-    sockopt::set_tcp_keepintvl(stream, Duration::from_secs(5))?;
+    sockopt::set_tcp_keepidle(stream, Duration::from_secs(KEEPALIVE.into()))?;
+    sockopt::set_tcp_keepintvl(stream, Duration::from_secs(KEEPALIVE.into()))?;
+    // It counts for who has become patient; the system allows no more (MAX_TCP_KEEPCNT).
+    let probes = stall_timeout.as_secs().div_ceil(KEEPALIVE.into()).clamp(12, 127);
+    sockopt::set_tcp_keepcnt(stream, probes as u32)?;
     // It bounds unacknowledged data, and keepalive too.
     let milliseconds = u32::try_from(stall_timeout.as_millis()).unwrap_or(u32::MAX);
     sockopt::set_tcp_user_timeout(stream, milliseconds)?;

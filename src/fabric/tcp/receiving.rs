@@ -266,10 +266,8 @@ impl Incoming {
             } else {
                 let stream = self.shared.sockets[self.index].stream.as_fd();
                 let (pipe, room) = (&mut self.pipe, &self.room);
-                persist(self.shared.stall_timeout, || {
-                    region.receive_from(stream, pipe, room, at, left)
-                })
-                .map_err(|error| self.shared.failure_at(region, error))?
+                let receive = || region.receive_from(stream, pipe, room, at, left);
+                persist(|| None, receive).map_err(|error| self.shared.failure_at(region, error))?
             };
             if landed == 0 {
                 return Err(self.shared.end());
@@ -337,10 +335,9 @@ impl Incoming {
         self.end = 0;
         let most = if self.after_long { HEADER_SIZE } else { READ_AHEAD };
         let ahead = &mut self.ahead[..most];
-        self.end =
-            persist(self.shared.stall_timeout, || recv(stream, &mut *ahead, RecvFlags::empty()))
-                .map_err(|error| self.shared.failure(error))?
-                .0;
+        let receive = || recv(stream, &mut *ahead, RecvFlags::empty());
+        let received = persist(|| None, receive);
+        self.end = received.map_err(|error| self.shared.failure(error))?.0;
         Ok(self.end > 0)
     }
 }

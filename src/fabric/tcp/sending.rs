@@ -86,6 +86,10 @@ impl Poster for TcpPoster {
         })
     }
 
+    fn be_patient(&self) {
+        self.shared.sockets.iter().for_each(Socket::be_patient);
+    }
+
     fn finish(&self) {
         // Closing a socket with unread bytes would reset the connection and may lose what was
         // sent, so the peer is given the time to close first. It fails only if it has.

@@ -6,12 +6,12 @@ use std::{
     os::fd::AsFd as _,
     sync::{
         Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
 
-use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg};
+use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg, sockopt};
 use zerocopy::IntoBytes as _;
 
 use super::frame::Header;
@@ -37,6 +37,8 @@ pub(super) struct Socket {
     pub(super) landed: AtomicU64,
     /// How long the peer may take nothing.
     stall_timeout: Duration,
+    /// As long as it likes.
+    patient: AtomicBool,
 }
 
 /// What belongs to who sends a frame.
@@ -54,7 +56,21 @@ impl Socket {
             posted: AtomicU64::new(0),
             landed: AtomicU64::new(0),
             stall_timeout,
+            patient: AtomicBool::new(false),
         }
+    }
+
+    /// From here on a peer that takes nothing is waited for as long as the connection stands. Whether it
+    /// does the system finds out: by keepalive, or because nobody acknowledges what is sent.
+    pub(super) fn be_patient(&self) {
+        self.patient.store(true, Ordering::Relaxed);
+        // It fails only when the connection has ended.
+        let _ = sockopt::set_tcp_user_timeout(&self.stream, 0);
+    }
+
+    /// How long the peer may take nothing now.
+    fn limit(&self) -> Option<Duration> {
+        (!self.patient.load(Ordering::Relaxed)).then_some(self.stall_timeout)
     }
 
     pub(super) fn posted(&self) -> u64 {
@@ -103,8 +119,8 @@ impl Socket {
         let end = offset + length;
         while offset < end {
             let some = (end - offset).min(SENDFILE_MAX) as usize;
-            let sent =
-                persist(self.stall_timeout, || region.send_to(self.stream.as_fd(), offset, some));
+            let send = || region.send_to(self.stream.as_fd(), offset, some);
+            let sent = persist(|| self.limit(), send);
             offset += match sent {
                 Ok(sent) => sent as u64,
                 Err(error) => {
@@ -137,9 +153,8 @@ impl Socket {
         // What is empty at the front goes away.
         IoSlice::advance_slices(&mut left, 0);
         while !left.is_empty() {
-            let sent = persist(self.stall_timeout, || {
-                sendmsg(&self.stream, left, &mut SendAncillaryBuffer::default(), flags)
-            })?;
+            let send = || sendmsg(&self.stream, left, &mut SendAncillaryBuffer::default(), flags);
+            let sent = persist(|| self.limit(), send)?;
             IoSlice::advance_slices(&mut left, sent);
         }
         Ok(())

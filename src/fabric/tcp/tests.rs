@@ -18,7 +18,7 @@ use super::{
     frame::{self, Header},
 };
 use crate::{
-    fabric::{Connection, Fabric as _, FabricError, Listener, RemoteKey},
+    fabric::{Connection, Fabric as _, FabricError, Listener, MESSAGE_MAX, RemoteKey},
     memory::{CHUNK, Region},
     migration::messages::Address,
 };
@@ -292,17 +292,38 @@ fn says_what_it_could_not_reach() {
 #[test]
 fn a_peer_that_takes_nothing_is_lost_after_the_stall_timeout() {
     let fabric = Tcp { stall_timeout: Duration::from_millis(200), connections: 1 };
-    let address = Address { host: "127.0.0.1".into(), port: 0 };
-    let mut listener = fabric.listen(&address).unwrap();
-    let address = listener.address().clone();
-    let connecting = thread::spawn(move || fabric.connect(&address, &[], TIMEOUT).unwrap().1);
-    let _silent = listener.accept().unwrap().accept(&[]).unwrap();
+    let (source, _silent) = pair_of(fabric, &tcp());
     let (from, _) = region("from");
     from.write_at(&vec![1; SIZE as usize], 0).unwrap();
-    let (poster, _receiver) = connecting.join().unwrap().split();
+    let (poster, _receiver) = source.split();
     let key = RemoteKey { address: 0, rkey: 1 };
     let error = (0..64).find_map(|_| poster.write(&from, 0, CHUNK, key).err()).unwrap();
     assert!(matches!(error, FabricError::Stalled(_)), "{error}");
     let error = poster.write_bytes(&[1; 4096], 0, key).unwrap_err();
     assert!(matches!(error, FabricError::Stalled(_)), "{error}");
+}
+
+/// Who waits already, and who comes to, until the peer takes something again.
+#[test]
+fn a_peer_that_takes_nothing_is_waited_for_by_the_patient() {
+    const LIMIT: Duration = Duration::from_secs(1);
+    const FRAMES: u32 = 40;
+    let (source, silent) = pair_of(Tcp { stall_timeout: LIMIT, connections: 1 }, &tcp());
+    let (poster, _receiver) = source.split();
+    let sending = poster.clone();
+    let sending = thread::spawn(move || {
+        (0..FRAMES).try_for_each(|_| sending.send(&[7; 8], &vec![7; MESSAGE_MAX - 8]))
+    });
+    // All buffers on the way are full in a moment.
+    thread::park_timeout(LIMIT / 2);
+    poster.be_patient();
+    thread::park_timeout(LIMIT * 4);
+    assert!(!sending.is_finished(), "{:?}", sending.join());
+    let (_poster, mut receiver) = silent.split();
+    let mut message = Vec::new();
+    for _ in 0..FRAMES {
+        receiver.receive(&mut message).unwrap();
+        assert_eq!(message.len(), MESSAGE_MAX);
+    }
+    sending.join().unwrap().unwrap();
 }
