@@ -1,10 +1,14 @@
 //! A source whose relay is gone: QEMU's migration must end without it.
 
 use std::{
-    io::{self, BufRead as _, BufReader, ErrorKind, Read as _, Write as _},
+    io::{
+        self, BufRead as _, BufReader,
+        ErrorKind::{self, Interrupted, WouldBlock},
+        Read as _, Write as _,
+    },
     os::unix::net::UnixStream,
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use rustix::{
@@ -18,7 +22,7 @@ use serde_json::{Value, json};
 use tracing::{debug, warn};
 
 use super::messages::{Command, QmpSocket};
-use crate::{qemu, qmp::ITEM_MAX};
+use crate::{patience::Patience, qemu, qmp::ITEM_MAX};
 
 /// How long QEMU may take for all that there is to do: its monitor waits while it flushes its disks.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -29,6 +33,11 @@ const LINE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_milli
 
 /// How long QEMU may take to clean up behind its migration, and how often it is asked.
 const CLEAN_UP: (Duration, Duration) = (Duration::from_secs(15), Duration::from_millis(20));
+
+/// For as long as `limit` says, and one look every so often.
+fn patience((limit, pause): (Duration, Duration)) -> Patience {
+    Patience::in_slices(limit, pause * 5)
+}
 
 /// In the place of the relay.
 #[derive(Debug)]
@@ -47,7 +56,7 @@ impl Orphan {
     /// QEMU finds out by itself what it can.
     pub fn new(qmp: Option<&QmpSocket>) -> Self {
         let Some(qmp) = qmp else { return Self::Cut };
-        match Session::connect(qmp, Instant::now() + LINE.0) {
+        match Session::connect(qmp, patience(LINE)) {
             Ok(session) => Self::Session(session),
             Err(Errno::AGAIN) => Self::Late(qmp.clone()),
             Err(Errno::NOENT | Errno::CONNREFUSED) => {
@@ -67,14 +76,16 @@ impl Orphan {
         if give_back.is_empty() && !never_ran {
             return;
         }
-        let deadline = Instant::now() + PATIENCE;
         let session = match self {
             Self::Session(session) => Ok(session),
-            Self::Late(qmp) => Session::connect(&qmp, deadline).map_err(io::Error::from),
+            Self::Late(qmp) => {
+                let session = Session::connect(&qmp, patience((PATIENCE, LINE.1)));
+                session.map_err(io::Error::from)
+            }
             Self::Cut => return,
         };
         let done = session.and_then(|mut session| {
-            session.deadline = deadline;
+            session.patience = Patience::new(PATIENCE);
             session.finish(give_back, never_ran, guest_runs)
         });
         if let Err(error) = done {
@@ -87,19 +98,19 @@ impl Orphan {
 #[derive(Debug)]
 pub struct Session {
     stream: BufReader<UnixStream>,
-    /// When patience ends.
-    deadline: Instant,
+    /// How long QEMU may take to answer.
+    patience: Patience,
 }
 
 impl Session {
     /// Get in line. A QEMU that is not listening has room for one or two.
-    fn connect(qmp: &QmpSocket, deadline: Instant) -> rustix::io::Result<Self> {
+    fn connect(qmp: &QmpSocket, mut patience: Patience) -> rustix::io::Result<Self> {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
         let address = SocketAddrUnix::new(&qmp.path)?;
         loop {
             match connect(&socket, &address) {
-                Err(Errno::AGAIN) if Instant::now() < deadline => thread::sleep(LINE.1),
+                Err(Errno::AGAIN) if patience.lasts() => thread::sleep(LINE.1),
                 connected => break connected?,
             }
         }
@@ -109,7 +120,7 @@ impl Session {
             return Err(Errno::CONNREFUSED);
         }
         ioctl_fionbio(&socket, false)?;
-        Ok(Self { stream: BufReader::new(socket.into()), deadline })
+        Ok(Self { stream: BufReader::new(socket.into()), patience })
     }
 
     fn finish(
@@ -147,9 +158,9 @@ impl Session {
 
     /// Wait until QEMU has cleaned up: if it is set back before, it aborts. False if it takes too long.
     fn await_clean_up(&mut self) -> io::Result<bool> {
-        let deadline = Instant::now() + CLEAN_UP.0;
+        let mut patience = patience(CLEAN_UP);
         while qemu::cleans_up(&self.execute("query-yank", &Value::Null)?) {
-            if Instant::now() > deadline {
+            if !patience.lasts() {
                 return Ok(false);
             }
             thread::sleep(CLEAN_UP.1);
@@ -158,17 +169,19 @@ impl Session {
     }
 
     fn line(&mut self) -> io::Result<Value> {
-        let left = self.deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(ErrorKind::TimedOut.into());
+        let mut line = Vec::new();
+        while self.patience.lasts() {
+            self.stream.get_ref().set_read_timeout(Some(self.patience.slice()))?;
+            let left = (ITEM_MAX - line.len()) as u64;
+            match (&mut self.stream).take(left).read_until(b'\n', &mut line) {
+                Ok(_) if line.is_empty() => return Err(ErrorKind::UnexpectedEof.into()),
+                Ok(_) => return Ok(serde_json::from_slice(&line)?),
+                // What has come of it is kept.
+                Err(error) if matches!(error.kind(), WouldBlock | Interrupted) => {}
+                Err(error) => return Err(error),
+            }
         }
-        self.stream.get_ref().set_read_timeout(Some(left))?;
-        let mut line = String::new();
-        (&mut self.stream).take(ITEM_MAX as u64).read_line(&mut line)?;
-        if line.is_empty() {
-            return Err(ErrorKind::UnexpectedEof.into());
-        }
-        Ok(serde_json::from_str(&line)?)
+        Err(ErrorKind::TimedOut.into())
     }
 
     fn execute(&mut self, command: &str, arguments: &Value) -> io::Result<Value> {

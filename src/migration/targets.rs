@@ -19,6 +19,7 @@ use super::{
 };
 use crate::{
     fabric::{FabricError, RemoteKey},
+    patience::Patience,
     stream::{BlockRange, StreamBlock, Travel},
     wire::{Message, RamBlockEntry, RegisterResult},
 };
@@ -285,10 +286,15 @@ impl Targets {
 
     fn answer(&self, link: &Link, more: Duration) -> Result<Answer> {
         let limit = link.stall_timeout() + more;
-        self.answers.recv_timeout(limit).map_err(|error| match error {
-            RecvTimeoutError::Timeout => FabricError::Stalled(limit).into(),
-            RecvTimeoutError::Disconnected => FabricError::Closed.into(),
-        })
+        let mut patience = Patience::new(limit);
+        loop {
+            match self.answers.recv_timeout(patience.slice()) {
+                Ok(answer) => return Ok(answer),
+                Err(RecvTimeoutError::Timeout) if patience.lasts() => {}
+                Err(RecvTimeoutError::Timeout) => return Err(FabricError::Stalled(limit).into()),
+                Err(RecvTimeoutError::Disconnected) => return Err(FabricError::Closed.into()),
+            }
+        }
     }
 }
 
