@@ -110,12 +110,18 @@ mod tests {
     }
 
     /// What `persist` makes of these, one after the other; and of a success behind them.
-    fn made_of(limit: impl Into<Option<Duration>>, errors: &[Errno]) -> (std::io::Result<u32>, usize) {
+    fn made_of(
+        limit: impl Into<Option<Duration>>,
+        errors: &[Errno],
+    ) -> (std::io::Result<u32>, usize) {
         let (mut calls, limit) = (0, limit.into());
-        let result = persist(|| limit, || {
-            calls += 1;
-            errors.get(calls - 1).map_or(Ok(7), |error| Err(*error))
-        });
+        let result = persist(
+            || limit,
+            || {
+                calls += 1;
+                errors.get(calls - 1).map_or(Ok(7), |error| Err(*error))
+            },
+        );
         (result, calls)
     }
 

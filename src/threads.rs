@@ -85,6 +85,15 @@ pub async fn caught<T>(task: &'static str, work: impl Future<Output = T>) -> Res
     .await
 }
 
+/// Do `work` on a thread of its own; or, if the system has none, before this returns: for what has to be
+/// done at the end of a migration whatever there is.
+pub fn finish(
+    thread: &'static str,
+    work: impl FnOnce() + Send + 'static,
+) -> Option<JoinHandle<()>> {
+    start(thread, || {}, move |_| work())
+}
+
 /// Says what came of a thread when it goes: with the thread, or instead of it.
 struct Ending<T, F: FnOnce(Result<T, Lost>)> {
     thread: &'static str,

@@ -501,7 +501,8 @@ fn the_destination_fails_and_stays() {
 
 /// At the very end: the destination's guest runs, and the source does not know it yet.
 fn at_the_very_end(return_path: bool) -> (Pair, Proxy) {
-    let mut pair = Pair::start(&Config::default());
+    // So long a source that is cancelled waits for a destination that does not answer.
+    let mut pair = Pair::with_helpers(&Config::default(), &["--stall-timeout", "5"]);
     let runs_by_itself = Config { incoming: true, ..Config::default() };
     pair.destination = Host::start(&pair.dir, "runs", &runs_by_itself);
     let proxy = pair.at_pre_switchover(return_path);

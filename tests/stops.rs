@@ -11,8 +11,11 @@ use support::{
     helper::{signal_if_alive, signal_process},
 };
 
-/// Longer than a worker may be silent.
+/// Longer than a worker may be silent, and than a transfer that is due may take.
 const LONG: Duration = Duration::from_secs(14);
+
+/// For whom is only patient where it has to be.
+const IMPATIENT: [&str; 2] = ["--stall-timeout", "3"];
 
 /// A small guest whose devices, and their description, are more than all buffers on the way hold.
 fn with_many_processors(version: &'static str) -> Config {
@@ -22,17 +25,36 @@ fn with_many_processors(version: &'static str) -> Config {
 }
 
 /// A migration whose guest is stopped, and that waits to be told to go on; over a link that can stall.
-fn at_pre_switchover(config: &Config, return_path: bool) -> (Pair, Proxy) {
-    let mut pair = Pair::start(config);
+fn at_pre_switchover(config: &Config, return_path: bool, options: &[&str]) -> (Pair, Proxy) {
+    let mut pair = Pair::with_helpers(config, options);
     let proxy = pair.at_pre_switchover(return_path);
+    (pair, proxy)
+}
+
+/// Switch over to a QEMU that stands still, until what is behind RAM is on its way there.
+#[track_caller]
+fn held_behind_ram(version: &'static str, return_path: bool, options: &[&str]) -> (Pair, Proxy) {
+    let config = with_many_processors(version);
+    let (mut pair, proxy) = at_pre_switchover(&config, return_path, options);
+    signal_process(pair.destination.qemu.pid(), Signal::STOP);
+    pair.source.client.run("migrate-continue", json!({ "state": "pre-switchover" }));
+    eventually("what is behind RAM", || {
+        pair.source.helper.log().contains("may come to run at the destination").then_some(())
+    });
     (pair, proxy)
 }
 
 /// Switch over, and see that nobody gives up for a long time.
 #[track_caller]
 fn switch_over_and_wait(pair: &mut Pair) {
-    let workers = [&pair.source, &pair.destination].map(|host| host.helper.await_worker());
     pair.source.client.run("migrate-continue", json!({ "state": "pre-switchover" }));
+    keep_waiting(pair);
+}
+
+/// The same behind that.
+#[track_caller]
+fn keep_waiting(pair: &Pair) {
+    let workers = [&pair.source, &pair.destination].map(|host| host.helper.await_worker());
     let begun = Instant::now();
     eventually("a long time", || {
         let alive = [&pair.source, &pair.destination].map(|host| host.helper.workers());
@@ -53,7 +75,8 @@ fn completes(pair: &mut Pair) -> Value {
 #[test]
 fn a_destination_whose_qemu_stands_still_at_the_end() {
     for (version, return_path) in VERSIONS.into_iter().zip([false, true, false]) {
-        let (mut pair, _proxy) = at_pre_switchover(&with_many_processors(version), return_path);
+        let config = with_many_processors(version);
+        let (mut pair, _proxy) = at_pre_switchover(&config, return_path, &IMPATIENT);
         let qemu = pair.destination.qemu.pid();
         signal_process(qemu, Signal::STOP);
         switch_over_and_wait(&mut pair);
@@ -62,31 +85,68 @@ fn a_destination_whose_qemu_stands_still_at_the_end() {
     }
 }
 
+/// As if it were killed: what was begun goes on, also when the helper itself has ended.
+#[test]
+fn a_source_that_is_told_to_end_when_the_destination_stands_still() {
+    for (version, return_path) in VERSIONS.into_iter().zip([false, true, true]) {
+        let (mut pair, _proxy) = held_behind_ram(version, return_path, &IMPATIENT);
+        let worker = pair.source.helper.await_worker();
+        pair.source.helper.signal(Signal::TERM);
+        let relay = &mut pair.source.helper.child;
+        assert!(eventually("the helper's end", || relay.try_wait().unwrap()).success());
+        signal_process(worker, Signal::CONT);
+        signal_process(pair.destination.qemu.pid(), Signal::CONT);
+        eventually("the worker's end", || (!signal_if_alive(worker, Signal::CONT)).then_some(()));
+        assert_eq!(pair.destination.status(), "completed", "{version}");
+        let log = pair.source.helper.log();
+        assert!(log.contains("migration completed") && !log.contains("migration failed"), "{log}");
+        pair.verify();
+    }
+}
+
+/// What the destination has not got of the guest it gets no more. Whether that is all of it QEMU there
+/// finds out, and the source hears where the guest runs.
+#[test]
+fn a_migration_that_is_cancelled_when_the_destination_stands_still() {
+    for (version, return_path) in VERSIONS.into_iter().zip([true, false, true]) {
+        let (mut pair, _proxy) = held_behind_ram(version, return_path, &[]);
+        pair.source.client.run("migrate_cancel", json!({}));
+        eventually("the destination to be told", || {
+            pair.source.helper.log().contains("verdict is awaited").then_some(())
+        });
+        signal_process(pair.destination.qemu.pid(), Signal::CONT);
+        let end = pair.source.await_status(&["completed", "failed", "cancelled"]);
+        println!("{version}: {}, {}", end["status"], end["error-desc"]);
+        if end["status"] == "completed" {
+            pair.verify();
+            continue;
+        }
+        let text = end["error-desc"].as_str().unwrap();
+        assert!(text.contains("was cancelled") && !text.contains("stays stopped"), "{end}");
+        eventually("the guest to run", || (pair.source.qemu.status() == "running").then_some(()));
+        pair.source.qemu.assert_goes_on();
+        let ended = || pair.destination.qemu.child.try_wait().unwrap();
+        assert!(!eventually("the destination's end", ended).success());
+    }
+}
+
 #[test]
 fn a_link_that_stands_still_at_the_end() {
-    let (mut pair, proxy) = at_pre_switchover(&with_many_processors("10.0"), true);
+    // A link that stands still before is none that can be waited for.
+    let (mut pair, proxy) = at_pre_switchover(&with_many_processors("10.0"), true, &[]);
     proxy.stall(true);
     switch_over_and_wait(&mut pair);
     proxy.stall(false);
     completes(&mut pair);
 }
 
-/// The destination has the guest, and the link is away when it wants to say so.
+/// The destination has the guest, or gets it, and the link is away when it wants to say so.
 #[test]
 fn a_link_that_stands_still_behind_the_end() {
-    let (mut pair, proxy) = at_pre_switchover(&with_many_processors("10.0"), true);
-    let qemu = pair.destination.qemu.pid();
-    signal_process(qemu, Signal::STOP);
-    pair.source.client.run("migrate-continue", json!({ "state": "pre-switchover" }));
-    pair.source.client.await_event("MIGRATION", |data| data["status"] == "device");
-    signal_process(qemu, Signal::CONT);
+    let (mut pair, proxy) = held_behind_ram("10.0", true, &IMPATIENT);
     proxy.stall(true);
-    let workers = pair.destination.helper.workers();
-    let begun = Instant::now();
-    eventually("a long time", || {
-        assert_eq!(pair.destination.helper.workers(), workers, "after {:?}", begun.elapsed());
-        (begun.elapsed() > LONG).then_some(())
-    });
+    signal_process(pair.destination.qemu.pid(), Signal::CONT);
+    keep_waiting(&pair);
     proxy.stall(false);
     completes(&mut pair);
 }

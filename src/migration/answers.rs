@@ -7,7 +7,7 @@ use super::{
     error::MigrationError,
     link::{Link, LinkReceiver},
     outgoing::Event,
-    return_path::{ToQemu, WholeMessages},
+    return_path::{ToQemu, WholeMessages, says_done},
     targets::Answer,
 };
 use crate::wire::Message;
@@ -41,8 +41,8 @@ fn hand_on(answers: &SyncSender<Answer>, answer: Answer) -> Result<bool> {
     }
 }
 
-/// Receive a stock destination's return path from its own connection until that ends; how the
-/// migration ends is not decided by it.
+/// Receive a stock destination's return path from its own connection until that ends. Its QEMU says there
+/// that it has the guest, and source's ends its stream only then; that the connection ends says nothing.
 pub fn receive_return_path(
     mut receiver: LinkReceiver,
     link: &Link,
@@ -62,6 +62,10 @@ pub fn receive_return_path(
             Err(error) => return drop(events.send(Event::PeerFailed(error))),
         };
         qemu.send(&whole);
+        if says_done(&whole) {
+            // The receiver is gone only when the migration has ended.
+            let _ = events.send(Event::Acknowledged);
+        }
         if link.consumed().is_err() {
             return;
         }
@@ -95,5 +99,60 @@ fn receive_one(
             guest_never_ran: false,
         }),
         other => Err(agreement::unexpected(&other, "an answer")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io::Read as _,
+        os::unix::net::UnixStream,
+        sync::{Arc, mpsc},
+        thread,
+        time::Duration,
+    };
+
+    use super::*;
+    use crate::{
+        fabric::{Fabric as _, tcp::Tcp},
+        migration::messages::Address,
+        wire::credit::Flow,
+    };
+
+    /// What a stock destination says on its return path reaches QEMU, and when that is its end, us too.
+    #[test]
+    fn a_stock_destination_says_on_the_return_path_that_it_is_done() {
+        const STALL: Duration = Duration::from_secs(60);
+        const PONG: [u8; 8] = [0, 2, 0, 4, 0, 0, 0, 1];
+        const SHUT: [u8; 8] = [0, 1, 0, 4, 0, 0, 0, 0];
+        let fabric = Tcp { stall_timeout: STALL, connections: 1 };
+        let mut listener = fabric.listen(&Address { host: "127.0.0.1".into(), port: 0 }).unwrap();
+        let address = listener.address().clone();
+        let connecting = thread::spawn(move || fabric.connect(&address, &[], STALL).unwrap().1);
+        let theirs = listener.accept().unwrap().accept(&[]).unwrap();
+        let (link, receiver) = Link::stock(connecting.join().unwrap(), Flow::LockstepAhead, STALL);
+        let flow = Flow::LockstepAhead;
+        let (peer, mut taking) = Link::new(theirs, flow, flow, STALL);
+        let (qemu, mut read) = UnixStream::pair().unwrap();
+        let (events, received) = mpsc::channel();
+        let receiving = thread::spawn(move || {
+            receive_return_path(receiver, &link, &ToQemu::new(Arc::new(qemu)), &events);
+        });
+        let credits = peer.clone();
+        let taking = thread::spawn(move || taking.next(&credits, &mut Vec::new()).is_err());
+        // The first one needs no READY.
+        for message in [PONG, SHUT] {
+            peer.send(&Message::QemuFile(&message)).unwrap();
+            let mut heard = [0; 8];
+            read.read_exact(&mut heard).unwrap();
+            assert_eq!(heard, message);
+            if message == PONG {
+                assert!(received.try_recv().is_err());
+            }
+        }
+        assert!(matches!(received.recv().unwrap(), Event::Acknowledged));
+        peer.close();
+        receiving.join().unwrap();
+        assert!(taking.join().unwrap());
     }
 }

@@ -24,6 +24,11 @@ pub(super) fn link_of(stall_timeout: Duration) -> (Arc<Link>, LinkReceiver) {
     Link::new(Box::new(Idle::default()), flow, flow, stall_timeout)
 }
 
+/// The same of a stock peer.
+pub(super) fn stock() -> (Arc<Link>, LinkReceiver) {
+    Link::stock(Box::new(Idle::default()), Flow::LockstepAhead, Duration::from_secs(60))
+}
+
 #[derive(Clone, Default)]
 struct Idle(Arc<(Mutex<bool>, Condvar)>);
 

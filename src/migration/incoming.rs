@@ -1,5 +1,8 @@
 //! The destination's side: a source is let in, RAM lands, QEMU gets the rest.
 
+#[cfg(test)]
+mod tests;
+
 use std::{
     cell::Cell,
     net::Shutdown,
@@ -8,7 +11,7 @@ use std::{
         Arc,
         mpsc::{Receiver, Sender},
     },
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use tracing::warn;
@@ -21,10 +24,12 @@ use super::{
     landing, lifetime,
     link::Link,
     messages::{Address, Agreed, Options, Order, Report},
+    patience_of,
     statistics::Statistics,
 };
 use crate::{
     fabric::{Fabric, Handle},
+    patience::Patience,
     threads::{self, Lost},
     wire::Message,
 };
@@ -32,8 +37,7 @@ use crate::{
 /// How long to wait for what the relay knows of a QEMU that takes no more of the stream.
 const RELAY_VERDICT: Duration = Duration::from_secs(5);
 
-/// How long a stock source may take to close when the guest is loaded. A helper is waited for as long as for
-/// anything else that is due.
+/// How long a stock source may take to close when the guest is loaded.
 const FAREWELL: Duration = Duration::from_secs(5);
 
 /// What happens to an incoming migration.
@@ -78,16 +82,17 @@ enum Incoming {
     Judging {
         link: Arc<Link>,
         error: MigrationError,
-        /// When it may be given up, because QEMU has not got all of RAM.
-        until: Option<Instant>,
+        /// How long, where QEMU has not got all of RAM.
+        patience: Option<Patience>,
     },
     /// The relay is gone when QEMU may have all of RAM: it gets all of the stream, and nobody knows its
     /// verdict.
     Orphaned(Arc<Link>, MigrationError),
     /// QEMU has the guest, and the source still sends what QEMU needs no more. It does not listen before.
     Completed(Arc<Link>),
-    /// The source is being told, until then.
-    Telling(Arc<Link>, Instant),
+    /// The source is being told. A helper closes when it knows, however long that takes; a stock one may
+    /// never do so.
+    Telling(Arc<Link>, Option<Patience>),
     /// It is over.
     Ended(Verdict),
 }
@@ -98,7 +103,6 @@ struct Context {
     reports: Arc<Reports>,
     commitment: Arc<Commitment>,
     listening: Handle,
-    stall_timeout: Duration,
     /// The source sends nothing more.
     sent: Cell<bool>,
     /// It has closed.
@@ -133,7 +137,6 @@ pub fn run(
         reports: reports.clone(),
         commitment: Arc::default(),
         listening: listener.handle(),
-        stall_timeout: options.stall_timeout(),
         sent: Cell::new(false),
         closed: Cell::new(false),
         mute: Cell::new(false),
@@ -159,7 +162,8 @@ pub fn run(
         state => Ok(state),
     };
     let start = Incoming::Listening(Vec::new());
-    let verdict = lifetime(start, &events, &reports, &statistics, Incoming::alarm, step);
+    let (patience, late) = (Incoming::patience, || Event::Late);
+    let verdict = lifetime(start, &events, &reports, &statistics, patience, late, step);
     let Some(words) = verdict.tell(&reports, &statistics) else { return };
     // It fails only when QEMU has closed its end.
     let _ = context.qemu.shutdown(Shutdown::Both);
@@ -170,12 +174,10 @@ pub fn run(
 }
 
 impl Incoming {
-    /// How long a state may last, and what it is told then.
-    fn alarm(&self) -> Option<(Instant, Event)> {
+    /// What a state that lasts only so long has left of it.
+    fn patience(&mut self) -> Option<&mut Patience> {
         match self {
-            Self::Judging { until: Some(until), .. } | Self::Telling(_, until) => {
-                Some((*until, Event::Late))
-            }
+            Self::Judging { patience, .. } | Self::Telling(_, patience) => patience.as_mut(),
             _ => None,
         }
     }
@@ -184,7 +186,7 @@ impl Incoming {
         context.note(&event);
         match (self, event) {
             // Whatever else comes: the guest is here.
-            (Self::Telling(link, until), event) => Self::tell_on(link, until, event, context),
+            (Self::Telling(link, patience), event) => Self::tell_on(link, patience, event, context),
             (Self::Completed(link), _) => Self::confirm(link, context),
             (
                 Self::Receiving(link) | Self::Loading(link) | Self::Judging { link, .. },
@@ -221,11 +223,11 @@ impl Incoming {
             (Self::Receiving(link), Event::QemuLeft(error)) => {
                 // The relay asks QEMU why.
                 context.reports.send(&Report::StreamEnded);
-                Self::Judging { link, error, until: None }
+                Self::Judging { link, error, patience: None }
             }
             (Self::Receiving(link), Event::Served(Err(error @ MigrationError::Qemu(_)))) => {
                 context.reports.send(&Report::StreamEnded);
-                Self::Judging { link, error, until: Some(Instant::now() + RELAY_VERDICT) }
+                Self::Judging { link, error, patience: patience_of(RELAY_VERDICT) }
             }
             (Self::Receiving(link), Event::ReturnPathLost(error))
                 if context.commitment.is_past_ram() =>
@@ -233,7 +235,7 @@ impl Incoming {
                 // QEMU may get the guest without it. The source's QEMU ends its stream only when it hears
                 // something there.
                 context.reports.send(&Report::StreamEnded);
-                Self::Judging { link, error, until: None }
+                Self::Judging { link, error, patience: None }
             }
             (state, Event::Failed(error)) if context.commitment.is_past_ram() => {
                 warn!(%error, "QEMU's verdict is awaited");
@@ -283,20 +285,21 @@ impl Incoming {
 
     /// Waiting for QEMU's verdict, when something has failed.
     fn judge(self, event: Event, context: &Context) -> Self {
-        let Self::Judging { link, error, until } = self else { return self };
+        let Self::Judging { link, error, patience } = self else { return self };
         match event {
             Event::Order(Order::QemuFailed { reason, guest_never_ran }) => {
                 // What the relay knows of QEMU is better than that it stopped to read.
                 let error = match error {
                     MigrationError::Qemu(_) => MigrationError::Aborted(reason),
-                    error => error,
+                    error => of_ours(error),
                 };
                 Self::Loading(link).fail(error, guest_never_ran, context)
             }
             Event::RelayGone(_) | Event::Late => {
-                Self::Loading(link).fail(error, context.commitment.withdraw(), context)
+                let never_ran = context.commitment.withdraw();
+                Self::Loading(link).fail(of_ours(error), never_ran, context)
             }
-            _ => Self::Judging { link, error, until },
+            _ => Self::Judging { link, error, patience },
         }
     }
 
@@ -321,8 +324,8 @@ impl Incoming {
         if link.is_stock() {
             // It closes at its stream's end, or when its return path says so.
             let closed = context.closed.get();
-            let until = Instant::now() + FAREWELL;
-            return if closed { Self::done(&link) } else { Self::Telling(link, until) };
+            let patience = patience_of(FAREWELL);
+            return if closed { Self::done(&link) } else { Self::Telling(link, patience) };
         }
         if context.closed.get() {
             warn!("the source is gone, and does not know that the guest is here");
@@ -334,23 +337,24 @@ impl Incoming {
             // The receiver is gone only when the migration has ended otherwise.
             let _ = events.send(Event::Told(told.unwrap_or_else(|lost| Err(lost.into()))));
         });
-        Self::Telling(link, Instant::now() + context.stall_timeout)
+        Self::Telling(link, None)
     }
 
     /// Wait until the source has closed: its acknowledgement has arrived then.
-    fn tell_on(link: Arc<Link>, until: Instant, event: Event, context: &Context) -> Self {
+    fn tell_on(
+        link: Arc<Link>,
+        patience: Option<Patience>,
+        event: Event,
+        context: &Context,
+    ) -> Self {
         match event {
             Event::Told(Err(error)) => {
                 warn!(%error, "the source could not be told of the completion");
                 Self::done(&link)
             }
-            Event::Late if !link.is_stock() => {
-                warn!("the source did not say that it knows of the completion");
-                Self::done(&link)
-            }
             Event::Late => Self::done(&link),
             _ if context.closed.get() => Self::done(&link),
-            _ => Self::Telling(link, until),
+            _ => Self::Telling(link, patience),
         }
     }
 
@@ -378,7 +382,7 @@ impl Incoming {
                 // A QEMU that lacks a part of the stream fails now. It may have closed its end.
                 let _ = context.qemu.shutdown(Shutdown::Write);
                 context.reports.send(&Report::StreamEnded);
-                Self::Judging { link, error, until: None }
+                Self::Judging { link, error, patience: None }
             }
             state => state.fail(error, context.commitment.withdraw(), context),
         }
@@ -391,6 +395,12 @@ impl Incoming {
     }
 }
 
+/// A failure of which the source hears, whatever it was, and if it was its own: it waits for QEMU's
+/// verdict.
+fn of_ours(error: MigrationError) -> MigrationError {
+    MigrationError::Aborted(error.to_string())
+}
+
 impl Context {
     /// What no state may miss.
     fn note(&self, event: &Event) {
@@ -399,158 +409,5 @@ impl Context {
         self.sent.set(self.sent.get() || sent);
         self.closed.set(self.closed.get() || closed);
         self.mute.set(self.mute.get() || matches!(event, Event::ReturnPathLost(_)));
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::sync::mpsc;
-
-    use super::*;
-    use crate::migration::idle_link;
-
-    fn context(past_ram: bool) -> (Context, Receiver<Event>) {
-        let ((qemu, _), (socket, _)) = (UnixStream::pair().unwrap(), UnixStream::pair().unwrap());
-        let (events, received) = mpsc::channel();
-        let context = Context {
-            qemu: Arc::new(qemu),
-            reports: Arc::new(Reports::new(socket)),
-            commitment: Arc::default(),
-            listening: Handle::new(|| {}),
-            stall_timeout: Duration::from_secs(60),
-            sent: Cell::new(false),
-            closed: Cell::new(false),
-            mute: Cell::new(false),
-            events,
-        };
-        assert!(!past_ram || context.commitment.pass_ram());
-        (context, received)
-    }
-
-    fn peer() -> MigrationError {
-        MigrationError::Peer("it is odd".into())
-    }
-
-    fn qemu() -> MigrationError {
-        MigrationError::Qemu("stopped to read".into())
-    }
-
-    /// Every state that has a source.
-    fn states(link: &Arc<Link>) -> Vec<(&'static str, Incoming)> {
-        let judging = |until| Incoming::Judging { link: link.clone(), error: peer(), until };
-        vec![
-            ("receiving", Incoming::Receiving(link.clone())),
-            ("loading", Incoming::Loading(link.clone())),
-            ("judging", judging(None)),
-            ("judging for some time", judging(Some(Instant::now()))),
-            ("orphaned", Incoming::Orphaned(link.clone(), peer())),
-        ]
-    }
-
-    /// Those behind QEMU's `completed`.
-    fn completed(link: &Arc<Link>) -> Vec<(&'static str, Incoming)> {
-        vec![
-            ("completed", Incoming::Completed(link.clone())),
-            ("telling", Incoming::Telling(link.clone(), Instant::now())),
-        ]
-    }
-
-    /// Every event that may come when a source has begun.
-    fn all_events() -> Vec<(&'static str, Event)> {
-        let failed = Order::QemuFailed { reason: "it failed".into(), guest_never_ran: false };
-        let lost = Lost::NotStarted { thread: "orders" };
-        vec![
-            ("QemuCompleted", Event::Order(Order::QemuCompleted)),
-            ("QemuFailed", Event::Order(failed)),
-            ("Abort", Event::Order(Order::Abort { reason: "told".into() })),
-            ("RelayGone", Event::RelayGone(None)),
-            ("orders lost", Event::RelayGone(Some(lost))),
-            ("StreamEnded", Event::StreamEnded),
-            ("QemuLeft", Event::QemuLeft(qemu())),
-            ("Served: ok", Event::Served(Ok(()))),
-            ("Served: peer", Event::Served(Err(peer()))),
-            ("Served: QEMU", Event::Served(Err(qemu()))),
-            ("Closed", Event::Closed),
-            ("Failed", Event::Failed(peer())),
-            ("ReturnPathLost", Event::ReturnPathLost(peer())),
-            ("Told: ok", Event::Told(Ok(()))),
-            ("Told: peer", Event::Told(Err(peer()))),
-            ("Late", Event::Late),
-        ]
-    }
-
-    /// All pairs, to a source that takes nothing: none waits for it, and none says that the guest never
-    /// ran when QEMU may have it.
-    #[test]
-    fn no_state_waits_and_none_lies() {
-        for past_ram in [false, true] {
-            let (link, _receiver) = idle_link::link();
-            let count = states(&link).len();
-            for state in 0..count {
-                for event in 0..all_events().len() {
-                    let (context, _events) = context(past_ram);
-                    let (state_name, state) = states(&link).swap_remove(state);
-                    let (event_name, event) = all_events().swap_remove(event);
-                    let begun = Instant::now();
-                    let next = state.handle(event, &context);
-                    let pair = format!("{state_name}, {event_name}, past RAM: {past_ram}");
-                    assert!(begun.elapsed() < Duration::from_secs(1), "{pair}");
-                    if let Incoming::Ended(Verdict::Failed { guest_never_ran, .. }) = next {
-                        assert!(!(guest_never_ran && past_ram), "{pair}");
-                    }
-                }
-            }
-            link.close();
-        }
-    }
-
-    /// Wherever it comes, and whatever comes then, the guest is here.
-    #[test]
-    fn what_qemu_has_completed_stays_so() {
-        let (link, _receiver) = idle_link::link();
-        for (name, state) in states(&link).into_iter().filter(|(name, _)| *name != "orphaned") {
-            let (context, _events) = context(true);
-            let next = state.handle(Event::Order(Order::QemuCompleted), &context);
-            assert!(matches!(next, Incoming::Completed(_)), "{name}");
-        }
-        for state in 0..2 {
-            for event in 0..all_events().len() {
-                let (context, _events) = context(true);
-                let (state_name, state) = completed(&link).swap_remove(state);
-                let (event_name, event) = all_events().swap_remove(event);
-                let next = state.handle(event, &context);
-                let failed = matches!(next, Incoming::Ended(Verdict::Failed { .. }));
-                assert!(!failed, "{state_name}, {event_name}");
-            }
-        }
-    }
-
-    /// QEMU needs no more of the stream and completes; the source hears that when it has sent all.
-    #[test]
-    fn the_source_is_told_when_it_listens() {
-        let (link, _receiver) = idle_link::link();
-        let (context, _events) = context(true);
-        let state = Incoming::Receiving(link.clone());
-        let state = state.handle(Event::QemuLeft(qemu()), &context);
-        let state = state.handle(Event::Order(Order::QemuCompleted), &context);
-        assert!(matches!(state, Incoming::Completed(_)));
-        let state = state.handle(Event::StreamEnded, &context);
-        assert!(matches!(state, Incoming::Telling(..)));
-        let state = state.handle(Event::Told(Ok(())), &context);
-        assert!(matches!(state, Incoming::Telling(..)));
-        let state = state.handle(Event::Served(Ok(())), &context);
-        assert!(matches!(state, Incoming::Ended(Verdict::Done)));
-    }
-
-    /// Without its return path the source's QEMU never ends its stream.
-    #[test]
-    fn the_source_is_told_at_once_when_the_return_path_is_lost() {
-        let (link, _receiver) = idle_link::link();
-        let (context, _events) = context(true);
-        let state = Incoming::Receiving(link.clone());
-        let state = state.handle(Event::ReturnPathLost(peer()), &context);
-        let state = state.handle(Event::Order(Order::QemuCompleted), &context);
-        assert!(matches!(state, Incoming::Telling(..)));
-        link.close();
     }
 }

@@ -370,6 +370,15 @@ impl Link {
         (self.poster.posted(), landed)
     }
 
+    /// Tell the peer that the migration has failed here. It notices the end of the connection in any case.
+    pub fn tell(&self, text: String, guest_never_ran: bool) {
+        // It may be gone.
+        let _ = self.send(&match self.stock {
+            true => Message::Error,
+            false => Message::ErrorText { text: text.into(), guest_never_ran },
+        });
+    }
+
     /// End the connection; if it still stands, tell the peer why, which may take [`LAST_WORDS`].
     pub fn end(self: &Arc<Self>, error: &MigrationError, guest_never_ran: bool) {
         // Others may be sending, to a peer that takes nothing.
@@ -383,11 +392,7 @@ impl Link {
             error => Some(error.to_string()),
         };
         if let Some(text) = text {
-            // The peer notices the end in any case.
-            let _ = self.send(&match self.stock {
-                true => Message::Error,
-                false => Message::ErrorText { text: text.into(), guest_never_ran },
-            });
+            self.tell(text, guest_never_ran);
             self.poster.finish();
         }
         self.close();

@@ -209,8 +209,15 @@ pub enum Order {
         /// True only if the guest certainly never ran there.
         guest_never_ran: bool,
     },
-    /// End the migration as failed: release everything, tell the peer, exit.
+    /// End the migration as failed: release everything, tell the peer, exit. If the guest may come to
+    /// run at the destination, its QEMU decides, and nobody keeps it from it.
     Abort {
+        /// One sentence, told to the peer.
+        #[serde(deserialize_with = "text::deserialize")]
+        reason: String,
+    },
+    /// Source: the same, but a destination that has not got all of the guest gets no more of it.
+    Cancel {
         /// One sentence, told to the peer.
         #[serde(deserialize_with = "text::deserialize")]
         reason: String,

@@ -5,6 +5,7 @@
 //! state machine (`outgoing` or `incoming`); data threads take QEMU's stream and the peer's
 //! messages, and tell it what happens, their own end above all (`threads`). The state machine itself
 //! waits for nobody but them: what may take the peer, QEMU or the relay its time is theirs to do.
+//! (For a place in the line of QEMU's monitor it may wait a second, when the relay is gone: `orphan`.)
 
 mod acceptance;
 mod agreement;
@@ -54,7 +55,7 @@ use messages::Report;
 use statistics::Statistics;
 use tracing::warn;
 
-use crate::{memory::Region, threads};
+use crate::{memory::Region, patience::Patience, threads};
 
 /// How often the relay gets figures, which are the worker's sign of life too. Managers ask for them
 /// twice a second.
@@ -124,28 +125,37 @@ impl LastWords {
     /// Tell it, on a thread that the process should outlive, and end the connection; then do `after`.
     fn say(self, after: impl FnOnce() + Send + 'static) -> Option<JoinHandle<()>> {
         let Self { error, guest_never_ran, links } = self;
+        let unsaid = links.clone();
         let say = move || {
             for link in links {
                 link.end(&error, guest_never_ran);
             }
         };
-        threads::start("last words", say, |said| {
+        threads::start("last words", say, move |said| {
             if let Err(lost) = said {
                 warn!(%lost, "the peer may not know why");
+                unsaid.iter().for_each(|link| link.close());
             }
             after();
         })
     }
 }
 
+/// Of a state that lasts only so long, in a process that may be stopped meanwhile.
+fn patience_of(limit: Duration) -> Option<Patience> {
+    Some(Patience::in_slices(limit, REPORT_INTERVAL))
+}
+
 /// Feed a state machine with events until it gives its verdict, reporting figures all the while. Where a
-/// state waits for only so long, `alarm` says until when, and what happens then.
+/// state waits for only so long, `patience` is what it has left, and `late` what happens when that is
+/// over: behind all that has happened before, and not because this process was stopped.
 fn lifetime<S, E>(
     mut state: S,
     events: &Receiver<E>,
     reports: &Reports,
     statistics: &Statistics,
-    alarm: impl Fn(&S) -> Option<(Instant, E)>,
+    patience: impl Fn(&mut S) -> Option<&mut Patience>,
+    late: impl Fn() -> E,
     mut step: impl FnMut(S, E) -> std::result::Result<S, Verdict>,
 ) -> Verdict {
     let mut next_report = Instant::now();
@@ -154,12 +164,13 @@ fn lifetime<S, E>(
             reports.send(&Report::Progress(statistics.progress()));
             next_report = Instant::now() + REPORT_INTERVAL;
         }
-        let alarm = alarm(&state);
-        let wake = alarm.as_ref().map_or(next_report, |(due, _)| next_report.min(*due));
-        let event = match events.recv_timeout(wake.saturating_duration_since(Instant::now())) {
+        let wait = next_report.saturating_duration_since(Instant::now());
+        let wait = patience(&mut state).map_or(wait, |patience| patience.slice().min(wait));
+        let event = match events.recv_timeout(wait) {
             Ok(event) => Some(event),
             Err(RecvTimeoutError::Timeout) => {
-                alarm.filter(|(due, _)| *due <= Instant::now()).map(|(_, event)| event)
+                let is_over = patience(&mut state).is_some_and(|patience| !patience.lasts());
+                is_over.then(&late)
             }
             Err(RecvTimeoutError::Disconnected) => {
                 let error = MigrationError::Aborted("All threads of the worker ended".into());

@@ -177,6 +177,19 @@ impl WholeMessages {
     }
 }
 
+/// Do whole messages say that the destination's QEMU has the guest?
+pub fn says_done(whole: &[u8]) -> bool {
+    let mut rest = whole;
+    while let Some(head) = rest.first_chunk::<HEAD>() {
+        if rest.starts_with(&SHUT) {
+            return true;
+        }
+        let length = usize::from(u16::from_be_bytes([head[2], head[3]]));
+        rest = rest.get(HEAD + length..).unwrap_or_default();
+    }
+    false
+}
+
 /// The source's side: the way to QEMU, for whole messages of any thread.
 ///
 /// A QEMU that reads no more holds whoever writes, until its migration ends: then the socket does.
@@ -244,6 +257,22 @@ mod tests {
             assert_eq!([first, messages.push(&stream[cut..]).unwrap()].concat(), stream);
         }
         assert!(WholeMessages::default().push(&[0, 2, 0xff, 0xff]).is_err());
+    }
+
+    #[test]
+    fn only_shut_without_an_error_says_that_it_is_done() {
+        let pong = [0, 2, 0, 4, 0, 0, 0, 1];
+        // Its bytes are another message's here.
+        let ram = [&[0, 7, 0, 8][..], &SHUT].concat();
+        let failed = [0, 1, 0, 4, 0, 0, 0, 1];
+        for (whole, done) in [
+            ([&pong[..], &SHUT].concat(), true),
+            ([&SHUT[..], &pong].concat(), true),
+            ([&pong[..], &ram, &failed].concat(), false),
+            (Vec::new(), false),
+        ] {
+            assert_eq!(says_done(&whole), done, "{whole:?}");
+        }
     }
 
     #[test]

@@ -1,7 +1,6 @@
 //! QEMU's migration sockets, as a source's relay and its worker hold them.
 
 use std::{
-    io,
     net::Shutdown,
     os::{fd::OwnedFd, unix::net::UnixStream},
     sync::Arc,
@@ -9,9 +8,15 @@ use std::{
     time::Duration,
 };
 
-use crate::threads;
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    io::Errno,
+    net::{RecvFlags, recv},
+};
 
-/// How long QEMU may write nothing to a channel that is drained, before it is left alone.
+use crate::{patience::Patience, threads};
+
+/// How long QEMU may write nothing to channels that are drained, before they are left alone.
 const IDLE: Duration = Duration::from_secs(30);
 
 /// The stream, and QEMU's multifd channels if it was told to use any. QEMU does not notice the
@@ -35,20 +40,55 @@ impl Streams {
     /// Let QEMU's migration fail. Only the stream breaks: when a channel does, another that has not
     /// noticed yet that it should be synchronised ends without a word, and the migration thread waits
     /// for it for good (`multifd_send_thread`, QEMU 10.0). So what comes on the channels is taken, to
-    /// nowhere, until QEMU closes them; by these threads, which the process should outlive.
-    pub fn end(&self) -> Vec<JoinHandle<()>> {
+    /// nowhere, until QEMU closes them; by this thread, which the process should outlive.
+    pub fn end(&self) -> Option<JoinHandle<()>> {
         // It fails only when QEMU has closed its end.
         let _ = self.main.shutdown(Shutdown::Both);
-        let drain = |channel: &Arc<UnixStream>| {
-            let channel = channel.clone();
-            let drain = move || {
-                // QEMU is stuck, or gone; neither is helped by more patience.
-                let _ = channel.set_read_timeout(Some(IDLE));
-                let _ = io::copy(&mut &*channel, &mut io::sink());
-            };
-            // Nobody can do more for QEMU than that.
-            threads::start("drain", drain, |_| {})
-        };
-        self.channels.iter().filter_map(drain).collect()
+        if self.channels.is_empty() {
+            return None;
+        }
+        let channels = self.channels.clone();
+        threads::finish("drain", move || drain(channels))
+    }
+}
+
+/// Take what comes on these channels until all are closed. If nothing does for long, QEMU is stuck, or
+/// gone; neither is helped by more patience.
+fn drain(mut channels: Vec<Arc<UnixStream>>) {
+    let mut buffer = vec![0; 64 << 10];
+    let mut patience = Patience::new(IDLE);
+    while !channels.is_empty() {
+        let mut fds: Vec<_> =
+            channels.iter().map(|channel| PollFd::new(channel, PollFlags::IN)).collect();
+        let slice = Timespec::try_from(patience.slice()).ok();
+        match poll(&mut fds, slice.as_ref()) {
+            Ok(0) | Err(Errno::INTR) if patience.lasts() => continue,
+            Ok(1..) => patience = Patience::new(IDLE),
+            Ok(0) | Err(_) => return,
+        }
+        channels.retain(|channel| {
+            let received = recv(channel, &mut buffer[..], RecvFlags::DONTWAIT);
+            matches!(received, Ok((1.., _)) | Err(Errno::AGAIN | Errno::INTR))
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{io::Write as _, thread};
+
+    use super::*;
+
+    /// Whichever of them QEMU writes first, and closes first.
+    #[test]
+    fn all_channels_are_drained_until_they_are_closed() {
+        let ends: Vec<_> = (0..3).map(|_| UnixStream::pair().unwrap()).collect();
+        let (ours, theirs): (Vec<_>, Vec<_>) =
+            ends.into_iter().map(|(ours, theirs)| (Arc::new(ours), theirs)).unzip();
+        let draining = thread::spawn(move || drain(ours));
+        for mut channel in theirs.into_iter().rev() {
+            channel.write_all(&[7; 1 << 20]).unwrap();
+        }
+        draining.join().unwrap();
     }
 }

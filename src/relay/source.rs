@@ -378,7 +378,7 @@ impl Source {
             seen.cancelled = Some(Instant::now());
             let at_end = if self.view.borrow().past_ram { " at its very end" } else { "" };
             let reason = format!("The migration was cancelled{at_end}");
-            worker.order(&Order::Abort { reason }).await;
+            worker.order(&Order::Cancel { reason }).await;
         }
     }
 
@@ -471,7 +471,7 @@ impl Source {
         } else if seen.cancelling.get_or_insert_with(Instant::now).elapsed() > NOTICE {
             // It waits for a channel, and the worker for the peer, or for ever.
             let reason = "The migration was cancelled".to_owned();
-            worker.order(&Order::Abort { reason }).await;
+            worker.order(&Order::Cancel { reason }).await;
         }
         // One that flushed its disks did not answer at once when it was stopped.
         self.look_at_guest(worker, &mut seen.pacing).await;

@@ -179,9 +179,15 @@ impl Pair {
     /// Start both with the same machine; the destination waits for a migration and will not run
     /// the guest by itself.
     pub fn start(config: &Config) -> Self {
+        Self::with_helpers(config, &[])
+    }
+
+    /// The same, with these options for the helpers.
+    pub fn with_helpers(config: &Config, options: &[&str]) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let source = Host::start(&dir, "source", config);
-        let destination = Host::start(&dir, "destination", &config.clone().incoming());
+        let source = Host::with_helper(&dir, "source", config, options);
+        let incoming = config.clone().incoming();
+        let destination = Host::with_helper(&dir, "destination", &incoming, options);
         let mut pair = Self { source, destination, dir };
         for host in [&mut pair.source, &mut pair.destination] {
             host.client.capability("events", true);
