@@ -13,6 +13,7 @@ pub mod migration;
 mod patience;
 pub mod qemu;
 pub mod qmp;
+mod refusals;
 pub mod relay;
 pub mod stream;
 pub mod text;

@@ -4,13 +4,14 @@
 mod support;
 
 use std::{
+    collections::VecDeque,
     io::Write as _,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU32, Ordering},
     },
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use serde_json::json;
@@ -145,6 +146,88 @@ fn slow_clients_do_not() {
     siege.source_is_served();
     done.store(true, Ordering::SeqCst);
     clients.into_iter().for_each(|client| client.join().unwrap());
+}
+
+/// One host that connects again and again, each time before what it began has come to anything.
+struct Storm {
+    count: Arc<AtomicU32>,
+    over: Arc<AtomicBool>,
+    thread: thread::JoinHandle<()>,
+}
+
+impl Storm {
+    /// So many connections a second.
+    const RATE: u32 = 300;
+
+    /// From 127.0.0.2, where the source is not. Each sends `bytes`, and stays as long as it is let.
+    fn rise(port: u16, bytes: Vec<u8>) -> Self {
+        let (count, over) = (Arc::new(AtomicU32::new(0)), Arc::new(AtomicBool::new(false)));
+        let (counting, until) = (count.clone(), over.clone());
+        let thread = thread::spawn(move || {
+            let begun = Instant::now();
+            let mut peers = VecDeque::new();
+            while !until.load(Ordering::SeqCst) {
+                // Nobody listens any more when the migration is over.
+                let Ok(mut peer) = Peer::try_connect_from(2, port) else { break };
+                // It may have had to go already.
+                let _ = peer.0.write_all(&bytes);
+                peers.push_back(peer);
+                peers.drain(..peers.len().saturating_sub(400));
+                let made = counting.fetch_add(1, Ordering::SeqCst) + 1;
+                let due = begun + Duration::from_secs(1) * made / Self::RATE;
+                // Its rate; nobody waits for an event here.
+                thread::sleep(due.saturating_duration_since(Instant::now()));
+            }
+        });
+        Self { count, over, thread }
+    }
+
+    /// So many more have come.
+    fn await_more(&self, more: u32) {
+        let wanted = self.count.load(Ordering::SeqCst) + more;
+        eventually("more of the storm", || {
+            (self.count.load(Ordering::SeqCst) >= wanted).then_some(())
+        });
+    }
+
+    fn calm_down(self) {
+        self.over.store(true, Ordering::SeqCst);
+        self.thread.join().unwrap();
+    }
+}
+
+/// How long a source may take to be let in while it blows.
+const AT_ONCE: Duration = Duration::from_secs(5);
+
+#[track_caller]
+fn a_storm_delays_no_source(bytes: impl Fn(&Siege) -> Vec<u8>) {
+    let siege = Siege::start();
+    let storm = Storm::rise(siege.port, bytes(&siege));
+    storm.await_more(4 * Storm::RATE);
+    let begun = Instant::now();
+    siege.source_is_served();
+    storm.calm_down();
+    let took = begun.elapsed();
+    println!("served in {took:?}");
+    assert!(took < AT_ONCE, "it took {took:?}");
+}
+
+#[test]
+fn a_storm_of_idle_clients_does_not() {
+    a_storm_delays_no_source(|_| Vec::new());
+}
+
+#[test]
+fn a_storm_of_clients_that_greet_does_not() {
+    a_storm_delays_no_source(|_| hello(wire::PRIVATE_DATA));
+}
+
+#[test]
+fn a_storm_of_clients_that_list_the_blocks_does_not() {
+    a_storm_delays_no_source(|siege| {
+        let list = message(wire::BLOCK_LIST, 1, &wire::block_list(&siege.blocks));
+        [hello(wire::PRIVATE_DATA), list].concat()
+    });
 }
 
 /// Who agreed before the source began is let into memory no more once it has.

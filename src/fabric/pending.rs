@@ -2,14 +2,15 @@
 //!
 //! Nobody waits for them, and a newcomer is not turned away for their sake: it is they who go, first
 //! those of the address that has the most, then those that have come least far, then those that have
-//! been there longest; but nobody at once. An address is a host's: of IPv6 the network, of which a host may
-//! use all.
+//! been there longest. A newcomer waits in line until one of them has gone, and asks nobody to go at once,
+//! unless the line is long. Who accepts it never waits. An address is a host's: of IPv6 the network,
+//! of which a host may use all.
 
 use std::{
     net::{IpAddr, Ipv6Addr},
     sync::{
-        Arc, Condvar, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        Arc, Mutex, MutexGuard, PoisonError,
+        mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel},
     },
     time::{Duration, Instant},
 };
@@ -20,121 +21,193 @@ use super::Handle;
 /// time to show what it is.
 pub const GRACE: Duration = Duration::from_millis(100);
 
-/// How long a newcomer waits for its place.
-const GOING: Duration = Duration::from_secs(1);
+/// How long a newcomer waits in line.
+const GOING: Duration = Duration::from_secs(3);
 
-/// How many may be pending.
+/// How many may be pending. As many again may stand in line, and twice as many of one address: behind
+/// that, those go who have waited longest.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
     /// Of one address.
     pub each: usize,
     /// In all.
     pub total: usize,
-    /// How long nobody is asked to go who has just come.
+    /// How long nobody is asked to go who has just come. Of half a line on nobody is spared.
     pub grace: Duration,
 }
 
-/// Those that are pending.
+/// Those that are pending, and those that stand in line.
 #[derive(Debug)]
 pub struct Pending {
     limits: Limits,
-    next: AtomicU64,
-    entries: Mutex<Vec<Entry>>,
-    /// Somebody has gone.
-    gone: Condvar,
+    crowd: Mutex<Crowd>,
+}
+
+#[derive(Debug, Default)]
+struct Crowd {
+    /// How many have come so far.
+    came: u64,
+    /// In the order of their coming.
+    entries: Vec<Entry>,
+    /// Nobody is let in any more.
+    closed: bool,
 }
 
 #[derive(Debug)]
 struct Entry {
     number: u64,
     host: IpAddr,
+    /// When it got where it is.
     since: Instant,
-    /// How far it has come.
-    step: u32,
-    /// It was asked to go, and has not gone yet.
-    leaving: bool,
+    state: State,
     end: Handle,
+}
+
+#[derive(Debug)]
+enum State {
+    /// In line, until it is told to come in.
+    Waiting(SyncSender<()>),
+    /// It has its place, and has come so many steps far.
+    Inside(u32),
+    /// It was asked to go, and has not gone yet.
+    Leaving,
+}
+
+impl Entry {
+    fn waits(&self) -> bool {
+        matches!(self.state, State::Waiting(_))
+    }
+
+    fn is_leaving(&self) -> bool {
+        matches!(self.state, State::Leaving)
+    }
 }
 
 impl Pending {
     /// Nobody yet.
     pub fn new(limits: Limits) -> Arc<Self> {
-        Arc::new(Self {
-            limits,
-            next: AtomicU64::new(0),
-            entries: Mutex::default(),
-            gone: Condvar::new(),
-        })
+        Arc::new(Self { limits, crowd: Mutex::default() })
     }
 
-    fn lock(&self) -> MutexGuard<'_, Vec<Entry>> {
-        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Crowd> {
+        self.crowd.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A place for a peer that `end` ends. It may take a moment until somebody can go for it. `None` where
-    /// nobody does: those that were asked to go, and have not gone, are bounded too.
-    pub fn enter(self: &Arc<Self>, address: IpAddr, end: Handle) -> Option<Place> {
-        let host = host(address);
-        let number = self.next.fetch_add(1, Ordering::Relaxed);
-        let deadline = Instant::now() + GOING;
-        let mut entries = self.lock();
-        let goes = loop {
-            let now = Instant::now();
-            match room(&entries, self.limits, host, now) {
-                Room::Free => break None,
-                Room::Of(index) => break Some(index),
-                Room::Later(_) if now >= deadline => return None,
-                Room::Later(at) => {
-                    let time = at.map_or(deadline, |at| at.min(deadline)) - now;
-                    let waited = self.gone.wait_timeout(entries, time);
-                    entries = waited.unwrap_or_else(PoisonError::into_inner).0;
+    /// A peer that `end` ends takes its place in line. Returns at once.
+    pub fn enter(self: &Arc<Self>, address: IpAddr, end: Handle) -> Newcomer {
+        let mut crowd = self.lock();
+        let (number, host) = (crowd.came, host(address));
+        crowd.came += 1;
+        let (come_in, admitted) = sync_channel(1);
+        if !crowd.closed {
+            let (since, state) = (Instant::now(), State::Waiting(come_in));
+            crowd.entries.push(Entry { number, host, since, state, end });
+            crowd.admit(self.limits, since);
+            crowd.shorten_line(self.limits, host);
+            self.settle(crowd);
+        }
+        Newcomer { place: Place { pending: self.clone(), number }, admitted }
+    }
+
+    /// Let in who can be, and ask those to go who make room for others. Returns when more might be.
+    fn settle(&self, mut crowd: MutexGuard<'_, Crowd>) -> Option<Instant> {
+        let now = Instant::now();
+        crowd.admit(self.limits, now);
+        let ends = crowd.make_room(self.limits, now);
+        let since = crowd.entries.iter().filter(|it| matches!(it.state, State::Inside(_)));
+        let later = since.map(|it| it.since + self.limits.grace).filter(|at| *at > now).min();
+        drop(crowd);
+        ends.iter().for_each(Handle::close);
+        later
+    }
+}
+
+impl Crowd {
+    /// If the line is too long, who has stood there longest goes: of this host, or of the one that has the
+    /// most in it.
+    fn shorten_line(&mut self, limits: Limits, host: IpAddr) {
+        let line = || self.entries.iter().enumerate().filter(|(_, it)| it.waits());
+        let of = |host: IpAddr| line().filter(|(_, it)| it.host == host).count();
+        let goes = if of(host) > 2 * limits.each {
+            line().find(|(_, it)| it.host == host)
+        } else if line().count() > limits.total {
+            line().max_by_key(|(_, it)| (of(it.host), u64::MAX - it.number))
+        } else {
+            None
+        };
+        if let Some((index, _)) = goes {
+            self.entries.remove(index);
+        }
+    }
+
+    /// How many have a place.
+    fn inside(&self, which: impl Fn(&Entry) -> bool) -> usize {
+        self.entries.iter().filter(|it| !it.waits() && which(it)).count()
+    }
+
+    fn is_full(&self, host: IpAddr, limits: Limits) -> bool {
+        self.inside(|it| it.host == host) >= limits.each
+    }
+
+    /// Places that are free go to those in line, in their order.
+    fn admit(&mut self, limits: Limits, now: Instant) {
+        for index in 0..self.entries.len() {
+            if self.inside(|_| true) >= limits.total {
+                return;
+            }
+            let host = self.entries[index].host;
+            if self.entries[index].waits() && !self.is_full(host, limits) {
+                let entry = &mut self.entries[index];
+                let inside = State::Inside(0);
+                entry.since = now;
+                if let State::Waiting(come_in) = std::mem::replace(&mut entry.state, inside) {
+                    // Its thread may be gone, and its place is free again in a moment.
+                    let _ = come_in.send(());
                 }
             }
-        };
-        let ended = goes.map(|index| {
-            entries[index].leaving = true;
-            entries[index].end.clone()
-        });
-        entries.push(Entry { number, host, since: Instant::now(), step: 0, leaving: false, end });
-        drop(entries);
-        if let Some(end) = ended {
-            end.close();
         }
-        Some(Place { pending: self.clone(), number })
     }
-}
 
-/// Whether there is room for a newcomer.
-enum Room {
-    /// There is.
-    Free,
-    /// If this entry goes.
-    Of(usize),
-    /// When somebody has gone; or at this time, when somebody may be asked to.
-    Later(Option<Instant>),
-}
+    /// For each one in line somebody goes, if there is one who may be asked to. Returns their ends.
+    fn make_room(&mut self, limits: Limits, now: Instant) -> Vec<Handle> {
+        // Those that leave, and whose place somebody in line will have.
+        let mut given = Vec::new();
+        let mut ends = Vec::new();
+        let line: Vec<_> = self.entries.iter().filter(|it| it.waits()).map(|it| it.host).collect();
+        for (index, host) in line.iter().copied().enumerate() {
+            let behind = &line[index + 1..];
+            let spares = behind.len() < limits.total / 2
+                && behind.iter().filter(|it| **it == host).count() < limits.each;
+            let host_is_full = self.is_full(host, limits);
+            let may = |it: &Entry| !host_is_full || it.host == host;
+            let leaving = |it: &&Entry| it.is_leaving() && may(it) && !given.contains(&it.number);
+            if let Some(leaving) = self.entries.iter().find(leaving) {
+                given.push(leaving.number);
+                continue;
+            }
+            let since = if spares { now.checked_sub(limits.grace) } else { Some(now) };
+            let may = |it: &Entry| may(it) && since.is_some_and(|since| it.since <= since);
+            if let Some(index) = self.goes_for(host, may) {
+                let entry = &mut self.entries[index];
+                entry.state = State::Leaving;
+                given.push(entry.number);
+                ends.push(entry.end.clone());
+            }
+        }
+        ends
+    }
 
-fn room(entries: &[Entry], limits: Limits, host: IpAddr, now: Instant) -> Room {
-    let of_host = entries.iter().filter(|entry| entry.host == host).count();
-    if of_host >= 2 * limits.each || entries.len() >= 2 * limits.total {
-        return Room::Later(None);
-    }
-    let staying = || entries.iter().enumerate().filter(|(_, entry)| !entry.leaving);
-    // With the newcomer.
-    let of = |it: IpAddr| {
-        staying().filter(|(_, entry)| entry.host == it).count() + usize::from(it == host)
-    };
-    let host_is_full = of(host) > limits.each;
-    if !host_is_full && staying().count() < limits.total {
-        return Room::Free;
-    }
-    let candidates = || staying().filter(|(_, entry)| !host_is_full || entry.host == host);
-    let goes = candidates()
-        .filter(|(_, entry)| entry.since + limits.grace <= now)
-        .max_by_key(|(_, it)| (of(it.host), u32::MAX - it.step, u64::MAX - it.number));
-    match goes {
-        Some((index, _)) => Room::Of(index),
-        None => Room::Later(candidates().map(|(_, entry)| entry.since + limits.grace).min()),
+    /// Who goes for a newcomer, of those that may be asked to.
+    fn goes_for(&self, newcomer: IpAddr, may: impl Fn(&Entry) -> bool) -> Option<usize> {
+        let of = |host: IpAddr| {
+            self.inside(|it| it.host == host && !it.is_leaving()) + usize::from(host == newcomer)
+        };
+        let inside = self.entries.iter().enumerate().filter_map(|(index, it)| match it.state {
+            State::Inside(step) if may(it) => Some((index, (of(it.host), u32::MAX - step))),
+            _ => None,
+        });
+        // Of several the last one is taken: that is the oldest.
+        inside.rev().max_by_key(|(_, rank)| *rank).map(|(index, _)| index)
     }
 }
 
@@ -151,6 +224,32 @@ fn host(address: IpAddr) -> IpAddr {
     }
 }
 
+/// A peer that stands in line. When it is dropped, it has gone.
+#[derive(Debug)]
+pub struct Newcomer {
+    place: Place,
+    admitted: Receiver<()>,
+}
+
+impl Newcomer {
+    /// Wait for a place. It takes a moment until somebody has gone for it; `None` where nobody does, and
+    /// in a crowd.
+    pub fn wait(self) -> Option<Place> {
+        let mut look = Instant::now();
+        let deadline = look + GOING;
+        loop {
+            match self.admitted.recv_timeout(look.saturating_duration_since(Instant::now())) {
+                Ok(()) => return Some(self.place),
+                Err(RecvTimeoutError::Timeout) if Instant::now() < deadline => {
+                    let later = self.place.pending.settle(self.place.pending.lock());
+                    look = later.unwrap_or_else(|| Instant::now() + GRACE).min(deadline);
+                }
+                Err(_) => return None,
+            }
+        }
+    }
+}
+
 /// A peer's place; free again when it is dropped.
 #[derive(Debug)]
 pub struct Place {
@@ -162,50 +261,60 @@ impl Place {
     /// The peer has come one step further, and from now on `end` ends it. False if it has to go.
     #[must_use]
     pub fn advance(&self, end: Handle) -> bool {
-        let mut entries = self.pending.lock();
-        let entry = entries.iter_mut().find(|entry| entry.number == self.number);
+        let mut crowd = self.pending.lock();
+        let entry = crowd.entries.iter_mut().find(|entry| entry.number == self.number);
         entry.is_some_and(|entry| {
-            entry.step += 1;
             entry.end = end;
-            !entry.leaving
+            match &mut entry.state {
+                State::Inside(step) => *step += 1,
+                State::Waiting(_) | State::Leaving => return false,
+            }
+            true
         })
     }
 
-    /// Ask all others to go.
+    /// Ask all others to go, and let nobody in any more.
     pub fn leave_only(&self) {
-        let mut ends = Vec::new();
-        for entry in self.pending.lock().iter_mut().filter(|entry| entry.number != self.number) {
-            entry.leaving = true;
-            ends.push(entry.end.clone());
-        }
+        let mut crowd = self.pending.lock();
+        crowd.closed = true;
+        crowd.entries.retain(|entry| !entry.waits());
+        let others = crowd.entries.iter_mut().filter(|entry| entry.number != self.number);
+        let ends: Vec<_> = others
+            .map(|entry| {
+                entry.state = State::Leaving;
+                entry.end.clone()
+            })
+            .collect();
+        drop(crowd);
         ends.iter().for_each(Handle::close);
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.pending.lock().retain(|entry| entry.number != self.number);
-        self.pending.gone.notify_all();
+        let mut crowd = self.pending.lock();
+        crowd.entries.retain(|entry| entry.number != self.number);
+        self.pending.settle(crowd);
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::AtomicUsize;
+    use std::thread;
 
     use super::*;
 
     const LIMITS: Limits = Limits { each: 2, total: 4, grace: Duration::ZERO };
 
-    struct Crowd {
+    struct House {
         pending: Arc<Pending>,
         /// Who was asked to go.
         gone: Arc<Mutex<Vec<&'static str>>>,
     }
 
-    impl Crowd {
-        fn new() -> Self {
-            Self { pending: Pending::new(LIMITS), gone: Arc::default() }
+    impl House {
+        fn new(limits: Limits) -> Self {
+            Self { pending: Pending::new(limits), gone: Arc::default() }
         }
 
         fn end(&self, name: &'static str) -> Handle {
@@ -213,110 +322,163 @@ mod tests {
             Handle::new(move || gone.lock().unwrap().push(name))
         }
 
-        fn enter(&self, address: &str, name: &'static str) -> Option<Place> {
+        fn come(&self, address: &str, name: &'static str) -> Newcomer {
             self.pending.enter(address.parse().unwrap(), self.end(name))
+        }
+
+        /// One for whom there is a place.
+        #[track_caller]
+        fn enter(&self, address: &str, name: &'static str) -> Place {
+            self.come(address, name).is_in().unwrap()
         }
 
         fn gone(&self) -> Vec<&'static str> {
             std::mem::take(&mut self.gone.lock().unwrap())
         }
+
+        fn line(&self) -> usize {
+            self.pending.lock().entries.iter().filter(|it| it.waits()).count()
+        }
+    }
+
+    impl Newcomer {
+        /// Its place, if it was let in.
+        fn is_in(self) -> Result<Place, Self> {
+            if self.admitted.try_recv().is_ok() { Ok(self.place) } else { Err(self) }
+        }
     }
 
     #[test]
     fn the_oldest_of_an_address_makes_room() {
-        let crowd = Crowd::new();
-        let places: Vec<_> = ["a", "b"].map(|it| crowd.enter("10.0.0.1", it)).into();
-        let other = crowd.enter("10.0.0.2", "other").unwrap();
-        assert!(crowd.gone().is_empty());
-        let third = crowd.enter("::ffff:10.0.0.1", "c").unwrap();
-        assert_eq!(crowd.gone(), ["a"]);
-        drop((places, third, other));
-        let again: Vec<_> = ["d", "e"].map(|it| crowd.enter("10.0.0.1", it)).into();
-        assert!(crowd.gone().is_empty(), "those that have gone hold no place");
+        let house = House::new(LIMITS);
+        let [first, second] = ["a", "b"].map(|it| house.enter("10.0.0.1", it));
+        let other = house.enter("10.0.0.2", "other");
+        assert!(house.gone().is_empty());
+        let third = house.come("::ffff:10.0.0.1", "c").is_in().unwrap_err();
+        assert_eq!(house.gone(), ["a"]);
+        drop(first);
+        let third = third.is_in().unwrap();
+        drop((second, third, other));
+        let again = ["d", "e"].map(|it| house.enter("10.0.0.1", it));
+        assert!(house.gone().is_empty(), "those that have gone hold no place");
         drop(again);
     }
 
     #[test]
     fn who_has_come_further_stays() {
-        let crowd = Crowd::new();
-        let first = crowd.enter("10.0.0.1", "first").unwrap();
-        assert!(first.advance(crowd.end("first, greeted")));
-        let _second = crowd.enter("10.0.0.1", "second").unwrap();
-        let _third = crowd.enter("10.0.0.1", "third").unwrap();
-        assert_eq!(crowd.gone(), ["second"]);
+        let house = House::new(LIMITS);
+        let first = house.enter("10.0.0.1", "first");
+        assert!(first.advance(house.end("first, greeted")));
+        let _second = house.enter("10.0.0.1", "second");
+        let _third = house.come("10.0.0.1", "third");
+        assert_eq!(house.gone(), ["second"]);
     }
 
     #[test]
     fn the_address_with_the_most_makes_room() {
-        let crowd = Crowd::new();
-        let _lone = crowd.enter("10.0.0.1", "lone").unwrap();
-        let _crowd: Vec<_> = ["a", "b"].map(|it| crowd.enter("10.0.0.2", it)).into();
-        let _more = crowd.enter("10.0.0.3", "more").unwrap();
-        let _new = crowd.enter("10.0.0.4", "new").unwrap();
-        assert_eq!(crowd.gone(), ["a"]);
-        let _newer = crowd.enter("10.0.0.5", "newer").unwrap();
-        assert_eq!(crowd.gone(), ["lone"]);
+        let house = House::new(LIMITS);
+        let _lone = house.enter("10.0.0.1", "lone");
+        let [first, _second] = ["a", "b"].map(|it| house.enter("10.0.0.2", it));
+        let _more = house.enter("10.0.0.3", "more");
+        let new = house.come("10.0.0.4", "new");
+        assert_eq!(house.gone(), ["a"]);
+        drop(first);
+        let _new = new.is_in().unwrap();
+        let _newer = house.come("10.0.0.5", "newer");
+        assert_eq!(house.gone(), ["lone"]);
     }
 
     #[test]
     fn a_network_of_ipv6_is_one_host() {
-        let crowd = Crowd::new();
+        let house = House::new(LIMITS);
         let hosts = ["2001:db8::1", "2001:db8::2", "2001:db8::3"];
-        let _places = hosts.map(|it| crowd.enter(it, "it").unwrap());
-        assert_eq!(crowd.gone().len(), 1);
-        let crowd = Crowd::new();
-        let _places = ["fe80::1", "fe80::2", "fe80::3"].map(|it| crowd.enter(it, "it").unwrap());
-        assert!(crowd.gone().is_empty());
+        let _crowd = hosts.map(|it| house.come(it, "it"));
+        assert_eq!(house.gone().len(), 1);
+        let house = House::new(LIMITS);
+        let _crowd = ["fe80::1", "fe80::2", "fe80::3"].map(|it| house.enter(it, "it"));
+        assert!(house.gone().is_empty());
     }
 
+    /// They keep what they have, and nobody gets more.
     #[test]
     fn those_that_do_not_go_are_bounded_too() {
-        let crowd = Crowd::new();
-        let mut places = Vec::new();
-        for _ in 0..2 * LIMITS.each {
-            places.push(crowd.enter("10.0.0.1", "stubborn").unwrap());
-        }
-        assert!(crowd.enter("10.0.0.1", "stubborn").is_none());
-        let other = crowd.enter("10.0.0.2", "other").unwrap();
-        assert!(other.advance(crowd.end("other")));
-        assert!(!places[0].advance(crowd.end("stubborn")), "it was asked to go");
+        let house = House::new(LIMITS);
+        let mut places = vec![];
+        places.extend(["a", "b"].map(|it| house.enter("10.0.0.1", it)));
+        let mut late: Vec<_> = (0..20).map(|_| house.come("10.0.0.1", "late")).collect();
+        assert_eq!(house.gone(), ["a", "b"]);
+        assert_eq!(house.line(), 2 * LIMITS.each);
+        let other = house.enter("10.0.0.2", "other");
+        assert!(other.advance(house.end("other")));
+        assert!(!places[0].advance(house.end("a")), "it was asked to go");
+        // Those that have waited longest had to go, and have; the next one is let in.
         places.pop();
-        assert!(crowd.enter("10.0.0.1", "again").is_some());
+        let kept = late.split_off(20 - 2 * LIMITS.each);
+        assert!(late.into_iter().all(|it| it.wait().is_none()));
+        assert!(kept.into_iter().next().unwrap().is_in().is_ok());
     }
 
-    /// However many come at once, each has the time to show what it is.
+    /// However many others come, and whether they go or not, who comes from elsewhere is let in at once.
+    #[test]
+    fn a_host_of_its_own_waits_for_nobody() {
+        let house = House::new(Limits { grace: Duration::from_secs(600), ..LIMITS });
+        let _crowd: Vec<_> = (0..100).map(|_| house.come("10.0.0.1", "one")).collect();
+        let _other = house.enter("10.0.0.2", "other");
+    }
+
+    /// The line has an end, whoever stands in it.
+    #[test]
+    fn the_line_is_bounded() {
+        let house = House::new(LIMITS);
+        let come = |it: u8| house.pending.enter([10, 0, 0, it].into(), house.end("it"));
+        let crowd: Vec<_> = (1..=50).map(come).collect();
+        assert_eq!(house.line(), LIMITS.total);
+        let last = crowd.into_iter().next_back().unwrap();
+        assert!(last.wait().is_some(), "who comes last is in line");
+    }
+
+    /// In a crowd that comes at once, each has the time to show what it is.
     #[test]
     fn nobody_goes_at_once() {
         let grace = Duration::from_millis(50);
-        let pending = Pending::new(Limits { grace, ..LIMITS });
+        let house = House::new(Limits { grace, ..LIMITS });
         let begun = Instant::now();
-        let gone = Arc::new(Mutex::new(None));
-        let places: Vec<_> = (0..3)
-            .map(|_| {
-                let gone = gone.clone();
-                let end = Handle::new(move || *gone.lock().unwrap() = Some(Instant::now()));
-                pending.enter([10, 0, 0, 1].into(), end).unwrap()
-            })
-            .collect();
-        assert!(gone.lock().unwrap().unwrap() >= begun + grace);
-        drop(places);
+        let [first, _second] = ["a", "b"].map(|it| house.enter("10.0.0.1", it));
+        let next = house.come("10.0.0.1", "c");
+        assert!(house.gone().is_empty());
+        let waiting = thread::spawn(move || next.wait().is_some());
+        while house.gone().is_empty() {
+            thread::yield_now();
+        }
+        assert!(begun.elapsed() >= grace);
+        drop(first);
+        assert!(waiting.join().unwrap());
+    }
+
+    /// A crowd that goes on coming has the time that it leaves itself.
+    #[test]
+    fn a_long_line_spares_nobody() {
+        let house = House::new(Limits { grace: Duration::from_secs(600), ..LIMITS });
+        let _places = ["a", "b"].map(|it| house.enter("10.0.0.1", it));
+        let _line = ["c", "d"].map(|it| house.come("10.0.0.1", it));
+        assert!(house.gone().is_empty());
+        let _last = house.come("10.0.0.1", "e");
+        assert_eq!(house.gone(), ["a"]);
     }
 
     #[test]
     fn all_but_one_go() {
-        let pending = Pending::new(LIMITS);
-        let ended = Arc::new(AtomicUsize::new(0));
-        let end = || {
-            let ended = ended.clone();
-            Handle::new(move || {
-                ended.fetch_add(1, Ordering::SeqCst);
-            })
-        };
-        let places: Vec<_> =
-            (1..=3).map(|it| pending.enter([10, 0, 0, it].into(), end()).unwrap()).collect();
+        let house = House::new(LIMITS);
+        let places = ["10.0.0.1", "10.0.0.2", "10.0.0.3"].map(|it| house.enter(it, it));
+        let _fourth = house.enter("10.0.0.3", "fourth");
+        let waiting = house.come("10.0.0.3", "waiting");
+        house.gone();
         places[1].leave_only();
-        assert_eq!(ended.load(Ordering::SeqCst), 2);
-        assert!(places[1].advance(end()));
-        assert!(!places[0].advance(end()));
+        assert_eq!(house.gone(), ["10.0.0.1", "10.0.0.3", "fourth"]);
+        assert!(places[1].advance(house.end("it")));
+        assert!(!places[0].advance(house.end("it")));
+        assert!(waiting.wait().is_none());
+        drop(places);
+        assert!(house.come("10.0.0.4", "late").wait().is_none());
     }
 }

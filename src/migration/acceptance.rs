@@ -13,7 +13,7 @@ use super::{
     statistics::Statistics,
 };
 use crate::{
-    fabric::{Connection, RemoteKey, Request, pending::Place},
+    fabric::{Connection, Handle, RemoteKey, Request, pending::Place},
     memory::{RANGE_MAX, Ranges, Region},
     stream::StreamBlock,
     wire::{
@@ -93,6 +93,15 @@ impl Accepted {
             pin_limit: hall.options.pin_limit,
             claim,
         }
+    }
+
+    /// Ends the source from any thread, also where it waits for its turn.
+    fn handle(&self) -> Handle {
+        let (link, claim) = (self.link.handle(), self.claim.clone());
+        Handle::new(move || {
+            link.close();
+            claim.give_up();
+        })
     }
 
     /// The stream's block list is complete: a stock source has named its blocks by it. It writes
@@ -239,7 +248,7 @@ pub fn accept(
     };
     let mut accepted = Accepted::new(connection, flow, theirs.is_none(), &hall);
     let agreed = match theirs {
-        _ if !place.advance(accepted.link.handle()) => Err(made_room()),
+        _ if !place.advance(accepted.handle()) => Err(made_room()),
         Some(theirs) => {
             accepted.any_time = theirs.any_time();
             accepted.agree(pin_all, &hall, place)
@@ -267,7 +276,7 @@ impl Accepted {
     /// Compare the block lists; if they agree, tell the source where to write.
     fn agree(&mut self, pin_all: bool, hall: &Hall<'_>, place: &Place) -> Result<()> {
         let order = self.compare(hall.own).inspect_err(|error| self.tell_stranger(error))?;
-        if !place.advance(self.link.handle()) {
+        if !place.advance(self.handle()) {
             return Err(made_room());
         }
         check_limit(hall.own, pin_all, hall.options.pin_limit, hall.options)?;

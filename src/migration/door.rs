@@ -28,8 +28,9 @@ use super::{
 use crate::{
     fabric::{
         FabricError, Listener, Request,
-        pending::{GRACE, Limits, Pending, Place},
+        pending::{GRACE, Limits, Newcomer, Pending, Place},
     },
+    refusals::Refusals,
     threads,
     wire::PrivateData,
 };
@@ -58,6 +59,8 @@ pub struct Proven {
 /// Lets in who connects.
 pub struct Door {
     proven: Receiver<Result<Proven>>,
+    /// Lines about those that get no further.
+    pub refused: Arc<Refusals>,
 }
 
 /// What all that are pending share.
@@ -68,6 +71,9 @@ struct Hall {
     /// Stock sources whose second connection may come.
     expected: Mutex<Vec<Expected>>,
     proven: Sender<Result<Proven>>,
+    refused: Arc<Refusals>,
+    /// Lines about those that got this far.
+    agreed: Refusals,
 }
 
 /// Where the second connection of a stock source at this address goes.
@@ -82,12 +88,15 @@ impl Door {
     /// Accept on a thread of its own, until the listener is closed.
     pub fn open(mut listener: Box<dyn Listener>, context: &Arc<Context>) -> Self {
         let (sender, proven) = mpsc::channel();
+        let refused = Arc::<Refusals>::default();
         let hall = Arc::new(Hall {
             context: context.clone(),
             pending: Pending::new(PENDING),
             seat: Arc::default(),
             expected: Mutex::default(),
             proven: sender,
+            refused: refused.clone(),
+            agreed: Refusals::default(),
         });
         let accept = move || {
             loop {
@@ -102,7 +111,7 @@ impl Door {
             }
         };
         threads::start("door", accept, say_failure(&context.events, Event::Failed));
-        Self { proven }
+        Self { proven, refused }
     }
 
     /// The next source that sends.
@@ -116,7 +125,7 @@ impl Hall {
         self.expected.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Somebody connects.
+    /// Somebody connects. Nobody is waited for.
     fn visit(self: &Arc<Self>, request: Box<dyn Request>) {
         let peer = request.peer();
         let stock = self.context.options.fabric == FabricKind::Verbs
@@ -127,43 +136,44 @@ impl Hall {
         };
         let Some(request) = request else { return };
         if self.seat.begun() {
-            info!(%peer, "turned away: another source is served");
+            self.refused.say(|left_out| {
+                info!(%peer, left_out, "turned away: another source is served");
+            });
             return;
         }
-        let Some(place) = self.pending.enter(peer.ip(), request.handle()) else {
-            info!(%peer, "turned away: too many of this address, or in all, are pending");
-            return;
-        };
-        // Before it is let in: a stock QEMU connects again as soon as it is.
-        let return_path = stock.then(|| self.expect_return_path(peer.ip()));
+        let newcomer = self.pending.enter(peer.ip(), request.handle());
         let (hall, receiving) = (self.clone(), self.clone());
-        let receive = move || receiving.receive(request, place, return_path);
+        let receive = move || receiving.receive(request, newcomer, stock);
         threads::start("source", receive, move |received| {
             if let Err(error) = received.unwrap_or_else(|lost| Err(lost.into())) {
-                match hall.seat.begun() {
-                    true => info!(%peer, %error, "turned away: another source is served"),
-                    false => warn!(%peer, %error, "turned away"),
-                }
+                hall.refused.say(|left_out| match hall.seat.begun() {
+                    true => {
+                        info!(%peer, %error, left_out, "turned away: another source is served");
+                    }
+                    false => warn!(%peer, %error, left_out, "turned away"),
+                });
             }
         });
     }
 
-    /// Agree with a source, and hand it on when it sends.
-    fn receive(
-        &self,
-        request: Box<dyn Request>,
-        place: Place,
-        return_path: Option<Arc<ReturnPath>>,
-    ) -> Result<()> {
+    /// Agree with a source when it has its place, and hand it on when it sends.
+    fn receive(&self, request: Box<dyn Request>, newcomer: Newcomer, stock: bool) -> Result<()> {
         let peer = request.peer();
+        let Some(place) = newcomer.wait() else {
+            let why = "Too many of this address, or in all, are pending";
+            return Err(MigrationError::Aborted(why.into()));
+        };
+        // Before it is let in: a stock QEMU connects again as soon as it is.
+        let return_path = stock.then(|| self.expect_return_path(peer.ip()));
         let mut accepted = acceptance::accept(request, &self.context, &place, &self.seat)?;
         let link = accepted.link.clone();
         if let Some(return_path) = &return_path {
             return_path.belongs_to(&link);
-            info!(%peer, "a stock QEMU connected");
-        } else {
-            info!(%peer, "a source connected, and the block lists agree");
         }
+        self.agreed.say(|left_out| match stock {
+            true => info!(%peer, left_out, "a stock QEMU connected"),
+            false => info!(%peer, left_out, "a source connected, and the block lists agree"),
+        });
         // The receiver is gone only when the migration has ended.
         let _ = self.context.events.send(Event::Agreed(link.clone()));
         match first_message(&mut accepted) {

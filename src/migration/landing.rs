@@ -93,7 +93,9 @@ fn serve_one<'a>(door: &Door, context: &'a Context) -> Result<(Receiving<'a>, Re
         match receiving.run(&first) {
             Err(error) if !receiving.begun => {
                 link.end(&error, true);
-                warn!(%peer, %error, "the source went before it sent anything");
+                door.refused.say(|left_out| {
+                    warn!(%peer, %error, left_out, "the source went before it sent anything");
+                });
                 let _ = context.events.send(Event::Withdrawn(link));
             }
             other => return Ok((receiving, other)),

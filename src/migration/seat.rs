@@ -2,10 +2,11 @@
 //! stream for good.
 //!
 //! Sources agree side by side. Who wants to write, to have memory registered or to send its stream
-//! takes the seat, and waits for it where another one has it. Who has it and does not begin keeps it
-//! only as long as nobody waits.
+//! takes the seat, and waits for it where another one has it: who has waited longest is the next.
+//! Who has it and does not begin keeps it only as long as nobody waits.
 
 use std::{
+    collections::VecDeque,
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -30,13 +31,17 @@ pub struct Seat {
 
 #[derive(Debug, Default)]
 struct State {
+    /// Claims so far.
+    claims: u64,
     holder: Option<Holder>,
+    /// Claims that wait for it; one whose threads wait is in it for each of them.
+    line: VecDeque<u64>,
     begun: bool,
 }
 
 #[derive(Debug)]
 struct Holder {
-    claim: usize,
+    claim: u64,
     end: Handle,
     /// When who waits may end it; `None` while it is this side that has something to do.
     until: Option<Instant>,
@@ -57,6 +62,7 @@ impl Seat {
 #[derive(Debug)]
 pub struct Claim {
     seat: Arc<Seat>,
+    number: u64,
     end: Handle,
     given_up: AtomicBool,
 }
@@ -64,32 +70,33 @@ pub struct Claim {
 impl Claim {
     /// Of a source whose connection `end` ends.
     pub fn new(seat: &Arc<Seat>, end: Handle) -> Arc<Self> {
-        Arc::new(Self { seat: seat.clone(), end, given_up: AtomicBool::new(false) })
-    }
-
-    /// Told from others by its place in memory.
-    fn number(&self) -> usize {
-        std::ptr::from_ref(self) as usize
+        let mut state = seat.lock();
+        state.claims += 1;
+        let number = state.claims;
+        Arc::new(Self { seat: seat.clone(), number, end, given_up: AtomicBool::new(false) })
     }
 
     /// Take the seat, once it is free; false if another source has begun, or this one gave up.
     #[must_use]
     pub fn take(&self) -> bool {
         let mut state = self.seat.lock();
-        loop {
+        state.line.push_back(self.number);
+        let taken = loop {
             if self.given_up.load(Ordering::SeqCst) {
-                return false;
+                break false;
             }
             let begun = state.begun;
+            let is_next = state.line.front() == Some(&self.number);
             let left = match &mut state.holder {
-                Some(holder) if holder.claim == self.number() => return true,
-                Some(_) if begun => return false,
+                Some(holder) if holder.claim == self.number => break true,
+                Some(_) if begun => break false,
                 Some(holder) => holder.left(),
-                None => {
-                    let (claim, end) = (self.number(), self.end.clone());
+                None if is_next => {
+                    let (claim, end) = (self.number, self.end.clone());
                     state.holder = Some(Holder { claim, end, until: None });
-                    return true;
+                    break true;
                 }
+                None => None,
             };
             state = match left {
                 Some(left) => {
@@ -98,13 +105,19 @@ impl Claim {
                 }
                 None => self.seat.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
             };
+        };
+        if let Some(own) = state.line.iter().position(|claim| *claim == self.number) {
+            state.line.remove(own);
         }
+        // The next in line may be another one now.
+        self.seat.changed.notify_all();
+        taken
     }
 
     /// It is the source's turn: it has to begin soon if others wait.
     pub fn expect(&self) {
         let mut state = self.seat.lock();
-        let own = state.holder.as_mut().filter(|holder| holder.claim == self.number());
+        let own = state.holder.as_mut().filter(|holder| holder.claim == self.number);
         if let Some(holder) = own {
             holder.until = Some(Instant::now() + PATIENCE);
             self.seat.changed.notify_all();
@@ -128,7 +141,7 @@ impl Claim {
     pub fn leave(&self) {
         self.give_up();
         let mut state = self.seat.lock();
-        let own = state.holder.as_ref().is_some_and(|holder| holder.claim == self.number());
+        let own = state.holder.as_ref().is_some_and(|holder| holder.claim == self.number);
         if own && !state.begun {
             state.holder = None;
             self.seat.changed.notify_all();
@@ -189,6 +202,67 @@ mod tests {
         silent.leave();
         assert!(waiting.join().unwrap());
         assert!(asked.try_recv().is_err(), "it was asked twice");
+    }
+
+    /// Who waits is in line.
+    fn await_line(seat: &Seat, length: usize) {
+        while seat.lock().line.len() < length {
+            thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn who_has_waited_longest_is_next() {
+        let seat = Arc::default();
+        let (first, _) = claim(&seat);
+        assert!(first.take());
+        let (said, turns) = mpsc::channel();
+        let line: Vec<_> = (0..8)
+            .map(|index| {
+                let ((next, _), said) = (claim(&seat), said.clone());
+                let thread = thread::spawn(move || {
+                    assert!(next.take());
+                    said.send(index).unwrap();
+                    next.leave();
+                });
+                await_line(&seat, index + 1);
+                thread
+            })
+            .collect();
+        first.leave();
+        line.into_iter().for_each(|thread| thread.join().unwrap());
+        assert_eq!(turns.try_iter().collect::<Vec<_>>(), [0, 1, 2, 3, 4, 5, 6, 7]);
+    }
+
+    /// The line goes on without who gives up at its head, or waits twice.
+    #[test]
+    fn who_leaves_the_line_holds_up_nobody() {
+        let seat = Arc::default();
+        let ((first, _), (second, _), (third, _)) = (claim(&seat), claim(&seat), claim(&seat));
+        assert!(first.take());
+        let waiting: Vec<_> = [&second, &second, &third]
+            .into_iter()
+            .zip(1..)
+            .map(|(claim, length)| {
+                let claim = claim.clone();
+                let thread = thread::spawn(move || claim.take());
+                await_line(&seat, length);
+                thread
+            })
+            .collect();
+        second.give_up();
+        first.leave();
+        let taken: Vec<_> = waiting.into_iter().map(|thread| thread.join().unwrap()).collect();
+        assert_eq!(taken, [false, false, true]);
+        assert!(seat.lock().line.is_empty());
+    }
+
+    /// A claim that is gone is not taken for one that has its place in memory.
+    #[test]
+    fn no_claim_has_the_number_of_another() {
+        let seat = Arc::default();
+        let numbers: Vec<_> = (0..100).map(|_| claim(&seat).0.number).collect();
+        assert!(numbers.windows(2).all(|pair| pair[0] < pair[1]), "{numbers:?}");
     }
 
     #[test]

@@ -74,14 +74,19 @@ impl Peer {
 
     /// From another address of the loopback interface: 127.0.0.`host`.
     pub fn connect_from(host: u8, port: u16) -> Self {
+        Self::try_connect_from(host, port).unwrap()
+    }
+
+    /// The same, where nobody may listen.
+    pub fn try_connect_from(host: u8, port: u16) -> io::Result<Self> {
         use rustix::net::{AddressFamily, SocketType, bind, connect, socket};
         let local = |host, port| SocketAddr::from(([127, 0, 0, host], port));
-        let socket = socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
-        bind(&socket, &local(host, 0)).unwrap();
-        connect(&socket, &local(1, port)).unwrap();
+        let socket = socket(AddressFamily::INET, SocketType::STREAM, None)?;
+        bind(&socket, &local(host, 0))?;
+        connect(&socket, &local(1, port))?;
         let stream = TcpStream::from(socket);
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        Self(stream)
+        stream.set_read_timeout(Some(PATIENCE))?;
+        Ok(Self(stream))
     }
 
     /// A source that says hello and lists its blocks.

@@ -4,7 +4,7 @@ use std::{
     net::{Shutdown, SocketAddr, TcpListener, TcpStream},
     sync::{
         Arc,
-        mpsc::{self, SyncSender},
+        mpsc::{self, Sender},
     },
     thread,
     time::{Duration, Instant},
@@ -16,18 +16,17 @@ use super::{Tcp, connection::TcpConnection, frame, resolve};
 use crate::{
     fabric::{
         Connection, FabricError, Handle, Listener, Request, Result,
-        pending::{GRACE, Limits, Pending},
+        pending::{GRACE, Limits, Newcomer, Pending, Place},
         session::{Kind, Opened, Sessions, Trailer},
     },
     migration::messages::Address,
-    threads,
+    refusals::Refusals,
+    threads::{self, Lost},
 };
 
-/// Clients that may be greeting at a time. A source that has many connections makes one at a time.
+/// Clients that may be greeting at a time, or have greeted and were not taken up yet. A source that has
+/// many connections makes one at a time.
 const GREETING: Limits = Limits { each: 8, total: 128, grace: GRACE };
-
-/// Clients that have greeted, and wait for who serves them.
-const WAITING: usize = 16;
 
 /// How long a client may take to greet.
 const GREETING_TIMEOUT: Duration = Duration::from_secs(5);
@@ -39,13 +38,16 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 pub(super) struct TcpFabricListener {
     address: Address,
     sockets: Vec<Arc<TcpListener>>,
-    requests: mpsc::Receiver<Result<TcpRequest>>,
+    requests: mpsc::Receiver<Result<Greeted>>,
 }
+
+/// A client that has greeted, and holds its place until it is taken up.
+type Greeted = (TcpRequest, Place);
 
 impl TcpFabricListener {
     pub(super) fn bind(address: &Address, fabric: Tcp) -> Result<Self> {
         let mut bound = address.clone();
-        let (sender, requests) = mpsc::sync_channel(WAITING);
+        let (sender, requests) = mpsc::channel();
         let mut sockets = Vec::new();
         let mut failed = None;
         for mut candidate in resolve(address)? {
@@ -63,7 +65,8 @@ impl TcpFabricListener {
         }
         let greeting = Pending::new(GREETING);
         let sessions = Arc::default();
-        let reception = Reception { fabric, greeting, sessions, requests: sender };
+        let (requests_in, refused) = (sender, Arc::default());
+        let reception = Reception { fabric, greeting, sessions, requests: requests_in, refused };
         for socket in &sockets {
             let (socket, reception) = (socket.clone(), reception.clone());
             let requests = reception.requests.clone();
@@ -86,9 +89,12 @@ impl Listener for TcpFabricListener {
     }
 
     fn accept(&mut self) -> Result<Box<dyn Request>> {
-        match self.requests.recv() {
-            Ok(request) => Ok(Box::new(request?)),
-            Err(mpsc::RecvError) => Err(FabricError::Closed),
+        loop {
+            let (request, place) = self.requests.recv().map_err(|_| FabricError::Closed)??;
+            // It may have had to go meanwhile.
+            if place.advance(request.handle()) {
+                return Ok(Box::new(request));
+            }
         }
     }
 
@@ -129,20 +135,17 @@ fn accept_clients(socket: &TcpListener, reception: &Reception) {
             }
         };
         let Ok(end) = ends(&stream) else { continue };
-        let Some(place) = reception.greeting.enter(peer.ip(), end) else {
-            info!(%peer, "turned away: too many clients that do not greet");
-            continue;
-        };
+        let newcomer = reception.greeting.enter(peer.ip(), end);
         let reception = reception.clone();
-        let end = move |greeted| {
-            match greeted {
-                Ok(Ok(())) => {}
-                Ok(Err(error)) => info!(%peer, %error, "turned away: no helper's greeting"),
-                Err(lost) => warn!(%peer, %lost, "turned away"),
-            }
-            drop(place);
+        let refused = reception.refused.clone();
+        let end = move |greeted: std::result::Result<std::io::Result<()>, Lost>| match greeted {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => refused.say(|left_out| {
+                info!(%peer, %error, left_out, "turned away: no helper's greeting");
+            }),
+            Err(lost) => warn!(%peer, %lost, "turned away"),
         };
-        threads::start("greeting", move || reception.greet(stream, peer), end);
+        threads::start("greeting", move || reception.greet(stream, peer, newcomer), end);
     }
 }
 
@@ -161,17 +164,23 @@ struct Reception {
     fabric: Tcp,
     greeting: Arc<Pending>,
     sessions: Arc<Sessions<TcpStream>>,
-    requests: SyncSender<Result<TcpRequest>>,
+    requests: Sender<Result<Greeted>>,
+    refused: Arc<Refusals>,
 }
 
 impl Reception {
-    /// Read the client's greeting, and hand the client on.
-    fn greet(self, stream: TcpStream, peer: SocketAddr) -> std::io::Result<()> {
+    /// Read the client's greeting when it has its place, and hand the client on.
+    fn greet(self, stream: TcpStream, peer: SocketAddr, newcomer: Newcomer) -> std::io::Result<()> {
+        let Some(place) = newcomer.wait() else {
+            return Err(std::io::Error::other("too many clients come"));
+        };
         let private_data = frame::read_hello(&stream, Instant::now() + GREETING_TIMEOUT)?;
         let trailer = Trailer::find(Kind::Connections, &private_data);
         if let Some(trailer) = trailer.filter(|trailer| trailer.lane.get() > 0) {
             if !self.sessions.add(&trailer, stream) {
-                info!(%peer, "turned away: its connection belongs to none");
+                self.refused.say(|left_out| {
+                    info!(%peer, left_out, "turned away: its connection belongs to none");
+                });
             }
             return Ok(());
         }
@@ -191,7 +200,7 @@ impl Reception {
             opened,
         };
         // The receiver is gone when another peer was let in meanwhile.
-        let _ = self.requests.send(Ok(request));
+        let _ = self.requests.send(Ok((request, place)));
         Ok(())
     }
 }

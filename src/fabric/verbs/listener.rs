@@ -28,6 +28,7 @@ use crate::{
         session::{ESTABLISHING, Kind, Opened, Session, Sessions, Trailer},
     },
     migration::messages::Address,
+    refusals::Refusals,
 };
 
 /// A listening identifier.
@@ -37,6 +38,7 @@ pub(super) struct VerbsListener {
     id: Id,
     stop: Arc<Stop>,
     sessions: Arc<Sessions<Id>>,
+    refused: Refusals,
 }
 
 /// Ends a blocked accept.
@@ -67,7 +69,8 @@ impl VerbsListener {
             match listen(candidate) {
                 Ok(id) => {
                     let address = Address { port: id.port(), ..address.clone() };
-                    return Ok(Self { address, fabric, id, stop, sessions: Arc::default() });
+                    let (sessions, refused) = (Arc::default(), Refusals::default());
+                    return Ok(Self { address, fabric, id, stop, sessions, refused });
                 }
                 Err(error) => last = Some(error),
             }
@@ -115,7 +118,12 @@ impl Listener for VerbsListener {
                 (Ok((id, _)), Some(trailer)) if trailer.lane.get() > 0 => {
                     // An identifier that is dropped tells its peer.
                     if !self.sessions.add(&trailer, id) {
-                        info!("a queue pair was turned away: it belongs to no connection");
+                        self.refused.say(|left_out| {
+                            info!(
+                                left_out,
+                                "a queue pair was turned away: it belongs to no connection"
+                            );
+                        });
                     }
                 }
                 (Ok((id, stop)), _) => {
@@ -132,7 +140,9 @@ impl Listener for VerbsListener {
                         stop,
                     }));
                 }
-                (Err(error), _) => info!(%error, "a peer could not be served"),
+                (Err(error), _) => self.refused.say(|left_out| {
+                    info!(%error, left_out, "a peer could not be served");
+                }),
             }
         }
     }
