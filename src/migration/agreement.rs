@@ -100,10 +100,9 @@ pub struct AgreedBlock {
     pub length: u64,
     /// Where its pages are, and where they go; `None` if they travel in the stream.
     pub target: Option<(Source, RemoteKey)>,
-    /// QEMU sends all of it, and nothing less is a migration.
-    pub read_whole: bool,
-    /// What was written of it, or said to be zero.
-    pub coverage: Coverage,
+    /// What was written of it, or said to be zero: of one that QEMU sends all of, where nothing less is a
+    /// migration.
+    pub coverage: Option<Coverage>,
     /// Its index on the wire.
     index: u32,
     /// What is added to offsets in it on the wire.
@@ -141,8 +140,7 @@ impl AgreedBlock {
             name: block.name.clone(),
             length: block.length,
             target,
-            read_whole: block.read_whole,
-            coverage: Coverage::default(),
+            coverage: block.read_whole.then(|| Coverage::new(block.length)),
             index,
             base: 0,
         }
@@ -150,8 +148,8 @@ impl AgreedBlock {
 
     /// Bytes that should have been written and were not.
     pub fn lacks(&self) -> u64 {
-        match self.target {
-            Some(_) if self.read_whole => self.coverage.lacks(self.length),
+        match (&self.target, &self.coverage) {
+            (Some(_), Some(coverage)) => coverage.lacks(),
             _ => 0,
         }
     }
@@ -405,8 +403,8 @@ fn agreed(
     let target = writable.then(|| (Source::of(block.region), remote));
     let index = index as u32;
     let Block { name, length, read_whole, .. } = block;
-    let coverage = Coverage::default();
-    Ok(AgreedBlock { name, length, target, read_whole, coverage, index, base })
+    let coverage = read_whole.then(|| Coverage::new(length));
+    Ok(AgreedBlock { name, length, target, coverage, index, base })
 }
 
 /// A message that is out of turn.

@@ -161,7 +161,9 @@ impl Targets {
     /// There is no such block.
     pub fn cover(&mut self, range: BlockRange) -> Result<()> {
         let index = self.index(range.block)?;
-        self.blocks[index].coverage.add(range.offset..range.offset + range.length);
+        if let Some(coverage) = &mut self.blocks[index].coverage {
+            coverage.add(range.offset..range.offset.saturating_add(range.length));
+        }
         Ok(())
     }
 
