@@ -88,6 +88,40 @@ pub fn persist<T, E: Into<Error>>(
     }
 }
 
+/// What a look at something that comes bit by bit has found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Found {
+    /// All that is waited for.
+    Enough,
+    /// Some of it, or what must come before.
+    Some,
+    /// Nothing since the last look.
+    Nothing,
+}
+
+/// Look again and again until there is enough, and `wait` between two looks, which says whether that was in
+/// vain. False when `limit` is over in which nothing was found: the last look counts like any other.
+///
+/// # Errors
+/// Those of `look` and `wait`.
+pub fn await_enough<E>(
+    limit: Duration,
+    mut look: impl FnMut() -> std::result::Result<Found, E>,
+    mut wait: impl FnMut(Duration) -> std::result::Result<bool, E>,
+) -> std::result::Result<bool, E> {
+    let mut patience = Patience::new(limit);
+    let mut is_over = false;
+    loop {
+        match look()? {
+            Found::Enough => return Ok(true),
+            Found::Some => patience = Patience::new(limit),
+            Found::Nothing if is_over => return Ok(false),
+            Found::Nothing => {}
+        }
+        is_over = wait(patience.slice())? && !patience.lasts();
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use rustix::io::Errno;
@@ -107,6 +141,30 @@ mod tests {
         }
         assert_eq!(patience.slice(), SECOND / 2);
         assert!(!patience.lasts_at(now + SECOND / 2));
+    }
+
+    /// What comes of these looks, and how long was waited behind each.
+    fn looks(found: &[Found]) -> (bool, Vec<Duration>) {
+        let (mut found, mut waits) = (found.iter().copied(), Vec::new());
+        let enough = await_enough(
+            SECOND / 100,
+            || found.next().ok_or("too many looks"),
+            |slice| {
+                std::thread::sleep(slice);
+                waits.push(slice);
+                Ok(true)
+            },
+        );
+        (enough.unwrap(), waits)
+    }
+
+    #[test]
+    fn what_the_last_look_finds_counts_too() {
+        use Found::{Enough, Nothing, Some};
+        assert_eq!(looks(&[Enough]), (true, vec![]));
+        assert_eq!(looks(&[Nothing, Nothing]), (false, vec![SECOND / 100]));
+        let looks = looks(&[Nothing, Some, Nothing, Some, Some, Nothing, Enough]);
+        assert_eq!(looks, (true, vec![SECOND / 100; 6]));
     }
 
     /// What `persist` makes of these, one after the other; and of a success behind them.

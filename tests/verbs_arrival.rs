@@ -168,6 +168,46 @@ fn several_threads_send_behind_their_writes() {
     });
 }
 
+/// Where access to RAM ends, nothing is on its way that the peer would have to answer: it doesn't, and that
+/// would look like its death.
+#[test]
+fn marks_are_waited_for_where_access_ends() {
+    // Where a device says that the network has the bytes, it says that of marks too.
+    if !support::lab() || support::device().starts_with("siw") {
+        return;
+    }
+    let (source, mut destination) = End::both(1);
+    // One more than the destination has buffers for until it takes some.
+    let messages = verbs(1).window + 1;
+    for _ in 0..messages {
+        source.poster.send_behind_writes(b"behind", &[]).unwrap();
+    }
+    let (drained, drains) = mpsc::channel();
+    let poster = source.poster.clone();
+    let draining = thread::spawn(move || {
+        poster.drain().unwrap();
+        drained.send(()).unwrap();
+    });
+    let early = drains.recv_timeout(Duration::from_secs(1));
+    assert!(early.is_err(), "the last mark has no buffer");
+    for _ in 0..messages {
+        assert_eq!(destination.receive(), b"behind");
+        destination.receiver.await_writes().unwrap();
+    }
+    drains.recv().unwrap();
+    draining.join().unwrap();
+    destination.receiver.revoke();
+    // Longer than a request may go unanswered.
+    let mut source = source;
+    let (said, heard) = mpsc::channel();
+    let listener = thread::spawn(move || said.send(source.receive()).unwrap());
+    let early = heard.recv_timeout(Duration::from_secs(7));
+    assert!(early.is_err(), "{early:?}");
+    destination.poster.send(b"still there", &[]).unwrap();
+    assert_eq!(heard.recv().unwrap(), b"still there");
+    listener.join().unwrap();
+}
+
 /// A peer that sends no marks holds nobody for longer than it is there.
 #[test]
 fn whoever_waits_for_marks_in_vain_is_let_go() {

@@ -290,8 +290,11 @@ pub trait Poster: Send + Sync {
     /// When the connection is lost.
     fn send(&self, header: &[u8], payload: &[u8]) -> Result<()>;
 
-    /// Send one behind writes that [`Poster::drain`] has waited for: the peer's
-    /// [`Receiver::await_writes`] returns when they have landed.
+    /// Send one that proves something of writes: the peer's [`Receiver::await_writes`] returns when those
+    /// have landed that [`Poster::drain`] has waited for. Where a device writes, also when those have that
+    /// were posted and not waited for; over tcp the proof is `drain`'s alone. So whoever relies on it
+    /// drains first, while nobody else writes. A message that is sent so beside others' writes, as the end
+    /// of a section is beside channels, proves nothing of them.
     ///
     /// # Errors
     /// When the connection is lost.
@@ -336,7 +339,8 @@ pub trait Poster: Send + Sync {
     fn pinned(&self) -> Pinned;
 
     /// Wait until nothing is to be done here for any write that was posted before: its memory may
-    /// be released. Whether it has landed only the peer knows, see [`Poster::send_behind_writes`].
+    /// be released. Whether it has landed only the peer knows, see [`Poster::send_behind_writes`]. Nor does
+    /// what that sent beside a message need the peer any more: it may end access to its memory.
     ///
     /// # Errors
     /// When the connection is lost.

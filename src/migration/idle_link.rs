@@ -1,4 +1,4 @@
-//! A link to a peer that takes nothing and says nothing, until it is closed.
+//! A link to a peer that takes nothing and says nothing, until it is closed; or one that takes all.
 
 use std::{
     ops::Range,
@@ -29,14 +29,35 @@ pub(super) fn stock() -> (Arc<Link>, LinkReceiver) {
     Link::stock(Box::new(Idle::default()), Flow::LockstepAhead, Duration::from_secs(60))
 }
 
+/// What a poster was asked, in its order.
+pub(super) type Asked = Arc<Mutex<Vec<&'static str>>>;
+
+/// Both ends of one to a peer that takes all.
+pub(super) fn willing() -> (Arc<Link>, LinkReceiver, Asked) {
+    let (flow, asked) = (Flow::Window(64), Asked::default());
+    let connection = Idle { asked: Some(asked.clone()), ..Idle::default() };
+    let (link, receiver) = Link::new(Box::new(connection), flow, flow, Duration::from_secs(60));
+    (link, receiver, asked)
+}
+
 #[derive(Clone, Default)]
-struct Idle(Arc<(Mutex<bool>, Condvar)>);
+struct Idle {
+    state: Arc<(Mutex<bool>, Condvar)>,
+    /// Of one that takes all.
+    asked: Option<Asked>,
+}
 
 impl Idle {
     fn wait(&self) -> FabricError {
-        let closed = self.0.0.lock().unwrap();
-        drop(self.0.1.wait_while(closed, |closed| !*closed).unwrap());
+        let closed = self.state.0.lock().unwrap();
+        drop(self.state.1.wait_while(closed, |closed| !*closed).unwrap());
         FabricError::Closed
+    }
+
+    fn ask(&self, what: &'static str) -> Result<()> {
+        let asked = self.asked.as_ref().ok_or_else(|| self.wait())?;
+        asked.lock().unwrap().push(what);
+        Ok(())
     }
 }
 
@@ -46,7 +67,7 @@ impl Connection for Idle {
     }
 
     fn handle(&self) -> Handle {
-        let state = self.0.clone();
+        let state = self.state.clone();
         Handle::new(move || {
             *state.0.lock().unwrap() = true;
             state.1.notify_all();
@@ -56,11 +77,11 @@ impl Connection for Idle {
 
 impl Poster for Idle {
     fn send(&self, _: &[u8], _: &[u8]) -> Result<()> {
-        Err(self.wait())
+        self.ask("send")
     }
 
     fn send_behind_writes(&self, _: &[u8], _: &[u8]) -> Result<()> {
-        Err(self.wait())
+        self.ask("send behind writes")
     }
 
     fn orders_writes(&self) -> bool {
@@ -86,7 +107,7 @@ impl Poster for Idle {
     }
 
     fn drain(&self) -> Result<()> {
-        Err(self.wait())
+        self.ask("drain")
     }
 
     fn finish(&self) {}

@@ -90,6 +90,9 @@ pub fn take(
             if outbound.channels.is_some() {
                 writer.settle()?;
             }
+            // The destination ends access to RAM with the next bytes, and answers nothing any more that is
+            // on its way there: what proves that the last writes have landed, for example.
+            writer.link().drain()?;
             writer.check_coverage()?;
             if !pass_ram() {
                 return Err(MigrationError::Aborted("The migration has failed already".into()));
@@ -234,7 +237,8 @@ impl Outlet for Outbound<'_> {
     fn finished(&mut self) -> Result<()> {
         self.writer.exchange()?;
         let link = self.writer.link();
-        // Beside channels that go on writing, only where all meet there is an end to it.
+        // Beside channels that go on writing, only where all meet there is an end to it: this message proves
+        // nothing of what they write, and nobody takes it for that.
         if self.channels.is_some() {
             return link.send(&Message::RegisterFinished);
         }
@@ -262,7 +266,8 @@ mod tests {
 
     use super::*;
     use crate::migration::{
-        agreement::SourceBlocks,
+        Block,
+        agreement::{AgreedBlock, SourceBlocks},
         idle_link,
         messages::{FabricKind, Options},
         pacing::Pacer,
@@ -301,9 +306,8 @@ mod tests {
         assert!(read == stream);
     }
 
-    #[test]
-    fn a_reset_before_the_end_of_ram_is_no_end() {
-        let options = Options {
+    fn options() -> Options {
+        Options {
             pin_all: false,
             return_path: false,
             stall_timeout: 60,
@@ -313,15 +317,15 @@ mod tests {
             pin_limit: None,
             cpus: Vec::new(),
             fabric: FabricKind::Tcp,
-        };
+        }
+    }
+
+    #[test]
+    fn a_reset_before_the_end_of_ram_is_no_end() {
         for stream in [&b""[..], b"QEVM\0\0\0\x03", b"QEVM\0\0\0\x03\x07\0\0\0\x02p"] {
             let (link, _receiver) = idle_link::link();
-            let targets = Targets::new(
-                SourceBlocks::Agreed(Vec::new()),
-                mpsc::channel().1,
-                None,
-                options.clone(),
-            );
+            let targets =
+                Targets::new(SourceBlocks::Agreed(Vec::new()), mpsc::channel().1, None, options());
             let statistics = Statistics::new("tcp");
             let writer =
                 Writer::new(link.clone(), targets, Arc::<Pacer>::default(), statistics.clone());
@@ -337,5 +341,42 @@ mod tests {
             assert!(error.contains("ended its migration stream early"), "{error}");
             link.close();
         }
+    }
+
+    /// A stream of one block that is not shared, and of no pages.
+    fn stream() -> Vec<u8> {
+        let end_of_section = [&[0; 7][..], b"\x10\x7e\0\0\0\x02"].concat();
+        let total = (8192_u64 | 4).to_be_bytes();
+        let length = 8192_u64.to_be_bytes();
+        let setup = [b"\x01\0\0\0\x02\x03ram\0\0\0\0\0\0\0\x04", &total[..], b"\x03rom", &length];
+        let sections = [&setup.concat()[..], &end_of_section, b"\x03\0\0\0\x02", &end_of_section];
+        [b"QEVM\0\0\0\x03\x07\0\0\0\x02pc", &sections.concat()[..], b"\x04 devices\0"].concat()
+    }
+
+    /// The destination ends access when it has what is behind RAM, and answers nothing on its way there.
+    #[test]
+    fn nothing_is_on_its_way_to_memory_when_ram_is_passed() {
+        let (link, _receiver, asked) = idle_link::willing();
+        let (_answers, answers) = mpsc::channel();
+        let rom = Block { name: "rom".into(), length: 8192, region: None, read_whole: true };
+        let blocks = SourceBlocks::Agreed(vec![AgreedBlock::unplaced(&rom, 0)]);
+        let targets = Targets::new(blocks, answers, None, options());
+        let statistics = Statistics::new("tcp");
+        let writer = Writer::new(link, targets, Arc::<Pacer>::default(), statistics.clone());
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        theirs.write_all(&stream()).unwrap();
+        drop(theirs);
+        let qemu = Arc::new(ours);
+        let to_qemu = ToQemu::new(qemu.clone());
+        let mut before = Vec::new();
+        let pass_ram = || {
+            before.clone_from(&asked.lock().unwrap());
+            true
+        };
+        let events = mpsc::channel().0;
+        take(&qemu, &to_qemu, None, &writer, &statistics, &events, pass_ram).unwrap();
+        let proof = before.iter().rposition(|it| *it == "send behind writes").unwrap();
+        assert_eq!(before[proof + 1..], ["drain"], "{before:?}");
+        assert_eq!(asked.lock().unwrap().last(), Some(&"send"));
     }
 }

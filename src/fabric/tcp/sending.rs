@@ -31,7 +31,7 @@ impl Poster for TcpPoster {
     }
 
     fn send_behind_writes(&self, header: &[u8], payload: &[u8]) -> Result<()> {
-        // The peer itself has said what has landed.
+        // The peer itself has said to `drain` what has landed.
         self.send(header, payload)
     }
 

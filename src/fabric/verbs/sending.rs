@@ -29,7 +29,7 @@ use super::{
 use crate::{
     fabric::{FabricError, Pinned, Poster, RemoteKey, Result},
     memory::{CHUNK, Ranges, Region},
-    patience::Patience,
+    patience::{Found, await_enough},
 };
 
 /// Work requests that may be outstanding at a queue pair (QEMU's RDMA_SIGNALED_SEND_MAX).
@@ -88,6 +88,12 @@ impl Sending {
     /// Nothing is on its way of which a completion will tell.
     fn is_quiet(&self) -> bool {
         self.posted.iter().all(|posted| posted.flight.is_empty())
+    }
+
+    /// The peer may end the queue pairs that carry RAM and no messages: nothing on them waits for its
+    /// device any more, marks neither.
+    fn is_ram_quiet(&self) -> bool {
+        self.posted[1..].iter().all(|posted| posted.flight.is_empty())
     }
 
     /// The local key for a write from `offset` of `region`.
@@ -276,21 +282,24 @@ impl Shared {
         limit: Duration,
         enough: impl Fn(&Sending, u64) -> bool,
     ) -> Result<()> {
-        let mut patience = Patience::new(limit);
-        loop {
-            if self.take_sent(sending)? {
-                patience = Patience::new(limit);
+        let enough = |sending: &Sending| {
+            let landed = self.landed.load(Ordering::Relaxed);
+            enough(sending, self.posted.load(Ordering::Relaxed) - landed)
+        };
+        let look = || {
+            let mut any = self.take_sent(sending)?;
+            if !enough(sending) {
+                self.sent().arm()?;
+                // What has come just before wakes nobody.
+                any |= self.take_sent(sending)?;
             }
-            let in_flight =
-                self.posted.load(Ordering::Relaxed) - self.landed.load(Ordering::Relaxed);
-            if enough(sending, in_flight) {
-                return Ok(());
-            }
-            self.sent().arm()?;
-            if self.take_sent(sending)? {
-                patience = Patience::new(limit);
-                continue;
-            }
+            Ok(match any {
+                _ if enough(sending) => Found::Enough,
+                true => Found::Some,
+                false => Found::Nothing,
+            })
+        };
+        let wait = |slice| {
             if self.closed.load(Ordering::SeqCst) {
                 return Err(self.end());
             }
@@ -298,10 +307,11 @@ impl Shared {
                 PollFd::from_borrowed_fd(self.sent().fd(), PollFlags::IN),
                 PollFd::new(&self.wake, PollFlags::IN),
             ];
-            let over = wait_for(&mut fds, Some(patience.slice()))?;
-            if over && !patience.lasts() && !self.take_sent(sending)? {
-                return Err(FabricError::Unreachable(self.timeouts.peer));
-            }
+            wait_for(&mut fds, Some(slice))
+        };
+        match await_enough(limit, look, wait)? {
+            true => Ok(()),
+            false => Err(FabricError::Unreachable(self.timeouts.peer)),
         }
     }
 
@@ -521,7 +531,9 @@ impl Poster for VerbsPoster {
             shared.await_room(sending, lane)?;
             shared.post_nothing(sending, lane)?;
         }
-        shared.await_sent(sending, shared.timeouts.acknowledgement(), |_, in_flight| in_flight == 0)
+        shared.await_sent(sending, shared.timeouts.acknowledgement(), |sending, in_flight| {
+            in_flight == 0 && sending.is_ram_quiet()
+        })
     }
 
     fn finish(&self) {
