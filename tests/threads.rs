@@ -2,6 +2,8 @@
 
 mod support;
 
+use std::time::{Duration, Instant};
+
 use serde_json::json;
 use support::{Config, Host, Pair, Qmp, eventually};
 
@@ -51,13 +53,29 @@ fn assert_panicked(host: &Host, thread: &str) {
     assert!(log.contains(&report) && log.contains("on demand"), "{log}");
 }
 
+/// The longest that it may take until a migration has ended of it: less than the stall timeout, in which
+/// everything ends that waits for somebody who says nothing.
+const PROMPT: Duration = Duration::from_secs(30);
+
+/// The migration fails of it, and soon. Whose thread it is says so: to its client, and in its log.
 #[track_caller]
 fn fails(thread: &'static str, at_source: bool) {
     let mut pair = pair(thread, 400, at_source);
+    let begun = Instant::now();
     let why = migrate(&mut pair, 16);
-    println!("| {} | {thread} | {why} |", if at_source { "source" } else { "destination" });
-    assert!(!why.is_empty());
-    assert_panicked(if at_source { &pair.source } else { &pair.destination }, thread);
+    let took = begun.elapsed();
+    let end = if at_source { "source" } else { "destination" };
+    println!("| {end} | {thread} | {took:?} | {why} |");
+    assert!(took < PROMPT, "{took:?}: {why}");
+    let lost = format!("'{thread}' panicked (on demand)");
+    if at_source {
+        assert!(why.contains(&lost), "{why}");
+        assert_panicked(&pair.source, thread);
+    } else {
+        assert!(!why.is_empty());
+        assert_panicked(&pair.destination, thread);
+        eventually("the reason", || pair.destination.helper.log().contains(&lost).then_some(()));
+    }
     eventually("the guest to run", || (pair.source.qemu.status() == "running").then_some(()));
     pair.source.qemu.assert_goes_on();
     // Who waited for a source waits for the next one.
@@ -106,6 +124,13 @@ fn that_lets_sources_in() {
     fails("door", false);
     fails("accept", false);
     fails("greeting", false);
+    fails("source", false);
+}
+
+#[test]
+fn that_looks_at_the_time() {
+    fails("deadline", true);
+    fails("deadline", false);
 }
 
 #[test]
@@ -156,4 +181,38 @@ fn tasks_of_the_relay() {
             pair.source.client.hmp("info migrate_capabilities")
         });
     }
+}
+
+/// The guest runs at the destination, and the source's helper can't know that.
+#[test]
+fn that_tells_the_source_of_the_end() {
+    let mut pair = pair("final ack", 0, false);
+    let why = migrate(&mut pair, 4096);
+    println!("| destination | final ack | {why} |");
+    assert!(!why.is_empty());
+    assert_panicked(&pair.destination, "final ack");
+    pair.destination.await_status(&["completed"]);
+    assert_eq!(pair.destination.qemu.status(), "running");
+    pair.destination.qemu.assert_goes_on();
+    pair.destination.helper.await_no_worker();
+    assert_eq!(pair.source.qemu.status(), "postmigrate");
+}
+
+/// Why the source has ended it the destination doesn't hear then; that it has, it does.
+#[test]
+fn that_tells_the_peer_why() {
+    let mut pair = pair("last words", 0, true);
+    let limit = json!({ "max-bandwidth": 16 << 20 });
+    pair.source.client.run("migrate-set-parameters", limit);
+    let uri = pair.listen();
+    pair.source.client.run("migrate", json!({ "uri": uri }));
+    pair.source.await_status(&["active"]);
+    pair.source.client.run("migrate_cancel", json!({}));
+    pair.source.await_status(&["cancelled"]);
+    assert_panicked(&pair.source, "last words");
+    assert!(pair.source.helper.log().contains("the peer may not know why"));
+    pair.destination.helper.await_no_worker();
+    assert_eq!(pair.source.qemu.status(), "running");
+    pair.source.qemu.assert_goes_on();
+    pair.source.helper.await_no_worker();
 }
