@@ -6,12 +6,13 @@ mod support;
 use std::{
     fs,
     io::Write as _,
+    os::unix::fs::PermissionsExt as _,
     process::{Command, Stdio},
 };
 
 use qemu_rdma_helper::confinement::{Room, filter};
 use serde_json::json;
-use support::{Config, Pair, wrapped::WrappedPair};
+use support::{Config, Helper, Pair, Qmp, wrapped::WrappedPair};
 
 /// Takes a filter in hexadecimal, and calls with their numbers and arguments, one a line; installs the
 /// filter and says of each call with which error it ended, 0 if with none.
@@ -29,9 +30,14 @@ for name, *numbers in calls:
     print(name, ctypes.get_errno() if result == -1 else 0, flush=True)
 "#;
 
+const ROOMS: [Room; 4] = [Room::Attached, Room::Started, Room::Source, Room::Destination];
+
+/// Whose filter it is, as far as it knows: nobody's.
+const OURSELVES: u32 = 0x7fff_fff0;
+
 /// Call by call: name and error.
 fn tried(room: Room, calls: &[(&str, i64, &[i64])]) -> Vec<(String, i32)> {
-    let program = filter(room).unwrap();
+    let program = filter(room, OURSELVES).unwrap();
     let code = program.iter().flat_map(|it| {
         let [code, k] = [it.code.to_ne_bytes().to_vec(), it.k.to_ne_bytes().to_vec()];
         [code, vec![it.jt, it.jf], k].concat()
@@ -119,15 +125,51 @@ const FORBIDDEN: &[(&str, i64, &[i64])] = &[
     ("vsock", libc::SYS_socket, &[40, 1, 0]),
     // TIOCSTI.
     ("typing", libc::SYS_ioctl, &[-1, 0x5412, 0]),
+    // Others' limits and processors.
+    ("prlimit64", libc::SYS_prlimit64, &[-1, 0, 0, 0]),
+    ("sched_setaffinity", libc::SYS_sched_setaffinity, &[-1, 0, 0]),
+    ("setpriority", libc::SYS_setpriority, &[0, -1, 0]),
+    ("pidfd_getfd", libc::SYS_pidfd_getfd, &[-1, 0, 0]),
+    ("pidfd_send_signal", libc::SYS_pidfd_send_signal, &[-1, 0, 0, 0]),
+    ("rt_sigqueueinfo", libc::SYS_rt_sigqueueinfo, &[-1, 0, 0]),
     // What no kernel has yet.
     ("unknown", 1000, &[]),
 ];
 
-/// What starts processes, and gets at others'. A process is begun where it is allowed by mistake.
+/// What only a relay does. A process is begun where it is allowed by mistake.
 const RELAYS: &[(&str, i64, &[i64])] = &[
     ("execve", libc::SYS_execve, &[0, 0, 0]),
     ("pidfd_open", libc::SYS_pidfd_open, &[-1, 0]),
-    ("pidfd_getfd", libc::SYS_pidfd_getfd, &[-1, 0, 0]),
+    ("kill", libc::SYS_kill, &[OURSELVES as i64, 0]),
+    ("unlinkat", libc::SYS_unlinkat, &[-1, 0, 0]),
+    ("fchmod", libc::SYS_fchmod, &[-1, 0]),
+];
+
+/// What a worker does not do: processes, signals to others, and files that are made, renamed, removed or
+/// another's.
+const NO_WORKERS: &[(&str, i64, &[i64])] = &[
+    ("fork", libc::SYS_fork, &[]),
+    ("clone", libc::SYS_clone, &[17, 0, 0, 0, 0]),
+    ("tgkill", libc::SYS_tgkill, &[1, 1, 0]),
+    ("chmod", libc::SYS_chmod, &[0, 0]),
+    ("fchmodat", libc::SYS_fchmodat, &[-1, 0, 0]),
+    ("chown", libc::SYS_chown, &[0, 0, 0]),
+    ("link", libc::SYS_link, &[0, 0]),
+    ("linkat", libc::SYS_linkat, &[-1, 0, -1, 0, 0]),
+    ("symlink", libc::SYS_symlink, &[0, 0]),
+    ("rename", libc::SYS_rename, &[0, 0]),
+    ("renameat", libc::SYS_renameat, &[-1, 0, -1, 0]),
+    ("renameat2", libc::SYS_renameat2, &[-1, 0, -1, 0, 0]),
+    ("mkdir", libc::SYS_mkdir, &[0, 0]),
+    ("mkdirat", libc::SYS_mkdirat, &[-1, 0, 0]),
+    ("rmdir", libc::SYS_rmdir, &[0]),
+    ("unlink", libc::SYS_unlink, &[0]),
+    ("creat", libc::SYS_creat, &[0, 0]),
+    ("open-create", libc::SYS_open, &[0, 0o101]),
+    ("openat-create", libc::SYS_openat, &[-1, 0, 0o101]),
+    ("openat-truncate", libc::SYS_openat, &[-1, 0, 0o1001]),
+    ("openat-unnamed", libc::SYS_openat, &[-1, 0, 0o20_200_002]),
+    ("openat2", libc::SYS_openat2, &[-1, 0, 0, 0]),
 ];
 
 const ALLOWED: &[(&str, i64, &[i64])] = &[
@@ -135,42 +177,54 @@ const ALLOWED: &[(&str, i64, &[i64])] = &[
     ("socket", libc::SYS_socket, &[2, 1, 0]),
     ("netlink", libc::SYS_socket, &[16, 3, 0]),
     ("memfd_create", libc::SYS_memfd_create, &[0, 0]),
+    ("prlimit64", libc::SYS_prlimit64, &[0, 7, 0, 0]),
+    ("sched_setaffinity", libc::SYS_sched_setaffinity, &[0, 0, 0]),
+    ("openat", libc::SYS_openat, &[-1, 0, 0o2_000_002]),
+    ("openat-directory", libc::SYS_openat, &[-1, 0, 0o200_000]),
+    ("tgkill", libc::SYS_tgkill, &[OURSELVES as i64, OURSELVES as i64, 0]),
 ];
+
+#[track_caller]
+fn assert_missing(room: Room, calls: &[(&str, i64, &[i64])]) {
+    let results = tried(room, calls);
+    assert_eq!(results.len(), calls.len());
+    let there: Vec<_> = results.iter().filter(|(_, error)| *error != libc::ENOSYS).collect();
+    assert!(there.is_empty(), "{room:?}: {there:?}");
+}
+
+#[track_caller]
+fn assert_there(room: Room, calls: &[(&str, i64, &[i64])]) {
+    let results = tried(room, calls);
+    assert_eq!(results.len(), calls.len());
+    let missing: Vec<_> = results.iter().filter(|(_, error)| *error == libc::ENOSYS).collect();
+    assert!(missing.is_empty(), "{room:?}: {missing:?}");
+}
 
 #[test]
 fn no_forbidden_call_is_there() {
-    for room in [Room::Attached, Room::Started, Room::Worker] {
-        let results = tried(room, FORBIDDEN);
-        assert_eq!(results.len(), FORBIDDEN.len());
-        let there: Vec<_> = results.iter().filter(|(_, error)| *error != libc::ENOSYS).collect();
-        assert!(there.is_empty(), "{room:?}: {there:?}");
+    for room in ROOMS {
+        assert_missing(room, FORBIDDEN);
         // And what is needed is.
-        let missing: Vec<_> =
-            tried(room, ALLOWED).into_iter().filter(|(_, error)| *error == libc::ENOSYS).collect();
-        assert!(missing.is_empty(), "{room:?}: {missing:?}");
+        assert_there(room, ALLOWED);
     }
 }
 
 #[test]
-fn a_worker_starts_no_process() {
-    let fork: (&str, i64, &[i64]) = ("fork", libc::SYS_fork, &[]);
-    let clone: (&str, i64, &[i64]) = ("clone", libc::SYS_clone, &[17, 0, 0, 0, 0]);
-    let calls = [RELAYS, &[fork, clone]].concat();
-    let there: Vec<_> =
-        tried(Room::Worker, &calls).into_iter().filter(|it| it.1 != libc::ENOSYS).collect();
-    assert!(there.is_empty(), "{there:?}");
+fn a_worker_starts_no_process_and_makes_no_file() {
+    for room in [Room::Source, Room::Destination] {
+        assert_missing(room, RELAYS);
+        assert_missing(room, NO_WORKERS);
+    }
     for room in [Room::Attached, Room::Started] {
-        let missing: Vec<_> =
-            tried(room, RELAYS).into_iter().filter(|it| it.1 == libc::ENOSYS).collect();
-        assert!(missing.is_empty(), "{room:?}: {missing:?}");
+        assert_there(room, RELAYS);
     }
 }
 
 /// A process of another architecture's calls is told that there are none, and lives.
 #[test]
 fn nothing_is_killed() {
-    for room in [Room::Attached, Room::Started, Room::Worker] {
-        let program = filter(room).unwrap();
+    for room in ROOMS {
+        let program = filter(room, OURSELVES).unwrap();
         let kills = program.iter().filter(|it| it.code == 6 && it.k >> 31 == 1);
         assert_eq!(kills.count(), 0, "{room:?}");
     }
@@ -183,37 +237,95 @@ fn field(pid: u32, name: &str) -> String {
     line.split_whitespace().nth(1).unwrap().to_owned()
 }
 
+/// A process's capabilities, of a set.
+fn capabilities(pid: u32, set: &str) -> u64 {
+    u64::from_str_radix(&field(pid, set), 16).unwrap()
+}
+
+/// What a process has at the most: permitted, and what a process that it starts has.
+struct AtMost(u64, u64);
+
 /// It can get no privilege, has these capabilities at the most, and so many filters.
 #[track_caller]
-fn assert_confined(pid: u32, capabilities: u64, filters: u32) {
+fn assert_confined(pid: u32, AtMost(permitted, inherited): AtMost, filters: u32) {
     assert_eq!((field(pid, "NoNewPrivs:"), field(pid, "Seccomp:")), ("1".into(), "2".into()));
-    let permitted = u64::from_str_radix(&field(pid, "CapPrm:"), 16).unwrap();
-    assert_eq!(permitted & !capabilities, 0, "{permitted:x}");
+    for (set, allowed) in [
+        ("CapPrm:", permitted),
+        ("CapEff:", permitted),
+        ("CapInh:", inherited),
+        ("CapAmb:", inherited),
+    ] {
+        let there = capabilities(pid, set);
+        assert_eq!(there & !allowed, 0, "{set} {there:x}");
+    }
     // Those of who runs the tests count too.
     let before: u32 = field(std::process::id(), "Seccomp_filters:").parse().unwrap();
     assert_eq!(field(pid, "Seccomp_filters:").parse(), Ok(before + filters));
 }
 
-/// CAP_IPC_LOCK, CAP_SYS_PTRACE and CAP_SYS_RESOURCE.
-const STARTED: u64 = 1 << 14 | 1 << 19 | 1 << 24;
-/// CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH and CAP_NET_BIND_SERVICE besides.
-const ATTACHED: u64 = STARTED | 1 << 1 | 1 << 2 | 1 << 10;
-/// CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH, which the relay finds QEMU's memory with.
-const FINDING: u64 = 1 << 19 | 1 << 2;
+const DAC_OVERRIDE: u64 = 1 << 1;
+const DAC_READ_SEARCH: u64 = 1 << 2;
+const NET_BIND_SERVICE: u64 = 1 << 10;
+const SYS_PTRACE: u64 = 1 << 19;
+/// CAP_IPC_LOCK and CAP_SYS_RESOURCE.
+const ALL: u64 = 1 << 14 | 1 << 24;
 
-#[test]
-fn relay_and_worker_are_confined_under_attach() {
-    let mut pair = Pair::start(&Config::default());
+/// A relay that was started with QEMU.
+const STARTED: AtMost = AtMost(ALL | SYS_PTRACE, ALL);
+/// One that found QEMU.
+const ATTACHED: AtMost = AtMost(
+    ALL | SYS_PTRACE | DAC_OVERRIDE | DAC_READ_SEARCH | NET_BIND_SERVICE,
+    ALL | DAC_OVERRIDE | NET_BIND_SERVICE,
+);
+/// Their workers.
+const SOURCE: AtMost = AtMost(ALL | DAC_OVERRIDE, 0);
+const DESTINATION: AtMost = AtMost(ALL | NET_BIND_SERVICE, 0);
+const WORKER: AtMost = AtMost(ALL, 0);
+
+/// Hold both ends of a migration.
+fn confined_under_attach(pair: &mut Pair) {
     pair.source.client.run("migrate-set-parameters", json!({ "max-bandwidth": 16 << 20 }));
     let uri = pair.listen();
     pair.source.client.run("migrate", json!({ "uri": uri }));
-    for host in [&pair.source, &pair.destination] {
+    for (host, worker) in [(&pair.source, SOURCE), (&pair.destination, DESTINATION)] {
         assert_confined(host.helper.pid(), ATTACHED, 1);
-        assert_confined(host.helper.await_worker(), ATTACHED & !FINDING, 2);
+        assert_confined(host.helper.await_worker(), worker, 2);
     }
     pair.source.client.run("migrate-set-parameters", json!({ "max-bandwidth": 1_u64 << 32 }));
     pair.source.await_status(&["completed"]);
     pair.verify();
+}
+
+#[test]
+fn relay_and_worker_are_confined_under_attach() {
+    confined_under_attach(&mut Pair::start(&Config::default()));
+}
+
+/// Another user's helper, which has got what it needs as the packaged unit's gets it: of what leads to
+/// other processes and files, nothing comes to its workers.
+#[test]
+fn a_worker_does_not_get_what_its_relay_was_given() {
+    const GIVEN: u64 = DAC_READ_SEARCH | SYS_PTRACE;
+    const NOBODY: &[&str] = &[
+        "setpriv",
+        "--reuid=65534",
+        "--regid=65534",
+        "--clear-groups",
+        "--inh-caps=-all,+dac_read_search,+sys_ptrace,+dac_override",
+        "--ambient-caps=-all,+dac_read_search,+sys_ptrace,+dac_override",
+    ];
+    let mut pair = Pair::start(&Config::default());
+    fs::set_permissions(pair.dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
+    for name in ["source", "destination"] {
+        let host = if name == "source" { &mut pair.source } else { &mut pair.destination };
+        host.helper.kill();
+        let socket = host.qemu.helper_socket();
+        host.helper = Helper::attach_under(NOBODY, pair.dir.path(), name, &socket, &[]);
+        host.client = Qmp::connect(&host.helper.socket);
+        // What the test is about is there.
+        assert_eq!(capabilities(host.helper.pid(), "CapEff:"), GIVEN | DAC_OVERRIDE);
+    }
+    confined_under_attach(&mut pair);
 }
 
 #[test]
@@ -222,7 +334,7 @@ fn relay_and_worker_are_confined_under_run() {
     pair.begin(16);
     for host in [&pair.source, &pair.destination] {
         assert_confined(host.relay, STARTED, 1);
-        assert_confined(host.await_worker(), STARTED & !FINDING, 2);
+        assert_confined(host.await_worker(), WORKER, 2);
     }
     pair.source.client.run("migrate-set-parameters", json!({ "max-bandwidth": 1_u64 << 32 }));
     pair.source.await_status(&["completed"]);

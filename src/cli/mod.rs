@@ -58,7 +58,7 @@ enum Command {
     Check(check::Args),
     /// One migration's worker process; started by the relay.
     #[command(hide = true)]
-    Worker,
+    Worker(worker::Args),
     #[command(hide = true)]
     Relay(relay::Args),
     /// Write the man pages into a directory.
@@ -91,9 +91,9 @@ impl Cli {
             }
             Command::Man(args) => man::run(&args),
             Command::Completions(args) => completions::run(&args),
-            Command::Worker => {
+            Command::Worker(args) => {
                 log(LevelFilter::INFO);
-                worker::run()
+                worker::run(&args)
             }
             Command::Migrate(args) => {
                 log(LevelFilter::WARN);

@@ -10,11 +10,24 @@ use qemu_rdma_helper::{
 use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
 use tracing::warn;
 
+/// A worker.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Of which side
+    side: Side,
+}
+
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum Side {
+    Source,
+    Destination,
+}
+
 /// The first to be ended where memory ends.
 const OOM_SCORE_ADJ: &str = "1000";
 
 /// Run the migration; its outcome is reported to the relay.
-pub fn run() -> anyhow::Result<u8> {
+pub fn run(args: &Args) -> anyhow::Result<u8> {
     // It was started as /proc/self/exe, which says nothing in a list of processes. Without a name it
     // works too.
     let _ = rustix::thread::set_name(c"rdma-worker");
@@ -26,7 +39,10 @@ pub fn run() -> anyhow::Result<u8> {
     // What is in /proc of a process that is not dumped is root's.
     leave_no_core();
     // Behind all that needs more than a migration does, and before there is a second thread.
-    confine(Room::Worker);
+    confine(match args.side {
+        Side::Source => Room::Source,
+        Side::Destination => Room::Destination,
+    });
     let control = std::io::stdin().as_fd().try_clone_to_owned();
     let control = control.context("No socket to the relay on standard input")?;
     migration::worker::run(control.into()).context("The worker is started by the relay only")?;

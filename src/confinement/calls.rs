@@ -1,10 +1,16 @@
 //! Which system calls are allowed.
 //!
 //! What tokio, the standard library, the C library and the RDMA libraries need, by what it is for.
-//! Not on it is whatever changes the machine, other processes or who we are, opens another room
+//! Not on it is whatever changes the machine or who we are, traces other processes, opens another room
 //! (namespaces, mounts), or gives the kernel more surface than a migration needs: io_uring, BPF,
-//! performance events, userfaultfd, keys, tracing, loading kernels and modules. Nor is clone3, whose
-//! flags can't be seen by a filter: the C library falls back to clone.
+//! performance events, userfaultfd, keys, loading kernels and modules. Nor is clone3, whose flags can't
+//! be seen by a filter: the C library falls back to clone.
+//!
+//! Limits and processors are set of the calling process alone. Signals a worker sends to itself alone;
+//! a relay ends workers, so it may send any that its user may.
+//!
+//! A worker, which reads what comes from the network, makes, renames and removes no file, and opens
+//! those that are there: libraries, devices, /sys.
 
 use libc::c_long;
 
@@ -15,6 +21,8 @@ use super::Room;
 pub(super) enum Allowed {
     /// Whatever its arguments.
     Always,
+    /// If this argument is this.
+    IfIs(u8, u32),
     /// If this argument is one of these.
     IfOneOf(u8, &'static [u32]),
     /// If of this argument the bits of the mask are the value's.
@@ -37,7 +45,12 @@ const FAMILIES: &[u32] = &[
 /// ioctls by which a terminal that was inherited could be made to type (`asm-generic/ioctls.h`).
 const TYPING: &[u32] = &[libc::TIOCSTI as u32, libc::TIOCLINUX as u32];
 
-/// Both rooms.
+/// What makes a file by opening it, or empties one (`asm-generic/fcntl.h`); O_TMPFILE without its
+/// O_DIRECTORY.
+const MAKING: u32 =
+    (libc::O_CREAT | libc::O_TRUNC | libc::O_TMPFILE & !libc::O_DIRECTORY).cast_unsigned();
+
+/// All rooms.
 const COMMON: &[c_long] = &[
     // Descriptors.
     libc::SYS_close,
@@ -67,15 +80,10 @@ const COMMON: &[c_long] = &[
     libc::SYS_writev,
     // Files.
     libc::SYS_access,
-    libc::SYS_chdir,
-    libc::SYS_chmod,
     libc::SYS_faccessat,
     libc::SYS_faccessat2,
     libc::SYS_fadvise64,
     libc::SYS_fallocate,
-    libc::SYS_fchdir,
-    libc::SYS_fchmod,
-    libc::SYS_fchmodat,
     libc::SYS_fdatasync,
     libc::SYS_flock,
     libc::SYS_fstat,
@@ -84,28 +92,14 @@ const COMMON: &[c_long] = &[
     libc::SYS_ftruncate,
     libc::SYS_getcwd,
     libc::SYS_getdents64,
-    libc::SYS_link,
-    libc::SYS_linkat,
     libc::SYS_lstat,
     libc::SYS_memfd_create,
-    libc::SYS_mkdir,
-    libc::SYS_mkdirat,
     libc::SYS_newfstatat,
-    libc::SYS_open,
-    libc::SYS_openat,
-    libc::SYS_openat2,
     libc::SYS_readlink,
     libc::SYS_readlinkat,
-    libc::SYS_rename,
-    libc::SYS_renameat,
-    libc::SYS_renameat2,
-    libc::SYS_rmdir,
     libc::SYS_stat,
     libc::SYS_statfs,
     libc::SYS_statx,
-    libc::SYS_umask,
-    libc::SYS_unlink,
-    libc::SYS_unlinkat,
     // Memory.
     libc::SYS_brk,
     libc::SYS_madvise,
@@ -152,8 +146,7 @@ const COMMON: &[c_long] = &[
     libc::SYS_select,
     libc::SYS_timerfd_create,
     libc::SYS_timerfd_settime,
-    // Signals to oneself, an abort's for example; the kernel sees to whose processes others are.
-    libc::SYS_kill,
+    // Signals; who sends them is looked at.
     libc::SYS_rt_sigaction,
     libc::SYS_rt_sigpending,
     libc::SYS_rt_sigprocmask,
@@ -161,7 +154,6 @@ const COMMON: &[c_long] = &[
     libc::SYS_rt_sigtimedwait,
     libc::SYS_sigaltstack,
     libc::SYS_signalfd4,
-    libc::SYS_tgkill,
     // Threads and the end.
     libc::SYS_arch_prctl,
     libc::SYS_exit,
@@ -176,7 +168,6 @@ const COMMON: &[c_long] = &[
     libc::SYS_sched_getaffinity,
     libc::SYS_sched_getparam,
     libc::SYS_sched_getscheduler,
-    libc::SYS_sched_setaffinity,
     libc::SYS_sched_yield,
     libc::SYS_set_robust_list,
     libc::SYS_set_tid_address,
@@ -203,7 +194,6 @@ const COMMON: &[c_long] = &[
     libc::SYS_gettid,
     libc::SYS_gettimeofday,
     libc::SYS_getuid,
-    libc::SYS_prlimit64,
     libc::SYS_setrlimit,
     libc::SYS_sysinfo,
     libc::SYS_time,
@@ -213,35 +203,60 @@ const COMMON: &[c_long] = &[
     libc::SYS_seccomp,
 ];
 
-/// The relay's besides: it starts workers, and takes QEMU's memory and end from its process.
+/// The relay's besides: it starts workers and ends them, finds QEMU's memory and end at its process, and
+/// serves sockets in directories.
 const RELAY: &[c_long] = &[
     libc::SYS_execve,
+    libc::SYS_fchmod,
     libc::SYS_fork,
-    libc::SYS_pidfd_getfd,
+    libc::SYS_kill,
+    libc::SYS_open,
+    libc::SYS_openat,
     libc::SYS_pidfd_open,
-    libc::SYS_pidfd_send_signal,
     libc::SYS_setpgid,
     libc::SYS_setsid,
+    libc::SYS_tgkill,
+    libc::SYS_umask,
+    libc::SYS_unlink,
+    libc::SYS_unlinkat,
     libc::SYS_vfork,
     libc::SYS_wait4,
     libc::SYS_waitid,
 ];
 
-/// All that is allowed in `room`.
-pub(super) fn of(room: Room) -> Vec<(c_long, Allowed)> {
-    let (besides, clone) = match room {
-        Room::Worker => (&[][..], Allowed::IfMasked(0, NAMESPACES | THREAD, THREAD)),
-        Room::Attached | Room::Started => (RELAY, Allowed::IfMasked(0, NAMESPACES, 0)),
-    };
-    let always = COMMON.iter().chain(besides).map(|call| (*call, Allowed::Always));
-    let limited = [
-        (libc::SYS_clone, clone),
+/// All that is allowed in `room` to the process `pid`.
+pub(super) fn of(room: Room, pid: u32) -> Vec<(c_long, Allowed)> {
+    let common = [
         (libc::SYS_ioctl, Allowed::UnlessOneOf(1, TYPING)),
+        (libc::SYS_prlimit64, Allowed::IfIs(0, OURSELVES)),
+        (libc::SYS_sched_setaffinity, Allowed::IfIs(0, OURSELVES)),
         (libc::SYS_socket, Allowed::IfOneOf(0, FAMILIES)),
         (libc::SYS_socketpair, Allowed::IfOneOf(0, FAMILIES)),
     ];
-    always.chain(limited).collect()
+    let always = |calls: &'static [c_long]| calls.iter().map(|call| (*call, Allowed::Always));
+    let all = always(COMMON).chain(common);
+    match room {
+        Room::Source | Room::Destination => all.chain(workers(pid)).collect(),
+        Room::Attached | Room::Started => {
+            let clone = (libc::SYS_clone, Allowed::IfMasked(0, NAMESPACES, 0));
+            all.chain(always(RELAY)).chain([clone]).collect()
+        }
+    }
 }
 
-/// A thread of this process, no other one.
+/// A worker's besides.
+fn workers(pid: u32) -> [(c_long, Allowed); 4] {
+    [
+        // A thread of this process, no other one.
+        (libc::SYS_clone, Allowed::IfMasked(0, NAMESPACES | THREAD, THREAD)),
+        (libc::SYS_open, Allowed::IfMasked(1, MAKING, 0)),
+        (libc::SYS_openat, Allowed::IfMasked(2, MAKING, 0)),
+        // An abort's.
+        (libc::SYS_tgkill, Allowed::IfIs(0, pid)),
+    ]
+}
+
 const THREAD: u32 = libc::CLONE_THREAD.cast_unsigned();
+
+/// In the place of a process's number.
+const OURSELVES: u32 = 0;

@@ -17,22 +17,9 @@ use tracing::warn;
 
 use calls::Allowed;
 
-/// Capabilities that are kept, if they were there:
-/// * `SYS_PTRACE` finds the memory of a QEMU that is another user's, or has more capabilities than we;
-///   a worker is given that memory, and has no use for it;
-/// * `IPC_LOCK` and `SYS_RESOURCE` let a worker pin guest memory beyond the limit of its start.
-const KEPT: CapabilitySet =
-    CapabilitySet::SYS_PTRACE.union(CapabilitySet::IPC_LOCK).union(CapabilitySet::SYS_RESOURCE);
-
-/// What `attach` keeps besides, where root starts it: the socket and the files of a QEMU may be another
-/// user's, and a destination may listen at any port.
-const ATTACHED: CapabilitySet = KEPT
-    .union(CapabilitySet::DAC_OVERRIDE)
-    .union(CapabilitySet::DAC_READ_SEARCH)
-    .union(CapabilitySet::NET_BIND_SERVICE);
-
-/// What QEMU's memory is found with.
-const FINDING: CapabilitySet = CapabilitySet::SYS_PTRACE.union(CapabilitySet::DAC_READ_SEARCH);
+/// What all keep, if it was there: `IPC_LOCK` lets a worker pin guest memory beyond its limit, and
+/// `SYS_RESOURCE` have pipes beyond its user's.
+const KEPT: CapabilitySet = CapabilitySet::IPC_LOCK.union(CapabilitySet::SYS_RESOURCE);
 
 /// Who is confined.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,8 +28,41 @@ pub enum Room {
     Attached,
     /// The relay of a QEMU that was started behind it.
     Started,
-    /// The worker of a migration, which has what its relay has, and starts no process.
-    Worker,
+    /// The worker of a source, which starts no process.
+    Source,
+    /// The worker of a destination; neither does it.
+    Destination,
+}
+
+impl Room {
+    /// Capabilities that are kept, if they were there. What leads to other processes and their files the
+    /// relay has alone: a worker reads what comes from the network, and gets descriptors.
+    fn capabilities(self) -> CapabilitySet {
+        match self {
+            // Mappings of a QEMU that has more capabilities than we, to find its memory.
+            Self::Started => KEPT | CapabilitySet::SYS_PTRACE,
+            // QEMU's socket and files may be another user's.
+            Self::Attached => {
+                let files = CapabilitySet::DAC_OVERRIDE | CapabilitySet::DAC_READ_SEARCH;
+                KEPT | CapabilitySet::SYS_PTRACE | files | CapabilitySet::NET_BIND_SERVICE
+            }
+            // Without its relay it has to reach QEMU's socket itself.
+            Self::Source => KEPT | CapabilitySet::DAC_OVERRIDE,
+            // At any port.
+            Self::Destination => KEPT | CapabilitySet::NET_BIND_SERVICE,
+        }
+    }
+
+    /// What a process that is started from here may have without being root.
+    fn inherited(self) -> CapabilitySet {
+        match self {
+            Self::Attached | Self::Started => {
+                self.capabilities()
+                    & (Self::Source.capabilities() | Self::Destination.capabilities())
+            }
+            Self::Source | Self::Destination => CapabilitySet::empty(),
+        }
+    }
 }
 
 /// Give up what is not needed, for good. Called while there is one thread.
@@ -53,39 +73,36 @@ pub fn confine(room: Room) {
     if let Err(error) = drop_capabilities(room) {
         warn!(%error, "capabilities could not be given up");
     }
-    let denied = filter(room).and_then(|program| seccompiler::apply_filter(&program));
+    let denied =
+        filter(room, std::process::id()).and_then(|program| seccompiler::apply_filter(&program));
     if let Err(error) = denied {
         warn!(%error, "system calls could not be given up");
     }
 }
 
 fn drop_capabilities(room: Room) -> rustix::io::Result<()> {
-    let kept = match room {
-        Room::Started => KEPT,
-        Room::Attached => ATTACHED,
-        Room::Worker => ATTACHED.difference(FINDING),
-    };
-    let now = capabilities(None)?;
+    let (now, kept) = (capabilities(None)?, room.capabilities());
     set_capabilities(
         None,
         CapabilitySets {
             effective: now.effective & kept,
             permitted: now.permitted & kept,
-            inheritable: now.inheritable & kept,
+            // No ambient capability is left that is not in it (capabilities(7)).
+            inheritable: now.inheritable & room.inherited(),
         },
     )?;
     // No program gets more than the one that starts it.
     rustix::thread::set_no_new_privs(true)
 }
 
-/// The program that the kernel runs at each system call.
+/// The program that the kernel runs at each system call of the process `pid`.
 ///
 /// # Errors
 /// On a machine that the library does not know.
-pub fn filter(room: Room) -> Result<BpfProgram, seccompiler::Error> {
+pub fn filter(room: Room, pid: u32) -> Result<BpfProgram, seccompiler::Error> {
     let backend = seccompiler::Error::Backend;
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
-    for (call, allowed) in calls::of(room) {
+    for (call, allowed) in calls::of(room, pid) {
         rules.insert(call, self::rules(allowed).map_err(backend)?);
     }
     let unknown = SeccompAction::Errno(libc::ENOSYS.cast_unsigned());
@@ -105,6 +122,7 @@ fn rules(allowed: Allowed) -> Result<Vec<SeccompRule>, seccompiler::BackendError
     };
     match allowed {
         Allowed::Always => Ok(Vec::new()),
+        Allowed::IfIs(argument, value) => Ok(vec![rule(argument, SeccompCmpOp::Eq, value)?]),
         Allowed::IfOneOf(argument, values) => {
             values.iter().map(|value| rule(argument, SeccompCmpOp::Eq, *value)).collect()
         }

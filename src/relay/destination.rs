@@ -14,7 +14,7 @@ use super::{
     borrowed::{AsClientsSee, Borrowed, Loan, Turn},
     heartbeat,
     source::{ANSWER, WORKER_DIED},
-    view::{Phase, View},
+    view::{Phase, Side, View},
     worker::{self, Worker},
 };
 use crate::{
@@ -110,7 +110,7 @@ impl Destination {
         exit_on_error: Option<bool>,
     ) -> Result<(Value, Worker), QmpError> {
         let generic = |error: &dyn std::fmt::Display| QmpError::generic(error.to_string());
-        let worker = Worker::start(self.context.settings.fabric.kind()).await;
+        let worker = Worker::start(Side::Destination, self.context.settings.fabric.kind()).await;
         let mut worker = worker.map_err(|error| generic(&error))?;
         let mut qemu = self.context.qemu.clone();
         {

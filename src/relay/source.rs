@@ -21,7 +21,7 @@ use super::{
     heartbeat,
     migrations::{IN_PROGRESS, Outputs},
     session::Qemu,
-    view::{Guest, Phase, View, rate},
+    view::{Guest, Phase, Side, View, rate},
     worker::{self, Worker},
 };
 use crate::{
@@ -211,8 +211,9 @@ impl Source {
 
     /// Connect a worker to the destination, and start QEMU's migration into it.
     async fn prepare(&mut self, address: &Address) -> Result<(Value, Begun), QmpError> {
-        let mut worker =
-            Worker::start(self.context.settings.fabric.kind()).await.map_err(generic)?;
+        let mut worker = Worker::start(Side::Source, self.context.settings.fabric.kind())
+            .await
+            .map_err(generic)?;
         let mut qemu = self.qemu();
         let state = qemu.execute("query-migrate", Value::Null).await?;
         if is_under_way(&state) {

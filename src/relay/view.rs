@@ -49,6 +49,16 @@ pub enum Side {
     Destination,
 }
 
+impl Side {
+    /// Its name for a worker.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Source => "source",
+            Self::Destination => "destination",
+        }
+    }
+}
+
 /// All that is known for a client. It stays when the migration is over.
 #[derive(Debug, Clone)]
 pub struct View {

@@ -19,6 +19,7 @@ use tokio::{
 };
 use tracing::warn;
 
+use super::view::Side;
 use crate::{
     migration::{
         lines::line,
@@ -57,16 +58,16 @@ impl Orders {
 }
 
 impl Worker {
-    /// Start one. It gets ready for `fabric` while its order is put together.
+    /// Start one for a migration at this `side`. It gets ready for `fabric` while its order is put together.
     ///
     /// # Errors
     /// The system's.
-    pub async fn start(fabric: FabricKind) -> io::Result<Self> {
+    pub async fn start(side: Side, fabric: FabricKind) -> io::Result<Self> {
         let (ours, theirs) = StdUnixStream::pair()?;
         ours.set_nonblocking(true)?;
         let child = Command::new("/proc/self/exe")
             .arg0("qemu-rdma-helper")
-            .arg("worker")
+            .args(["worker", side.name()])
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .stdout(Stdio::null())
             .spawn()?;
