@@ -58,14 +58,20 @@ pub fn lines(text: &str) -> String {
     lines
 }
 
-/// What is logged as one line: `message` may end with a line's end. With `colours` it has escape
-/// sequences, and who made it has seen to those in values.
+/// What is logged as one line, of [`LINE_MAX`] bytes with its end: `message` may end with a line's end.
+/// With `colours` it has escape sequences, and who made it has seen to those in values.
 pub fn logged(message: &[u8], colours: bool) -> Vec<u8> {
     let text = String::from_utf8_lossy(message);
     let line = text.strip_suffix('\n').unwrap_or(&text);
     let keep = |character| colours && character == '\u{1b}';
     let mut shown: String = line.chars().map(|it| if keep(it) { it } else { plain(it) }).collect();
-    shown.push('\n');
+    let end = if colours { "\u{1b}[0m\n" } else { "\n" };
+    if shown.len() + 1 > LINE_MAX {
+        shown.truncate(shown.floor_char_boundary(LINE_MAX - end.len()));
+        shown.push_str(end);
+    } else {
+        shown.push('\n');
+    }
     shown.into_bytes()
 }
 
@@ -121,6 +127,19 @@ mod tests {
     }
 
     #[test]
+    fn a_logged_line_that_is_cut_has_its_end() {
+        for length in LINE_MAX - 8..LINE_MAX + 8 {
+            let text = "ö".repeat(length / 2) + &"x".repeat(length % 2);
+            let line = String::from_utf8(logged(text.as_bytes(), false)).unwrap();
+            let kept = line.strip_suffix('\n').unwrap();
+            assert!(text.starts_with(kept) && line.len() <= LINE_MAX, "{length}");
+            assert!(kept.len() == text.len() || line.len() >= LINE_MAX - 1, "{length}");
+            let coloured = String::from_utf8(logged(text.as_bytes(), true)).unwrap();
+            assert!(kept.len() == text.len() || coloured.ends_with("\u{1b}[0m\n"), "{length}");
+        }
+    }
+
+    #[test]
     fn the_monitors_lines_are_kept() {
         assert_eq!(lines("a:\tb\r\nc\n\u{1b}c\rd\r\n"), "a:\tb\r\nc\n?c d\r\n");
         let answer = json!({ "human-readable-text": "a\nb\u{1b}", "other": "a\nb" });
@@ -137,13 +156,18 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_line_is_one_plain_line_in_bounds(text in "\\PC{0,20}|.{0,40}|(?s:.{0,2000})") {
+        fn a_line_is_one_plain_line_in_bounds(text in "\\PC{0,20}|.{0,40}|(?s:.{0,2000})|a{0,3}(?s:.{4080,4100})") {
             let shown = line(&text);
             prop_assert!(shown.chars().all(is_plain));
             prop_assert!(shown.len() <= LINE_MAX);
             prop_assert_eq!(line(&shown), shown.clone());
-            let logged = String::from_utf8(logged(text.as_bytes(), false)).unwrap();
-            prop_assert!(logged.strip_suffix('\n').unwrap().chars().all(is_plain));
+            for logged in [logged(text.as_bytes(), false), logged(text.as_bytes(), true)] {
+                prop_assert!(logged.len() <= LINE_MAX);
+                let logged = String::from_utf8(logged).unwrap();
+                let mut line = logged.strip_suffix('\n').unwrap().chars();
+                let escape = '\u{1b}';
+                prop_assert!(line.all(|it| is_plain(it) || it == escape));
+            }
             let lines = lines(&text);
             prop_assert!(lines.replace("\r\n", "").chars().all(|it| it == '\n' || it == '\t' || is_plain(it)));
         }

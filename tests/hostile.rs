@@ -511,3 +511,31 @@ fn what_a_peer_says_is_plain_text() {
         assert_eq!(bad, None, "{log}");
     }
 }
+
+/// However long it is, each message in the log is a line of its own.
+#[test]
+fn a_long_word_of_a_peer_does_not_reach_into_the_next_message() {
+    let mut pair = Pair::start(&Config::default());
+    let uri = pair.listen();
+    let good = pair.destination.blocks();
+    let words = "A\u{f6}".repeat(4090 / 3);
+    for turn in 1..=3 {
+        let mut peer = Peer::listed(port_of(&uri), &good);
+        assert_eq!(peer.message().unwrap().0, wire::RAM_BLOCKS_RESULT);
+        peer.send(&message(wire::ERROR_TEXT, 1, &[b"\0", words.as_bytes()].concat()));
+        drop(peer.last_words());
+        eventually("the peer's words", || {
+            let log = pair.destination.helper.log();
+            (log.matches("A\u{f6}".repeat(1000).as_str()).count() >= turn).then_some(())
+        });
+    }
+    pair.source.client.run("migrate", json!({ "uri": uri }));
+    pair.source.await_status(&["completed"]);
+    let log = pair.destination.helper.log();
+    // Each begins with the time: this is the day.
+    let day = &log[..11];
+    for line in log.lines() {
+        assert!(line.starts_with(day) && line.matches(day).count() == 1, "{line}");
+        assert!(line.len() < 4096, "{}", line.len());
+    }
+}

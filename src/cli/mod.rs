@@ -31,9 +31,6 @@ pub const FAILED: u8 = 1;
 /// Exit code: wrong usage.
 pub const USAGE: u8 = 2;
 
-/// Bytes of a message that are written (PIPE_BUF).
-const MESSAGE_MAX: usize = 4096;
-
 /// Live-migrates an unmodified QEMU over RDMA.
 ///
 /// A helper process stands beside each QEMU and serves QMP in its place: a migration to
@@ -135,10 +132,9 @@ impl io::Write for Stderr {
         let stderr = io::stderr();
         let mut writable = [PollFd::new(&stderr, PollFlags::OUT)];
         if poll(&mut writable, Some(&Timespec::default())) == Ok(1) {
-            // A pipe that can be written to takes as much as this without waiting (pipe(7)).
-            let shown = text::logged(message, self.colours);
-            let start = &shown[..shown.len().min(MESSAGE_MAX)];
-            let _ = stderr.lock().write(start);
+            // A pipe that can be written to takes PIPE_BUF, which is as much as this, without waiting
+            // (pipe(7)).
+            let _ = stderr.lock().write(&text::logged(message, self.colours));
         }
         Ok(message.len())
     }
