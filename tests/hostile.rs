@@ -2,11 +2,20 @@
 
 mod support;
 
-use std::{io::Write as _, net::TcpListener, sync::mpsc, thread};
+use std::{
+    collections::BTreeSet,
+    io::{BufRead as _, BufReader, Write as _},
+    net::TcpListener,
+    os::unix::net::{UnixListener, UnixStream},
+    panic::{AssertUnwindSafe, catch_unwind},
+    process::Command,
+    sync::{Arc, Mutex, mpsc},
+    thread,
+};
 
-use serde_json::json;
+use serde_json::{Value, json};
 use support::{
-    Config, Host, Pair, eventually,
+    Config, Helper, Host, Pair, Qmp, eventually,
     wire::{self, Peer, frame, frame_of_length, hello, message},
 };
 
@@ -537,5 +546,176 @@ fn a_long_word_of_a_peer_does_not_reach_into_the_next_message() {
     for line in log.lines() {
         assert!(line.starts_with(day) && line.matches(day).count() == 1, "{line}");
         assert!(line.len() < 4096, "{}", line.len());
+    }
+}
+
+/// What the test's own QEMU has as its RAM block: something is at its address.
+static ROM: [u8; 4096] = [0; 4096];
+
+/// Plays a QEMU that answers one command with something else than any version does.
+#[derive(Clone, Default)]
+struct OddQemu {
+    /// That command, and the answer.
+    odd: Arc<Mutex<(String, Value)>>,
+    /// All that it was asked.
+    asked: Arc<Mutex<BTreeSet<String>>>,
+}
+
+impl OddQemu {
+    /// Serve one client.
+    fn serve(&self, stream: UnixStream) {
+        let mut migrates = false;
+        let say = |value: Value| writeln!(&stream, "{value}\r");
+        let version = json!({ "qemu": { "major": 10, "minor": 0, "micro": 0 }, "package": "" });
+        say(json!({ "QMP": { "version": version, "capabilities": [] } })).unwrap();
+        for line in BufReader::new(&stream).lines() {
+            let Ok(request) = line.map(|line| serde_json::from_str::<Value>(&line).unwrap()) else {
+                return;
+            };
+            let command = request["execute"].as_str().unwrap();
+            self.asked.lock().unwrap().insert(command.to_owned());
+            let right = Self::answer(command, &request["arguments"], &mut migrates);
+            let (odd, answer) = self.odd.lock().unwrap().clone();
+            let answer = if odd == command { answer } else { right };
+            if say(json!({ "return": answer, "id": request["id"] })).is_err() {
+                return;
+            }
+        }
+    }
+
+    fn answer(command: &str, arguments: &Value, migrates: &mut bool) -> Value {
+        let connect = |path: &str| drop(UnixStream::connect(path));
+        match command {
+            "query-version" => json!({ "qemu": { "major": 10, "minor": 0, "micro": 0 } }),
+            "query-status" => json!({ "status": "running", "running": true }),
+            "x-query-ramblock" => {
+                let address = ROM.as_ptr() as usize;
+                let row = format!("rom 4 KiB 0x0 0x1000 0x1000 {address:#x} ro\n");
+                let text = format!("Block Name PSize Offset Used Total HVA RO\n{row}");
+                json!({ "human-readable-text": text })
+            }
+            "query-migrate-capabilities" => {
+                let entry = |name| json!({ "capability": name, "state": false });
+                json!(["multifd", "return-path", "events"].map(entry))
+            }
+            "query-migrate-parameters" => json!({
+                "multifd-channels": 2, "multifd-compression": "none", "zero-page-detection": "multifd",
+                "max-bandwidth": 1 << 27, "mode": "normal", "tls-creds": "",
+            }),
+            "query-memory-devices" | "query-yank" | "qom-list" => json!([]),
+            "chardev-add" => {
+                connect(arguments["backend"]["data"]["addr"]["data"]["path"].as_str().unwrap());
+                json!({})
+            }
+            "migrate" => {
+                *migrates = true;
+                arguments["uri"]
+                    .as_str()
+                    .unwrap()
+                    .strip_prefix("unix:")
+                    .into_iter()
+                    .for_each(connect);
+                json!({})
+            }
+            "migrate_cancel" => {
+                *migrates = false;
+                json!({})
+            }
+            "query-migrate" if *migrates => json!({ "status": "active", "ram": { "total": 4096 } }),
+            "query-migrate" => json!({ "status": "cancelled" }),
+            "human-monitor-command" => json!(""),
+            _ => json!({}),
+        }
+    }
+}
+
+/// Whatever a command of the helper's own is answered with, the helper stays, and so does its client.
+#[test]
+fn an_answer_of_another_kind_harms_nobody() {
+    let dir = tempfile::tempdir().unwrap();
+    let qemu = OddQemu::default();
+    let listener = UnixListener::bind(dir.path().join("qemu")).unwrap();
+    let played = qemu.clone();
+    thread::spawn(move || played.serve(listener.accept().unwrap().0));
+    // A destination that agrees to everything.
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let uri = format!("rdma:127.0.0.1:{}", listener.local_addr().unwrap().port());
+    thread::spawn(move || {
+        loop {
+            let mut peer = Peer::accept(&listener);
+            // The source may have given up.
+            let _ = catch_unwind(AssertUnwindSafe(|| {
+                agree(&mut peer, |count| count);
+                while peer.frame().is_ok() {}
+            }));
+        }
+    });
+    let helper = Helper::attach(dir.path(), "odd", &dir.path().join("qemu"), &[]);
+    let mut client = Qmp::connect(&helper.socket);
+    let huge = json!({ "total": u64::MAX, "remaining": u64::MAX, "multifd-bytes": u64::MAX, "precopy-bytes": u64::MAX });
+    let answers = [
+        json!(null),
+        json!(5),
+        json!("x"),
+        json!([5]),
+        json!([{ "capability": 5, "state": 5, "type": 5, "data": 5 }]),
+        json!({}),
+        json!({ "status": "active", "ram": 5, "qemu": 5, "human-readable-text": 5 }),
+        json!({ "status": "active", "ram": huge }),
+    ];
+    // At first they are all right, so that all is asked.
+    let mut todo = vec![(String::new(), json!(null))];
+    let mut known = BTreeSet::new();
+    while let Some((command, answer)) = todo.pop() {
+        *qemu.odd.lock().unwrap() = (command.clone(), answer.clone());
+        let line = json!({ "command-line": "info migrate" });
+        for (execute, arguments) in [
+            ("query-rdma-helper", json!({})),
+            ("query-rdma-migrate-blockers", json!({})),
+            ("query-migrate-parameters", json!({})),
+            ("migrate", json!({ "uri": uri })),
+            ("query-migrate", json!({})),
+            ("query-migrate-capabilities", json!({})),
+            ("human-monitor-command", line),
+        ] {
+            // It is answered, and be it by a refusal.
+            let _ = client.execute(execute, arguments);
+        }
+        helper.await_no_worker();
+        let _ = client.execute("query-migrate", json!({}));
+        assert!(!helper.log().contains("panicked"), "{command}: {answer}");
+        for new in qemu.asked.lock().unwrap().iter().filter(|it| known.insert((*it).clone())) {
+            todo.extend(answers.iter().map(|answer| (new.clone(), answer.clone())));
+        }
+    }
+    println!("{known:?}");
+    for command in ["query-yank", "x-query-ramblock", "query-migrate", "migrate", "query-status"] {
+        assert!(known.contains(command), "{command} was never asked: {known:?}");
+    }
+}
+
+#[test]
+fn who_does_not_greet_as_qmp_does_is_not_attached_to() {
+    for greeting in [r#"{"QMP": 5}"#, r#"{"QMP": []}"#, r#"{"QMP": null}"#, "5", "[]", "x"] {
+        let dir = tempfile::tempdir().unwrap();
+        let (qemu, socket) = (dir.path().join("qemu"), dir.path().join("qmp"));
+        let listener = UnixListener::bind(&qemu).unwrap();
+        let played = thread::spawn(move || {
+            let stream = listener.accept().unwrap().0;
+            writeln!(&stream, "{greeting}\r").unwrap();
+            // Until it is left.
+            BufReader::new(&stream).lines().map_while(Result::ok).count()
+        });
+        let attach = Command::new(support::helper::BINARY)
+            .args(["attach", "--fabric", "tcp", "--qemu-qmp"])
+            .arg(&qemu)
+            .arg("--qmp")
+            .arg(&socket)
+            .output()
+            .unwrap();
+        let said = String::from_utf8(attach.stderr).unwrap();
+        assert_eq!(attach.status.code(), Some(1), "{greeting}: {said}");
+        assert!(said.contains("does not greet as QMP does"), "{greeting}: {said}");
+        assert_eq!(played.join().unwrap(), 0, "{greeting}");
     }
 }

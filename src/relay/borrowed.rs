@@ -148,7 +148,9 @@ impl Borrowed {
         });
         let capabilities = entries.collect();
         let mut now = qemu.execute("query-migrate-parameters", Value::Null).await?;
-        let values = parameters.iter().map(|name| ((*name).to_owned(), now[*name].take()));
+        let values = parameters.iter().map(|name| {
+            ((*name).to_owned(), now.get_mut(*name).map(Value::take).unwrap_or_default())
+        });
         let parameters = values.filter(|(_, value)| !value.is_null()).collect();
         let borrowed = Self { turn: Turn::next(), capabilities, parameters, worker };
         borrowed.tell_worker().await;

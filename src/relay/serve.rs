@@ -73,7 +73,8 @@ pub(super) struct Monitor {
 impl Monitor {
     pub(super) fn new(context: Context, migrations: Migrations, mut greeting: Value) -> Self {
         // Out-of-band execution would need replies to be matched.
-        if let Some(capabilities) = greeting["QMP"]["capabilities"].as_array_mut() {
+        let capabilities = greeting.pointer_mut("/QMP/capabilities").and_then(Value::as_array_mut);
+        if let Some(capabilities) = capabilities {
             capabilities.retain(|capability| capability != "oob");
         }
         Self {

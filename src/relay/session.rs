@@ -328,7 +328,7 @@ impl Lines {
     async fn greeting(&mut self) -> io::Result<Option<Value>> {
         while let Some(line) = self.next().await? {
             match FromQemu::read(&line) {
-                Ok(FromQemu::Other(greeting)) if greeting.get("QMP").is_some() => {
+                Ok(FromQemu::Other(greeting)) if greeting["QMP"].is_object() => {
                     return Ok(Some(greeting));
                 }
                 // Events may come before the greeting.

@@ -237,7 +237,7 @@ impl Source {
                 block.backing = None;
             }
         }
-        let total = blocks.iter().map(|block| block.length).sum();
+        let total = blocks.iter().map(|block| block.length).fold(0, u64::saturating_add);
         self.view.send_modify(|view| {
             view.pin_all = options.pin_all;
             view.begin(total);
@@ -483,7 +483,7 @@ impl Source {
             view.mbps = rate(bytes, milliseconds);
             seen.last = view.progress.clone();
             if state["ram"].is_object() {
-                view.ram = state["ram"].take();
+                view.ram = state.get_mut("ram").map(Value::take).unwrap_or_default();
             }
             view.max_bandwidth = max_bandwidth;
         });
@@ -512,7 +512,7 @@ impl Source {
         info!("migration completed");
         if let Ok((mut state, max_bandwidth)) = self.ask_figures().await {
             self.view.send_modify(|view| {
-                view.ram = state["ram"].take();
+                view.ram = state.get_mut("ram").map(Value::take).unwrap_or_default();
                 view.max_bandwidth = max_bandwidth;
             });
         }

@@ -185,11 +185,15 @@ impl View {
         if self.phase == Phase::Confirmed {
             return 0;
         }
-        ram["remaining"].as_u64().unwrap_or(0) + self.progress.in_flight
+        ram["remaining"].as_u64().unwrap_or(0).saturating_add(self.progress.in_flight)
     }
 
-    /// Put our figures into the reply of `query-migrate`; the rest stays QEMU's.
+    /// Put our figures into the reply of `query-migrate`; the rest stays QEMU's. What is no answer to it
+    /// says nothing.
     pub fn overlay(&self, reply: &mut Value) {
+        if !reply.is_object() {
+            *reply = json!({});
+        }
         let status = reply["status"].as_str().unwrap_or("none").to_owned();
         match &self.phase {
             // QEMU knows better: its guest is here.
@@ -249,7 +253,8 @@ impl View {
         // Multifd is between QEMU and us.
         if let Some(bytes @ 1..) = ram["multifd-bytes"].as_u64() {
             ram["multifd-bytes"] = 0.into();
-            ram["precopy-bytes"] = (ram["precopy-bytes"].as_u64().unwrap_or(0) + bytes).into();
+            let precopy = ram["precopy-bytes"].as_u64().unwrap_or(0);
+            ram["precopy-bytes"] = precopy.saturating_add(bytes).into();
         }
     }
 

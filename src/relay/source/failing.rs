@@ -87,7 +87,9 @@ impl Source {
             let mut state = qemu.execute("query-migrate", Value::Null).await?;
             let status = state["status"].as_str().unwrap_or("none").to_owned();
             if state["ram"].is_object() {
-                self.view.send_modify(|view| view.ram = state["ram"].take());
+                self.view.send_modify(|view| {
+                    view.ram = state.get_mut("ram").map(Value::take).unwrap_or_default()
+                });
             }
             if !UNDER_WAY.contains(&status.as_str()) || begun.elapsed() > END {
                 return Ok(status);
