@@ -14,7 +14,7 @@ use tokio::{
 };
 use tracing::debug;
 
-use super::socket_file::{Place, SocketFile, listen_at};
+use super::socket_file::{Place, SocketFile};
 
 /// How long after a client that could not be let in the next one is.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -49,8 +49,12 @@ impl Door {
     pub fn listening(listener: StdUnixListener, path: Option<PathBuf>) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
         let listener = UnixListener::from_std(listener)?;
-        let file = path.and_then(|path| SocketFile::open(&path));
-        Ok(Self::Listening(ServedSocket { _file: file, listener, first: None }))
+        let place = path.and_then(|path| Place::open(&path).ok());
+        Ok(Self::Listening(ServedSocket {
+            _file: place.and_then(SocketFile::at),
+            listener,
+            first: None,
+        }))
     }
 
     /// A client that is there.
@@ -130,12 +134,58 @@ impl ServedSocket {
     pub async fn bind(path: &Path) -> io::Result<Self> {
         let place = Place::open(path)?;
         if place.has_socket() {
-            match UnixStream::connect(path).await {
+            match place.connect().await {
                 Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => place.remove()?,
                 _ => return Err(io::ErrorKind::AddrInUse.into()),
             }
         }
-        let listener = UnixListener::from_std(listen_at(path, Mode::RUSR | Mode::WUSR)?)?;
-        Ok(Self { _file: SocketFile::open(path), listener, first: None })
+        let listener = UnixListener::from_std(place.listen(Mode::RUSR | Mode::WUSR)?)?;
+        Ok(Self { _file: SocketFile::at(place), listener, first: None })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        fs,
+        sync::atomic::{AtomicBool, Ordering},
+        thread,
+    };
+
+    use rustix::fs::{CWD, RenameFlags, renameat_with};
+
+    use super::*;
+
+    /// Whoever owns the directory above has his and ours change places all the while. Another guest's
+    /// socket, served or not, stays where it is.
+    #[tokio::test]
+    async fn anothers_socket_is_not_taken_for_ours() {
+        const TRIES: usize = 2000;
+        let dir = tempfile::tempdir().unwrap();
+        let (ours, theirs) = (dir.path().join("ours"), dir.path().join("theirs"));
+        fs::create_dir(&ours).unwrap();
+        fs::create_dir(&theirs).unwrap();
+        let theirs_socket = StdUnixListener::bind(theirs.join("socket")).unwrap();
+        let there = |path: &Path| fs::exists(path.join("socket")).unwrap();
+        let done = AtomicBool::new(false);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    renameat_with(CWD, &ours, CWD, &theirs, RenameFlags::EXCHANGE).unwrap();
+                }
+            });
+            scope.spawn(|| {
+                let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build();
+                runtime.unwrap().block_on(async {
+                    for _ in 0..TRIES {
+                        // It is theirs half of the time, and that is served.
+                        drop(ServedSocket::bind(&ours.join("socket")).await);
+                    }
+                });
+                done.store(true, Ordering::Relaxed);
+            });
+        });
+        assert!(there(&ours) != there(&theirs), "none is left, or one too many");
+        drop(theirs_socket);
     }
 }

@@ -20,7 +20,7 @@ use tokio::{
 };
 use tracing::{debug, warn};
 
-use super::process::Process;
+use super::{process::Process, socket_file::Place};
 use crate::{
     qemu,
     qmp::{Execute, ITEM_MAX, QmpError, envelope::FromQemu, socket},
@@ -89,12 +89,13 @@ pub struct Session {
 }
 
 impl Session {
-    /// Connect to QEMU's QMP socket, and negotiate.
+    /// Connect to QEMU's QMP socket, and negotiate. No link is followed from its place to another's,
+    /// because QEMU may own its directory, and be taken for the other then.
     ///
     /// # Errors
     /// The system's; `InvalidData` if that is no QMP server.
     pub async fn connect(path: &Path) -> io::Result<Self> {
-        let stream = UnixStream::connect(path).await?;
+        let stream = Place::open(path)?.connect().await?;
         let pid = qemu::peer_pid(&stream)?;
         let mut lines = Lines::new(Arc::new(stream));
         // QEMU serves one client a socket, and lets the next wait without a word.

@@ -3,16 +3,20 @@
 use std::{
     ffi::OsString,
     io,
-    os::{fd::OwnedFd, unix::net::UnixListener},
-    path::Path,
+    os::{
+        fd::{AsRawFd as _, OwnedFd},
+        unix::net::UnixListener,
+    },
+    path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
 };
 
 use rustix::{
-    fs::{AtFlags, CWD, FileType, Mode, OFlags, Stat, fchmod, openat, statat, unlinkat},
+    fs::{AtFlags, CWD, FileType, Mode, OFlags, Stat, fchmod, fstat, openat, statat, unlinkat},
     net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with},
     process::umask,
 };
+use tokio::net::UnixStream;
 
 /// As many as the system allows.
 const BACKLOG: i32 = -1;
@@ -20,28 +24,8 @@ const BACKLOG: i32 = -1;
 /// Who sets the file mode creation mask, and back.
 static UMASK: Mutex<()> = Mutex::new(());
 
-/// Listen at `path`, with this mode. The socket has it before it has the name, which somebody else
-/// might make another file's.
-///
-/// # Errors
-/// The system's.
-pub(super) fn listen_at(path: &Path, mode: Mode) -> io::Result<UnixListener> {
-    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
-    fchmod(&socket, mode)?;
-    let address = SocketAddrUnix::new(path)?;
-    // It is the process's, where nobody else makes files meanwhile.
-    let taken = UMASK.lock().unwrap_or_else(PoisonError::into_inner);
-    let before = umask(Mode::empty());
-    let bound = bind(&socket, &address);
-    umask(before);
-    drop(taken);
-    bound?;
-    listen(&socket, BACKLOG)?;
-    Ok(socket.into())
-}
-
-/// A name in a directory, which stays the same directory if somebody puts another in its place.
+/// A name in a directory, which stays the same directory if somebody puts another in its place: all
+/// that is done here is done in that one.
 #[derive(Debug)]
 pub(super) struct Place {
     directory: OwnedFd,
@@ -71,6 +55,46 @@ impl Place {
         self.stat().is_ok_and(is_socket)
     }
 
+    /// Another way to what is there.
+    fn path(&self) -> PathBuf {
+        Path::new("/proc/self/fd").join(self.directory.as_raw_fd().to_string()).join(&self.name)
+    }
+
+    /// Connect to the socket that is there.
+    ///
+    /// # Errors
+    /// The system's; `InvalidInput` for a link.
+    pub(super) async fn connect(&self) -> io::Result<UnixStream> {
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let file = openat(&self.directory, &self.name, flags, Mode::empty())?;
+        if FileType::from_raw_mode(fstat(&file)?.st_mode) == FileType::Symlink {
+            let why = "it is a link, which may lead elsewhere at any time; name the socket itself";
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
+        }
+        UnixStream::connect(format!("/proc/self/fd/{}", file.as_raw_fd())).await
+    }
+
+    /// Listen here, with this mode. The socket has it before it has the name, which somebody else might
+    /// make another file's.
+    ///
+    /// # Errors
+    /// The system's.
+    pub(super) fn listen(&self, mode: Mode) -> io::Result<UnixListener> {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+        fchmod(&socket, mode)?;
+        let address = SocketAddrUnix::new(self.path())?;
+        // It is the process's, where nobody else makes files meanwhile.
+        let taken = UMASK.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = umask(Mode::empty());
+        let bound = bind(&socket, &address);
+        umask(before);
+        drop(taken);
+        bound?;
+        listen(&socket, BACKLOG)?;
+        Ok(socket.into())
+    }
+
     /// Remove what is there.
     ///
     /// # Errors
@@ -89,9 +113,8 @@ pub(super) struct SocketFile {
 }
 
 impl SocketFile {
-    /// The file at `path`; `None` if there is none any more.
-    pub(super) fn open(path: &Path) -> Option<Self> {
-        let place = Place::open(path).ok()?;
+    /// The file at `place`; `None` if there is none any more.
+    pub(super) fn at(place: Place) -> Option<Self> {
         let stat = place.stat().ok()?;
         Some(Self { place, identity: (stat.st_dev, stat.st_ino) })
     }
@@ -110,13 +133,18 @@ impl Drop for SocketFile {
 mod tests {
     use std::{
         fs,
+        mem::MaybeUninit,
         os::unix::{
             fs::{PermissionsExt as _, symlink},
             net::UnixStream,
         },
-        path::PathBuf,
         sync::atomic::{AtomicBool, AtomicUsize, Ordering},
         thread,
+    };
+
+    use rustix::{
+        fs::inotify::{self, ReadFlags, WatchFlags},
+        io::Errno,
     };
 
     use super::*;
@@ -125,15 +153,62 @@ mod tests {
         fs::symlink_metadata(path).unwrap().permissions().mode() & 0o7777
     }
 
+    fn listen_at(path: &Path, mode: Mode) -> io::Result<UnixListener> {
+        Place::open(path)?.listen(mode)
+    }
+
+    /// And nobody has seen it without: no change of a mode follows.
     #[test]
     fn a_socket_has_its_mode_from_the_start() {
         let dir = tempfile::tempdir().unwrap();
+        let watch = inotify::init(inotify::CreateFlags::NONBLOCK).unwrap();
+        let what = WatchFlags::CREATE | WatchFlags::ATTRIB | WatchFlags::MOVED_TO;
+        inotify::add_watch(&watch, dir.path(), what).unwrap();
+        let mut space = [MaybeUninit::uninit(); 4096];
+        let mut events = inotify::Reader::new(watch, &mut space);
         for bits in [0o600, 0o666] {
             let path = dir.path().join(format!("{bits:o}"));
             let _listener = listen_at(&path, Mode::from_raw_mode(bits)).unwrap();
             assert_eq!(mode(&path), bits);
             UnixStream::connect(&path).unwrap();
+            assert_eq!(events.next().unwrap().events(), ReadFlags::CREATE);
+            assert_eq!(events.next().unwrap_err(), Errno::AGAIN);
         }
+    }
+
+    /// Whoever owns the directory above puts another in its place.
+    #[test]
+    fn all_is_done_in_one_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |path: &str| -> PathBuf { dir.path().join(path) };
+        fs::create_dir(at("ours")).unwrap();
+        fs::create_dir(at("theirs")).unwrap();
+        let place = Place::open(&at("ours/socket")).unwrap();
+        fs::rename(at("ours"), at("moved")).unwrap();
+        fs::rename(at("theirs"), at("ours")).unwrap();
+        let listener = place.listen(Mode::RUSR).unwrap();
+        assert!(at("moved/socket").exists() && !at("ours/socket").exists());
+        let theirs = listen_at(&at("ours/socket"), Mode::RUSR).unwrap();
+        assert!(place.has_socket());
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().unwrap();
+        let _client = runtime.block_on(place.connect()).unwrap();
+        listener.accept().unwrap();
+        assert_eq!(theirs.accept().unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        drop((SocketFile::at(place), listener));
+        assert!(!at("moved/socket").exists() && at("ours/socket").exists());
+    }
+
+    #[tokio::test]
+    async fn no_link_is_followed_to_anothers_socket() {
+        let dir = tempfile::tempdir().unwrap();
+        let (socket, link) = (dir.path().join("socket"), dir.path().join("link"));
+        let _listener = listen_at(&socket, Mode::RUSR | Mode::WUSR).unwrap();
+        symlink(&socket, &link).unwrap();
+        Place::open(&socket).unwrap().connect().await.unwrap();
+        let error = Place::open(&link).unwrap().connect().await.unwrap_err();
+        assert!(error.to_string().contains("it is a link"), "{error}");
+        let error = Place::open(&dir.path().join("none")).unwrap().connect().await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::NotFound);
     }
 
     /// Whoever owns the directory puts a link in the place of each new socket.
@@ -159,7 +234,7 @@ mod tests {
             });
             for turn in 0..TRIES {
                 let listener = listen_at(&path, Mode::from_raw_mode(0o666)).unwrap();
-                let file = SocketFile::open(&path);
+                let file = SocketFile::at(Place::open(&path).unwrap());
                 assert_eq!(mode(&victim), 0o640, "{turn}");
                 while swapped.load(Ordering::Relaxed) <= turn {
                     thread::yield_now();
@@ -181,7 +256,7 @@ mod tests {
         fs::create_dir(at("ours")).unwrap();
         fs::create_dir(at("theirs")).unwrap();
         let listener = listen_at(&at("ours/socket"), Mode::RUSR).unwrap();
-        let file = SocketFile::open(&at("ours/socket")).unwrap();
+        let file = SocketFile::at(Place::open(&at("ours/socket")).unwrap()).unwrap();
         fs::hard_link(at("ours/socket"), at("theirs/socket")).unwrap();
         fs::rename(at("ours"), at("moved")).unwrap();
         symlink(at("theirs"), at("ours")).unwrap();
@@ -195,7 +270,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("socket");
         let listener = listen_at(&path, Mode::RUSR).unwrap();
-        let file = SocketFile::open(&path).unwrap();
+        let file = SocketFile::at(Place::open(&path).unwrap()).unwrap();
         fs::remove_file(&path).unwrap();
         let _successor = listen_at(&path, Mode::RUSR).unwrap();
         drop((file, listener));

@@ -18,7 +18,7 @@ use crate::{
     qmp::{Execute, QmpError},
     relay::{
         Context,
-        socket_file::{SocketFile, listen_at},
+        socket_file::{Place, SocketFile},
     },
 };
 
@@ -64,8 +64,9 @@ impl QemusDoor {
         let name = format!("qemu-rdma-helper-{:016x}", RandomState::new().hash_one(pid));
         let path = directory.join(name);
         // QEMU may be another user; who connects is looked at.
-        let listener = UnixListener::from_std(listen_at(&path, Mode::from_raw_mode(0o666))?)?;
-        Ok(Self { _file: SocketFile::open(&path), listener, path, pid })
+        let place = Place::open(&path)?;
+        let listener = UnixListener::from_std(place.listen(Mode::from_raw_mode(0o666))?)?;
+        Ok(Self { _file: SocketFile::at(place), listener, path, pid })
     }
 
     async fn is_reached_by(&self, qemu: &mut impl Execute) -> Result<(), QmpError> {
