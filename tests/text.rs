@@ -252,3 +252,22 @@ proptest! {
         prop_assert_eq!(refused_or_plain(text), Ok(()));
     }
 }
+
+/// A client that asks through the helper gets what QEMU wrote, however long.
+#[test]
+fn what_is_handed_on_is_as_it_was() {
+    let value = json!({ "exec": ["/bin/sh", "a\nb \t\u{1b}"], "long": "x".repeat(10_000) });
+    let line = json!({ "return": value }).to_string();
+    match FromQemu::read_verbatim(line.as_bytes()).unwrap() {
+        FromQemu::Reply { result: Ok(read), .. } => assert_eq!(read, value),
+        other => panic!("{other:?}"),
+    }
+    // An error comes to logs and terminals all the same.
+    let line = json!({ "error": { "class": "GenericError", "desc": HOSTILE } }).to_string();
+    match FromQemu::read_verbatim(line.as_bytes()).unwrap() {
+        FromQemu::Reply { result: Err(error), .. } => {
+            assert!(error.desc.chars().all(text::is_plain))
+        }
+        other => panic!("{other:?}"),
+    }
+}

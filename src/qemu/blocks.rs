@@ -13,6 +13,7 @@ use crate::{
     migration::messages::{FabricKind, ROM_MAX},
     qmp::{Execute, QmpError, monitor_line},
     stream::Travel,
+    text,
 };
 
 /// A RAM block.
@@ -185,7 +186,8 @@ async fn backings(
         let backing = match found {
             Ok((mapping, offset)) => {
                 let file = mapping.open(process).map_err(failed(&mapping.path))?;
-                Ok(Backing { file, offset, path: mapping.path.clone() })
+                let path = text::line(&mapping.path).into_owned();
+                Ok(Backing { file, offset, path })
             }
             Err(why) => Err(why),
         };

@@ -201,6 +201,18 @@ impl FromQemu {
     /// # Errors
     /// When it is no JSON object.
     pub fn read(bytes: &[u8]) -> Result<Self, serde_json::Error> {
+        Self::read_with(bytes, text::reply)
+    }
+
+    /// Read a line whose result goes to a client, who gets it as it is from QEMU.
+    ///
+    /// # Errors
+    /// When it is no JSON object.
+    pub fn read_verbatim(bytes: &[u8]) -> Result<Self, serde_json::Error> {
+        Self::read_with(bytes, |result| result)
+    }
+
+    fn read_with(bytes: &[u8], result: fn(Value) -> Value) -> Result<Self, serde_json::Error> {
         let mut object: Map<String, Value> = serde_json::from_slice(bytes)?;
         if let Some(Value::String(name)) = object.get("event") {
             let name = text::line(name).into_owned();
@@ -209,7 +221,7 @@ impl FromQemu {
         }
         let id = object.get("id").and_then(Value::as_str).map(str::to_owned);
         if let Some(value) = object.remove("return") {
-            return Ok(Self::Reply { result: Ok(text::reply(value)), id });
+            return Ok(Self::Reply { result: Ok(result(value)), id });
         }
         if let Some(error) = object.remove("error") {
             let RawError { class, desc } = serde_json::from_value(error)?;

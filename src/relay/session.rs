@@ -200,6 +200,17 @@ impl Qemu {
         arguments: Value,
         fds: Vec<OwnedFd>,
     ) -> Result<Value, QmpError> {
+        let line = self.ask(command, arguments, fds).await?;
+        said(FromQemu::read(&line), command)
+    }
+
+    /// The line of the reply.
+    async fn ask(
+        &self,
+        command: &str,
+        arguments: Value,
+        fds: Vec<OwnedFd>,
+    ) -> Result<Vec<u8>, QmpError> {
         let id = format!("{}{}", self.own_id, self.next_id.fetch_add(1, Ordering::Relaxed));
         let mut request = json!({ "execute": command, "id": &id });
         if !arguments.is_null() {
@@ -209,11 +220,26 @@ impl Qemu {
         let line = format!("{request}\r\n").into_bytes();
         let request = Request { line, fds, waiter: Waiter::Own(id, waiter) };
         self.requests.send(request).await.map_err(|_| QmpError::connection_lost())?;
-        let line = reply.await.map_err(|_| QmpError::connection_lost())?;
-        match FromQemu::read(&line) {
-            Ok(FromQemu::Reply { result, .. }) => result,
-            _ => Err(QmpError::generic(format!("QEMU's reply to '{command}' is not understood"))),
-        }
+        reply.await.map_err(|_| QmpError::connection_lost())
+    }
+}
+
+/// What a reply to `command` says.
+fn said(reply: serde_json::Result<FromQemu>, command: &str) -> Result<Value, QmpError> {
+    match reply {
+        Ok(FromQemu::Reply { result, .. }) => result,
+        _ => Err(QmpError::generic(format!("QEMU's reply to '{command}' is not understood"))),
+    }
+}
+
+/// The session, for what QEMU answers a client through us: its strings are what QEMU wrote, those of
+/// errors excepted.
+pub struct Verbatim(pub Qemu);
+
+impl Execute for Verbatim {
+    async fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, QmpError> {
+        let line = self.0.ask(command, arguments, Vec::new()).await?;
+        said(FromQemu::read_verbatim(&line), command)
     }
 }
 

@@ -16,6 +16,7 @@ use crate::{
         helper_commands,
         intercept::{Intercepted, SaveOrLoad, Settings},
         migrations::{IN_PROGRESS, Migrations, Reply},
+        session::Verbatim,
         view::Side,
     },
 };
@@ -140,7 +141,7 @@ async fn query_blockers(context: Context, migrations: Migrations) -> Reply {
 /// As they are without what a migration has borrowed.
 async fn query_settings(context: Context, migrations: Migrations, settings: Settings) -> Reply {
     let borrowed = migrations.loan().read().await;
-    let mut qemu = AsClientsSee { qemu: context.qemu, borrowed: &borrowed };
+    let mut qemu = AsClientsSee { qemu: Verbatim(context.qemu), borrowed: &borrowed };
     qemu.execute(settings.query(), Value::Null).await
 }
 
@@ -189,11 +190,11 @@ async fn save_or_load(mut context: Context, migrations: Migrations, wanted: Save
         return if command == "human-monitor-command" { as_text(busy).await } else { busy.await };
     }
     if migrates.is_none() {
-        return context.qemu.execute(&command, arguments).await;
+        return Verbatim(context.qemu).execute(&command, arguments).await;
     }
     // What QEMU says from here on is of the other one.
     let forgotten = migrations.forget();
-    let reply = context.qemu.execute(&command, arguments).await;
+    let reply = Verbatim(context.qemu).execute(&command, arguments).await;
     let refused = match &reply {
         Ok(text) => text.as_str().is_some_and(|text| text.starts_with("Error: ")),
         Err(_) => true,
