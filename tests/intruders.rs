@@ -10,7 +10,7 @@ use std::{
         unix::fs::{MetadataExt as _, PermissionsExt as _},
     },
     path::Path,
-    process::Stdio,
+    process::{Child, Command, Stdio},
     sync::atomic::{AtomicBool, Ordering},
     thread,
 };
@@ -21,7 +21,7 @@ use qemu_rdma_helper::{
     qmp::{Execute, QmpError},
 };
 use rustix::{
-    fs::MemfdFlags,
+    fs::{CWD, MemfdFlags, RenameFlags, renameat_with},
     process::{Pid, PidfdFlags, PidfdGetfdFlags, Signal, pidfd_getfd, pidfd_open},
     thread::{CapabilitySet, capabilities, set_capabilities},
 };
@@ -179,6 +179,144 @@ fn only_trace() {
     set_capabilities(None, sets).unwrap();
 }
 
+/// Maps the file at a path, has no descriptor of it any more, and says where it is.
+const MAPPER: &str = r#"
+import ctypes, os, sys
+libc = ctypes.CDLL(None)
+libc.mmap.restype = ctypes.c_void_p
+fd = os.open(sys.argv[1], os.O_RDWR)
+address = libc.mmap(None, ctypes.c_size_t(int(sys.argv[2])), 3, 1, fd, ctypes.c_long(0))
+os.close(fd)
+print(address, flush=True)
+sys.stdin.read()
+"#;
+
+/// A process whose RAM's file is found by its path alone.
+struct ByPath {
+    child: Child,
+    process: Process,
+    qemu: SaysSo,
+}
+
+impl ByPath {
+    fn start(path: &Path) -> Self {
+        let mut child = Command::new("python3")
+            .args(["-c", MAPPER])
+            .arg(path)
+            .arg(LENGTH.to_string())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut address = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut address).unwrap();
+        let qemu = SaysSo(address.trim().parse().unwrap());
+        Self { process: Process::open(child.id()), child, qemu }
+    }
+
+    /// What is taken for its RAM, and the path that is shown.
+    async fn found(&mut self) -> Option<(OwnedFd, String)> {
+        let blocks = blocks::find(&mut self.qemu, &self.process, &[]).await.ok()?;
+        let backing = blocks.into_iter().next()?.backing?;
+        Some((backing.file, backing.path))
+    }
+}
+
+impl Drop for ByPath {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn file_of_ram(path: &Path) -> File {
+    let file = File::options().read(true).write(true).create_new(true).open(path).unwrap();
+    file.set_len(LENGTH).unwrap();
+    file
+}
+
+#[tokio::test]
+async fn a_file_by_path_is_the_one_that_is_mapped() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, moved) = (dir.path().join("a\u{202e}b\u{9b}c"), dir.path().join("moved"));
+    let ram = file_of_ram(&path);
+    let mut qemu = ByPath::start(&path);
+    let (file, shown) = qemu.found().await.unwrap();
+    assert!(is(file, &ram));
+    // It comes to terminals.
+    assert!(shown.ends_with("a?b?c"), "{shown}");
+    // Another one is in its place.
+    fs::rename(&path, &moved).unwrap();
+    assert!(qemu.found().await.is_some_and(|(file, _)| is(file, &ram)), "by its new name");
+    file_of_ram(&path);
+    assert!(qemu.found().await.is_some_and(|(file, _)| is(file, &ram)));
+    fs::remove_file(&moved).unwrap();
+    assert!(qemu.found().await.is_none());
+}
+
+/// The same while the names of its RAM and of another file change places all the while. Opened by what
+/// was seen at its path, the other one is taken now and then.
+#[tokio::test]
+async fn a_path_that_changes_is_not_followed() {
+    const TRIES: usize = 500;
+    let dir = tempfile::tempdir().unwrap();
+    let (path, other) = (dir.path().join("ram"), dir.path().join("other"));
+    let (ram, others) = (file_of_ram(&path), file_of_ram(&other));
+    let mut qemu = ByPath::start(&path);
+    let done = AtomicBool::new(false);
+    let runtime = tokio::runtime::Handle::current();
+    let (tries, found, fooled) = thread::scope(|scope| {
+        let (path, other, ram, others, done) = (&path, &other, &ram, &others, &done);
+        scope.spawn(move || {
+            while !done.load(Ordering::Relaxed) {
+                renameat_with(CWD, path, CWD, other, RenameFlags::EXCHANGE).unwrap();
+            }
+        });
+        let search = scope.spawn(move || {
+            let (mut tries, mut found, mut fooled) = (0, 0, 0);
+            eventually("who is not careful to be fooled", || {
+                if let Some((file, _)) = runtime.block_on(qemu.found()) {
+                    assert!(is(file, ram), "try {tries}");
+                    found += 1;
+                }
+                tries += 1;
+                let ino = ram.metadata().unwrap().ino();
+                if fs::metadata(path).is_ok_and(|metadata| metadata.ino() == ino)
+                    && File::open(path).is_ok_and(|it| is(it, others))
+                {
+                    fooled += 1;
+                }
+                (tries >= TRIES && found > 0 && fooled > 0).then_some(())
+            });
+            (tries, found, fooled)
+        });
+        let result = search.join();
+        done.store(true, Ordering::Relaxed);
+        result.unwrap()
+    });
+    println!("{tries} tries, {found} found; without care {fooled} would have taken the other file");
+}
+
+/// Whoever owns the directory of QEMU's socket puts a link to another guest's there.
+#[test]
+fn another_guests_socket_is_not_attached_to() {
+    let dir = tempfile::tempdir().unwrap();
+    let guest = Qemu::start(dir.path(), "guest", &Config::default());
+    let link = dir.path().join("link");
+    std::os::unix::fs::symlink(guest.helper_socket(), &link).unwrap();
+    let socket = dir.path().join("qmp");
+    let attach = Command::new(support::helper::BINARY)
+        .args(["attach", "--fabric", "tcp", "--qemu-qmp"])
+        .arg(&link)
+        .arg("--qmp")
+        .arg(&socket)
+        .output()
+        .unwrap();
+    let said = String::from_utf8(attach.stderr).unwrap();
+    assert_eq!(attach.status.code(), Some(1), "{said}");
+    assert!(said.contains("it is a link") && !socket.exists(), "{said}");
+}
+
 /// Nobody, who has no privilege.
 const NOBODY: &[&str] = &["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"];
 
@@ -229,6 +367,25 @@ fn beside(dir: &TempDir, name: &str, config: &Config, helper: &[&str]) -> Host {
     let_in(&socket);
     let helper = Helper::attach_under(helper, dir.path(), name, &socket, &[]);
     Host { client: Qmp::connect(&helper.socket), helper, qemu }
+}
+
+/// What is in /proc of a process that is not dumped is root's, whoever's it is. Where a host sends core
+/// dumps elsewhere, it shows by this that there will be none.
+#[track_caller]
+fn assert_not_dumped(worker: u32) {
+    let status = fs::metadata(format!("/proc/{worker}/status")).unwrap();
+    assert_eq!((status.uid(), status.gid()), (0, 0));
+}
+
+#[test]
+fn a_worker_of_nobodys_is_not_dumped() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut host = beside(&dir, "host", &Config::default().incoming(), NOBODY);
+    let relay = fs::metadata(format!("/proc/{}/status", host.helper.pid())).unwrap();
+    assert_eq!(relay.uid(), 65534);
+    let uri = format!("rdma:127.0.0.1:{}", support::free_port());
+    host.client.run("migrate-incoming", json!({ "uri": uri }));
+    assert_not_dumped(host.helper.await_worker());
 }
 
 /// Over memory that its user alone may open, too.

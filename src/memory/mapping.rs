@@ -153,3 +153,38 @@ impl Drop for Mapping {
         let _ = unsafe { munmap(self.whole.0.as_ptr().cast(), self.whole.1) };
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, os::fd::OwnedFd};
+
+    use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+
+    use super::*;
+
+    const LENGTH: usize = 1 << 20;
+
+    /// What the kernel says of the mapping at `start`: its permissions and its flags.
+    fn said(start: *const u8) -> (String, String) {
+        let smaps = fs::read_to_string("/proc/self/smaps").unwrap();
+        let mut lines = smaps.lines();
+        let head = format!("{:x}-", start as usize);
+        let first = lines.find(|line| line.starts_with(&head)).unwrap();
+        let flags = lines.find_map(|line| line.strip_prefix("VmFlags:")).unwrap();
+        (first.split(' ').nth(1).unwrap().to_owned(), flags.to_owned())
+    }
+
+    #[test]
+    fn no_mapping_is_for_a_core_dump() {
+        let file: OwnedFd = memfd_create("ram", MemfdFlags::CLOEXEC).unwrap();
+        ftruncate(&file, LENGTH as u64).unwrap();
+        for mapping in [
+            Mapping::new(file.as_fd(), 0, LENGTH).unwrap(),
+            Mapping::aligned(file.as_fd(), 0, LENGTH, 2 << 20).unwrap(),
+        ] {
+            let (permissions, flags) = said(mapping.start.as_ptr());
+            assert_eq!(permissions, "rw-s");
+            assert!(flags.split_whitespace().any(|flag| flag == "dd"), "{flags}");
+        }
+    }
+}

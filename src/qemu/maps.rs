@@ -141,7 +141,47 @@ pub(super) fn backing(
 
 #[cfg(test)]
 mod tests {
+    use std::{fs::File, os::unix::fs::MetadataExt as _};
+
+    use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+
     use super::*;
+    use crate::memory::Region;
+
+    const LENGTH: u64 = 1 << 20;
+
+    /// A file that this process has mapped, what is known of that, and the mapping.
+    fn mapped(file: impl Into<OwnedFd>) -> (FileMapping, Region) {
+        let region = Region::new("ram0", file.into(), 0, LENGTH).unwrap();
+        let (address, _) = region.mapped(0, LENGTH).unwrap();
+        let address = address.as_ptr() as u64;
+        let mappings = parse(&ourselves().maps().unwrap());
+        let known = mappings.into_iter().find(|it| it.start <= address && address < it.end);
+        (known.unwrap(), region)
+    }
+
+    fn ourselves() -> Process {
+        Process::open(std::process::id())
+    }
+
+    fn inode(file: OwnedFd) -> u64 {
+        File::from(file).metadata().unwrap().ino()
+    }
+
+    /// A process that has a descriptor of a file need not be allowed to write it: only what it has
+    /// mapped so, at that very place, is taken.
+    #[test]
+    fn what_is_not_mapped_any_more_is_not_opened() {
+        let memfd = memfd_create("ram0", MemfdFlags::CLOEXEC).unwrap();
+        ftruncate(&memfd, LENGTH).unwrap();
+        let (mapping, region) = mapped(memfd.try_clone().unwrap());
+        assert_eq!(inode(mapping.open(&ourselves()).unwrap()), mapping.inode);
+        drop(region);
+        // It is found as before, by its descriptor.
+        assert!(mapping.find(&ourselves()).is_ok());
+        assert_eq!(mapping.open(&ourselves()).unwrap_err().kind(), io::ErrorKind::NotFound);
+        drop(memfd);
+    }
 
     const MAPS: &str = "\
 7ff9dffff000-7ff9e7fff000 rw-s 00000000 00:01 1115                       /memfd:memory-backend-memfd (deleted)
