@@ -129,7 +129,6 @@ const FORBIDDEN: &[(&str, i64, &[i64])] = &[
     ("prlimit64", libc::SYS_prlimit64, &[-1, 0, 0, 0]),
     ("sched_setaffinity", libc::SYS_sched_setaffinity, &[-1, 0, 0]),
     ("setpriority", libc::SYS_setpriority, &[0, -1, 0]),
-    ("pidfd_getfd", libc::SYS_pidfd_getfd, &[-1, 0, 0]),
     ("pidfd_send_signal", libc::SYS_pidfd_send_signal, &[-1, 0, 0, 0]),
     ("rt_sigqueueinfo", libc::SYS_rt_sigqueueinfo, &[-1, 0, 0]),
     // What no kernel has yet.
@@ -140,6 +139,7 @@ const FORBIDDEN: &[(&str, i64, &[i64])] = &[
 const RELAYS: &[(&str, i64, &[i64])] = &[
     ("execve", libc::SYS_execve, &[0, 0, 0]),
     ("pidfd_open", libc::SYS_pidfd_open, &[-1, 0]),
+    ("pidfd_getfd", libc::SYS_pidfd_getfd, &[-1, 0, 0]),
     ("kill", libc::SYS_kill, &[OURSELVES as i64, 0]),
     ("unlinkat", libc::SYS_unlinkat, &[-1, 0, 0]),
     ("fchmod", libc::SYS_fchmod, &[-1, 0]),

@@ -212,6 +212,7 @@ const RELAY: &[c_long] = &[
     libc::SYS_kill,
     libc::SYS_open,
     libc::SYS_openat,
+    libc::SYS_pidfd_getfd,
     libc::SYS_pidfd_open,
     libc::SYS_setpgid,
     libc::SYS_setsid,
