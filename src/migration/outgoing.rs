@@ -108,6 +108,7 @@ pub fn run(
         guest_runs: Cell::new(true),
         guest_ran: Cell::new(None),
         over: Cell::new(false),
+        cancelled: Cell::new(false),
         reports: reports.clone(),
         statistics: statistics.clone(),
         commitment: Arc::default(),

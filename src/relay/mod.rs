@@ -274,7 +274,7 @@ enum QemuEvent {
     Stopped,
     /// A parameter of migrations may have changed.
     Parameters,
-    /// `migrate_cancel`.
+    /// `migrate_cancel`, or `yank`.
     Cancel,
     /// The migration is to fail, because the relay is told to end or for another reason.
     Abort(String),

@@ -21,7 +21,7 @@ use super::{
     intercept::{Intercepted, intercept},
     migrations::{FAREWELL, Migrations},
     session::Said,
-    view::{Phase, Side},
+    view::Phase,
 };
 use crate::qmp::{
     ITEM_MAX, QmpError,
@@ -295,7 +295,9 @@ impl Monitor {
             {
                 self.forward(bytes, fds);
             }
-            Ok(Some(Intercepted::Yank(_))) if !self.migrations.goes_on(Side::Source) => {
+            Ok(Some(Intercepted::Yank(_)))
+                if !matches!(self.migrations.source(), Some(Phase::Running | Phase::Failing)) =>
+            {
                 self.forward(bytes, fds);
             }
             // No migration of ours is to be shown.

@@ -371,14 +371,16 @@ impl Source {
         }
     }
 
-    /// A client cancels. The worker is told first, and says whether the guest may have come to run at the
-    /// destination; only if it has not, and will not, QEMU is told: while it writes the end of its stream
-    /// it hears nobody, and afterwards it would run its guest.
+    /// A client cancels, or yanks. The worker is told first, and says whether the guest may have come to run
+    /// at the destination; only if it has not, and will not, QEMU is told: while it writes the end of its
+    /// stream it hears nobody, and afterwards it would run its guest.
     async fn cancel(&mut self, worker: &mut Worker, seen: &mut Seen) {
         if seen.cancelled.is_none() {
             seen.cancelled = Some(Instant::now());
-            let at_end = if self.view.borrow().past_ram { " at its very end" } else { "" };
-            let reason = format!("The migration was cancelled{at_end}");
+            let view = self.view.borrow().clone();
+            let what = if view.cancels { "cancelled" } else { "yanked" };
+            let at_end = if view.past_ram { " at its very end" } else { "" };
+            let reason = format!("The migration was {what}{at_end}");
             worker.order(&Order::Cancel { reason }).await;
         }
     }

@@ -92,6 +92,8 @@ pub struct Context {
     pub guest_ran: Cell<Option<bool>>,
     /// The relay has done all that there is to do.
     pub over: Cell<bool>,
+    /// It cancels QEMU's migration as soon as it knows that it may.
+    pub cancelled: Cell<bool>,
     pub reports: Arc<Reports>,
     pub statistics: Arc<Statistics>,
     pub commitment: Arc<Commitment>,
@@ -122,6 +124,7 @@ impl Context {
                 self.reports.send(&Report::GuestBefore { status: status.clone() });
             }
             Event::Order(Order::Over) => self.over.set(true),
+            Event::Order(Order::Cancel { .. }) => self.cancelled.set(true),
             Event::RelayGone(_) => self.become_orphan(),
             Event::HolesFilled(Err(lost)) => warn!(%lost, "QEMU's reading takes longer"),
             _ => {}
@@ -134,9 +137,9 @@ impl Context {
         let mut threads = Vec::new();
         match words {
             Some(words) if words.guest_never_ran => {
-                // With channels the relay cancels before.
-                let qemu = self.qemu.get();
-                if qemu.is_some_and(|qemu| qemu.channels.is_empty() || self.is_alone.get()) {
+                // With channels the relay cancels before, and where a client has asked for it.
+                let channels = self.qemu.get().is_some_and(|qemu| !qemu.channels.is_empty());
+                if !channels && !self.cancelled.get() || self.is_alone.get() {
                     threads.extend(self.end_qemu());
                 }
                 threads.extend(words.say(|| {}));

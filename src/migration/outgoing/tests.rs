@@ -39,6 +39,7 @@ fn context(past_ram: bool) -> (Context, Receiver<Event>) {
         guest_runs: Cell::new(true),
         guest_ran: Cell::new(None),
         over: Cell::new(false),
+        cancelled: Cell::new(false),
         reports: Arc::new(Reports::new(UnixStream::pair().unwrap().0)),
         statistics: Statistics::new("tcp"),
         commitment: Arc::default(),

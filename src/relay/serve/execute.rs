@@ -116,7 +116,7 @@ async fn yank(mut context: Context, migrations: Migrations, others: Vec<Value>) 
     if !others.is_empty() {
         context.qemu.execute("yank", json!({ "instances": others })).await?;
     }
-    migrations.tell(&QemuEvent::Abort("The migration was yanked".into()));
+    migrations.tell(&QemuEvent::Cancel);
     Ok(json!({}))
 }
 
