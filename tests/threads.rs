@@ -192,7 +192,7 @@ fn that_tells_the_source_of_the_end() {
     assert!(!why.is_empty());
     assert_panicked(&pair.destination, "final ack");
     pair.destination.await_status(&["completed"]);
-    assert_eq!(pair.destination.qemu.status(), "running");
+    eventually("the guest to run", || (pair.destination.qemu.status() == "running").then_some(()));
     pair.destination.qemu.assert_goes_on();
     pair.destination.helper.await_no_worker();
     assert_eq!(pair.source.qemu.status(), "postmigrate");
@@ -210,7 +210,9 @@ fn that_tells_the_peer_why() {
     pair.source.client.run("migrate_cancel", json!({}));
     pair.source.await_status(&["cancelled"]);
     assert_panicked(&pair.source, "last words");
-    assert!(pair.source.helper.log().contains("the peer may not know why"));
+    eventually("the log's line", || {
+        pair.source.helper.log().contains("the peer may not know why").then_some(())
+    });
     pair.destination.helper.await_no_worker();
     assert_eq!(pair.source.qemu.status(), "running");
     pair.source.qemu.assert_goes_on();
