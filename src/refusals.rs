@@ -21,11 +21,11 @@ struct Lately {
 }
 
 impl Refusals {
-    /// Write a line, unless there were many; `line` is told how many were left out before it.
-    pub fn say(&self, line: impl FnOnce(u64)) {
+    /// Write a line, unless there were many; `line` is told how many were left out before it, if any were.
+    pub fn say(&self, line: impl FnOnce(Option<u64>)) {
         let due = self.0.lock().unwrap_or_else(PoisonError::into_inner).due(Instant::now());
         if let Some(left_out) = due {
-            line(left_out);
+            line(Some(left_out).filter(|left_out| *left_out > 0));
         }
     }
 }
