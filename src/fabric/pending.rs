@@ -329,7 +329,7 @@ mod tests {
         /// One for whom there is a place.
         #[track_caller]
         fn enter(&self, address: &str, name: &'static str) -> Place {
-            self.come(address, name).is_in().unwrap()
+            self.come(address, name).now().unwrap()
         }
 
         fn gone(&self) -> Vec<&'static str> {
@@ -343,7 +343,7 @@ mod tests {
 
     impl Newcomer {
         /// Its place, if it was let in.
-        fn is_in(self) -> Result<Place, Self> {
+        fn now(self) -> Result<Place, Self> {
             if self.admitted.try_recv().is_ok() { Ok(self.place) } else { Err(self) }
         }
     }
@@ -354,10 +354,10 @@ mod tests {
         let [first, second] = ["a", "b"].map(|it| house.enter("10.0.0.1", it));
         let other = house.enter("10.0.0.2", "other");
         assert!(house.gone().is_empty());
-        let third = house.come("::ffff:10.0.0.1", "c").is_in().unwrap_err();
+        let third = house.come("::ffff:10.0.0.1", "c").now().unwrap_err();
         assert_eq!(house.gone(), ["a"]);
         drop(first);
-        let third = third.is_in().unwrap();
+        let third = third.now().unwrap();
         drop((second, third, other));
         let again = ["d", "e"].map(|it| house.enter("10.0.0.1", it));
         assert!(house.gone().is_empty(), "those that have gone hold no place");
@@ -383,7 +383,7 @@ mod tests {
         let new = house.come("10.0.0.4", "new");
         assert_eq!(house.gone(), ["a"]);
         drop(first);
-        let _new = new.is_in().unwrap();
+        let _new = new.now().unwrap();
         let _newer = house.come("10.0.0.5", "newer");
         assert_eq!(house.gone(), ["lone"]);
     }
@@ -415,7 +415,7 @@ mod tests {
         places.pop();
         let kept = late.split_off(20 - 2 * LIMITS.each);
         assert!(late.into_iter().all(|it| it.wait().is_none()));
-        assert!(kept.into_iter().next().unwrap().is_in().is_ok());
+        assert!(kept.into_iter().next().unwrap().now().is_ok());
     }
 
     /// However many others come, and whether they go or not, who comes from elsewhere is let in at once.

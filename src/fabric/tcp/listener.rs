@@ -75,7 +75,9 @@ impl TcpFabricListener {
                 move || accept_clients(&socket, &reception),
                 move |end| {
                     // The receiver is gone when nobody listens any more.
-                    let _ = end.map_err(|lost| requests.send(Err(lost.into())));
+                    if let Err(lost) = end {
+                        let _ = requests.send(Err(lost.into()));
+                    }
                 },
             );
         }
