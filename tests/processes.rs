@@ -583,7 +583,7 @@ fn yanked_at_any_time() {
                 in_mid_transfer(&mut pair);
             }
             yank(&mut pair);
-            failed(&mut pair, &["ended its migration stream early"]);
+            failed(&mut pair, &["The migration was yanked"]);
             destination_is_gone(&mut pair);
             pair.source.client.capability("pause-before-switchover", false);
             migrates_after_all(pair, &config);

@@ -39,7 +39,7 @@ impl Room {
     /// relay has alone: a worker reads what comes from the network, and gets descriptors.
     fn capabilities(self) -> CapabilitySet {
         match self {
-            // Mappings of a QEMU that has more capabilities than we, to find its memory.
+            // The memory of a QEMU that is another user's, or has more capabilities than we.
             Self::Started => KEPT | CapabilitySet::SYS_PTRACE,
             // QEMU's socket and files may be another user's.
             Self::Attached => {

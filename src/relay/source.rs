@@ -360,7 +360,9 @@ impl Source {
                 }
                 _ = seconds.tick() => {
                     let late = |since: Instant| since.elapsed() > VERDICT;
-                    let holds = seen.cancelling.is_some_and(late) || seen.cancelled.is_some_and(late);
+                    // Behind RAM it waits for the destination's word.
+                    let holds = !self.view.borrow().past_ram
+                        && (seen.cancelling.is_some_and(late) || seen.cancelled.is_some_and(late));
                     if !silence.lasts() || holds {
                         let reason = "The source's worker hung and was killed; migrate again".to_owned();
                         return Outcome::Silent { reason };

@@ -56,7 +56,7 @@ impl Source {
             Ok("cancelled") if self.view.borrow().phase != Phase::Failing => Phase::Cancelled,
             // What the worker's end has made of it.
             Ok("failed") if self.view.borrow().cancels && guest_never_ran => Phase::Cancelled,
-            Ok("completed") => Phase::Failed(self.roll_back(reason, guest_never_ran).await),
+            Ok("completed") => self.roll_back(reason, guest_never_ran).await,
             Ok(status) if UNDER_WAY.contains(&status) && !guest_never_ran => {
                 Phase::Failed(stays_stopped(&reason))
             }
@@ -105,13 +105,16 @@ impl Source {
     }
 
     /// QEMU has completed, and the destination has not: let the guest run again here, if it is
-    /// certain that it never ran there. Returns the error text.
-    async fn roll_back(&mut self, reason: String, guest_never_ran: bool) -> String {
+    /// certain that it never ran there. Returns how the migration ended.
+    async fn roll_back(&mut self, reason: String, guest_never_ran: bool) -> Phase {
         if !guest_never_ran {
-            return stays_stopped(&reason);
+            return Phase::Failed(stays_stopped(&reason));
         }
-        let guest = self.view.borrow().guest_at_switchover();
-        match guest {
+        let (guest, cancels) = {
+            let view = self.view.borrow();
+            (view.guest_at_switchover(), view.cancels)
+        };
+        Phase::Failed(match guest {
             Guest::Stopped => format!(
                 "{reason}. The guest stays stopped, as it was; it must run before it can migrate again"
             ),
@@ -122,12 +125,13 @@ impl Source {
                  suspended guest is not lost"
             ),
             Guest::Runs => match self.run_again().await {
+                Ok(()) if cancels => return Phase::Cancelled,
                 Ok(()) => reason,
                 Err(error) => format!(
                     "{reason}. The guest could not be started again here ({error}): 'cont' it"
                 ),
             },
-        }
+        })
     }
 
     async fn run_again(&mut self) -> Result<(), QmpError> {
