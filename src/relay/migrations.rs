@@ -164,8 +164,7 @@ impl Migrations {
         };
         source.view.send_modify(|view| view.cancels = true);
         source.tell(QemuEvent::Cancel);
-        let is_ours = source.view.borrow().shows();
-        is_ours
+        source.view.borrow().shows()
     }
 
     /// A migration of ours goes on in this direction.
