@@ -190,3 +190,39 @@ fn the_source_is_told_at_once_when_the_return_path_is_lost() {
     assert!(matches!(state, Incoming::Telling(..)));
     link.close();
 }
+
+/// Before a source has begun, whoever agrees or goes: nobody is waited for, and no guest runs here.
+#[test]
+fn no_state_waits_and_none_lies_before_a_source() {
+    let (first, _receiver) = idle_link::link();
+    let (second, _receiver) = idle_link::link();
+    let mut count = 0;
+    for agreed in [vec![], vec![first.clone()], vec![first.clone(), second.clone()]] {
+        let sources = || {
+            let (link, gone) = (first.clone(), second.clone());
+            [("Agreed", Event::Agreed(link)), ("Withdrawn", Event::Withdrawn(gone))]
+        };
+        for event in 0..all_events().len() + 2 {
+            let (context, _events) = context(false);
+            let (name, event) = all_events().into_iter().chain(sources()).nth(event).unwrap();
+            let begun = Instant::now();
+            let next = Incoming::Listening(agreed.clone()).handle(event, &context);
+            assert!(begun.elapsed() < Duration::from_secs(1), "{name}");
+            match next {
+                Incoming::Listening(_) => {}
+                Incoming::Ended(Verdict::Failed { guest_never_ran, .. }) => {
+                    count += 1;
+                    // The relay knows better than the worker.
+                    assert!(guest_never_ran || name == "QemuFailed", "{name}");
+                }
+                _ => panic!("{name} leads elsewhere"),
+            }
+        }
+        let (context, _events) = context(false);
+        let next = Incoming::Listening(agreed).handle(Event::Begun(first.clone()), &context);
+        assert!(matches!(next, Incoming::Receiving(link) if Arc::ptr_eq(&link, &first)));
+    }
+    assert!(count > 0);
+    first.close();
+    second.close();
+}

@@ -308,3 +308,35 @@ fn orders_count_behind_the_verdict() {
     context.events.send(Event::Order(Order::Over)).unwrap();
     assert!(context.relay_finishes(&events));
 }
+
+/// The same before QEMU's stream: the destination has nothing, so its guest never ran.
+#[test]
+fn no_state_waits_and_none_lies_before_the_stream() {
+    let agreement = |(link, receiver)| {
+        let blocks = agreement::SourceBlocks::Agreed(Vec::new());
+        Box::new(Agreement { link, receiver, blocks, pin_limit: None, any_time: true })
+    };
+    for agreed in [false, true] {
+        for event in 0..all_events().len() {
+            let (context, _events) = context(false);
+            let (name, event) = all_events().swap_remove(event);
+            let state = match agreed {
+                true => Outgoing::Agreed(agreement(idle_link::link())),
+                false => Outgoing::Connecting,
+            };
+            let begun = Instant::now();
+            let next = state.handle(event, &context);
+            assert!(begun.elapsed() < Duration::from_secs(1), "{name}");
+            match next {
+                Outgoing::Ended(Verdict::Failed { guest_never_ran, .. }) => {
+                    assert!(guest_never_ran, "{name}");
+                }
+                // It waits for no more than what has come already.
+                Outgoing::Ending(ending) => assert!(ending.patience.is_some(), "{name}"),
+                Outgoing::Connecting => assert!(!agreed, "{name}"),
+                Outgoing::Agreed(_) => assert!(agreed, "{name}"),
+                _ => panic!("{name} leads elsewhere"),
+            }
+        }
+    }
+}
