@@ -14,7 +14,7 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use crate::{
-    commands::{Command, Commands},
+    commands::{Besides, Command, Commands},
     end::{Carrier, End, Kind, Wrong, signal_workers},
     support::{
         Config, Guest, Memory, Qmp, free_port, memory,
@@ -54,9 +54,7 @@ pub struct Round {
     capabilities: Vec<String>,
     /// MiB a second.
     rate: u64,
-    /// Devices come and go. Rarely: each `device_add` that QEMU refuses may block its main loop for
-    /// good while the guest is stopped under TCG (drain_call_rcu() in qmp_device_add()).
-    devices: bool,
+    besides: Besides,
 }
 
 /// What the disturbing client at one end tells the others.
@@ -81,11 +79,18 @@ impl Round {
             commands: rng.usize(..80),
             signal: *rng.choice(&[Signal::KILL, Signal::SEGV, Signal::TERM, Signal::STOP]).unwrap(),
         });
+        let besides = match rng.u8(..6) {
+            0 => Besides::Devices,
+            1..3 => Besides::Snapshots,
+            _ => Besides::Multifd,
+        };
         let some = ["return-path", "pause-before-switchover", "auto-converge", "multifd"];
-        let capabilities =
-            some.map(str::to_owned).into_iter().filter(|_| rng.u8(..3) == 0).collect();
+        let some = some
+            .into_iter()
+            .filter(|name| rng.u8(..3) == 0 && (*name != "multifd" || besides == Besides::Multifd));
+        let capabilities = some.map(str::to_owned).collect();
         let rate = *rng.choice(&[8, 32, 128, 4096]).unwrap();
-        Self { version, seed, kill, capabilities, rate, devices: rng.u8(..6) == 0 }
+        Self { version, seed, kill, capabilities, rate, besides }
     }
 
     /// Make it.
@@ -149,7 +154,7 @@ impl Round {
         let ended = thread::scope(|scope| {
             for (socket, disturbance) in sockets.iter().zip(disturbances) {
                 let (commands, mut rng) = (&commands, rng.fork());
-                let draw = move || commands.draw(&mut rng, self.devices);
+                let draw = move || commands.draw(&mut rng, self.besides);
                 scope.spawn(move || disturb(Qmp::connect(socket), draw, over, disturbance));
             }
             scope.spawn(|| self.kill(relays, over, disturbances));
