@@ -156,7 +156,7 @@ fn a_qemu_that_reaches_no_socket_uses_no_channels() {
     }
     std::fs::create_dir_all(&deep).unwrap();
     let socket = deep.join("q");
-    std::os::unix::fs::symlink(pair.source.qemu.helper_socket(), &socket).unwrap();
+    std::fs::hard_link(pair.source.qemu.helper_socket(), &socket).unwrap();
     pair.source.helper.kill();
     let nowhere = "TMPDIR=/nonexistent";
     pair.source.helper =

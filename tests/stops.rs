@@ -116,13 +116,12 @@ fn a_migration_that_is_cancelled_when_the_destination_stands_still() {
         });
         signal_process(pair.destination.qemu.pid(), Signal::CONT);
         let end = pair.source.await_status(&["completed", "failed", "cancelled"]);
-        println!("{version}: {}, {}", end["status"], end["error-desc"]);
+        println!("{version}: {}", end["status"]);
         if end["status"] == "completed" {
             pair.verify();
             continue;
         }
-        let text = end["error-desc"].as_str().unwrap();
-        assert!(text.contains("was cancelled") && !text.contains("stays stopped"), "{end}");
+        assert_eq!(end["status"], "cancelled", "{end}");
         eventually("the guest to run", || (pair.source.qemu.status() == "running").then_some(()));
         pair.source.qemu.assert_goes_on();
         let ended = || pair.destination.qemu.child.try_wait().unwrap();

@@ -11,7 +11,7 @@ use std::{
 use rustix::fs::Mode;
 use serde_json::{Value, json};
 use tokio::{net::UnixListener, time::timeout};
-use tracing::debug;
+use tracing::{debug, info};
 
 use crate::{
     qemu,
@@ -42,9 +42,11 @@ impl QemusDoor {
     /// Make one. QEMU may be another user, see other directories, or be confined to some: so it is
     /// asked to connect, as a chardev. `None` if there is no place.
     pub async fn open(context: &Context) -> Option<Self> {
+        // Of a service: where it may write.
+        let own = std::env::var_os("RUNTIME_DIRECTORY").map(PathBuf::from);
         let beside_qmp = context.qemu_qmp.as_ref().and_then(|qmp| qmp.path.parent());
-        let directories = beside_qmp.map(Path::to_owned).into_iter().chain([std::env::temp_dir()]);
-        for directory in directories {
+        let others = [beside_qmp.map(Path::to_owned), Some(std::env::temp_dir())];
+        for directory in own.into_iter().chain(others.into_iter().flatten()) {
             let door = match Self::bind(&directory, context.pid) {
                 Ok(door) => door,
                 Err(error) => {
@@ -57,6 +59,7 @@ impl QemusDoor {
                 Err(error) => debug!(%error, path = %door.path.display(), "QEMU can't connect"),
             }
         }
+        info!("there is no place for a socket that QEMU can reach: RAM comes through one socket");
         None
     }
 
