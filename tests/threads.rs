@@ -192,7 +192,7 @@ fn that_tells_the_source_of_the_end() {
     assert!(!why.is_empty());
     assert_panicked(&pair.destination, "final ack");
     pair.destination.await_status(&["completed"]);
-    eventually("the guest to run", || (pair.destination.qemu.status() == "running").then_some(()));
+    pair.destination.client.run("cont", json!({}));
     pair.destination.qemu.assert_goes_on();
     pair.destination.helper.await_no_worker();
     assert_eq!(pair.source.qemu.status(), "postmigrate");
