@@ -1,6 +1,7 @@
 //! QEMU's process, as far as one must know whether it still is.
 
 use std::{
+    fs,
     os::fd::{AsFd, OwnedFd},
     thread,
     time::Duration,
@@ -9,6 +10,7 @@ use std::{
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     io::Errno,
+    net::sockopt::socket_peercred,
     process::{Pid, PidfdFlags, pidfd_open},
 };
 use tokio::{sync::watch, time::timeout};
@@ -36,11 +38,26 @@ impl Process {
 
     /// The process at the other end of `socket`, whose number is, or was, `pid`.
     pub fn peer(socket: impl AsFd, pid: u32) -> Self {
-        match memory::peer_process(socket) {
+        match memory::peer_process(&socket) {
             Ok(process) => Self::watched(pid, process),
             // Before Linux 6.5.
-            Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => Self::open(pid),
+            Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => {
+                let user = socket_peercred(&socket).map(|then| then.uid.as_raw());
+                Self::of_user(pid, user.ok())
+            }
             Err(_) => Self::unknown(pid),
+        }
+    }
+
+    /// The process `pid`, if it is this user's, of whom the one with that number was. Another's may know
+    /// more than QEMU; root's has become whom it likes.
+    fn of_user(pid: u32, user: Option<u32>) -> Self {
+        let process = Self::open(pid);
+        // Looked at behind the process: as long as that is there, its number is no other's.
+        match user {
+            Some(0) => process,
+            Some(user) if effective_user(pid) == Some(user) => process,
+            _ => Self::unknown(pid),
         }
     }
 
@@ -74,6 +91,13 @@ impl Process {
     pub async fn exits(&self) -> bool {
         timeout(END, self.ended()).await.is_ok()
     }
+}
+
+/// Whose process it is (proc_pid_status(5)).
+fn effective_user(pid: u32) -> Option<u32> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let users = status.lines().find_map(|line| line.strip_prefix("Uid:"))?;
+    users.split_whitespace().nth(1)?.parse().ok()
 }
 
 fn pidfd(pid: u32) -> Option<OwnedFd> {
@@ -126,6 +150,17 @@ mod tests {
         child.kill().unwrap();
         child.wait().unwrap();
         process.ended().await;
+    }
+
+    /// Before Linux 6.5.
+    #[tokio::test]
+    async fn a_number_of_anothers_process_is_no_peers() {
+        let (pid, user) = (std::process::id(), rustix::process::geteuid().as_raw());
+        for (then, known) in
+            [(Some(user), true), (Some(0), true), (Some(user + 1), false), (None, false)]
+        {
+            assert_eq!(Process::of_user(pid, then).ended.is_some(), known, "{then:?}");
+        }
     }
 
     /// Nothing is concluded from a process that was gone before: it may have left the session to another.
