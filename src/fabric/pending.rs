@@ -2,9 +2,9 @@
 //!
 //! Nobody waits for them, and a newcomer is not turned away for their sake: it is they who go, first
 //! those of the address that has the most, then those that have come least far, then those that have
-//! been there longest. A newcomer waits in line until one of them has gone, and asks nobody to go at once,
-//! unless the line is long. Who accepts it never waits. An address is a host's: of IPv6 the network,
-//! of which a host may use all.
+//! been there longest. A newcomer waits in line until one of them has gone, and asks nobody to go who has
+//! just come, be the line ever so long. Who accepts it never waits. An address is a host's: of IPv6 the
+//! network, of which a host may use all.
 
 use std::{
     net::{IpAddr, Ipv6Addr},
@@ -24,16 +24,27 @@ pub const GRACE: Duration = Duration::from_millis(100);
 /// How long a newcomer waits in line.
 const GOING: Duration = Duration::from_secs(3);
 
-/// How many may be pending. As many again may stand in line, and twice as many of one address: behind
-/// that, those go who have waited longest.
+/// How many may be pending. Of one address twice as many may stand in line: behind that, those go who
+/// have waited longest.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
     /// Of one address.
     pub each: usize,
     /// In all.
     pub total: usize,
-    /// How long nobody is asked to go who has just come. Of half a line on nobody is spared.
+    /// In line, in all.
+    pub line: usize,
+    /// How long nobody is asked to go who has just come. Of half a line on it is a quarter of that: an
+    /// honest peer is as good as unknown when it has just come, and needs some time in any case.
     pub grace: Duration,
+}
+
+impl Limits {
+    /// For those inside when so many stand in line behind, and so many of the same host.
+    fn grace(&self, behind: usize, of_host: usize) -> Duration {
+        let is_short = behind < self.line / 2 && of_host < self.each;
+        if is_short { self.grace } else { self.grace / 4 }
+    }
 }
 
 /// Those that are pending, and those that stand in line.
@@ -115,7 +126,9 @@ impl Pending {
         crowd.admit(self.limits, now);
         let ends = crowd.make_room(self.limits, now);
         let since = crowd.entries.iter().filter(|it| matches!(it.state, State::Inside(_)));
-        let later = since.map(|it| it.since + self.limits.grace).filter(|at| *at > now).min();
+        let graces = [self.limits.grace / 4, self.limits.grace];
+        let later = since.flat_map(|it| graces.map(|grace| it.since + grace));
+        let later = later.filter(|at| *at > now).min();
         drop(crowd);
         ends.iter().for_each(Handle::close);
         later
@@ -130,7 +143,7 @@ impl Crowd {
         let of = |host: IpAddr| line().filter(|(_, it)| it.host == host).count();
         let goes = if of(host) > 2 * limits.each {
             line().find(|(_, it)| it.host == host)
-        } else if line().count() > limits.total {
+        } else if line().count() > limits.line {
             line().max_by_key(|(_, it)| (of(it.host), u64::MAX - it.number))
         } else {
             None
@@ -176,8 +189,8 @@ impl Crowd {
         let line: Vec<_> = self.entries.iter().filter(|it| it.waits()).map(|it| it.host).collect();
         for (index, host) in line.iter().copied().enumerate() {
             let behind = &line[index + 1..];
-            let spares = behind.len() < limits.total / 2
-                && behind.iter().filter(|it| **it == host).count() < limits.each;
+            let of_host = behind.iter().filter(|it| **it == host).count();
+            let grace = limits.grace(behind.len(), of_host);
             let host_is_full = self.is_full(host, limits);
             let may = |it: &Entry| !host_is_full || it.host == host;
             let leaving = |it: &&Entry| it.is_leaving() && may(it) && !given.contains(&it.number);
@@ -185,7 +198,7 @@ impl Crowd {
                 given.push(leaving.number);
                 continue;
             }
-            let since = if spares { now.checked_sub(limits.grace) } else { Some(now) };
+            let since = now.checked_sub(grace);
             let may = |it: &Entry| may(it) && since.is_some_and(|since| it.since <= since);
             if let Some(index) = self.goes_for(host, may) {
                 let entry = &mut self.entries[index];
@@ -304,7 +317,7 @@ mod tests {
 
     use super::*;
 
-    const LIMITS: Limits = Limits { each: 2, total: 4, grace: Duration::ZERO };
+    const LIMITS: Limits = Limits { each: 2, total: 4, line: 4, grace: Duration::ZERO };
 
     struct House {
         pending: Arc<Pending>,
@@ -432,7 +445,7 @@ mod tests {
         let house = House::new(LIMITS);
         let come = |it: u8| house.pending.enter([10, 0, 0, it].into(), house.end("it"));
         let crowd: Vec<_> = (1..=50).map(come).collect();
-        assert_eq!(house.line(), LIMITS.total);
+        assert_eq!(house.line(), LIMITS.line);
         let last = crowd.into_iter().next_back().unwrap();
         assert!(last.wait().is_some(), "who comes last is in line");
     }
@@ -455,15 +468,19 @@ mod tests {
         assert!(waiting.join().unwrap());
     }
 
-    /// A crowd that goes on coming has the time that it leaves itself.
+    /// A crowd that goes on coming leaves less time to those inside, and some all the same: they may not
+    /// have been in the crowd.
     #[test]
-    fn a_long_line_spares_nobody() {
-        let house = House::new(Limits { grace: Duration::from_secs(600), ..LIMITS });
+    fn a_long_line_leaves_less_time() {
+        let limits = Limits { grace: Duration::from_secs(600), ..LIMITS };
+        let less = Duration::from_secs(150);
+        assert_eq!(limits.grace(limits.line / 2 - 1, limits.each - 1), limits.grace);
+        assert_eq!(limits.grace(limits.line / 2, 0), less);
+        assert_eq!(limits.grace(0, limits.each), less);
+        let house = House::new(limits);
         let _places = ["a", "b"].map(|it| house.enter("10.0.0.1", it));
-        let _line = ["c", "d"].map(|it| house.come("10.0.0.1", it));
+        let _line = ["c", "d", "e"].map(|it| house.come("10.0.0.1", it));
         assert!(house.gone().is_empty());
-        let _last = house.come("10.0.0.1", "e");
-        assert_eq!(house.gone(), ["a"]);
     }
 
     #[test]

@@ -35,8 +35,9 @@ use crate::{
     wire::PrivateData,
 };
 
-/// Sources that may be pending. On RDMA the buffers of each are 12 MiB of pinned memory.
-const PENDING: Limits = Limits { each: 4, total: 16, grace: GRACE };
+/// Sources that may be pending. On RDMA the buffers of each are 12 MiB of pinned memory; who stands in line
+/// has none yet.
+const PENDING: Limits = Limits { each: 4, total: 16, line: 64, grace: GRACE };
 
 /// How long a source may take from the agreement to its first bytes. Its QEMU is asked to migrate
 /// then.

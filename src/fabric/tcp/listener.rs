@@ -26,7 +26,7 @@ use crate::{
 
 /// Clients that may be greeting at a time, or have greeted and were not taken up yet. A source that has
 /// many connections makes one at a time.
-const GREETING: Limits = Limits { each: 8, total: 128, grace: GRACE };
+const GREETING: Limits = Limits { each: 8, total: 128, line: 128, grace: GRACE };
 
 /// How long a client may take to greet.
 const GREETING_TIMEOUT: Duration = Duration::from_secs(5);
