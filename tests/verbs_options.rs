@@ -6,7 +6,7 @@
 mod support;
 
 use serde_json::{Value, json};
-use support::{Config, Guest, Host, Pair, free_port, helper};
+use support::{Config, Guest, Host, Pair, eventually, free_port, helper};
 
 /// Bytes that a worker pins for messages: 16 + 8 buffers for receiving and 8 for sending.
 const BUFFERS: u64 = 32 * (512 << 10);
@@ -116,8 +116,10 @@ fn a_stock_source_beyond_the_pin_limit() {
     let uri = pair.listen();
     pair.source.qemu.qmp.run("migrate", json!({ "uri": uri }));
     pair.source.await_status(&["failed"]);
-    let log = pair.destination.helper.log();
-    let line = log.lines().find(|line| line.contains("migration failed")).unwrap();
+    let line = eventually("the destination's reason", || {
+        let log = pair.destination.helper.log();
+        log.lines().find(|line| line.contains("migration failed")).map(str::to_owned)
+    });
     println!("{line}");
     assert!(line.contains("the destination's --pin-limit, and releases none; raise it"), "{line}");
     pair.source.qemu.assert_goes_on();
