@@ -31,7 +31,7 @@ fn runs_at_source(pair: &mut Pair) -> bool {
     let end = pair.source.await_status(&["completed", "failed", "cancelled"]);
     pair.source.helper.await_no_worker();
     let here = pair.source.qemu.status() == "running";
-    assert_eq!(here, end["status"] == "cancelled", "{end}");
+    assert!(here || end["status"] != "cancelled", "{end}");
     here
 }
 
@@ -52,6 +52,12 @@ fn switch_over_and_cancel(pair: &mut Pair, between: usize) {
     pair.source.client.run("migrate_cancel", json!({}));
 }
 
+/// The destination has not said where the guest runs: a person has to look.
+fn says_stopped(pair: &mut Pair) -> bool {
+    let end = pair.source.client.run("query-migrate", json!({}));
+    end["error-desc"].as_str().is_some_and(|text| text.contains("stays stopped here"))
+}
+
 /// The guest goes on where it is said to, and nowhere else.
 #[track_caller]
 fn runs_once(pair: &mut Pair) -> bool {
@@ -61,7 +67,7 @@ fn runs_once(pair: &mut Pair) -> bool {
         // Its QEMU ends with a migration that fails.
         let there = pair.destination.qemu.pid();
         eventually("the destination's QEMU to end", || has_ended(there).then_some(()));
-    } else {
+    } else if !says_stopped(pair) {
         eventually("the destination's guest to run", || {
             (pair.destination.qemu.status() == "running").then_some(())
         });
@@ -86,10 +92,11 @@ fn cancelled_behind_a_worker_that_stands_still() {
         let mut qemu = Qmp::connect(&pair.source.qemu.spare_socket());
         qemu.run("migrate-continue", json!({ "state": "pre-switchover" }));
         let mut is = |state: &str| qemu.run("query-migrate", json!({}))["status"] == state;
-        eventually("the end of the stream", || is("device").then_some(()));
+        // What is left may be too much: then QEMU can't go on, and the worker is given up.
+        eventually("the end of the stream", || (is("device") || has_ended(worker)).then_some(()));
         pair.source.client.run("migrate_cancel", json!({}));
         eventually("QEMU or the worker to end", || {
-            (is("cancelled") || has_ended(worker)).then_some(())
+            (has_ended(worker) || is("cancelled")).then_some(())
         });
         signal_if_alive(worker, Signal::CONT);
         assert!(runs_once(&mut pair), "{version}");
