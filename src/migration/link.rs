@@ -384,6 +384,10 @@ impl Link {
         // Others may be sending, to a peer that takes nothing.
         let _deadline = self.deadline(LAST_WORDS);
         let text = match error {
+            // It has failed behind RAM, and does not know what is known here.
+            MigrationError::PeerFailed { guest_never_ran: false, .. } if guest_never_ran => {
+                Some(error.to_string())
+            }
             MigrationError::PeerFailed { .. } => None,
             // What this host lacks, the peer's operator can't see.
             MigrationError::Fabric(error) => {
