@@ -27,8 +27,9 @@ use round::Round;
 /// Rounds for each version where no time is given.
 const ROUNDS: u64 = 2;
 
-/// How often a round that went wrong is tried with QEMU alone.
-const CONTROLS: u32 = 5;
+/// How often a round that went wrong is tried with QEMU alone. Often: QEMU has more than one way to go wrong
+/// in most of them.
+const CONTROLS: u32 = 20;
 
 fn number(name: &str) -> Option<u64> {
     env::var(name).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{name} is no number")))

@@ -164,15 +164,17 @@ impl Round {
         });
         let sent = disturbances.each_ref().map(|disturbance| disturbance.sent.load(SeqCst));
         println!("commands: {sent:?}");
-        if let Err(wrong) = ended {
+        let may_run = disturbances[0].let_run.load(SeqCst);
+        let moved = ended.and_then(|()| has_moved(source, destination));
+        // One that went wrong without a word of it has died.
+        if moved.is_err()
+            || [&mut *source, &mut *destination].iter_mut().any(|end| end.crash().is_some())
+        {
             for disturbance in disturbances {
                 println!("{:#?}", disturbance.trail.lock().unwrap());
             }
-            return Err(wrong);
         }
-        let may_run = disturbances[0].let_run.load(SeqCst);
-        let moved = has_moved(source, destination)?;
-        Ok(if may_run { None } else { Some(moved) })
+        Ok(if may_run { moved.map(|_| None)? } else { Some(moved?) })
     }
 
     fn kill(&self, relays: [Option<u32>; 2], over: &AtomicBool, disturbances: &[Disturbance; 2]) {
