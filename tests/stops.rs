@@ -80,8 +80,17 @@ fn a_destination_whose_qemu_stands_still_at_the_end() {
         let qemu = pair.destination.qemu.pid();
         signal_process(qemu, Signal::STOP);
         switch_over_and_wait(&mut pair);
+        // To QEMU, without a return path, it has completed long ago: it would run its guest.
+        let refusal = "Migration is not finalized yet";
+        let client = &mut pair.source.client;
+        assert_eq!(client.refused("cont", json!({})), refusal, "{version}");
+        for line in ["cont", " c "] {
+            assert_eq!(client.hmp(line), format!("Error: {refusal}\r\n"), "{version}");
+        }
         signal_process(qemu, Signal::CONT);
         completes(&mut pair);
+        // What is told of it may be done.
+        pair.source.client.run("cont", json!({}));
     }
 }
 

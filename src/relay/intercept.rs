@@ -31,6 +31,12 @@ pub enum Intercepted {
     Cancel,
     /// `yank` of a migration, likewise; and of these, which are QEMU's.
     Yank(Vec<Value>),
+    /// `cont`, whose reply is a line of the human monitor's or none: QEMU's business, unless the guest may run
+    /// at the destination.
+    Cont {
+        /// It was said to the human monitor.
+        line: bool,
+    },
     /// `query-migrate`.
     QueryMigrate,
     /// `migrate-set-capabilities`.
@@ -104,7 +110,8 @@ impl Settings {
 }
 
 /// Commands that may be ours.
-const OURS: [&str; 16] = [
+const OURS: [&str; 17] = [
+    "cont",
     "human-monitor-command",
     "migrate",
     "migrate-incoming",
@@ -170,6 +177,7 @@ pub fn intercept(command: &Command) -> Result<Option<Intercepted>, QmpError> {
                 Some(Side::Destination),
             )),
         },
+        "cont" if arguments.is_empty() => Intercepted::Cont { line: false },
         "migrate_cancel" if arguments.is_empty() => Intercepted::Cancel,
         "query-migrate" if arguments.is_empty() => Intercepted::QueryMigrate,
         "query-migrate-capabilities" if arguments.is_empty() => {
@@ -218,6 +226,7 @@ fn monitor(command: &Command, line: &str) -> Option<Intercepted> {
             "migrate" => save_or_load(Some(Side::Source)),
             "migrate_incoming" => save_or_load(Some(Side::Destination)),
             "savevm" | "loadvm" => save_or_load(None),
+            "cont" | "c" => Some(Intercepted::Cont { line: true }),
             _ => None,
         },
         Ok(line) => Some(Intercepted::Monitor(line)),

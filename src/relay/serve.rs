@@ -21,7 +21,7 @@ use super::{
     intercept::{Intercepted, intercept},
     migrations::{FAREWELL, Migrations},
     session::Said,
-    view::Phase,
+    view::{Phase, Side},
 };
 use crate::qmp::{
     ITEM_MAX, QmpError,
@@ -293,6 +293,9 @@ impl Monitor {
             Ok(Some(Intercepted::Cancel | Intercepted::Monitor(Line::Cancel)))
                 if !self.migrations.cancel() =>
             {
+                self.forward(bytes, fds);
+            }
+            Ok(Some(Intercepted::Cont { .. })) if !self.migrations.goes_on(Side::Source) => {
                 self.forward(bytes, fds);
             }
             Ok(Some(Intercepted::Yank(_)))

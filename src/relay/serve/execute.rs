@@ -39,6 +39,8 @@ impl Monitor {
             }
             // It was told.
             Intercepted::Cancel => answer_with(async { Ok(json!({})) }, id),
+            Intercepted::Cont { line: false } => answer_with(cont(context), id),
+            Intercepted::Cont { line: true } => answer_with(as_text(cont(context)), id),
             Intercepted::Yank(others) => answer_with(yank(context, migrations, others), id),
             Intercepted::QueryMigrate => answer_with(query_migrate(context, migrations), id),
             Intercepted::SetCapabilities { arguments, .. } => {
@@ -108,6 +110,21 @@ fn answer_with(
     id: Option<Box<RawValue>>,
 ) -> JoinHandle<Vec<u8>> {
     tokio::spawn(async move { envelope::reply(&result.await, id.as_deref()) })
+}
+
+/// QEMU takes a `cont` as soon as its own migration has completed, as clients know of one over `tcp:`. They
+/// don't of ours, before the destination's QEMU has: the guest would run at both ends. (What QEMU says before
+/// it has completed is what is said here until then: `qmp_cont` of `monitor/qmp-cmds.c`.)
+async fn cont(mut context: Context) -> Reply {
+    let guest = context.qemu.execute("query-status", Value::Null).await?;
+    match guest["status"].as_str() {
+        Some("finish-migrate" | "postmigrate") => {
+            Err(QmpError::generic("Migration is not finalized yet"))
+        }
+        // It may have stopped for the switchover when QEMU hears of it.
+        Some("running") => Ok(json!({})),
+        _ => context.qemu.execute("cont", Value::Null).await,
+    }
 }
 
 /// A migration of ours ends where it is known whether the guest may run at the destination: of a socket
