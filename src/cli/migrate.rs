@@ -1,7 +1,8 @@
 //! `migrate`: one migration, from start to end.
 
 use std::{
-    io::IsTerminal as _,
+    fmt,
+    io::{self, IsTerminal as _, Write as _},
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -11,7 +12,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use qemu_rdma_helper::qmp::Execute as _;
 use serde_json::{Map, Value, json};
 use tokio::{
-    signal::unix::{SignalKind, signal},
+    signal::unix::{Signal, SignalKind, signal},
     time::{MissedTickBehavior, interval},
 };
 
@@ -19,8 +20,8 @@ use super::client::Client;
 
 /// Migrate the guest and show how it goes.
 ///
-/// The destination's helper must wait for it (migrate-incoming). Ctrl-C cancels: the guest runs on
-/// here. The exit code is 0 only when the guest is at the destination.
+/// The destination's helper must wait for it (migrate-incoming). Ctrl-C cancels, SIGTERM and
+/// SIGHUP too: the guest runs on here. The exit code is 0 only when the guest is at the destination.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// The helper's QMP socket at the source
@@ -68,7 +69,7 @@ pub async fn run(args: Args) -> anyhow::Result<u8> {
     }
     let mut client = Client::connect(&args.qmp).await?;
     prepare(&mut client, &args).await?;
-    let mut interrupt = signal(SignalKind::interrupt()).context("Cannot watch for Ctrl-C")?;
+    let mut signals = Signals::new().context("Cannot watch for Ctrl-C")?;
     client
         .execute("migrate", json!({ "uri": args.uri }))
         .await
@@ -79,7 +80,7 @@ pub async fn run(args: Args) -> anyhow::Result<u8> {
     let mut cancelled = false;
     loop {
         tokio::select! {
-            _ = interrupt.recv() => {
+            () = signals.next() => {
                 cancelled = true;
                 client.execute("migrate_cancel", Value::Null).await?;
             }
@@ -108,6 +109,33 @@ pub async fn run(args: Args) -> anyhow::Result<u8> {
             }
         }
     }
+}
+
+/// Ways to be told to end. The terminal may be gone with one of them.
+struct Signals([Signal; 3]);
+
+impl Signals {
+    fn new() -> io::Result<Self> {
+        let kinds = [SignalKind::interrupt(), SignalKind::terminate(), SignalKind::hangup()];
+        let [interrupt, terminate, hang_up] = kinds.map(signal);
+        Ok(Self([interrupt?, terminate?, hang_up?]))
+    }
+
+    /// The next one.
+    async fn next(&mut self) {
+        let [interrupt, terminate, hang_up] = &mut self.0;
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+            _ = hang_up.recv() => {}
+        }
+    }
+}
+
+/// Print a line, if anybody reads it.
+fn say(text: fmt::Arguments<'_>) {
+    // The terminal may be gone, and the migration must be waited for all the same.
+    let _ = writeln!(io::stdout(), "{text}");
 }
 
 /// Set what the arguments ask for.
@@ -163,7 +191,7 @@ impl Display {
             bar.set_message(text);
         } else if self.last.get().is_none_or(|last| last.elapsed() >= Duration::from_secs(1)) {
             self.last.set(Some(Instant::now()));
-            println!("{text}");
+            say(format_args!("{text}"));
         }
     }
 
@@ -178,12 +206,23 @@ fn summary(state: &Value) {
     let time = |name: &str| state[name].as_u64().unwrap_or(0);
     let figure = |name: &str| state["ram"][name].as_u64().unwrap_or(0);
     let mbps = state["ram"]["mbps"].as_f64().unwrap_or(0.0);
-    println!("completed: the guest is at the destination");
-    println!("  total time   {} ms, of it set-up {} ms", time("total-time"), time("setup-time"));
-    println!("  downtime     {} ms", time("downtime"));
-    println!("  transferred  {} MiB of {} MiB", figure("transferred") >> 20, figure("total") >> 20);
-    println!("  throughput   {mbps:.0} mbps ({:.0} MiB/s)", mbps * 1e6 / 8.0 / f64::from(1 << 20));
-    println!("  dirty syncs  {}", figure("dirty-sync-count"));
+    say(format_args!("completed: the guest is at the destination"));
+    say(format_args!(
+        "  total time   {} ms, of it set-up {} ms",
+        time("total-time"),
+        time("setup-time")
+    ));
+    say(format_args!("  downtime     {} ms", time("downtime")));
+    say(format_args!(
+        "  transferred  {} MiB of {} MiB",
+        figure("transferred") >> 20,
+        figure("total") >> 20
+    ));
+    say(format_args!(
+        "  throughput   {mbps:.0} mbps ({:.0} MiB/s)",
+        mbps * 1e6 / 8.0 / f64::from(1 << 20)
+    ));
+    say(format_args!("  dirty syncs  {}", figure("dirty-sync-count")));
 }
 
 #[cfg(test)]
