@@ -299,6 +299,8 @@ pub enum Report {
         /// True only if the guest certainly never ran at the destination, so that the source
         /// guest may run again even after its QEMU completed.
         guest_never_ran: bool,
+        /// It was the QEMU on this side that ended it, and may say why.
+        by_qemu: bool,
         /// Figures at the end.
         progress: Progress,
     },

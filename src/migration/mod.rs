@@ -107,7 +107,8 @@ impl Verdict {
             }
             Self::Failed { error, guest_never_ran, links } => {
                 let reason = error.to_string();
-                reports.send(&Report::Failed { reason, guest_never_ran, progress });
+                let by_qemu = matches!(error, MigrationError::Qemu(_));
+                reports.send(&Report::Failed { reason, guest_never_ran, by_qemu, progress });
                 Some(LastWords { error, guest_never_ran, links })
             }
         }

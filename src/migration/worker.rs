@@ -52,6 +52,7 @@ pub fn run(control: UnixStream) -> std::io::Result<()> {
         reports.send(&Report::Failed {
             reason: error.to_string(),
             guest_never_ran: true,
+            by_qemu: false,
             progress: messages::Progress::default(),
         });
     }

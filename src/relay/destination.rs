@@ -122,7 +122,8 @@ impl Destination {
         }
         let blocks = self.context.blocks().await;
         let blocks = blocks.map_err(|error| generic(&error))?;
-        let options = self.context.options(&mut qemu).await?;
+        let capabilities = qemu.execute("query-migrate-capabilities", Value::Null).await?;
+        let options = self.context.options(&capabilities);
         let (ours, theirs) = worker::migration_socket().map_err(|error| generic(&error))?;
         let order = Order::Incoming { address, blocks: super::listed(&blocks), options };
         let files = worker::block_fds(&blocks);

@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::view::Side;
+use super::{migrations::IN_PROGRESS, view::Side};
 use crate::{
     migration::messages::Address,
     qmp::{
@@ -56,6 +56,8 @@ pub enum Intercepted {
     QueryBlockers,
     /// A line of the human monitor that is ours; the reply is text.
     Monitor(Line),
+    /// What QEMU would refuse.
+    Refused(QmpError),
 }
 
 impl Intercepted {
@@ -87,6 +89,12 @@ pub struct SaveOrLoad {
 impl SaveOrLoad {
     fn new(command: &Command, arguments: Value, migrates: Option<Side>) -> Self {
         Self { command: command.name.clone(), arguments, migrates }
+    }
+
+    /// QEMU writes a snapshot, which is a migration to it: its `query-migrate` shows it afterwards.
+    pub fn saves(&self) -> bool {
+        let line = self.arguments["command-line"].as_str().unwrap_or_default();
+        self.command == "snapshot-save" || hmp::command(line) == "savevm"
     }
 }
 
@@ -212,6 +220,22 @@ fn yank(arguments: &Map<String, Value>) -> Option<Intercepted> {
     let (migrations, others): (Vec<_>, Vec<_>) =
         instances.partition(|instance| instance["type"] == "migration");
     (!migrations.is_empty()).then_some(Intercepted::Yank(others))
+}
+
+/// What QEMU would refuse if it knew that it is about to migrate (`migrate_caps_check` of
+/// `migration/options.c`, `qdev_device_add` and `qdev_unplug` of `system/qdev-monitor.c`).
+pub fn refusal(command: &Command) -> Option<Intercepted> {
+    let why = |name: &str| match name {
+        "migrate-set-capabilities" | "migrate_set_capability" => Some(IN_PROGRESS.to_owned()),
+        "device_add" | "device_del" => Some(format!("{name} not allowed while migrating")),
+        _ => None,
+    };
+    if command.name != "human-monitor-command" {
+        return Some(Intercepted::Refused(QmpError::generic(why(&command.name)?)));
+    }
+    let line = command.line()?;
+    let refused = QmpError::generic(why(hmp::command(&line))?);
+    Some(Intercepted::Monitor(Line::Wrong(refused)))
 }
 
 /// A line of the human monitor. One of any length: QEMU takes it.

@@ -167,6 +167,11 @@ impl Migrations {
         source.view.borrow().shows()
     }
 
+    /// A migration of ours has begun of which QEMU knows nothing yet.
+    pub fn connects(&self) -> bool {
+        self.source() == Some(Phase::Connecting)
+    }
+
     /// A migration of ours goes on in this direction.
     pub fn goes_on(&self, side: Side) -> bool {
         self.slots().of(side).as_ref().is_some_and(|migration| !migration.is_over())
@@ -208,7 +213,8 @@ impl Migrations {
             IN_PROGRESS,
             |events, view, reply| {
                 let turn = Turn::default();
-                Source { context, events, output, view, loan, turn, ended: None }
+                let (tells, ended) = (false, None);
+                Source { context, events, output, view, loan, turn, tells, ended }
                     .run(address, reply)
             },
         ))

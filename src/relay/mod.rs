@@ -44,7 +44,6 @@ use crate::{
         QemuError, blockers,
         blocks::{self, OwnMemory, RamBlock},
     },
-    qmp::{Execute as _, QmpError},
 };
 use door::{Door, ServedSocket};
 use migrations::Migrations;
@@ -246,12 +245,11 @@ impl Context {
         blocks::find(&mut self.qemu.clone(), self.process.files(), &self.memory).await
     }
 
-    /// What the client set in QEMU that matters to a worker.
-    async fn options(&self, qemu: &mut Qemu) -> Result<Options, QmpError> {
-        let capabilities = qemu.execute("query-migrate-capabilities", Value::Null).await?;
-        Ok(Options {
-            pin_all: blockers::is_on(&capabilities, "rdma-pin-all"),
-            return_path: blockers::is_on(&capabilities, "return-path"),
+    /// What the client set in QEMU that matters to a worker, by `query-migrate-capabilities`.
+    fn options(&self, capabilities: &Value) -> Options {
+        Options {
+            pin_all: blockers::is_on(capabilities, "rdma-pin-all"),
+            return_path: blockers::is_on(capabilities, "return-path"),
             stall_timeout: self.settings.stall_timeout.as_secs().max(1),
             peer_timeout: self.settings.peer_timeout.as_secs().max(1),
             connections: self.settings.connections,
@@ -259,7 +257,7 @@ impl Context {
             pin_limit: self.settings.pin_limit,
             cpus: self.settings.cpus.clone(),
             fabric: self.settings.fabric.kind(),
-        })
+        }
     }
 }
 

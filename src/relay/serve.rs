@@ -18,7 +18,7 @@ use super::{
     borrowed::Borrowed,
     client::{Client, FromClient},
     door::Door,
-    intercept::{Intercepted, intercept},
+    intercept::{Intercepted, intercept, refusal},
     migrations::{FAREWELL, Migrations},
     session::Said,
     view::{Phase, Side},
@@ -205,6 +205,8 @@ impl Monitor {
         let Some(phase) = self.migrations.source() else { return Some(line) };
         let failed = || envelope::event("MIGRATION", &json!({ "status": "failed" }));
         let line = match (status, &phase) {
+            // It was said when the client was answered.
+            ("setup", Phase::Connecting | Phase::Running) => return None,
             // QEMU's word comes behind the verdict.
             ("completed", Phase::Failed(_)) => failed(),
             // The relay cancels it because it failed.
@@ -275,7 +277,11 @@ impl Monitor {
         if self.client.as_ref().is_some_and(|client| !client.negotiated) {
             return self.negotiate(command);
         }
-        let intercepted = command.as_ref().map_or(Ok(None), intercept);
+        let too_early = command.as_ref().filter(|_| self.migrations.connects()).and_then(refusal);
+        let intercepted = match too_early {
+            Some(refusal) => Ok(Some(refusal)),
+            None => command.as_ref().map_or(Ok(None), intercept),
+        };
         let sets_parameters =
             command.as_ref().is_some_and(|command| sets_parameters(&command.name));
         let id = command.and_then(|command| command.id);
@@ -295,11 +301,8 @@ impl Monitor {
             {
                 self.forward(bytes, fds);
             }
-            Ok(Some(Intercepted::Cont { .. })) if !self.migrations.goes_on(Side::Source) => {
-                self.forward(bytes, fds);
-            }
-            Ok(Some(Intercepted::Yank(_)))
-                if !matches!(self.migrations.source(), Some(Phase::Running | Phase::Failing)) =>
+            Ok(Some(Intercepted::Cont { .. } | Intercepted::Yank(_)))
+                if !self.migrations.goes_on(Side::Source) =>
             {
                 self.forward(bytes, fds);
             }

@@ -1,5 +1,6 @@
 //! The relay's side of an outgoing migration.
 
+mod connecting;
 mod door;
 mod failing;
 mod pace;
@@ -14,31 +15,25 @@ use tokio::{
 };
 use tracing::info;
 
-use self::pace::Pacing;
+use self::{connecting::NotBegun, pace::Pacing};
 use super::{
     Context, Output, QemuEvent,
     borrowed::{Loan, Turn},
     heartbeat,
-    migrations::{IN_PROGRESS, Outputs},
+    migrations::Outputs,
     session::Qemu,
-    view::{Guest, Phase, Side, View, rate},
-    worker::{self, Worker},
+    view::{Guest, Phase, View, rate},
+    worker::Worker,
 };
 use crate::{
     migration::{
-        messages::{Address, Agreed, Order, Progress, Report},
+        messages::{Address, Order, Progress, Report},
         return_path,
         streams::Streams,
     },
-    qemu::blockers,
     qmp::{Execute as _, QmpError, envelope},
-    stream::Travel,
     threads,
 };
-
-/// How long connecting and comparing block lists may take in all; the worker's own bounds are
-/// shorter and its errors better.
-const AGREEMENT: Duration = Duration::from_secs(30);
 
 /// How often QEMU's state is asked for while something is expected of it.
 const POLL: Duration = Duration::from_millis(20);
@@ -88,6 +83,8 @@ pub struct Source {
     pub loan: Loan,
     /// What it has borrowed of them.
     pub turn: Turn,
+    /// Capability `events` is on.
+    pub tells: bool,
     /// QEMU's own migration has ended without success. Whatever QEMU says after that is of another one.
     pub ended: Option<Ended>,
 }
@@ -97,7 +94,16 @@ pub struct Ended {
     since: Instant,
     /// `cancelled` or `failed`.
     status: String,
-    why: String,
+    /// Its `error-desc`.
+    why: Option<String>,
+}
+
+impl Ended {
+    /// In this state, by its `query-migrate`.
+    fn of(status: &str, state: &Value) -> Self {
+        let why = state["error-desc"].as_str().map(str::to_owned);
+        Self { since: Instant::now(), status: status.to_owned(), why }
+    }
 }
 
 /// A migration that QEMU has begun.
@@ -131,10 +137,12 @@ impl Seen {
 /// How the worker ended.
 enum Outcome {
     Done,
-    /// It told QEMU.
+    /// It has said why.
     Failed {
         reason: String,
         guest_never_ran: bool,
+        /// QEMU may know better.
+        by_qemu: bool,
     },
     /// It is dead, or as good as.
     Silent {
@@ -145,20 +153,26 @@ enum Outcome {
 }
 
 impl Source {
-    /// Run it; `reply` is the result of the client's `migrate`.
+    /// Run it; `reply` is the result of the client's `migrate`, which does not wait for the destination.
     pub async fn run(mut self, address: Address, reply: oneshot::Sender<Result<Value, QmpError>>) {
-        let prepared = threads::caught("prepare", self.prepare(&address)).await;
-        let (result, begun) = match prepared.map_err(generic).flatten() {
-            Ok((value, begun)) => (Ok(value), Some(begun)),
+        let accepted = threads::caught("accept", self.accept(address)).await;
+        let accepted = match accepted.map_err(generic).flatten() {
+            Ok(accepted) => accepted,
             Err(error) => {
-                self.give_back().await;
-                self.view.send_modify(|view| view.refuse(&error.desc));
-                (Err(error), None)
+                // A client that is gone needs no reply.
+                let _ = reply.send(Err(error));
+                return;
             }
         };
-        // A client that is gone needs no reply; its migration goes on, as QEMU's would.
-        let _ = reply.send(result);
-        let Some(Begun { mut worker, streams }) = begun else { return };
+        self.view.send_modify(|view| view.phase = Phase::Connecting);
+        self.tell_status("setup").await;
+        // From here on a failure is the migration's. It goes on without the client, as QEMU's would.
+        let _ = reply.send(Ok(json!({})));
+        let prepared = threads::caught("prepare", self.prepare(accepted)).await;
+        let Begun { mut worker, streams } = match prepared.map_err(NotBegun::from).flatten() {
+            Ok(begun) => begun,
+            Err(why) => return self.end_early(why).await,
+        };
         worker.has_stream();
         let has_channels = !streams.channels.is_empty();
         let followed = threads::caught("follow", self.follow(&mut worker, has_channels)).await;
@@ -189,7 +203,10 @@ impl Source {
                 }
                 self.fail(reason, guest_never_ran).await;
             }
-            Outcome::Failed { reason, guest_never_ran } => {
+            Outcome::Failed { mut reason, guest_never_ran, by_qemu } => {
+                if by_qemu && let Some(why) = self.hear_qemu().await {
+                    reason = format!("{reason}: {why}");
+                }
                 if guest_never_ran {
                     self.break_off(&streams).await;
                 }
@@ -207,109 +224,6 @@ impl Source {
 
     fn qemu(&self) -> Qemu {
         self.context.qemu.clone()
-    }
-
-    /// Connect a worker to the destination, and start QEMU's migration into it.
-    async fn prepare(&mut self, address: &Address) -> Result<(Value, Begun), QmpError> {
-        let mut worker = Worker::start(Side::Source, self.context.settings.fabric.kind())
-            .await
-            .map_err(generic)?;
-        let mut qemu = self.qemu();
-        let state = qemu.execute("query-migrate", Value::Null).await?;
-        if is_under_way(&state) {
-            return Err(QmpError::generic(IN_PROGRESS));
-        }
-        let guest = qemu.execute("query-status", Value::Null).await?;
-        if guest["status"] == "postmigrate" {
-            let why = "Can't migrate the vm that was paused due to previous migration";
-            return Err(QmpError::generic(why));
-        }
-        // From here on a failure is this migration's.
-        self.view.send_modify(|view| view.phase = Phase::Connecting);
-        let mut blocks = self.context.blocks().await.map_err(generic)?;
-        let options = self.context.options(&mut qemu).await?;
-        blockers::refuse(&blockers::find(&mut qemu, &blocks, options.fabric).await?)?;
-        // QEMU announces what is shared, all of it or nothing.
-        let shared = blocks.iter().filter(|block| !block.private).count();
-        // The worker gets the memory that it may read, and no other.
-        for block in &mut blocks {
-            if block.travel(options.fabric).0 != Travel::Mapped {
-                block.backing = None;
-            }
-        }
-        let total = blocks.iter().map(|block| block.length).fold(0, u64::saturating_add);
-        self.view.send_modify(|view| {
-            view.pin_all = options.pin_all;
-            view.begin(total);
-        });
-        let agreement = AGREEMENT + options.pinning(total);
-        let order = Order::Outgoing {
-            address: address.clone(),
-            qemu_qmp: self.context.qemu_qmp.clone(),
-            blocks: super::listed(&blocks),
-            options,
-        };
-        let fds = worker::block_fds(&blocks);
-        let agreed = async {
-            worker.begin(&order, &fds).await.map_err(generic)?;
-            self.await_agreement(&mut worker).await
-        };
-        let agreed = match timeout(agreement, agreed).await {
-            Ok(result) => result?,
-            Err(_) => {
-                let why = format!(
-                    "The destination {address} did not answer in time; is its helper alive?"
-                );
-                return Err(QmpError::generic(why));
-            }
-        };
-        let Agreed { channels, announceable, return_path } = agreed;
-        self.view.send_modify(|view| view.takes_return_path = return_path);
-        let announces = announceable == shared;
-        let (value, streams) = self.begin_stream(&mut worker, announces, channels).await?;
-        Ok((value, Begun { worker, streams }))
-    }
-
-    /// Wait for it; returns how QEMU may migrate.
-    async fn await_agreement(&mut self, worker: &mut Worker) -> Result<Agreed, QmpError> {
-        let mut emitted = Instant::now();
-        loop {
-            let report = tokio::select! {
-                biased;
-                report = worker.report() => report,
-                event = self.events.recv() => match event {
-                    Some(QemuEvent::Cancel) => return Err(self.cancel_early().await),
-                    Some(QemuEvent::Abort(reason)) => return Err(QmpError::generic(reason)),
-                    Some(_) => continue,
-                    None => return Err(QmpError::connection_lost()),
-                },
-            };
-            match report {
-                Some(Report::Agreed(agreed)) => return Ok(agreed),
-                Some(Report::Progress(progress)) => {
-                    let pins = progress.pinned > 0;
-                    self.view.send_modify(|view| view.progress = progress);
-                    // All of a large guest takes a while.
-                    if pins && emitted.elapsed() >= Duration::from_secs(1) {
-                        emitted = Instant::now();
-                        self.emit_throughput().await;
-                    }
-                }
-                Some(Report::Failed { reason, .. }) => return Err(QmpError::generic(reason)),
-                _ => return Err(QmpError::generic(WORKER_DIED)),
-            }
-        }
-    }
-
-    /// Cancelled while it connects: QEMU knows nothing of it, and will say nothing.
-    async fn cancel_early(&self) -> QmpError {
-        self.view.send_modify(|view| view.phase = Phase::Cancelled);
-        let capabilities = self.qemu().execute("query-migrate-capabilities", Value::Null).await;
-        if capabilities.is_ok_and(|capabilities| blockers::is_on(&capabilities, "events")) {
-            let cancelled = envelope::event("MIGRATION", &json!({ "status": "cancelled" }));
-            self.put(Output::Emit(cancelled)).await;
-        }
-        QmpError::generic("The migration was cancelled before it began")
     }
 
     /// Follow the worker to its end.
@@ -355,8 +269,9 @@ impl Source {
                     None => return Outcome::QemuGone,
                 },
                 () = sleep_until(deadline.unwrap_or_else(Instant::now)), if deadline.is_some() => {
-                    let reason = self.ended.as_ref().map(|ended| ended.why.clone());
-                    return Outcome::Silent { reason: reason.unwrap_or_default() };
+                    let why = self.ended.as_ref().and_then(|ended| ended.why.clone());
+                    let reason = why.unwrap_or_else(|| "QEMU ended the migration".to_owned());
+                    return Outcome::Silent { reason };
                 }
                 _ = seconds.tick() => {
                     let late = |since: Instant| since.elapsed() > VERDICT;
@@ -366,6 +281,10 @@ impl Source {
                     if !silence.lasts() || holds {
                         let reason = "The source's worker hung and was killed; migrate again".to_owned();
                         return Outcome::Silent { reason };
+                    }
+                    // One for which there was no room among the events.
+                    if self.view.borrow().cancels {
+                        self.cancel(worker, &mut seen).await;
                     }
                     self.second(worker, &mut seen).await;
                 }
@@ -414,8 +333,8 @@ impl Source {
         let (progress, outcome) = match report {
             Report::Progress(progress) => (progress, None),
             Report::Done(progress) => (progress, Some(Outcome::Done)),
-            Report::Failed { reason, guest_never_ran, progress } => {
-                (progress, Some(Outcome::Failed { reason, guest_never_ran }))
+            Report::Failed { reason, guest_never_ran, by_qemu, progress } => {
+                (progress, Some(Outcome::Failed { reason, guest_never_ran, by_qemu }))
             }
             Report::GuestBefore { status } => {
                 self.view.send_modify(|view| view.guest_before = Some(status));
@@ -450,11 +369,8 @@ impl Source {
         if self.ended.is_some() || !["cancelled", "failed"].contains(&status) {
             return;
         }
-        let why = state["error-desc"].as_str().unwrap_or("QEMU ended the migration");
-        let (status, why) = (status.to_owned(), why.to_owned());
-        let is_cancelled = status == "cancelled";
-        self.ended = Some(Ended { since: Instant::now(), status, why });
-        if is_cancelled {
+        self.ended = Some(Ended::of(status, state));
+        if status == "cancelled" {
             // Whatever the worker says, or does not. Clients may begin something else now.
             self.give_back().await;
             self.view.send_modify(|view| view.phase = Phase::Cancelled);
@@ -509,6 +425,14 @@ impl Source {
 
     async fn put(&self, output: Output) {
         self.output.put(output).await;
+    }
+
+    /// The event that QEMU has for this status, where QEMU itself knows nothing of the migration.
+    async fn tell_status(&self, status: &str) {
+        if self.tells {
+            let event = envelope::event("MIGRATION", &json!({ "status": status }));
+            self.put(Output::Emit(event)).await;
+        }
     }
 
     /// The destination's QEMU completed.

@@ -134,13 +134,6 @@ impl View {
         self.phase != Phase::Asked
     }
 
-    /// It did not begin. Only what came as far as connecting counts as a migration that failed.
-    pub fn refuse(&mut self, why: &str) {
-        if self.phase == Phase::Connecting {
-            self.phase = Phase::Failed(why.to_owned());
-        }
-    }
-
     /// Before QEMU has said anything of a migration of `total` bytes of RAM.
     pub fn begin(&mut self, total: u64) {
         let total = i64::try_from(total).unwrap_or(i64::MAX);
@@ -198,11 +191,14 @@ impl View {
         match &self.phase {
             // QEMU knows better: its guest is here.
             Phase::Failed(_) if self.side == Side::Destination && status == "completed" => {}
-            // The relay cancels it because it failed, and QEMU is not done with that.
-            Phase::Failed(_) if self.side == Side::Source && status == "cancelling" => {}
-            // Nor has the relay taken note of it.
-            Phase::Failing if self.awaits_end(&status) => reply["status"] = "cancelling".into(),
+            // Nobody has cancelled it but the relay, because it failed. It is not over yet.
+            Phase::Failing => {
+                if ["cancelling", "cancelled", "failed"].contains(&status.as_str()) {
+                    reply["status"] = "active".into();
+                }
+            }
             // What QEMU says is of another one.
+            Phase::Connecting if self.cancels => *reply = json!({ "status": "cancelling" }),
             Phase::Connecting => *reply = json!({ "status": "setup" }),
             Phase::Cancelled => reply["status"] = "cancelled".into(),
             Phase::Failed(reason) => {

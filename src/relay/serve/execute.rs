@@ -57,6 +57,7 @@ impl Monitor {
             }
             Intercepted::QueryBlockers => answer_with(query_blockers(context, migrations), id),
             Intercepted::Monitor(line) => self.monitor(line, id),
+            Intercepted::Refused(error) => answer_with(async { Err(error) }, id),
             Intercepted::SaveOrLoad(command) => {
                 answer_with(save_or_load(context, migrations, command), id)
             }
@@ -197,16 +198,17 @@ async fn set_by_line(mut context: Context, migrations: Migrations, setting: Sett
 
 /// Not with what a migration has borrowed: that is given back before clients see its end.
 async fn save_or_load(mut context: Context, migrations: Migrations, wanted: SaveOrLoad) -> Reply {
+    let saves = wanted.saves();
     let SaveOrLoad { command, arguments, migrates } = wanted;
     let mut borrowed = migrations.loan().write().await;
     let goes_on = migrations.goes_on(Side::Source);
     let differs = borrowed.changes_capabilities();
-    let is_busy = goes_on && (differs || migrates == Some(Side::Source));
+    let is_busy = goes_on && (differs || saves || migrates == Some(Side::Source));
     if is_busy || (differs && borrowed.settle(&mut context.qemu).await.is_err()) {
         let busy = async { Err(QmpError::generic(IN_PROGRESS)) };
         return if command == "human-monitor-command" { as_text(busy).await } else { busy.await };
     }
-    if migrates.is_none() {
+    if !saves && migrates.is_none() {
         return Verbatim(context.qemu).execute(&command, arguments).await;
     }
     // What QEMU says from here on is of the other one.

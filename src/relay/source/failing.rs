@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 use tokio::time::{Instant, sleep, timeout};
 use tracing::warn;
 
-use super::{ANSWER, END, NOTICE, POLL, Source, UNDER_WAY};
+use super::{ANSWER, END, Ended, NOTICE, POLL, Source, UNDER_WAY};
 use crate::{
     migration::streams::Streams,
     qmp::{Execute as _, QmpError, envelope},
@@ -25,6 +25,23 @@ impl Source {
             let _ = timeout(ANSWER, self.cancel_at_qemu()).await;
         }
         streams.end();
+    }
+
+    /// QEMU has ended its stream: wait for its reason, before anything is done that makes it fail for another.
+    pub(super) async fn hear_qemu(&mut self) -> Option<String> {
+        let (mut qemu, begun) = (self.qemu(), Instant::now());
+        while self.ended.is_none() && begun.elapsed() < NOTICE {
+            let asked = timeout(ANSWER, qemu.execute("query-migrate", Value::Null));
+            let state = asked.await.ok()?.ok()?;
+            if state["status"] == "failed" {
+                self.ended = Some(Ended::of("failed", &state));
+            } else if !UNDER_WAY.contains(&state["status"].as_str().unwrap_or("none")) {
+                break;
+            } else {
+                sleep(POLL).await;
+            }
+        }
+        self.ended.as_ref().and_then(|ended| ended.why.clone())
     }
 
     /// Cancel QEMU's migration, if it goes on. Clients see that it failed, unless they cancelled it.

@@ -45,13 +45,16 @@ const HELD: [&str; 1] = ["mode"];
 
 impl Source {
     /// Ask QEMU to migrate, so that it `announces` shared memory or with so many channels, if it can.
-    /// Returns its reply, and the worker's ends of its migration sockets.
+    /// Returns the worker's ends of its migration sockets.
+    ///
+    /// # Errors
+    /// QEMU's refusal; or what came of its migration, which has begun and whose sockets are closed.
     pub(super) async fn begin_stream(
         &mut self,
         worker: &mut Worker,
         announces: bool,
         channels: u16,
-    ) -> Result<(Value, Streams), QmpError> {
+    ) -> Result<Streams, QmpError> {
         let mut qemu = self.qemu();
         // From here on clients wait with settings: what is seen now is what QEMU migrates by.
         let loan = self.loan.clone();
@@ -108,19 +111,15 @@ impl Source {
         Ok(matches!((number("major"), number("minor")), (7, 2) | (10.., _)))
     }
 
-    async fn with_one_socket(
-        &self,
-        qemu: &Qemu,
-        worker: &mut Worker,
-    ) -> Result<(Value, Streams), QmpError> {
+    async fn with_one_socket(&self, qemu: &Qemu, worker: &mut Worker) -> Result<Streams, QmpError> {
         let (ours, theirs) = worker::migration_socket().map_err(generic)?;
         worker.begin(&Order::Take, &[ours.as_fd()]).await.map_err(generic)?;
         qemu.execute_with("getfd", json!({ "fdname": FDNAME }), vec![theirs]).await?;
         let mut qemu = qemu.clone();
         match qemu.execute("migrate", json!({ "uri": format!("fd:{FDNAME}") })).await {
-            Ok(value) => {
+            Ok(_) => {
                 self.view.send_modify(|view| view.phase = Phase::Running);
-                Ok((value, Streams { main: Arc::new(ours.into()), channels: Vec::new() }))
+                Ok(Streams { main: Arc::new(ours.into()), channels: Vec::new() })
             }
             Err(error) => {
                 // QEMU keeps what it did not use.
@@ -176,21 +175,20 @@ impl Source {
         door: QemusDoor,
         channels: u16,
         borrowed: RwLockWriteGuard<'_, Borrowed>,
-    ) -> Result<(Value, Streams), QmpError> {
-        let value = qemu.execute("migrate", json!({ "uri": door.uri() })).await?;
+    ) -> Result<Streams, QmpError> {
+        qemu.execute("migrate", json!({ "uri": door.uri() })).await?;
         self.view.send_modify(|view| view.phase = Phase::Running);
         let taken = self.take_channels(worker, &door, channels).await;
         // QEMU looked at settings until it had connected.
         drop(borrowed);
         match taken {
-            Ok(streams) => Ok((value, streams)),
+            Ok(streams) => Ok(streams),
             Err((reason, sockets)) => {
                 if let Some(streams) = Streams::new(sockets) {
                     self.break_off(&streams).await;
                 }
                 // QEMU notices what it can't connect to.
                 drop(door);
-                self.fail(reason.clone(), true).await;
                 Err(QmpError::generic(reason))
             }
         }

@@ -1,0 +1,187 @@
+//! Before QEMU's own migration begins: what QEMU would refuse at once is, then a worker connects to the
+//! destination.
+
+use std::time::Duration;
+
+use serde_json::Value;
+use tokio::time::{Instant, timeout};
+use tracing::{info, warn};
+
+use super::{Begun, Source, WORKER_DIED, generic, is_under_way};
+use crate::{
+    migration::messages::{Address, Agreed, Order, Report},
+    qemu::{blockers, blocks::RamBlock},
+    qmp::{Execute as _, QmpError},
+    relay::{
+        QemuEvent, listed,
+        migrations::IN_PROGRESS,
+        view::{Phase, Side},
+        worker::{self, Worker},
+    },
+    stream::Travel,
+    threads::Lost,
+};
+
+/// How long connecting and comparing block lists may take in all; the worker's own bounds are
+/// shorter and its errors better.
+const AGREEMENT: Duration = Duration::from_secs(30);
+
+/// A migration that the client was told of.
+pub(super) struct Accepted {
+    worker: Worker,
+    address: Address,
+    /// What the worker is to do.
+    order: Order,
+    blocks: Vec<RamBlock>,
+    /// How long it may take to connect.
+    patience: Duration,
+}
+
+/// Why QEMU's migration did not begin.
+pub(super) enum NotBegun {
+    Cancelled,
+    Failed(String),
+}
+
+impl From<QmpError> for NotBegun {
+    fn from(error: QmpError) -> Self {
+        Self::Failed(error.desc)
+    }
+}
+
+impl From<Lost> for NotBegun {
+    fn from(lost: Lost) -> Self {
+        Self::Failed(lost.to_string())
+    }
+}
+
+impl Source {
+    /// What QEMU says of a `migrate` at once (`migrate_prepare` of `migration/migration.c`), and what
+    /// stands against one over `rdma:`.
+    ///
+    /// # Errors
+    /// The reply: nothing has begun.
+    pub(super) async fn accept(&mut self, address: Address) -> Result<Accepted, QmpError> {
+        let worker = Worker::start(Side::Source, self.context.settings.fabric.kind());
+        let worker = worker.await.map_err(generic)?;
+        let mut qemu = self.qemu();
+        let state = qemu.execute("query-migrate", Value::Null).await?;
+        if is_under_way(&state) {
+            return Err(QmpError::generic(IN_PROGRESS));
+        }
+        let guest = qemu.execute("query-status", Value::Null).await?;
+        match guest["status"].as_str() {
+            Some("inmigrate") => {
+                return Err(QmpError::generic("Guest is waiting for an incoming migration"));
+            }
+            Some("postmigrate") => {
+                let why = "Can't migrate the vm that was paused due to previous migration";
+                return Err(QmpError::generic(why));
+            }
+            _ => {}
+        }
+        let mut blocks = self.context.blocks().await.map_err(generic)?;
+        let capabilities = qemu.execute("query-migrate-capabilities", Value::Null).await?;
+        self.tells = blockers::is_on(&capabilities, "events");
+        let options = self.context.options(&capabilities);
+        blockers::refuse(&blockers::find(&mut qemu, &blocks, options.fabric).await?)?;
+        // The worker gets the memory that it may read, and no other.
+        for block in &mut blocks {
+            if block.travel(options.fabric).0 != Travel::Mapped {
+                block.backing = None;
+            }
+        }
+        let total = blocks.iter().map(|block| block.length).fold(0, u64::saturating_add);
+        self.view.send_modify(|view| {
+            view.pin_all = options.pin_all;
+            view.begin(total);
+        });
+        let patience = AGREEMENT + options.pinning(total);
+        let order = Order::Outgoing {
+            address: address.clone(),
+            qemu_qmp: self.context.qemu_qmp.clone(),
+            blocks: listed(&blocks),
+            options,
+        };
+        Ok(Accepted { worker, address, order, blocks, patience })
+    }
+
+    /// Connect the worker to the destination, and start QEMU's migration into it.
+    pub(super) async fn prepare(&mut self, accepted: Accepted) -> Result<Begun, NotBegun> {
+        let Accepted { mut worker, address, order, blocks, patience } = accepted;
+        let fds = worker::block_fds(&blocks);
+        let agreed = async {
+            worker.begin(&order, &fds).await.map_err(generic)?;
+            self.await_agreement(&mut worker).await
+        };
+        let agreed = timeout(patience, agreed).await.map_err(|_| {
+            QmpError::generic(format!(
+                "The destination {address} did not answer in time; is its helper alive?"
+            ))
+        });
+        let Agreed { channels, announceable, return_path } = agreed??;
+        self.view.send_modify(|view| view.takes_return_path = return_path);
+        // QEMU announces what is shared, all of it or nothing.
+        let announces = announceable == blocks.iter().filter(|block| !block.private).count();
+        let streams = self.begin_stream(&mut worker, announces, channels).await?;
+        Ok(Begun { worker, streams })
+    }
+
+    /// Wait for it; returns how QEMU may migrate.
+    async fn await_agreement(&mut self, worker: &mut Worker) -> Result<Agreed, NotBegun> {
+        let mut emitted = Instant::now();
+        loop {
+            let report = tokio::select! {
+                biased;
+                report = worker.report() => report,
+                event = self.events.recv() => match event {
+                    Some(QemuEvent::Cancel) if self.view.borrow().cancels => {
+                        return Err(NotBegun::Cancelled);
+                    }
+                    Some(QemuEvent::Cancel) => {
+                        return Err(NotBegun::Failed("The migration was yanked".into()));
+                    }
+                    Some(QemuEvent::Abort(reason)) => return Err(NotBegun::Failed(reason)),
+                    Some(_) => continue,
+                    None => return Err(QmpError::connection_lost().into()),
+                },
+            };
+            match report {
+                Some(Report::Agreed(agreed)) => return Ok(agreed),
+                Some(Report::Progress(progress)) => {
+                    let pins = progress.pinned > 0;
+                    self.view.send_modify(|view| view.progress = progress);
+                    // All of a large guest takes a while.
+                    if pins && emitted.elapsed() >= Duration::from_secs(1) {
+                        emitted = Instant::now();
+                        self.emit_throughput().await;
+                    }
+                }
+                Some(Report::Failed { reason, .. }) => return Err(NotBegun::Failed(reason)),
+                _ => return Err(NotBegun::Failed(WORKER_DIED.into())),
+            }
+        }
+    }
+
+    /// It ended before there was anything for QEMU to end, or as soon as QEMU had begun.
+    pub(super) async fn end_early(&mut self, why: NotBegun) {
+        let begun = self.view.borrow().phase != Phase::Connecting;
+        let (phase, statuses) = match why {
+            NotBegun::Failed(reason) if begun => return self.fail(reason, true).await,
+            NotBegun::Failed(reason) => {
+                warn!(%reason, "migration failed");
+                (Phase::Failed(reason), ["failed"].as_slice())
+            }
+            NotBegun::Cancelled => {
+                info!("migration cancelled");
+                (Phase::Cancelled, ["cancelling", "cancelled"].as_slice())
+            }
+        };
+        self.give_back().await;
+        self.view.send_modify(|view| view.phase = phase);
+        self.emit_throughput().await;
+        for status in statuses {
+            self.tell_status(status).await;
+        }
+    }
+}
