@@ -249,17 +249,15 @@ fn allocations(mib: u64, mapped: bool, intake: Intake) -> u64 {
     let landed = memfd("landed", length);
     let address = Address { host: "127.0.0.1".into(), port: 0 };
     let options = options(channels);
-    let order =
-        Order::Incoming { address, blocks: blocks(length, Some(0)), options: options.clone() };
-    let mut fds = vec![incoming.into(), landed.try_clone().unwrap()];
-    let mut destination = Worker::start(&order, &fds);
+    let order = Order::Incoming { address, options: options.clone() };
+    let mut destination = Worker::start(&order, &[incoming.into()]);
     let address = destination.await_report(|report| match report {
         Report::Listening { address } => Some(address.clone()),
         _ => None,
     });
     let loading = exempt(move || qemu.read_to_end(&mut Vec::new()).unwrap());
 
-    fds.clear();
+    let mut fds = Vec::new();
     if mapped {
         let file = memfd("ram", length);
         let region = Region::new("ram", file.try_clone().unwrap(), 0, length).unwrap();
@@ -274,6 +272,12 @@ fn allocations(mib: u64, mapped: bool, intake: Intake) -> u64 {
         options,
     };
     let mut source = Worker::start(&order, &fds);
+    let number = destination.await_report(|report| match report {
+        Report::SourceComes { number } => Some(*number),
+        _ => None,
+    });
+    let order = Order::Blocks { number, blocks: blocks(length, Some(0)) };
+    destination.order(&order, &[landed.try_clone().unwrap()]);
     source.await_report(|report| matches!(report, Report::Agreed(_)).then_some(()));
     let (qemu, outgoing) = UnixStream::pair().unwrap();
     let mut fds = vec![outgoing.into()];

@@ -6,6 +6,7 @@ use super::{
     Block, Result,
     agreement::{TIMEOUT, check_limit, extension, listed, ours, unexpected},
     error::MigrationError,
+    inquiry::Inquiry,
     landing::Context,
     link::{Link, LinkReceiver},
     messages::{Options, ROM_MAX},
@@ -13,7 +14,7 @@ use super::{
     statistics::Statistics,
 };
 use crate::{
-    fabric::{Connection, Handle, RemoteKey, Request, pending::Place},
+    fabric::{Connection, FabricError, Handle, RemoteKey, Request, pending::Place},
     memory::{RANGE_MAX, Ranges, Region},
     stream::StreamBlock,
     wire::{
@@ -35,8 +36,8 @@ pub struct Accepted {
     pub table: BlockTable,
     /// Messages about RAM may come at any time, not only within a section of the stream.
     pub any_time: bool,
-    /// A stock source has not named its blocks; whether they are to be pinned.
-    unnamed: Option<bool>,
+    /// A stock source has not named its blocks; these are here, and whether they are to be pinned.
+    unnamed: Option<(bool, Vec<Block>)>,
     /// What the source was let into at its request, by block.
     ranges: HashMap<usize, Ranges<RemoteKey>>,
     /// Bytes of it.
@@ -95,6 +96,17 @@ impl Accepted {
         }
     }
 
+    /// Has a helper, which had agreed, left without being asked to? A stock source has proven nothing: it
+    /// may be anybody.
+    pub fn went_by_itself(&self, error: &MigrationError) -> bool {
+        let is_its = matches!(
+            error,
+            MigrationError::PeerFailed { .. }
+                | MigrationError::Fabric(FabricError::Closed | FabricError::Unreachable(_))
+        );
+        is_its && !self.link.is_stock() && !self.claim.gave_up()
+    }
+
     /// Ends the source from any thread, also where it waits for its turn.
     fn handle(&self) -> Handle {
         let (link, claim) = (self.link.handle(), self.claim.clone());
@@ -109,13 +121,13 @@ impl Accepted {
     ///
     /// # Errors
     /// When they are not the same as here.
-    pub fn name(&mut self, blocks: &[StreamBlock], own: &[Block]) -> Result<()> {
-        let Some(pin) = self.unnamed.take() else { return Ok(()) };
+    pub fn name(&mut self, blocks: &[StreamBlock]) -> Result<()> {
+        let Some((pin, own)) = self.unnamed.take() else { return Ok(()) };
         let listed_block =
             |it: &StreamBlock| ListedBlock { name: it.name.clone(), length: it.length };
         let source: Vec<_> = blocks.iter().map(listed_block).collect();
         let fixed = |index: usize| own[index].region.is_some();
-        let order = blocks::compare(&source, &listed(own), fixed)?;
+        let order = blocks::compare(&source, &listed(&own), fixed)?;
         self.table = BlockTable::new(source.iter().map(|block| block.length))?;
         for (own, listed) in order.into_iter().map(|index| &own[index]).zip(&source) {
             let region = match &own.region {
@@ -219,7 +231,7 @@ impl Accepted {
 /// What the agreement depends on at this end.
 struct Hall<'a> {
     options: &'a Options,
-    own: &'a [Block],
+    inquiry: &'a Inquiry,
     statistics: &'a Statistics,
     seat: &'a Arc<Seat>,
 }
@@ -234,8 +246,8 @@ pub fn accept(
     place: &Place,
     seat: &Arc<Seat>,
 ) -> Result<Accepted> {
-    let Context { options, blocks: own, statistics, .. } = context;
-    let hall = Hall { options, own, statistics, seat };
+    let Context { options, inquiry, statistics, .. } = context;
+    let hall = Hall { options, inquiry, statistics, seat };
     let theirs = PrivateData::decode(request.private_data())?;
     let pin_all = theirs.pin_all;
     let theirs = extension(&theirs, options)?;
@@ -253,11 +265,12 @@ pub fn accept(
             accepted.any_time = theirs.any_time();
             accepted.agree(pin_all, &hall, place)
         }
-        None => {
-            // It names its blocks in the stream.
-            accepted.unnamed = Some(pin_all);
-            check_limit(own, pin_all, options.pin_limit, options)
-        }
+        // It names its blocks in the stream.
+        None => inquiry.ask().and_then(|own| {
+            check_limit(&own, pin_all, options.pin_limit, options)?;
+            accepted.unnamed = Some((pin_all, own));
+            Ok(())
+        }),
     };
     match agreed {
         Ok(()) => Ok(accepted),
@@ -275,11 +288,15 @@ fn made_room() -> MigrationError {
 impl Accepted {
     /// Compare the block lists; if they agree, tell the source where to write.
     fn agree(&mut self, pin_all: bool, hall: &Hall<'_>, place: &Place) -> Result<()> {
-        let order = self.compare(hall.own).inspect_err(|error| self.tell_stranger(error))?;
+        let source = read_lists(&self.link, &mut self.receiver);
+        let source = source.inspect_err(|error| self.tell_stranger(error))?;
+        let own = hall.inquiry.ask()?;
+        let order = self.compare(&source, &own);
+        let order = order.inspect_err(|error| self.tell_stranger(error))?;
         if !place.advance(self.handle()) {
             return Err(made_room());
         }
-        check_limit(hall.own, pin_all, hall.options.pin_limit, hall.options)?;
+        check_limit(&own, pin_all, hall.options.pin_limit, hall.options)?;
         if pin_all && hall.options.fabric.pins() {
             // What is registered can be written.
             if !self.claim.take() {
@@ -287,7 +304,7 @@ impl Accepted {
             }
             hall.statistics.follow(&self.link);
         }
-        for Block { name, length, region, .. } in order.into_iter().map(|index| &hall.own[index]) {
+        for Block { name, length, region, .. } in order.into_iter().map(|index| &own[index]) {
             let mut target = |region: &Arc<Region>| -> Result<_> {
                 Ok((region.clone(), let_in(&mut self.receiver, region, pin_all)?))
             };
@@ -300,11 +317,10 @@ impl Accepted {
         Ok(())
     }
 
-    /// Read the source's list; which own block is each of its? There is a table of them then.
-    fn compare(&mut self, own: &[Block]) -> Result<Vec<usize>> {
-        let source = read_lists(&self.link, &mut self.receiver)?;
+    /// Which own block is each of the source's? There is a table of them then.
+    fn compare(&mut self, source: &[ListedBlock], own: &[Block]) -> Result<Vec<usize>> {
         let writable = |index: usize| own[index].region.is_some();
-        let order = blocks::compare(&source, &listed(own), writable)?;
+        let order = blocks::compare(source, &listed(own), writable)?;
         self.table = BlockTable::new(order.iter().map(|index| own[*index].length))?;
         Ok(order)
     }

@@ -184,8 +184,9 @@ impl Hall {
                 Ok(())
             }
             Err(error) => {
+                let why = accepted.went_by_itself(&error).then(|| error.to_string());
                 link.end(&error, true);
-                let _ = self.context.events.send(Event::Withdrawn(link));
+                let _ = self.context.events.send(Event::Withdrawn(link, why));
                 Err(error)
             }
         }

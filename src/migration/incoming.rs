@@ -17,10 +17,11 @@ use std::{
 use tracing::warn;
 
 use super::{
-    Block, Result, Verdict,
+    Result, Verdict,
     commitment::Commitment,
     control::Reports,
     error::MigrationError,
+    inquiry::Inquiry,
     landing, lifetime,
     link::Link,
     messages::{Address, Agreed, Options, Order, Report},
@@ -48,8 +49,8 @@ pub enum Event {
     RelayGone(Option<Lost>),
     /// A source connected, and the block lists agree.
     Agreed(Arc<Link>),
-    /// It went again before it sent anything.
-    Withdrawn(Arc<Link>),
+    /// It went again before it sent anything: by itself, for this reason, or to make room for others.
+    Withdrawn(Arc<Link>, Option<String>),
     /// It begins to send, and is the one that is served.
     Begun(Arc<Link>),
     /// The source has sent all of the stream, and RAM has landed.
@@ -116,7 +117,7 @@ struct Context {
 pub fn run(
     fabric: &dyn Fabric,
     address: &Address,
-    blocks: Vec<Block>,
+    inquiry: Arc<Inquiry>,
     options: Options,
     qemu: UnixStream,
     reports: Arc<Reports>,
@@ -144,7 +145,7 @@ pub fn run(
     };
     let serving = Arc::new(landing::Context {
         qemu,
-        blocks,
+        inquiry,
         options,
         statistics: statistics.clone(),
         commitment: context.commitment.clone(),
@@ -211,9 +212,15 @@ impl Incoming {
                 agreed.push(link);
                 Self::Listening(agreed)
             }
-            (Self::Listening(mut agreed), Event::Withdrawn(link)) => {
+            (Self::Listening(mut agreed), Event::Withdrawn(link, why)) => {
                 agreed.retain(|known| !Arc::ptr_eq(known, &link));
-                Self::Listening(agreed)
+                match why {
+                    // As QEMU does: nobody knows whether another one will come.
+                    Some(why) if agreed.is_empty() => {
+                        Self::Listening(agreed).fail_here(MigrationError::Aborted(why), context)
+                    }
+                    _ => Self::Listening(agreed),
+                }
             }
             (Self::Listening(_), Event::Begun(link)) => Self::Receiving(link),
             (Self::Receiving(link), Event::StreamEnded) => {
@@ -257,7 +264,7 @@ impl Incoming {
                 state,
                 Event::Order(_)
                 | Event::Agreed(_)
-                | Event::Withdrawn(_)
+                | Event::Withdrawn(..)
                 | Event::Begun(_)
                 | Event::StreamEnded
                 | Event::QemuLeft(_)

@@ -11,13 +11,14 @@ use std::{
 use tracing::{info, warn};
 
 use super::{
-    Block, Result,
+    Result,
     acceptance::Accepted,
     agreement,
     commitment::Commitment,
     door::{Door, Proven},
     error::MigrationError,
     incoming::Event,
+    inquiry::Inquiry,
     link::Deadline,
     messages::Options,
     return_path::{self, ReturnPath},
@@ -42,8 +43,8 @@ const BATCH: usize = 256 << 10;
 pub struct Context {
     /// QEMU's migration socket.
     pub qemu: Arc<UnixStream>,
-    /// The destination's blocks.
-    pub blocks: Vec<Block>,
+    /// Asks for the destination's blocks.
+    pub inquiry: Arc<Inquiry>,
     /// Options.
     pub options: Options,
     /// Counters.
@@ -96,7 +97,8 @@ fn serve_one<'a>(door: &Door, context: &'a Context) -> Result<(Receiving<'a>, Re
                 door.refused.say(|left_out| {
                     warn!(%peer, %error, left_out, "the source went before it sent anything");
                 });
-                let _ = context.events.send(Event::Withdrawn(link));
+                let why = receiving.accepted.went_by_itself(&error).then(|| error.to_string());
+                let _ = context.events.send(Event::Withdrawn(link, why));
             }
             other => return Ok((receiving, other)),
         }
@@ -369,7 +371,7 @@ impl Inlet for Feed<'_> {
     type Error = MigrationError;
 
     fn ram_blocks(&mut self, blocks: &[StreamBlock]) -> Result<()> {
-        self.receiving.name(blocks, &self.context.blocks)?;
+        self.receiving.name(blocks)?;
         for block in blocks {
             let known = self.receiving.blocks.iter().find(|known| known.name == block.name);
             match known {

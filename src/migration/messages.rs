@@ -189,15 +189,27 @@ pub enum Order {
         /// Bytes per second; `None`: any number.
         rate: Option<u64>,
     },
-    /// Be the destination's worker. Descriptors: the worker's end of QEMU's migration socket, then
-    /// the blocks' files.
+    /// Be the destination's worker. Descriptor: the worker's end of QEMU's migration socket.
     Incoming {
         /// Where to listen.
         address: Address,
-        /// QEMU's RAM blocks.
-        blocks: Vec<Block>,
         /// Options.
         options: Options,
+    },
+    /// Destination, after [`Report::SourceComes`]. Descriptors: the blocks' files.
+    Blocks {
+        /// The report's.
+        number: u64,
+        /// QEMU's RAM blocks.
+        blocks: Vec<Block>,
+    },
+    /// The same, if they can't be known.
+    NoBlocks {
+        /// The report's.
+        number: u64,
+        /// One sentence, told to the source.
+        #[serde(deserialize_with = "text::deserialize")]
+        reason: String,
     },
     /// Destination: its QEMU said `completed` over QMP.
     QemuCompleted,
@@ -270,6 +282,12 @@ pub enum Report {
     Listening {
         /// The bound address.
         address: Address,
+    },
+    /// Incoming: a source has named its blocks. The relay answers with [`Order::Blocks`] or
+    /// [`Order::NoBlocks`].
+    SourceComes {
+        /// Tells the answers apart.
+        number: u64,
     },
     /// Outgoing: connected, block lists agree. Incoming: a source connected and they agree.
     /// The source's relay starts QEMU's migration on this.

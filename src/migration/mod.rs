@@ -20,6 +20,7 @@ mod error;
 #[cfg(test)]
 mod idle_link;
 mod incoming;
+mod inquiry;
 mod intake;
 mod keys;
 mod landing;

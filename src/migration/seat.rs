@@ -43,6 +43,7 @@ struct State {
 struct Holder {
     claim: u64,
     end: Handle,
+    given_up: Arc<AtomicBool>,
     /// When who waits may end it; `None` while it is this side that has something to do.
     until: Option<Instant>,
 }
@@ -64,7 +65,7 @@ pub struct Claim {
     seat: Arc<Seat>,
     number: u64,
     end: Handle,
-    given_up: AtomicBool,
+    given_up: Arc<AtomicBool>,
 }
 
 impl Claim {
@@ -73,7 +74,7 @@ impl Claim {
         let mut state = seat.lock();
         state.claims += 1;
         let number = state.claims;
-        Arc::new(Self { seat: seat.clone(), number, end, given_up: AtomicBool::new(false) })
+        Arc::new(Self { seat: seat.clone(), number, end, given_up: Arc::default() })
     }
 
     /// Take the seat, once it is free; false if another source has begun, or this one gave up.
@@ -93,7 +94,8 @@ impl Claim {
                 Some(holder) => holder.left(),
                 None if is_next => {
                     let (claim, end) = (self.number, self.end.clone());
-                    state.holder = Some(Holder { claim, end, until: None });
+                    let given_up = self.given_up.clone();
+                    state.holder = Some(Holder { claim, end, given_up, until: None });
                     break true;
                 }
                 None => None,
@@ -137,6 +139,11 @@ impl Claim {
         self.seat.changed.notify_all();
     }
 
+    /// It was made to, or told to: whoever waits on its behalf ends.
+    pub fn gave_up(&self) -> bool {
+        self.given_up.load(Ordering::SeqCst)
+    }
+
     /// Another one may take the seat, unless this one has begun: nothing of it touches memory now.
     pub fn leave(&self) {
         self.give_up();
@@ -156,6 +163,7 @@ impl Holder {
         let left = self.until?.saturating_duration_since(Instant::now());
         if left.is_zero() {
             info!("a source that does not begin makes room for the next one");
+            self.given_up.store(true, Ordering::SeqCst);
             self.end.close();
             self.until = None;
             return None;

@@ -15,6 +15,7 @@ use super::{
     control::{Orders, Reports},
     error::MigrationError,
     incoming,
+    inquiry::Inquiry,
     messages::{self, FabricKind, Options, Order, Report},
     outgoing,
     streams::Streams,
@@ -78,6 +79,7 @@ fn start(order: Order, fds: Vec<OwnedFd>, orders: Orders, reports: &Arc<Reports>
                 Order::Leave { reason } => outgoing::Event::RelayGone(reason),
                 order => outgoing::Event::Order(order),
             };
+            let order = move |next, fds| Some(order(next, fds));
             let gone = |lost: Option<Lost>| {
                 let gone = "The source's helper is gone; start it again there, and migrate again";
                 let reason = lost.map_or_else(|| gone.into(), |lost| lost.to_string());
@@ -86,15 +88,31 @@ fn start(order: Order, fds: Vec<OwnedFd>, orders: Orders, reports: &Arc<Reports>
             forward(orders, sender.clone(), order, gone);
             outgoing::run(fabric, address, blocks, options, qemu_qmp, reports, (sender, events));
         }
-        Order::Incoming { address, blocks, options } => {
+        Order::Incoming { address, options } => {
             keep_to(&options.cpus)?;
             let qemu = UnixStream::from(fds.next().ok_or_else(|| misuse("no migration socket"))?);
-            let blocks = take_blocks(blocks, fds)?;
             let fabric = fabric(&options)?;
             let (sender, events) = mpsc::channel();
-            let order = |order, _| incoming::Event::Order(order);
-            forward(orders, sender.clone(), order, incoming::Event::RelayGone);
-            incoming::run(&*fabric, &address, blocks, options, qemu, reports, (sender, events));
+            let inquiry = Arc::new(Inquiry::new(reports.clone()));
+            let asked = inquiry.clone();
+            let order = move |order, fds: Vec<OwnedFd>| match order {
+                Order::Blocks { number, blocks } => {
+                    asked.answer(number, take_blocks(blocks, fds.into_iter()));
+                    None
+                }
+                Order::NoBlocks { number, reason } => {
+                    asked.answer(number, Err(MigrationError::Aborted(reason)));
+                    None
+                }
+                order => Some(incoming::Event::Order(order)),
+            };
+            let asked = inquiry.clone();
+            let gone = move |lost| {
+                asked.end();
+                incoming::Event::RelayGone(lost)
+            };
+            forward(orders, sender.clone(), order, gone);
+            incoming::run(&*fabric, &address, inquiry, options, qemu, reports, (sender, events));
         }
         _ => return Err(misuse("it begins no migration")),
     }
@@ -149,13 +167,14 @@ fn fabric(options: &Options) -> Result<Arc<dyn Fabric>> {
 fn forward<E: Send + 'static>(
     mut orders: Orders,
     events: mpsc::Sender<E>,
-    order: fn(Order, Vec<OwnedFd>) -> E,
-    gone: fn(Option<Lost>) -> E,
+    order: impl Fn(Order, Vec<OwnedFd>) -> Option<E> + Send + 'static,
+    gone: impl FnOnce(Option<Lost>) -> E + Send + 'static,
 ) {
     let ended = events.clone();
     let forward = move || {
         while let Ok(Some((next, fds))) = orders.receive() {
-            if events.send(order(next, fds)).is_err() {
+            let Some(event) = order(next, fds) else { continue };
+            if events.send(event).is_err() {
                 return;
             }
         }

@@ -12,7 +12,7 @@ use tracing::{info, warn};
 use super::{
     Context, QemuEvent,
     borrowed::{AsClientsSee, Borrowed, Loan, Turn},
-    heartbeat,
+    heartbeat, listed,
     source::{ANSWER, WORKER_DIED},
     view::{Phase, Side, View},
     worker::{self, Worker},
@@ -120,16 +120,14 @@ impl Destination {
             *borrowed = Borrowed::from(&mut qemu, &HELD, &[], None).await?;
             self.turn = borrowed.turn();
         }
-        let blocks = self.context.blocks().await;
-        let blocks = blocks.map_err(|error| generic(&error))?;
+        // What they are then is asked when a source comes. That it can be is known now.
+        self.context.blocks().await.map_err(|error| generic(&error))?;
         let capabilities = qemu.execute("query-migrate-capabilities", Value::Null).await?;
         let options = self.context.options(&capabilities);
         let (ours, theirs) = worker::migration_socket().map_err(|error| generic(&error))?;
-        let order = Order::Incoming { address, blocks: super::listed(&blocks), options };
-        let files = worker::block_fds(&blocks);
-        let fds: Vec<_> = std::iter::once(ours.as_fd()).chain(files).collect();
+        let order = Order::Incoming { address, options };
         let listening = timeout(LISTENING, async {
-            worker.begin(&order, &fds).await.map_err(|error| generic(&error))?;
+            worker.begin(&order, &[ours.as_fd()]).await.map_err(|error| generic(&error))?;
             loop {
                 match worker.report().await {
                     Some(Report::Listening { address }) => return Ok(address),
@@ -142,6 +140,7 @@ impl Destination {
         let late = |_| QmpError::generic("The helper's worker did not listen in time");
         let address = listening.await.map_err(late)??;
         info!(%address, "listening");
+        self.view.send_modify(|view| view.listens = Some(address));
         qemu.execute_with("getfd", json!({ "fdname": FDNAME }), vec![theirs]).await?;
         let mut arguments = Map::new();
         arguments.insert("uri".into(), format!("fd:{FDNAME}").into());
@@ -183,6 +182,9 @@ impl Destination {
                             return Ok(());
                         }
                         Some(Report::Failed { reason, .. }) => return Err(reason),
+                        Some(Report::SourceComes { number }) => {
+                            self.tell_blocks(number, worker).await;
+                        }
                         Some(Report::Agreed(_)) => self.look_at_settings(worker).await,
                         Some(Report::Listening { .. } | Report::PastRam | Report::GuestBefore { .. }) => {}
                         None => return Err(WORKER_DIED.into()),
@@ -206,6 +208,25 @@ impl Destination {
                     self.ask(&mut heard, worker).await;
                 }
             }
+        }
+    }
+
+    /// What memory QEMU has, for a source that comes.
+    async fn tell_blocks(&self, number: u64, worker: &mut Worker) {
+        let blocks = timeout(ANSWER, self.context.blocks()).await;
+        let late = |_| "The destination's QEMU does not answer".to_owned();
+        let blocks =
+            blocks.map_err(late).and_then(|found| found.map_err(|error| error.to_string()));
+        match blocks {
+            Ok(blocks) => {
+                let order = Order::Blocks { number, blocks: listed(&blocks) };
+                let told = worker.begin(&order, &worker::block_fds(&blocks)).await;
+                if let Err(error) = told {
+                    // It waits for an answer only so long.
+                    warn!(%error, "the worker was not told of QEMU's memory");
+                }
+            }
+            Err(reason) => worker.order(&Order::NoBlocks { number, reason }).await,
         }
     }
 

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use super::schema::{RDMA_MIGRATION_THROUGHPUT, RdmaCapabilityState, RdmaFabric};
 use crate::{
-    migration::messages::Progress,
+    migration::messages::{Address, Progress},
     qmp::{envelope, hmp},
 };
 
@@ -86,6 +86,8 @@ pub struct View {
     pub guest_before: Option<String>,
     /// The destination forwards a return path that QEMU opens.
     pub takes_return_path: bool,
+    /// Where a source is waited for.
+    pub listens: Option<Address>,
 }
 
 impl View {
@@ -104,6 +106,7 @@ impl View {
             guest: Guest::Runs,
             guest_before: None,
             takes_return_path: false,
+            listens: None,
         }
     }
 
@@ -224,9 +227,14 @@ impl View {
                     reply.remove("error-desc");
                 }
             }
-            Phase::Asked | Phase::Running | Phase::Failing | Phase::Confirmed => {}
+            Phase::Asked | Phase::Running | Phase::Confirmed => {}
         }
         if self.side == Side::Destination {
+            if let (Phase::Running, Some(Address { host, port })) = (&self.phase, &self.listens) {
+                // As QEMU says it of a socket.
+                let address = json!({ "type": "inet", "host": host, "port": port.to_string() });
+                reply["socket-address"] = json!([address]);
+            }
             return;
         }
         // Of channels that QEMU closes to cancel it says that they broke.

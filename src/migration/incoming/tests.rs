@@ -200,7 +200,7 @@ fn no_state_waits_and_none_lies_before_a_source() {
     for agreed in [vec![], vec![first.clone()], vec![first.clone(), second.clone()]] {
         let sources = || {
             let (link, gone) = (first.clone(), second.clone());
-            [("Agreed", Event::Agreed(link)), ("Withdrawn", Event::Withdrawn(gone))]
+            [("Agreed", Event::Agreed(link)), ("Withdrawn", Event::Withdrawn(gone, None))]
         };
         for event in 0..all_events().len() + 2 {
             let (context, _events) = context(false);
@@ -223,6 +223,28 @@ fn no_state_waits_and_none_lies_before_a_source() {
         assert!(matches!(next, Incoming::Receiving(link) if Arc::ptr_eq(&link, &first)));
     }
     assert!(count > 0);
+    first.close();
+    second.close();
+}
+
+/// As at QEMU's own: nobody knows whether another one will come. But not as long as one is there.
+#[test]
+fn it_ends_with_the_last_source_that_goes_by_itself() {
+    let (first, _receiver) = idle_link::link();
+    let (second, _receiver) = idle_link::link();
+    let (context, _events) = context(false);
+    let state = Incoming::Listening(vec![first.clone(), second.clone()]);
+    let went = |link: &Arc<Link>| Event::Withdrawn(link.clone(), Some("it was cancelled".into()));
+    let state = state.handle(went(&first), &context);
+    assert!(matches!(&state, Incoming::Listening(agreed) if agreed.len() == 1));
+    let state = state.handle(went(&second), &context);
+    let Incoming::Ended(Verdict::Failed { error, guest_never_ran: true, .. }) = state else {
+        panic!("it goes on")
+    };
+    assert_eq!(error.to_string(), "it was cancelled");
+    let state = Incoming::Listening(vec![first.clone()]);
+    let made_room = state.handle(Event::Withdrawn(first.clone(), None), &context);
+    assert!(matches!(made_room, Incoming::Listening(agreed) if agreed.is_empty()));
     first.close();
     second.close();
 }
