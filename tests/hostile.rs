@@ -358,7 +358,7 @@ fn destinations_that_break_off_at_any_step() {
     ];
     for (word, play) in early {
         let (uri, player) = played(play);
-        let error = pair.source.client.refused("migrate", json!({ "uri": uri }));
+        let error = pair.source.client.fails_to_migrate(&uri);
         println!("{error}");
         assert!(error.contains(word), "{word}: {error}");
         player.join().unwrap();
@@ -407,15 +407,7 @@ fn destinations_that_break_off_at_any_step() {
     ];
     for (word, play) in late {
         let (uri, player) = played(play);
-        // It may fail before or after QEMU has begun.
-        let error = match pair.source.client.execute("migrate", json!({ "uri": uri })) {
-            Ok(_) => {
-                let state = pair.source.await_status(&["failed", "completed"]);
-                assert_eq!(state["status"], "failed");
-                state["error-desc"].as_str().unwrap().to_owned()
-            }
-            Err(error) => error["desc"].as_str().unwrap().to_owned(),
-        };
+        let error = pair.source.client.fails_to_migrate(&uri);
         println!("{error}");
         assert!(error.contains(word), "{word}: {error}");
         player.join().unwrap();
@@ -505,7 +497,7 @@ fn what_a_peer_says_is_plain_text() {
         peer.send(&message(wire::ERROR_TEXT, 1, words.as_bytes()));
         while peer.frame().is_ok() {}
     });
-    let error = pair.source.client.refused("migrate", json!({ "uri": uri }));
+    let error = pair.source.client.fails_to_migrate(&uri);
     println!("{error}");
     assert_eq!(error, "?]0;owned??[2Jnot  2026-01-01 ERROR today?");
     player.join().unwrap();

@@ -240,14 +240,14 @@ fn the_sources_worker_while_it_connects() {
         let socket = pair.source.qemu.spare_socket();
         let asked = thread::spawn({
             let uri = uri.clone();
-            move || Qmp::connect(&socket).refused("migrate", json!({ "uri": uri }))
+            move || Qmp::connect(&socket).fails_to_migrate(&uri)
         });
         let (connection, _) = silent.accept().unwrap();
         let worker = pair.source.await_worker();
         // If it hangs, nobody waits longer than for a destination that says nothing.
         end(worker, signal);
         let why = asked.join().unwrap();
-        println!("| source | connecting | {} | refused | {why} |", name(signal));
+        println!("| source | connecting | {} | failed | {why} |", name(signal));
         drop(connection);
         pair.source.runs_on();
         eventually("the worker's end", || pair.source.workers().is_empty().then_some(()));
@@ -266,7 +266,7 @@ fn the_destinations_worker_while_it_listens() {
         let (qemu, relay) = (&mut pair.destination.qemu, pair.destination.relay);
         eventually("the destination's end", || qemu.child.try_wait().unwrap());
         eventually("its relay's end", || has_ended(relay).then_some(()));
-        let why = pair.source.client.refused("migrate", json!({ "uri": uri }));
+        let why = pair.source.client.fails_to_migrate(&uri);
         println!("| destination | listening | {} | it ends | source: {why} |", name(signal));
         pair.source.runs_on();
         pair.new_destination();

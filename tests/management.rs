@@ -294,7 +294,6 @@ fn a_manager_that_comes_back_while_the_source_connects_cancels() {
     come_back(&mut pair.source);
     let state = pair.source.client.run("query-migrate", json!({}));
     assert_eq!(state["status"], "setup", "{state}");
-    assert_eq!(state["ram"]["transferred"], 0, "{state}");
     pair.source.client.run("migrate_cancel", json!({}));
     pair.source.client.await_event("MIGRATION", |data| data["status"] == "cancelled");
     assert!(begun.elapsed() < Duration::from_secs(2), "it took {:?}", begun.elapsed());
@@ -405,12 +404,7 @@ fn what_excludes_rdma_at_a_destination_that_waits_already_is_refused() {
         pair.destination.client.run("migrate-incoming", incoming);
         pair.destination.client.capability(name, true);
         pair.source.client.run("migrate-set-parameters", json!({ "max-bandwidth": 16 << 20 }));
-        // It may fail before or after QEMU has begun.
-        let error = match pair.source.client.execute("migrate", json!({ "uri": uri })) {
-            Ok(_) => pair.source.await_status(&["failed", "completed"])["error-desc"].clone(),
-            Err(error) => error["desc"].clone(),
-        };
-        let error = error.as_str().unwrap();
+        let error = pair.source.client.fails_to_migrate(&uri);
         println!("{error}");
         let cure = format!("migrate_set_capability {name} off");
         assert!(error.contains("destination") && error.contains(&cure), "{error}");

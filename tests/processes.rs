@@ -704,7 +704,7 @@ fn workers_keep_to_their_processors() {
 fn processors_that_are_not_there() {
     let dir = tempfile::tempdir().unwrap();
     let mut source = Host::with_helper(&dir, "source", &Config::default(), &["--cpus", "1000"]);
-    let error = source.client.refused("migrate", json!({ "uri": "rdma:127.0.0.1:1" }));
+    let error = source.client.fails_to_migrate("rdma:127.0.0.1:1");
     assert!(error.contains("none of the processors of its --cpus"), "{error}");
     source.qemu.assert_goes_on();
 }

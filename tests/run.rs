@@ -362,7 +362,7 @@ fn children_may_be_ignored() {
     let child = Process::new(command.spawn().unwrap());
     let mut client = Qmp::connect(&socket);
     assert_eq!(client.run("query-rdma-helper", json!({}))["pid"], child.id());
-    client.refused("migrate", json!({ "uri": "rdma:127.0.0.1:1" }));
+    client.fails_to_migrate("rdma:127.0.0.1:1");
 }
 
 /// What describes the guest's RAM elsewhere than on the command line stays QEMU's.
@@ -518,7 +518,7 @@ fn nobody_has_to_read_its_messages() {
         let mut client = Qmp::connect(&socket);
         for _ in 0..200 {
             // Each of these says something.
-            client.refused("migrate", json!({ "uri": "rdma:127.0.0.1:1" }));
+            client.fails_to_migrate("rdma:127.0.0.1:1");
         }
         assert!(!has_ended(relay_of(child.id()).unwrap()));
         client.run("quit", json!({}));

@@ -314,7 +314,7 @@ fn destinations_that_are_not_there() {
         [("127.0.0.1", "no RDMA device leads to"), (&*support::address(), "refused")]
     {
         let uri = format!("rdma:{host}:{}", free_port());
-        let error = pair.source.client.refused("migrate", json!({ "uri": uri }));
+        let error = pair.source.client.fails_to_migrate(&uri);
         println!("{error}");
         assert!(error.contains(words), "{error}");
     }

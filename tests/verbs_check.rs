@@ -274,7 +274,7 @@ fn addresses_that_no_device_leads_to() {
         let (code, text) = check(&[&uri]);
         assert_line(&text, &format!("fail     {finding}"), "");
         assert_eq!(code, 1);
-        let error = host.client.refused("migrate", json!({ "uri": uri }));
+        let error = host.client.fails_to_migrate(&uri);
         println!("{error}\n");
         assert!(error.contains(finding), "{error}");
         let cure = text.lines().next().unwrap().split_once(" CURE ").unwrap().1;
@@ -322,15 +322,8 @@ fn failed_attempt(pair: &mut Pair, config: &Config, name: &str, pin_all: bool) -
     for host in [&mut pair.source, &mut pair.destination] {
         host.client.capability("rdma-pin-all", pin_all);
     }
-    let uri = json!({ "uri": pair.listen() });
-    let error = if pin_all {
-        pair.source.client.refused("migrate", uri)
-    } else {
-        pair.source.client.run("migrate", uri);
-        let end = pair.source.await_status(&["completed", "failed"]);
-        assert_eq!(end["status"], "failed");
-        end["error-desc"].as_str().unwrap().to_owned()
-    };
+    let uri = pair.listen();
+    let error = pair.source.client.fails_to_migrate(&uri);
     println!("{error}");
     eventually("the guest to run", || (pair.source.qemu.status() == "running").then_some(()));
     pair.source.qemu.assert_goes_on();

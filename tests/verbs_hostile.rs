@@ -340,14 +340,7 @@ fn destinations_that_break_the_protocol() {
             }
         });
         pair.source.client.capability("rdma-pin-all", word.starts_with("does not let"));
-        let error = match pair.source.client.execute("migrate", json!({ "uri": uri })) {
-            Ok(_) => {
-                let state = pair.source.await_status(&["failed", "completed"]);
-                assert_eq!(state["status"], "failed", "{word}");
-                state["error-desc"].as_str().unwrap().to_owned()
-            }
-            Err(error) => error["desc"].as_str().unwrap().to_owned(),
-        };
+        let error = pair.source.client.fails_to_migrate(&uri);
         println!("{error}");
         assert!(error.contains(word), "{word}: {error}");
         player.join().unwrap();

@@ -96,7 +96,7 @@ fn pin_all_beyond_the_pin_limit() {
         let mut pair = pair(source, destination);
         let uri = pair.listen();
         pair.source.client.capability("rdma-pin-all", true);
-        let error = pair.source.client.refused("migrate", json!({ "uri": uri }));
+        let error = pair.source.client.fails_to_migrate(&uri);
         println!("{error}");
         assert!(error.contains("--pin-limit allows 64 MiB; raise it"), "{error}");
         pair.source.qemu.assert_goes_on();

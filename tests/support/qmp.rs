@@ -183,6 +183,19 @@ impl Qmp {
         }
     }
 
+    /// Migrate where that must fail; returns QEMU's or the helper's `error-desc`.
+    #[track_caller]
+    pub fn fails_to_migrate(&mut self, uri: &str) -> String {
+        self.run("migrate", json!({ "uri": uri }));
+        let state = eventually("the migration's end", || {
+            let state = self.run("query-migrate", json!({}));
+            let status = state["status"].as_str().unwrap_or("none");
+            ["failed", "completed", "cancelled"].contains(&status).then_some(state)
+        });
+        assert_eq!(state["status"], "failed", "{state}");
+        state["error-desc"].as_str().unwrap_or_default().to_owned()
+    }
+
     #[track_caller]
     pub fn hmp(&mut self, line: &str) -> String {
         let text = self.run("human-monitor-command", json!({ "command-line": line }));

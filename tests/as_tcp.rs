@@ -1,0 +1,400 @@
+//! What a manager is told of a migration over `rdma:` is what QEMU tells of one over `tcp:`: it says the same
+//! things at the same moments to both, and the replies, events and states are compared in their order.
+//!
+//! Differences that are meant are in `MEANT`, each with its reason, and in docs/limitations.md.
+
+mod support;
+
+use std::fmt::Write as _;
+
+use serde_json::{Value, json};
+use support::{Config, Guest, Helper, Memory, Qemu, Qmp, VERSIONS, eventually, free_port};
+use tempfile::TempDir;
+
+/// Who carries the guest.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Carrier {
+    Qemu,
+    Helper,
+}
+
+impl Carrier {
+    fn scheme(self) -> &'static str {
+        match self {
+            Self::Qemu => "tcp",
+            Self::Helper => "rdma",
+        }
+    }
+}
+
+/// Events that are compared. Of others there are as many as the migration takes turns, or they are the
+/// helper's own.
+const EVENTS: [&str; 4] = ["MIGRATION", "STOP", "RESUME", "SHUTDOWN"];
+
+/// Errors whose text names what can't be the same: of them it is compared that there is one.
+const NO_PEER: &str = "(why)";
+
+/// One end, and what its manager has been told.
+struct End {
+    name: &'static str,
+    client: Qmp,
+    qemu: Qemu,
+    _helper: Option<Helper>,
+    record: Vec<String>,
+    /// Events that are in the record.
+    events: usize,
+}
+
+impl End {
+    fn start(dir: &TempDir, name: &'static str, config: &Config, carrier: Carrier) -> Self {
+        let qemu = Qemu::start(dir.path(), name, config);
+        let socket = qemu.helper_socket();
+        let helper =
+            (carrier == Carrier::Helper).then(|| Helper::attach(dir.path(), name, &socket, &[]));
+        let client = Qmp::connect(helper.as_ref().map_or(&socket, |helper| &helper.socket));
+        let mut end = Self { name, client, qemu, _helper: helper, record: Vec::new(), events: 0 };
+        end.client.capability("events", true);
+        end.client.run("migrate-set-parameters", json!({ "max-bandwidth": 1_u64 << 32 }));
+        end
+    }
+
+    fn note(&mut self, line: &str) {
+        self.record.push(format!("{}: {line}", self.name));
+    }
+
+    /// Events that have come until now.
+    fn note_events(&mut self) {
+        while let Some(event) = self.client.events.get(self.events) {
+            self.events += 1;
+            let name = event["event"].as_str().unwrap();
+            if EVENTS.contains(&name) {
+                let status = event["data"]["status"].as_str().unwrap_or_default();
+                let line = format!("event {name} {status}");
+                self.note(&line);
+            }
+        }
+    }
+
+    /// Execute, and note the reply behind the events that came before it.
+    fn ask(&mut self, command: &str, arguments: Value) {
+        let reply = self.client.execute(command, arguments.clone());
+        self.note_events();
+        let said = match reply {
+            Ok(value) => format!("{value}"),
+            Err(error) => format!("{}: {}", error["class"], error["desc"]),
+        };
+        let line = plain(&format!("{command} {arguments} -> {said}"));
+        self.note(&line);
+    }
+
+    fn hmp(&mut self, line: &str) {
+        self.ask("human-monitor-command", json!({ "command-line": line }));
+    }
+
+    /// Wait for a state of the migration, and note what else the reply has of it.
+    #[track_caller]
+    fn await_status(&mut self, wanted: &str) {
+        let state = eventually(&format!("{wanted} at the {}", self.name), || {
+            let state = self.client.run("query-migrate", json!({}));
+            let ends = ["completed", "failed", "cancelled"];
+            let status = state["status"].as_str().unwrap_or("none").to_owned();
+            assert!(status == wanted || !ends.contains(&&*status), "{}: {state}", self.name);
+            (status == wanted).then_some(state)
+        });
+        let why = if state.get("error-desc").is_some() { NO_PEER } else { "" };
+        // QEMU's states come before their events, and events before replies to what comes then.
+        self.client.run("query-version", json!({}));
+        self.note_events();
+        let line = format!("query-migrate is {wanted} {why}");
+        self.note(&line);
+    }
+
+    fn guest(&mut self) {
+        self.ask("query-status", json!({}));
+    }
+
+    /// Its QEMU ends.
+    fn await_exit(&mut self) {
+        let status = eventually("QEMU's end", || self.qemu.child.try_wait().unwrap());
+        let line = format!("QEMU exits: {:?}", status.code());
+        self.note(&line);
+    }
+}
+
+/// Without what differs between any two migrations: addresses and times.
+fn plain(text: &str) -> String {
+    let mut words = Vec::new();
+    for word in text.replace("rdma:", "SCHEME:").replace("tcp:", "SCHEME:").split(' ') {
+        let word = match word.find("127.0.0.1:") {
+            Some(at) => {
+                let rest = &word[at + "127.0.0.1:".len()..];
+                let rest = rest.trim_start_matches(|c: char| c.is_ascii_digit());
+                format!("{}ADDRESS{rest}", &word[..at])
+            }
+            None => word.to_owned(),
+        };
+        words.push(word);
+    }
+    words.join(" ")
+}
+
+/// Two ends.
+struct Scene {
+    dir: TempDir,
+    config: Config,
+    carrier: Carrier,
+    source: End,
+    destination: End,
+    /// Of destinations that are gone.
+    before: Vec<String>,
+}
+
+impl Scene {
+    fn start(version: &'static str, carrier: Carrier) -> Self {
+        let guest = Guest::Dirty { fill: 24, hot: 2, spin: 3000 };
+        let config = Config { version, guest, mib: 48, memory: Memory::PcRam, ..Config::default() };
+        let dir = tempfile::tempdir().unwrap();
+        let mut source = End::start(&dir, "source", &config, carrier);
+        source.qemu.await_guest();
+        let destination = End::start(&dir, "destination", &config.clone().incoming(), carrier);
+        Self { dir, config, carrier, source, destination, before: Vec::new() }
+    }
+
+    fn new_destination(&mut self, config: Config) {
+        let next = End::start(&self.dir, "next", &config.incoming(), self.carrier);
+        self.before.append(&mut self.destination.record);
+        self.destination = next;
+    }
+
+    fn nowhere(&self) -> Value {
+        json!({ "uri": format!("{}:127.0.0.1:{}", self.carrier.scheme(), free_port()) })
+    }
+
+    /// Let the destination listen; returns the arguments for the source.
+    fn listen(&mut self) -> Value {
+        let uri = self.nowhere();
+        self.destination.ask("migrate-incoming", uri.clone());
+        uri
+    }
+
+    /// Begin a migration that lasts.
+    fn begin(&mut self) {
+        let uri = self.listen();
+        let slow = json!({ "max-bandwidth": 1 << 20 });
+        self.source.ask("migrate-set-parameters", slow);
+        self.source.ask("migrate", uri);
+        self.source.await_status("active");
+    }
+
+    fn hurry(&mut self) {
+        self.source.ask("migrate-set-parameters", json!({ "max-bandwidth": 1_u64 << 32 }));
+    }
+
+    fn record(mut self) -> Vec<String> {
+        self.source.note_events();
+        self.destination.note_events();
+        [self.source.record, self.before, self.destination.record].concat()
+    }
+}
+
+/// Before, while and after.
+fn completes(scene: &mut Scene) {
+    scene.source.ask("query-migrate", json!({}));
+    scene.source.ask("migrate_cancel", json!({}));
+    scene.destination.ask("query-migrate", json!({}));
+    scene.destination.ask("migrate_cancel", json!({}));
+    // Each end is asked for what only the other can do.
+    let uri = scene.nowhere();
+    scene.destination.ask("migrate", uri.clone());
+    scene.source.ask("migrate-incoming", uri);
+    scene.begin();
+    let uri = scene.nowhere();
+    scene.source.ask("migrate", uri.clone());
+    scene.destination.ask("migrate-incoming", uri.clone());
+    scene.destination.ask("migrate", uri);
+    let capability = json!([{ "capability": "auto-converge", "state": true }]);
+    scene.source.ask("migrate-set-capabilities", json!({ "capabilities": capability }));
+    scene.source.hmp("migrate_set_capability auto-converge on");
+    scene.source.ask("device_add", json!({ "driver": "pci-testdev", "id": "late" }));
+    scene.source.hmp("device_add pci-testdev,id=late");
+    scene.source.hmp("savevm one");
+    scene.source.ask("migrate-continue", json!({ "state": "pre-switchover" }));
+    scene.source.ask("migrate-start-postcopy", json!({}));
+    scene.source.guest();
+    scene.hurry();
+    scene.source.await_status("completed");
+    scene.destination.await_status("completed");
+    scene.source.guest();
+    scene.destination.guest();
+    scene.source.ask("migrate_cancel", json!({}));
+    let uri = scene.nowhere();
+    scene.source.ask("migrate", uri);
+    scene.destination.ask("cont", json!({}));
+    scene.destination.guest();
+}
+
+/// Nobody listens; then the client cancels, and the destination waits no more. The next one succeeds.
+fn fails_and_is_cancelled(scene: &mut Scene) {
+    let uri = scene.nowhere();
+    scene.source.ask("migrate", uri);
+    scene.source.await_status("failed");
+    scene.source.guest();
+    scene.source.ask("migrate_cancel", json!({}));
+    scene.source.await_status("failed");
+    scene.begin();
+    scene.source.ask("stop", json!({}));
+    scene.source.guest();
+    scene.source.ask("cont", json!({}));
+    scene.source.ask("migrate_cancel", json!({}));
+    scene.source.await_status("cancelled");
+    scene.source.guest();
+    scene.destination.await_exit();
+    scene.new_destination(scene.config.clone());
+    let uri = scene.listen();
+    scene.hurry();
+    scene.source.ask("migrate", uri);
+    scene.source.await_status("completed");
+    scene.destination.await_status("completed");
+}
+
+/// The switchover waits for the client, and the guest is one that it has stopped.
+fn waits_before_the_switchover(scene: &mut Scene) {
+    let capability = json!([{ "capability": "pause-before-switchover", "state": true }]);
+    scene.source.ask("migrate-set-capabilities", json!({ "capabilities": capability }));
+    scene.source.ask("stop", json!({}));
+    let uri = scene.listen();
+    scene.source.ask("migrate", uri);
+    scene.source.await_status("pre-switchover");
+    scene.source.guest();
+    scene.source.ask("migrate_cancel", json!({}));
+    scene.source.await_status("cancelled");
+    scene.source.guest();
+    scene.destination.await_exit();
+    scene.new_destination(scene.config.clone());
+    let uri = scene.listen();
+    scene.source.ask("migrate", uri);
+    scene.source.await_status("pre-switchover");
+    scene.source.ask("migrate-continue", json!({ "state": "device" }));
+    scene.source.ask("migrate-continue", json!({ "state": "pre-switchover" }));
+    scene.source.await_status("completed");
+    scene.destination.await_status("completed");
+    scene.destination.guest();
+}
+
+/// The destination dies, and the next one is another machine.
+fn loses_its_destination(scene: &mut Scene) {
+    scene.begin();
+    scene.destination.qemu.kill();
+    scene.source.await_status("failed");
+    scene.source.guest();
+    let other = Config { mib: 64, ..scene.config.clone() };
+    scene.new_destination(other);
+    let uri = scene.listen();
+    scene.hurry();
+    scene.source.ask("migrate", uri);
+    scene.source.await_status("failed");
+    scene.source.guest();
+    scene.destination.await_exit();
+}
+
+/// What is no proper command.
+fn is_asked_wrongly(scene: &mut Scene) {
+    let scheme = scene.carrier.scheme();
+    let uri = format!("{scheme}:127.0.0.1:1");
+    for arguments in [
+        json!({}),
+        json!({ "uri": 7 }),
+        json!({ "uri": uri, "typo": 1 }),
+        json!({ "uri": uri, "detach": 7 }),
+        json!({ "uri": uri, "channels": [] }),
+    ] {
+        scene.source.ask("migrate", arguments.clone());
+        scene.destination.ask("migrate-incoming", arguments);
+    }
+    scene.source.ask("query-migrate", json!({ "typo": 1 }));
+    scene.source.ask("migrate_cancel", json!({ "typo": 1 }));
+    scene.source.ask("migrate-set-parameters", json!({ "max-bandwidth": "much" }));
+    scene.source.ask("migrate-set-capabilities", json!({ "capabilities": 7 }));
+    scene.source.hmp("migrate");
+    scene.source.hmp("migrate -x SCHEME:127.0.0.1:1");
+    scene.source.hmp("migrate_incoming");
+    scene.source.ask("query-migrate", json!({}));
+    scene.destination.ask("query-migrate", json!({}));
+}
+
+type Script = (&'static str, fn(&mut Scene));
+
+const SCRIPTS: [Script; 5] = [
+    ("completes", completes),
+    ("fails and is cancelled", fails_and_is_cancelled),
+    ("waits before the switchover", waits_before_the_switchover),
+    ("loses its destination", loses_its_destination),
+    ("is asked wrongly", is_asked_wrongly),
+];
+
+/// Differences that are meant: the script, a part of the line over `tcp:`, what the helper says in its place,
+/// and why.
+const MEANT: [(&str, &str, &str, &str); 0] = [];
+
+/// Lines that only one of them has, in their order: what is left beside the longest record that both have.
+fn differences<'a>(theirs: &'a [String], ours: &'a [String]) -> Vec<(char, &'a str)> {
+    // Lines that both have from here on.
+    let mut common = vec![vec![0; ours.len() + 1]; theirs.len() + 1];
+    for there in (0..theirs.len()).rev() {
+        for here in (0..ours.len()).rev() {
+            common[there][here] = match theirs[there] == ours[here] {
+                true => common[there + 1][here + 1] + 1,
+                false => common[there + 1][here].max(common[there][here + 1]),
+            };
+        }
+    }
+    let (mut there, mut here, mut differences) = (0, 0, Vec::new());
+    while there < theirs.len() || here < ours.len() {
+        let ends = (there == theirs.len(), here == ours.len());
+        if ends == (false, false) && theirs[there] == ours[here] {
+            (there, here) = (there + 1, here + 1);
+        } else if ends.1 || !ends.0 && common[there + 1][here] >= common[there][here + 1] {
+            differences.push(('-', theirs[there].as_str()));
+            there += 1;
+        } else {
+            differences.push(('+', ours[here].as_str()));
+            here += 1;
+        }
+    }
+    differences
+}
+
+fn compare(version: &'static str) {
+    let mut report = String::new();
+    for (name, script) in SCRIPTS {
+        let [theirs, ours] = [Carrier::Qemu, Carrier::Helper].map(|carrier| {
+            let mut scene = Scene::start(version, carrier);
+            script(&mut scene);
+            scene.record()
+        });
+        for (sign, line) in differences(&theirs, &ours) {
+            let is_meant = |(script, there, here, _): &(&str, &str, &str, &str)| {
+                *script == name && (line.contains(there) || line.contains(here))
+            };
+            if !MEANT.iter().any(is_meant) {
+                writeln!(report, "{name}: {sign} {line}").unwrap();
+            }
+        }
+    }
+    assert!(report.is_empty(), "QEMU {version}, - is said over tcp:, + by the helper\n{report}");
+}
+
+#[test]
+fn of_7_2() {
+    compare(VERSIONS[0]);
+}
+
+#[test]
+fn of_10_0() {
+    compare(VERSIONS[1]);
+}
+
+#[test]
+fn of_11_1() {
+    compare(VERSIONS[2]);
+}
