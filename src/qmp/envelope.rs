@@ -166,6 +166,11 @@ pub fn event(name: &str, data: &Value) -> Vec<u8> {
     line(json!({ "timestamp": timestamp, "event": name, "data": data }).to_string())
 }
 
+/// MIGRATION with this status.
+pub fn status(status: &str) -> Vec<u8> {
+    event("MIGRATION", &json!({ "status": status }))
+}
+
 /// A line of QEMU's.
 #[derive(Debug)]
 pub enum FromQemu {

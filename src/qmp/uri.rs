@@ -53,12 +53,14 @@ fn address(host: &str, port: &str) -> Result<Target, String> {
 /// # Errors
 /// When it names rdma and is wrong.
 pub fn target(arguments: &Map<String, Value>) -> Result<Target, QmpError> {
+    // An empty list is none to QEMU.
     let channels = arguments.get("channels").and_then(Value::as_array);
+    let channels = channels.filter(|channels| !channels.is_empty());
     let rdma = |channel: &&Value| channel["addr"]["transport"] == "rdma";
     let channel = channels.and_then(|channels| channels.iter().find(rdma));
     if let Some(uri) = arguments.get("uri") {
         let target = uri.as_str().map_or(Ok(Target::Other), parse)?;
-        if channel.is_some() || (target != Target::Other && arguments.contains_key("channels")) {
+        if channel.is_some() || (target != Target::Other && channels.is_some()) {
             return Err(QmpError::generic("need either 'uri' or 'channels' argument"));
         }
         return Ok(target);

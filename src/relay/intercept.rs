@@ -154,6 +154,7 @@ pub fn intercept(command: &Command) -> Result<Option<Intercepted>, QmpError> {
         "migrate" => match uri::target(arguments)? {
             Target::Rdma(address) => {
                 only(arguments, &["uri", "channels", "detach", "resume", "blk", "inc"])?;
+                boolean(arguments, "detach")?;
                 if boolean(arguments, "resume")? == Some(true) {
                     return Err(QmpError::generic("A migration over rdma: can't be resumed"));
                 }

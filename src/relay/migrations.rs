@@ -167,6 +167,26 @@ impl Migrations {
         source.view.borrow().shows()
     }
 
+    /// Clients were told that it is being cancelled.
+    pub fn told_cancelling(&self) -> bool {
+        self.slots().source.as_ref().is_some_and(|source| source.view.borrow().told_cancelling)
+    }
+
+    /// Say that it is being cancelled, once: as QEMU does before it answers.
+    pub async fn tell_cancelling(&self) {
+        let tells = |view: &mut View| {
+            let first = view.cancels && !std::mem::replace(&mut view.told_cancelling, true);
+            first && view.tells
+        };
+        let tells = {
+            let slots = self.slots();
+            slots.source.as_ref().is_some_and(|source| source.view.send_if_modified(tells))
+        };
+        if tells {
+            self.outputs.put(Output::status("cancelling")).await;
+        }
+    }
+
     /// A migration of ours has begun of which QEMU knows nothing yet.
     pub fn connects(&self) -> bool {
         self.source() == Some(Phase::Connecting)
@@ -213,8 +233,7 @@ impl Migrations {
             IN_PROGRESS,
             |events, view, reply| {
                 let turn = Turn::default();
-                let (tells, ended) = (false, None);
-                Source { context, events, output, view, loan, turn, tells, ended }
+                Source { context, events, output, view, loan, turn, ended: None }
                     .run(address, reply)
             },
         ))

@@ -44,6 +44,7 @@ use crate::{
         QemuError, blockers,
         blocks::{self, OwnMemory, RamBlock},
     },
+    qmp::envelope,
 };
 use door::{Door, ServedSocket};
 use migrations::Migrations;
@@ -287,6 +288,13 @@ enum Output {
     Release,
     /// The migration did not end as QEMU has it: this event takes the place of QEMU's.
     Instead(Vec<u8>),
+}
+
+impl Output {
+    /// The event of a status.
+    fn status(status: &str) -> Self {
+        Self::Emit(envelope::status(status))
+    }
 }
 
 /// The blocks of an order.

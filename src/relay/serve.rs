@@ -209,6 +209,8 @@ impl Monitor {
             ("setup", Phase::Connecting | Phase::Running) => return None,
             // QEMU's word comes behind the verdict.
             ("completed", Phase::Failed(_)) => failed(),
+            // It was said when the client was answered, too.
+            ("cancelling", _) if self.migrations.told_cancelling() => return None,
             // The relay cancels it because it failed.
             ("cancelling", Phase::Failing | Phase::Failed(_)) => return None,
             ("cancelled", Phase::Failing | Phase::Failed(_)) => failed(),

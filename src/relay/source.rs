@@ -31,7 +31,7 @@ use crate::{
         return_path,
         streams::Streams,
     },
-    qmp::{Execute as _, QmpError, envelope},
+    qmp::{Execute as _, QmpError},
     threads,
 };
 
@@ -83,8 +83,6 @@ pub struct Source {
     pub loan: Loan,
     /// What it has borrowed of them.
     pub turn: Turn,
-    /// Capability `events` is on.
-    pub tells: bool,
     /// QEMU's own migration has ended without success. Whatever QEMU says after that is of another one.
     pub ended: Option<Ended>,
 }
@@ -429,9 +427,8 @@ impl Source {
 
     /// The event that QEMU has for this status, where QEMU itself knows nothing of the migration.
     async fn tell_status(&self, status: &str) {
-        if self.tells {
-            let event = envelope::event("MIGRATION", &json!({ "status": status }));
-            self.put(Output::Emit(event)).await;
+        if self.view.borrow().tells {
+            self.put(Output::status(status)).await;
         }
     }
 

@@ -1,5 +1,7 @@
 //! What a client sees of a migration of ours: `query-migrate`, `info migrate`, the event.
 
+use std::net::IpAddr;
+
 use qapi::qmp::MigrationStats;
 use serde_json::{Value, json};
 
@@ -78,8 +80,12 @@ pub struct View {
     pub max_bandwidth: u64,
     /// The guest may have come to run at the destination.
     pub past_ram: bool,
+    /// Capability `events` is on.
+    pub tells: bool,
     /// A client has cancelled it.
     pub cancels: bool,
+    /// Clients were told so.
+    pub told_cancelling: bool,
     /// What the guest does, but for the switchover.
     pub guest: Guest,
     /// What QEMU has told the destination that the guest did before the switchover, if it has.
@@ -102,7 +108,9 @@ impl View {
             pin_all: false,
             max_bandwidth: 0,
             past_ram: false,
+            tells: false,
             cancels: false,
+            told_cancelling: false,
             guest: Guest::Runs,
             guest_before: None,
             takes_return_path: false,
@@ -230,10 +238,8 @@ impl View {
             Phase::Asked | Phase::Running | Phase::Confirmed => {}
         }
         if self.side == Side::Destination {
-            if let (Phase::Running, Some(Address { host, port })) = (&self.phase, &self.listens) {
-                // As QEMU says it of a socket.
-                let address = json!({ "type": "inet", "host": host, "port": port.to_string() });
-                reply["socket-address"] = json!([address]);
+            if let (Phase::Running, Some(address)) = (&self.phase, &self.listens) {
+                reply["socket-address"] = json!([socket_address(address)]);
             }
             return;
         }
@@ -316,6 +322,17 @@ impl View {
         };
         envelope::event("RDMA_MIGRATION_THROUGHPUT", &json!(data))
     }
+}
+
+/// As QEMU shows a socket that it listens on.
+fn socket_address(Address { host, port }: &Address) -> Value {
+    let mut shown = json!({ "type": "inet", "host": host, "port": port.to_string() });
+    match host.parse() {
+        Ok(IpAddr::V4(_)) => shown["ipv4"] = true.into(),
+        Ok(IpAddr::V6(_)) => shown["ipv6"] = true.into(),
+        Err(_) => {}
+    }
+    shown
 }
 
 /// 10^6 bit/s.

@@ -37,8 +37,8 @@ impl Monitor {
             Intercepted::MigrateIncoming { address, exit_on_error } => {
                 answer_with(self.migrations.migrate_incoming(context, address, exit_on_error), id)
             }
-            // It was told.
-            Intercepted::Cancel => answer_with(async { Ok(json!({})) }, id),
+            // The migration was told.
+            Intercepted::Cancel => answer_with(cancel(migrations, json!({})), id),
             Intercepted::Cont { line: false } => answer_with(cont(context), id),
             Intercepted::Cont { line: true } => answer_with(as_text(cont(context)), id),
             Intercepted::Yank(others) => answer_with(yank(context, migrations, others), id),
@@ -84,7 +84,7 @@ impl Monitor {
                     id,
                 )
             }
-            Line::Cancel => answer_with(async { Ok(json!("")) }, id),
+            Line::Cancel => answer_with(cancel(self.migrations.clone(), json!("")), id),
             Line::InfoMigrate => answer_with(info_migrate(context, self.migrations.clone()), id),
             Line::InfoSettings(what) => {
                 answer_with(info_settings(context, self.migrations.clone(), what), id)
@@ -136,6 +136,11 @@ async fn yank(mut context: Context, migrations: Migrations, others: Vec<Value>) 
     }
     migrations.tell(&QemuEvent::Cancel);
     Ok(json!({}))
+}
+
+async fn cancel(migrations: Migrations, reply: Value) -> Reply {
+    migrations.tell_cancelling().await;
+    Ok(reply)
 }
 
 async fn query_migrate(context: Context, migrations: Migrations) -> Reply {
@@ -214,11 +219,13 @@ async fn save_or_load(mut context: Context, migrations: Migrations, wanted: Save
     // What QEMU says from here on is of the other one.
     let forgotten = migrations.forget();
     let reply = Verbatim(context.qemu).execute(&command, arguments).await;
-    let refused = match &reply {
-        Ok(text) => text.as_str().is_some_and(|text| text.starts_with("Error: ")),
-        Err(_) => true,
+    // The human monitor has nothing to say of what it does, but that it does not wait for it.
+    let is_done = |text: &str| text.is_empty() || text.contains("continuing detached");
+    let done = match &reply {
+        Ok(text) => text.as_str().is_none_or(is_done),
+        Err(_) => false,
     };
-    if refused {
+    if !done {
         migrations.remember(&forgotten);
     }
     reply

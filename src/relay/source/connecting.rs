@@ -65,24 +65,21 @@ impl Source {
         let worker = Worker::start(Side::Source, self.context.settings.fabric.kind());
         let worker = worker.await.map_err(generic)?;
         let mut qemu = self.qemu();
+        let guest = qemu.execute("query-status", Value::Null).await?;
+        let guest = guest["status"].as_str().unwrap_or_default();
+        if guest == "inmigrate" {
+            return Err(QmpError::generic("Guest is waiting for an incoming migration"));
+        }
         let state = qemu.execute("query-migrate", Value::Null).await?;
         if is_under_way(&state) {
             return Err(QmpError::generic(IN_PROGRESS));
         }
-        let guest = qemu.execute("query-status", Value::Null).await?;
-        match guest["status"].as_str() {
-            Some("inmigrate") => {
-                return Err(QmpError::generic("Guest is waiting for an incoming migration"));
-            }
-            Some("postmigrate") => {
-                let why = "Can't migrate the vm that was paused due to previous migration";
-                return Err(QmpError::generic(why));
-            }
-            _ => {}
+        if guest == "postmigrate" {
+            let why = "Can't migrate the vm that was paused due to previous migration";
+            return Err(QmpError::generic(why));
         }
         let mut blocks = self.context.blocks().await.map_err(generic)?;
         let capabilities = qemu.execute("query-migrate-capabilities", Value::Null).await?;
-        self.tells = blockers::is_on(&capabilities, "events");
         let options = self.context.options(&capabilities);
         blockers::refuse(&blockers::find(&mut qemu, &blocks, options.fabric).await?)?;
         // The worker gets the memory that it may read, and no other.
@@ -94,6 +91,7 @@ impl Source {
         let total = blocks.iter().map(|block| block.length).fold(0, u64::saturating_add);
         self.view.send_modify(|view| {
             view.pin_all = options.pin_all;
+            view.tells = blockers::is_on(&capabilities, "events");
             view.begin(total);
         });
         let patience = AGREEMENT + options.pinning(total);
@@ -166,22 +164,20 @@ impl Source {
     /// It ended before there was anything for QEMU to end, or as soon as QEMU had begun.
     pub(super) async fn end_early(&mut self, why: NotBegun) {
         let begun = self.view.borrow().phase != Phase::Connecting;
-        let (phase, statuses) = match why {
+        let (phase, status) = match why {
             NotBegun::Failed(reason) if begun => return self.fail(reason, true).await,
             NotBegun::Failed(reason) => {
                 warn!(%reason, "migration failed");
-                (Phase::Failed(reason), ["failed"].as_slice())
+                (Phase::Failed(reason), "failed")
             }
             NotBegun::Cancelled => {
                 info!("migration cancelled");
-                (Phase::Cancelled, ["cancelling", "cancelled"].as_slice())
+                (Phase::Cancelled, "cancelled")
             }
         };
         self.give_back().await;
         self.view.send_modify(|view| view.phase = phase);
         self.emit_throughput().await;
-        for status in statuses {
-            self.tell_status(status).await;
-        }
+        self.tell_status(status).await;
     }
 }

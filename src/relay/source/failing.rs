@@ -1,6 +1,6 @@
 //! A migration that failed: QEMU's ends too, and the guest runs on here unless it may run there.
 
-use serde_json::{Value, json};
+use serde_json::Value;
 use tokio::time::{Instant, sleep, timeout};
 use tracing::warn;
 
@@ -85,7 +85,7 @@ impl Source {
         self.emit_throughput().await;
         let output = match status.as_deref() {
             Ok(said @ ("completed" | "failed")) if said != shown => {
-                Output::Instead(envelope::event("MIGRATION", &json!({ "status": shown })))
+                Output::Instead(envelope::status(shown))
             }
             _ => Output::Release,
         };
