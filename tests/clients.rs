@@ -289,7 +289,7 @@ fn a_runbook_whose_destination_is_not_there() {
     for (destination, said) in [
         (missing.to_str().unwrap(), "migrate.sh: destination: qemu-rdma-helper: Cannot connect"),
         // Nobody listens.
-        ("-", "migrate.sh: source: Error: Cannot connect to 127.0.0.1:"),
+        ("-", "migrate.sh: the migration failed (Cannot connect to 127.0.0.1:"),
     ] {
         let output = migrate_by("migrate.sh", &pair, destination, &some_uri()).output().unwrap();
         let (out, error) = (text(&output.stdout), text(&output.stderr));

@@ -73,10 +73,6 @@ fn refusals_are_in_qemus_words_and_the_connection_stays() {
         ),
         ("{\"execute\": \"migrate\", \"arguments\": {\"uri\": \"rdma:host\"}}", "no port"),
         (
-            "{\"execute\": \"migrate\", \"arguments\": {\"uri\": \"rdma:no-such-host.invalid:1\"}}",
-            "Cannot resolve 'no-such-host.invalid'",
-        ),
-        (
             "{\"execute\": \"migrate-incoming\", \"arguments\": {\"uri\": \"rdma:127.0.0.1:1\"}}",
             "incoming",
         ),
@@ -88,6 +84,8 @@ fn refusals_are_in_qemus_words_and_the_connection_stays() {
         println!("{sent} -> {desc}");
         assert!(desc.contains(expected), "{sent}: {line}");
     }
+    let error = client.fails_to_migrate("rdma:no-such-host.invalid:1");
+    assert!(error.contains("Cannot resolve 'no-such-host.invalid'"), "{error}");
     // A port that nobody listens on.
     let uri = format!("rdma:127.0.0.1:{}", support::free_port());
     let error = client.fails_to_migrate(&uri);

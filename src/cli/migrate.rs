@@ -94,7 +94,12 @@ pub async fn run(args: Args) -> anyhow::Result<u8> {
                     }
                     "failed" => {
                         progress.finish();
-                        bail!("{}", state["error-desc"].as_str().unwrap_or("The migration failed"));
+                        let why = state["error-desc"].as_str().unwrap_or("The migration failed");
+                        let guest = client.execute("query-status", Value::Null).await?;
+                        match guest["status"].as_str() {
+                            Some("running") => bail!("{why}; the guest runs on here"),
+                            _ => bail!("{why}"),
+                        }
                     }
                     "cancelled" if cancelled => {
                         progress.finish();

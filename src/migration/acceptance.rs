@@ -14,7 +14,7 @@ use super::{
     statistics::Statistics,
 };
 use crate::{
-    fabric::{Connection, FabricError, Handle, RemoteKey, Request, pending::Place},
+    fabric::{Connection, Handle, RemoteKey, Request, pending::Place},
     memory::{RANGE_MAX, Ranges, Region},
     stream::StreamBlock,
     wire::{
@@ -96,14 +96,10 @@ impl Accepted {
         }
     }
 
-    /// Has a helper, which had agreed, left without being asked to? A stock source has proven nothing: it
-    /// may be anybody.
-    pub fn went_by_itself(&self, error: &MigrationError) -> bool {
-        let is_its = matches!(
-            error,
-            MigrationError::PeerFailed { .. }
-                | MigrationError::Fabric(FabricError::Closed | FabricError::Unreachable(_))
-        );
+    /// Has a helper, which had agreed, said that its migration is over? Who leaves without a word may be
+    /// anybody, and so may a stock source, which has named nothing.
+    pub fn took_leave(&self, error: &MigrationError) -> bool {
+        let is_its = matches!(error, MigrationError::PeerFailed { .. });
         is_its && !self.link.is_stock() && !self.claim.gave_up()
     }
 

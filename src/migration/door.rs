@@ -184,7 +184,7 @@ impl Hall {
                 Ok(())
             }
             Err(error) => {
-                let why = accepted.went_by_itself(&error).then(|| error.to_string());
+                let why = accepted.took_leave(&error).then(|| error.to_string());
                 link.end(&error, true);
                 let _ = self.context.events.send(Event::Withdrawn(link, why));
                 Err(error)

@@ -49,7 +49,7 @@ pub enum Event {
     RelayGone(Option<Lost>),
     /// A source connected, and the block lists agree.
     Agreed(Arc<Link>),
-    /// It went again before it sent anything: by itself, for this reason, or to make room for others.
+    /// It went again before it sent anything; because its migration is over, if it said so, and why.
     Withdrawn(Arc<Link>, Option<String>),
     /// It begins to send, and is the one that is served.
     Begun(Arc<Link>),

@@ -97,7 +97,7 @@ fn serve_one<'a>(door: &Door, context: &'a Context) -> Result<(Receiving<'a>, Re
                 door.refused.say(|left_out| {
                     warn!(%peer, %error, left_out, "the source went before it sent anything");
                 });
-                let why = receiving.accepted.went_by_itself(&error).then(|| error.to_string());
+                let why = receiving.accepted.took_leave(&error).then(|| error.to_string());
                 let _ = context.events.send(Event::Withdrawn(link, why));
             }
             other => return Ok((receiving, other)),

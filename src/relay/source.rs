@@ -29,7 +29,6 @@ use crate::{
     migration::{
         messages::{Address, Order, Progress, Report},
         return_path,
-        streams::Streams,
     },
     qmp::{Execute as _, QmpError},
     threads,
@@ -104,12 +103,6 @@ impl Ended {
     }
 }
 
-/// A migration that QEMU has begun.
-struct Begun {
-    worker: Worker,
-    streams: Streams,
-}
-
 /// Has QEMU a migration under way, by its `query-migrate`?
 fn is_under_way(state: &Value) -> bool {
     state["status"].as_str().is_some_and(|status| UNDER_WAY.contains(&status))
@@ -154,7 +147,7 @@ impl Source {
     /// Run it; `reply` is the result of the client's `migrate`, which does not wait for the destination.
     pub async fn run(mut self, address: Address, reply: oneshot::Sender<Result<Value, QmpError>>) {
         let accepted = threads::caught("accept", self.accept(address)).await;
-        let accepted = match accepted.map_err(generic).flatten() {
+        let (mut worker, accepted) = match accepted.map_err(generic).flatten() {
             Ok(accepted) => accepted,
             Err(error) => {
                 // A client that is gone needs no reply.
@@ -166,10 +159,15 @@ impl Source {
         self.tell_status("setup").await;
         // From here on a failure is the migration's. It goes on without the client, as QEMU's would.
         let _ = reply.send(Ok(json!({})));
-        let prepared = threads::caught("prepare", self.prepare(accepted)).await;
-        let Begun { mut worker, streams } = match prepared.map_err(NotBegun::from).flatten() {
-            Ok(begun) => begun,
-            Err(why) => return self.end_early(why).await,
+        let prepared = threads::caught("prepare", self.prepare(&mut worker, accepted)).await;
+        let streams = match prepared.map_err(NotBegun::from).flatten() {
+            Ok(streams) => streams,
+            Err(why) => {
+                // It may have ended already.
+                let _ = worker.orders().send(&why.order(), &[]).await;
+                self.end_early(why).await;
+                return worker.finish().await;
+            }
         };
         worker.has_stream();
         let has_channels = !streams.channels.is_empty();

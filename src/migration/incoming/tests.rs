@@ -229,7 +229,7 @@ fn no_state_waits_and_none_lies_before_a_source() {
 
 /// As at QEMU's own: nobody knows whether another one will come. But not as long as one is there.
 #[test]
-fn it_ends_with_the_last_source_that_goes_by_itself() {
+fn it_ends_with_the_last_source_that_takes_leave() {
     let (first, _receiver) = idle_link::link();
     let (second, _receiver) = idle_link::link();
     let (context, _events) = context(false);

@@ -7,9 +7,12 @@ use serde_json::Value;
 use tokio::time::{Instant, timeout};
 use tracing::{info, warn};
 
-use super::{Begun, Source, WORKER_DIED, generic, is_under_way};
+use super::{Source, WORKER_DIED, generic, is_under_way};
 use crate::{
-    migration::messages::{Address, Agreed, Order, Report},
+    migration::{
+        messages::{Address, Agreed, Order, Report},
+        streams::Streams,
+    },
     qemu::{blockers, blocks::RamBlock},
     qmp::{Execute as _, QmpError},
     relay::{
@@ -28,7 +31,6 @@ const AGREEMENT: Duration = Duration::from_secs(30);
 
 /// A migration that the client was told of.
 pub(super) struct Accepted {
-    worker: Worker,
     address: Address,
     /// What the worker is to do.
     order: Order,
@@ -41,6 +43,17 @@ pub(super) struct Accepted {
 pub(super) enum NotBegun {
     Cancelled,
     Failed(String),
+}
+
+impl NotBegun {
+    /// What the destination is told, which waits for no other source then.
+    pub(super) fn order(&self) -> Order {
+        let reason = match self {
+            Self::Cancelled => "The migration was cancelled".into(),
+            Self::Failed(reason) => reason.clone(),
+        };
+        Order::Abort { reason }
+    }
 }
 
 impl From<QmpError> for NotBegun {
@@ -61,7 +74,10 @@ impl Source {
     ///
     /// # Errors
     /// The reply: nothing has begun.
-    pub(super) async fn accept(&mut self, address: Address) -> Result<Accepted, QmpError> {
+    pub(super) async fn accept(
+        &mut self,
+        address: Address,
+    ) -> Result<(Worker, Accepted), QmpError> {
         let worker = Worker::start(Side::Source, self.context.settings.fabric.kind());
         let worker = worker.await.map_err(generic)?;
         let mut qemu = self.qemu();
@@ -101,16 +117,20 @@ impl Source {
             blocks: listed(&blocks),
             options,
         };
-        Ok(Accepted { worker, address, order, blocks, patience })
+        Ok((worker, Accepted { address, order, blocks, patience }))
     }
 
     /// Connect the worker to the destination, and start QEMU's migration into it.
-    pub(super) async fn prepare(&mut self, accepted: Accepted) -> Result<Begun, NotBegun> {
-        let Accepted { mut worker, address, order, blocks, patience } = accepted;
+    pub(super) async fn prepare(
+        &mut self,
+        worker: &mut Worker,
+        accepted: Accepted,
+    ) -> Result<Streams, NotBegun> {
+        let Accepted { address, order, blocks, patience } = accepted;
         let fds = worker::block_fds(&blocks);
         let agreed = async {
             worker.begin(&order, &fds).await.map_err(generic)?;
-            self.await_agreement(&mut worker).await
+            self.await_agreement(worker).await
         };
         let agreed = timeout(patience, agreed).await.map_err(|_| {
             QmpError::generic(format!(
@@ -121,8 +141,7 @@ impl Source {
         self.view.send_modify(|view| view.takes_return_path = return_path);
         // QEMU announces what is shared, all of it or nothing.
         let announces = announceable == blocks.iter().filter(|block| !block.private).count();
-        let streams = self.begin_stream(&mut worker, announces, channels).await?;
-        Ok(Begun { worker, streams })
+        Ok(self.begin_stream(worker, announces, channels).await?)
     }
 
     /// Wait for it; returns how QEMU may migrate.
