@@ -88,7 +88,8 @@ pub fn persist<T, E: Into<Error>>(
     }
 }
 
-/// What a look at something that comes bit by bit has found.
+/// What a look at something that comes bit by bit, as a device's completions do, has found.
+#[cfg(any(feature = "verbs", test))]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Found {
     /// All that is waited for.
@@ -104,6 +105,7 @@ pub enum Found {
 ///
 /// # Errors
 /// Those of `look` and `wait`.
+#[cfg(any(feature = "verbs", test))]
 pub fn await_enough<E>(
     limit: Duration,
     mut look: impl FnMut() -> std::result::Result<Found, E>,
