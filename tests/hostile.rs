@@ -545,12 +545,21 @@ fn a_long_word_of_a_peer_does_not_reach_into_the_next_message() {
 static ROM: [u8; 4096] = [0; 4096];
 
 /// Plays a QEMU that answers one command with something else than any version does.
-#[derive(Clone, Default)]
+#[derive(Clone)]
 struct OddQemu {
+    /// Its version.
+    version: Value,
     /// That command, and the answer.
     odd: Arc<Mutex<(String, Value)>>,
     /// All that it was asked.
     asked: Arc<Mutex<BTreeSet<String>>>,
+}
+
+impl Default for OddQemu {
+    fn default() -> Self {
+        let version = json!({ "qemu": { "major": 10, "minor": 0, "micro": 0 }, "package": "" });
+        Self { version, odd: Arc::default(), asked: Arc::default() }
+    }
 }
 
 impl OddQemu {
@@ -558,15 +567,17 @@ impl OddQemu {
     fn serve(&self, stream: UnixStream) {
         let mut migrates = false;
         let say = |value: Value| writeln!(&stream, "{value}\r");
-        let version = json!({ "qemu": { "major": 10, "minor": 0, "micro": 0 }, "package": "" });
-        say(json!({ "QMP": { "version": version, "capabilities": [] } })).unwrap();
+        say(json!({ "QMP": { "version": self.version, "capabilities": [] } })).unwrap();
         for line in BufReader::new(&stream).lines() {
             let Ok(request) = line.map(|line| serde_json::from_str::<Value>(&line).unwrap()) else {
                 return;
             };
             let command = request["execute"].as_str().unwrap();
             self.asked.lock().unwrap().insert(command.to_owned());
-            let right = Self::answer(command, &request["arguments"], &mut migrates);
+            let right = match command {
+                "query-version" => self.version.clone(),
+                _ => Self::answer(command, &request["arguments"], &mut migrates),
+            };
             let (odd, answer) = self.odd.lock().unwrap().clone();
             let answer = if odd == command { answer } else { right };
             if say(json!({ "return": answer, "id": request["id"] })).is_err() {
@@ -578,7 +589,6 @@ impl OddQemu {
     fn answer(command: &str, arguments: &Value, migrates: &mut bool) -> Value {
         let connect = |path: &str| drop(UnixStream::connect(path));
         match command {
-            "query-version" => json!({ "qemu": { "major": 10, "minor": 0, "micro": 0 } }),
             "query-status" => json!({ "status": "running", "running": true }),
             "x-query-ramblock" => {
                 let address = ROM.as_ptr() as usize;
@@ -684,6 +694,30 @@ fn an_answer_of_another_kind_harms_nobody() {
     for command in ["query-yank", "x-query-ramblock", "query-migrate", "migrate", "query-status"] {
         assert!(known.contains(command), "{command} was never asked: {known:?}");
     }
+}
+
+/// What a QEMU that is newer than all that were tried does otherwise is not known: that is said, and
+/// stops nothing.
+#[test]
+fn a_newer_qemu_is_warned_of() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("qemu");
+    let listener = UnixListener::bind(&path).unwrap();
+    let newer = json!({ "qemu": { "major": 12, "minor": 0, "micro": 1 }, "package": "" });
+    let qemu = OddQemu { version: newer, ..OddQemu::default() };
+    thread::spawn(move || listener.incoming().for_each(|stream| qemu.serve(stream.unwrap())));
+    let warning = "QEMU 12.0.1 is newer than 11.1, the newest that was tried";
+    let check = Command::new(support::helper::BINARY)
+        .args(["check", "--fabric", "tcp", "--qemu-qmp"])
+        .arg(&path)
+        .output()
+        .unwrap();
+    let said = String::from_utf8(check.stdout).unwrap();
+    assert!(said.contains(&format!("warning  {warning}\n         cure: ")), "{said}");
+    assert_eq!(check.status.code(), Some(0), "{said}");
+    let helper = Helper::attach(dir.path(), "newer", &path, &[]);
+    eventually("a warning", || helper.log().contains(warning).then_some(()));
+    assert_eq!(Qmp::connect(&helper.socket).run("query-rdma-helper", json!({}))["qemu"], "12.0.1");
 }
 
 #[test]

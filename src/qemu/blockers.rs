@@ -3,6 +3,7 @@
 use serde_json::Value;
 
 use super::{
+    Version,
     blocks::RamBlock,
     devices::{self, Device},
 };
@@ -44,9 +45,6 @@ const DEVICES: [&str; 2] = ["vfio-", "vhost-vdpa"];
 /// By this capability QEMU encodes pages, so that only QEMU can decode them (until 9.0).
 const ENCODING: &str = "compress";
 
-/// The oldest QEMU whose stream was tried.
-const OLDEST: (u64, u64) = (7, 2);
-
 /// Find them all.
 ///
 /// # Errors
@@ -58,15 +56,7 @@ pub async fn find(
 ) -> Result<Vec<Blocker>, QmpError> {
     let mut blockers = settings(qmp).await?;
     blockers.extend(encoding(qmp, blocks, fabric).await?);
-    let version = qmp.execute("query-version", Value::Null).await?;
-    let number = |part: &str| version["qemu"][part].as_u64().unwrap_or(0);
-    let (major, minor) = (number("major"), number("minor"));
-    if (major, minor) < OLDEST {
-        blockers.push(Blocker {
-            reason: format!("QEMU {major}.{minor} is older than 7.2, the oldest that was tried"),
-            cure: "use QEMU 7.2 or newer".into(),
-        });
-    }
+    blockers.extend(Version::ask(qmp).await?.too_old());
     let migration = qmp.execute("query-migrate", Value::Null).await?;
     for reason in migration["blocked-reasons"].as_array().into_iter().flatten() {
         blockers.push(Blocker {

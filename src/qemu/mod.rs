@@ -10,12 +10,14 @@ mod discards;
 mod maps;
 mod process;
 mod ramblock_text;
+mod version;
 
 use std::{io, os::fd::AsFd};
 
 use serde_json::Value;
 
 pub use process::Process;
+pub use version::Version;
 
 use crate::qmp::QmpError;
 

@@ -9,8 +9,8 @@ use super::{
 };
 use crate::{
     migration::messages::FabricKind,
-    qemu::{blockers, blocks::RamBlock},
-    qmp::{Execute as _, QmpError},
+    qemu::{Version, blockers, blocks::RamBlock},
+    qmp::QmpError,
     stream::Travel,
 };
 
@@ -24,8 +24,7 @@ async fn find_blocks(context: &Context) -> Result<Vec<RamBlock>, QmpError> {
 /// # Errors
 /// When QEMU does not answer, or its process can't be looked into.
 pub async fn query_helper(context: &Context) -> Result<Value, QmpError> {
-    let version = context.qemu.clone().execute("query-version", Value::Null).await?;
-    let number = |part: &str| version["qemu"][part].as_u64().unwrap_or(0);
+    let version = Version::ask(&mut context.qemu.clone()).await?;
     let fabric = context.settings.fabric.kind();
     let blocks = find_blocks(context).await?.into_iter().map(|block| {
         let (travel, reason) = block.travel(fabric);
@@ -50,7 +49,7 @@ pub async fn query_helper(context: &Context) -> Result<Value, QmpError> {
             FabricKind::Verbs => RdmaFabric::verbs,
         },
         devices: crate::fabric::devices(),
-        qemu: format!("{}.{}.{}", number("major"), number("minor"), number("micro")),
+        qemu: version.to_string(),
         pid: context.pid,
         connections: context.settings.connections,
         pin_limit: context.settings.pin_limit,

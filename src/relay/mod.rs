@@ -33,7 +33,7 @@ use tokio::{
     signal::unix::{SignalKind, signal},
     sync::watch,
 };
-use tracing::info;
+use tracing::{info, warn};
 
 use crate::{
     confinement::{Room, confine},
@@ -41,7 +41,7 @@ use crate::{
     migration::messages::{self, FabricKind, Options, QmpSocket},
     patience::Patience,
     qemu::{
-        QemuError, blockers,
+        QemuError, Version, blockers,
         blocks::{self, OwnMemory, RamBlock},
     },
     qmp::envelope,
@@ -196,6 +196,7 @@ pub async fn attach(options: AttachOptions) -> Result<(), RelayError> {
     // It fails only where no service manager waits for it.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     info!(path = %qmp.display(), pid = context.pid, "serving QMP");
+    look_at_version(&session.greeting);
     let monitor = serve::Monitor::new(context, migrations.clone(), session.greeting);
     if let Some(output) = outputs.pop() {
         monitor.run(Door::Listening(socket), session.said, output, ending.clone()).await;
@@ -206,6 +207,14 @@ pub async fn attach(options: AttachOptions) -> Result<(), RelayError> {
     }
     migrations.end(reason).await;
     Ok(())
+}
+
+/// Say in the log what a QEMU that is newer than all that were tried deserves.
+fn look_at_version(greeting: &Value) {
+    let version = Version::read(&greeting["QMP"]["version"]);
+    if let Some(blockers::Blocker { reason, cure }) = version.too_new() {
+        warn!("{reason}; {cure}");
+    }
 }
 
 /// Becomes the reason when a signal tells us to end.

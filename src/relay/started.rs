@@ -26,6 +26,7 @@ use tracing::{debug, error, warn};
 use super::{
     Context, Settings,
     door::Door,
+    look_at_version,
     migrations::Migrations,
     process::Process,
     serve::Monitor,
@@ -280,6 +281,9 @@ async fn serve(prepared: Prepared) -> io::Result<()> {
             error!("-incoming rdma:{address}: {error}");
             refuse_incoming(session.qemu.clone()).await;
         }
+    }
+    if let Some((session, _)) = sessions.first() {
+        look_at_version(&session.greeting);
     }
     // No more than that: a manager quotes the last words of a QEMU that has died.
     debug!(pid, "serving QMP");

@@ -6,7 +6,7 @@ use qemu_rdma_helper::{
     fabric::{Finding, Guest},
     migration::messages::FabricKind,
     qemu::{
-        Process,
+        Process, Version,
         blockers::{self, Blocker},
         blocks::{self, RamBlock},
     },
@@ -73,11 +73,9 @@ impl Attached {
         let pid = pid.or(known).unwrap_or(client.pid);
         let fabric = asked.or(helper.as_ref().map(|helper| helper.fabric));
         let fabric = fabric.unwrap_or(FabricChoice::Auto).kind();
-        let version = client.execute("query-version", Value::Null).await?;
-        let number = |part: &str| version["qemu"][part].as_u64().unwrap_or(0);
-        let (major, minor, micro) = (number("major"), number("minor"), number("micro"));
-        let heading = format!("QEMU {major}.{minor}.{micro}, process {pid}");
-        let (findings, guest) = match blocks::find(client, &Process::open(pid), &[]).await {
+        let version = Version::ask(client).await?;
+        let heading = format!("QEMU {version}, process {pid}");
+        let (mut findings, guest) = match blocks::find(client, &Process::open(pid), &[]).await {
             Ok(blocks) => {
                 let pin_limit = helper.as_ref().and_then(|helper| helper.pin_limit);
                 let guest = guest(client, &blocks, pin_limit).await?;
@@ -85,8 +83,13 @@ impl Attached {
             }
             Err(error) => (vec![Finding::error(&format!("RAM blocks: {error}"))], None),
         };
+        findings.extend(version.too_new().map(warning));
         Ok(Self { heading, findings, guest, helper })
     }
+}
+
+fn warning(Blocker { reason, cure }: Blocker) -> Finding {
+    Finding::warning(reason, cure)
 }
 
 /// How each block travels, and what would stop a migration.
@@ -96,7 +99,6 @@ async fn judge(
     fabric: FabricKind,
 ) -> anyhow::Result<Vec<Finding>> {
     let mut findings: Vec<_> = blocks.iter().map(|block| describe(block, fabric)).collect();
-    let warning = |Blocker { reason, cure }| Finding::warning(reason, cure);
     findings.extend(blockers::memory(blocks).map(warning));
     let blockers = blockers::find(client, blocks, fabric).await?;
     let fatal = |Blocker { reason, cure }| Finding::fatal(reason, cure);

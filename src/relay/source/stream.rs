@@ -18,7 +18,7 @@ use tracing::{debug, info};
 use super::{FDNAME, Source, door::QemusDoor, generic, is_under_way, pace::Pacing};
 use crate::{
     migration::{messages::Order, streams::Streams},
-    qemu::blockers,
+    qemu::{Version, blockers},
     qmp::{Execute as _, QmpError},
     relay::{
         QemuEvent,
@@ -77,7 +77,7 @@ impl Source {
         }
         let capabilities = self.waits_for_destination();
         if channels > 0
-            && Self::is_tried(&mut qemu).await?
+            && Version::ask(&mut qemu).await?.multifd_is_tried()
             && let Some(door) = QemusDoor::open(&self.context).await
         {
             let capabilities = [capabilities, &["multifd"]].concat();
@@ -100,15 +100,6 @@ impl Source {
     fn waits_for_destination(&self) -> &'static [&'static str] {
         let view = self.view.borrow();
         if view.guest == Guest::Suspended && view.takes_return_path { &[RETURN_PATH] } else { &[] }
-    }
-
-    /// 7.2 and 10.0, whose multifd was made to fail in all phases of a migration, and whose guests ran
-    /// on; later ones are taken to be like 10.0. In those between, a channel that ends at the wrong
-    /// moment may end QEMU.
-    async fn is_tried(qemu: &mut Qemu) -> Result<bool, QmpError> {
-        let version = qemu.execute("query-version", Value::Null).await?;
-        let number = |part: &str| version["qemu"][part].as_u64().unwrap_or(0);
-        Ok(matches!((number("major"), number("minor")), (7, 2) | (10.., _)))
     }
 
     async fn with_one_socket(&self, qemu: &Qemu, worker: &mut Worker) -> Result<Streams, QmpError> {

@@ -1,0 +1,119 @@
+//! QEMU's version, and what was tried of which.
+
+use std::fmt;
+
+use serde_json::Value;
+
+use super::blockers::Blocker;
+use crate::qmp::{Execute, QmpError};
+
+/// A version of QEMU; without the numbers that it does not tell.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Version {
+    /// `11` of 11.1.3.
+    pub major: u64,
+    /// `1`.
+    pub minor: u64,
+    /// `3`.
+    pub micro: u64,
+}
+
+/// The oldest whose stream was tried.
+const OLDEST: (u64, u64) = (7, 2);
+
+/// The newest.
+const NEWEST: (u64, u64) = (11, 1);
+
+impl Version {
+    /// Ask QEMU for its own.
+    ///
+    /// # Errors
+    /// When it does not answer.
+    pub async fn ask(qmp: &mut impl Execute) -> Result<Self, QmpError> {
+        Ok(Self::read(&qmp.execute("query-version", Value::Null).await?))
+    }
+
+    /// Of a `VersionInfo`, which the reply to `query-version` is, and the greeting contains.
+    pub fn read(info: &Value) -> Self {
+        let number = |part: &str| info["qemu"][part].as_u64().unwrap_or(0);
+        Self { major: number("major"), minor: number("minor"), micro: number("micro") }
+    }
+
+    /// It is older than all that were tried.
+    pub fn too_old(self) -> Option<Blocker> {
+        let Self { major, minor, .. } = self;
+        (self.release() < OLDEST).then(|| Blocker {
+            reason: format!("QEMU {major}.{minor} is older than 7.2, the oldest that was tried"),
+            cure: "use QEMU 7.2 or newer".into(),
+        })
+    }
+
+    /// It is newer than all that were tried: what it does otherwise is not known, and what is known of
+    /// it may be no longer so.
+    pub fn too_new(self) -> Option<Blocker> {
+        let (major, minor) = NEWEST;
+        // Its developers' trees have 50 and more, until the next is there.
+        let newer = self.release() > NEWEST || self.release() == NEWEST && self.micro >= 50;
+        newer.then(|| Blocker {
+            reason: format!("QEMU {self} is newer than {major}.{minor}, the newest that was tried"),
+            cure: "try a migration between guests that don't matter, and look for a newer helper"
+                .into(),
+        })
+    }
+
+    /// Its multifd was made to fail in all phases of a migration, and guests ran on: of 7.2, 10.0 and
+    /// 11.1; newer ones are taken to be like these. In those between 7.2 and 10.0, a channel that ends
+    /// at the wrong moment may end QEMU.
+    pub fn multifd_is_tried(self) -> bool {
+        matches!(self.release(), (7, 2) | (10.., _))
+    }
+
+    fn release(self) -> (u64, u64) {
+        (self.major, self.minor)
+    }
+}
+
+impl fmt::Display for Version {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}.{}", self.major, self.minor, self.micro)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn version(major: u64, minor: u64, micro: u64) -> Version {
+        let qemu = json!({ "major": major, "minor": minor, "micro": micro });
+        Version::read(&json!({ "qemu": qemu, "package": "Debian" }))
+    }
+
+    #[test]
+    fn tried_versions_are_neither_too_old_nor_too_new() {
+        for (major, minor, micro) in [(7, 2, 0), (7, 2, 19), (8, 0, 0), (10, 2, 1), (11, 1, 3)] {
+            let tried = version(major, minor, micro);
+            assert_eq!((tried.too_old(), tried.too_new()), (None, None), "{tried}");
+        }
+    }
+
+    #[test]
+    fn what_was_not_tried_is_said() {
+        for old in [version(7, 1, 50), version(6, 2, 0), Version::read(&json!({}))] {
+            assert!(old.too_old().is_some() && old.too_new().is_none(), "{old}");
+        }
+        for new in [version(11, 2, 0), version(11, 1, 50), version(12, 0, 1)] {
+            assert!(new.too_old().is_none() && new.too_new().is_some(), "{new}");
+        }
+        let said = version(12, 0, 1).too_new().unwrap();
+        assert_eq!(said.reason, "QEMU 12.0.1 is newer than 11.1, the newest that was tried");
+    }
+
+    #[test]
+    fn multifd_is_used_where_it_was_tried() {
+        let tried = [(7, 1), (7, 2), (8, 2), (9, 2), (10, 0), (11, 1), (12, 0)]
+            .map(|(major, minor)| version(major, minor, 0).multifd_is_tried());
+        assert_eq!(tried, [false, true, false, false, true, true, true]);
+    }
+}
