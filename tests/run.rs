@@ -540,6 +540,51 @@ fn two_monitors_see_one_migration() {
     assert_eq!(seen["ram"]["transferred"], end["ram"]["transferred"]);
 }
 
+/// From 11.1 on monitors are objects, and may come and go. Those of the command line are the helper's;
+/// of all others it is said that they are not.
+#[test]
+fn monitors_that_are_objects() {
+    let dir = tempfile::tempdir().unwrap();
+    let start = |name: &str, incoming: bool| {
+        let place = |id: &str| dir.path().join(format!("{name}.{id}"));
+        let monitor = |kind: &str, id: &str| {
+            let chardev = format!("socket,id={id},path={},server=on,wait=off", place(id).display());
+            format!("-chardev {chardev} -object {kind},id=monitor-{id},chardev={id}")
+        };
+        let devices = vec![monitor("monitor-qmp", "control"), monitor("monitor-hmp", "human")];
+        let config = Config { version: "11.1", devices, ..private() };
+        let config = if incoming { config.incoming() } else { config };
+        let mut wrapped = Wrapped::start(&dir, name, &config);
+        let log = wrapped.qemu.log();
+        assert!(log.contains("-object monitor-hmp,id=monitor-human,chardev=human' stays"), "{log}");
+        assert!(!log.contains("monitor-control") && !log.contains("deprecated"), "{log}");
+        wrapped.client = Qmp::connect(&place("control"));
+        wrapped
+    };
+    let (mut source, mut destination) = (start("source", false), start("destination", true));
+    source.qemu.await_guest();
+
+    let path = dir.path().join("added");
+    let address = json!({ "type": "unix", "data": { "path": path } });
+    let socket =
+        json!({ "type": "socket", "data": { "addr": address, "server": true, "wait": false } });
+    let added = json!({ "qom-type": "monitor-qmp", "id": "added", "chardev": "new" });
+    source.client.run("chardev-add", json!({ "id": "new", "backend": socket }));
+    source.client.run("object-add", added);
+    Qmp::connect(&path).refused("query-rdma-helper", json!({}));
+    source.client.run("object-del", json!({ "id": "added" }));
+    let log = source.qemu.log();
+    assert!(log.contains("A client adds the monitor 'added' to QEMU"), "{log}");
+
+    let uri = format!("rdma:{}:{}", support::address(), free_port());
+    destination.client.run("migrate-incoming", json!({ "uri": uri }));
+    source.client.run("migrate", json!({ "uri": uri }));
+    let end = source.await_status(&["completed", "failed"]);
+    assert_eq!(end["status"], "completed", "{end}");
+    let differences = support::memory::compare(&mut source.qemu, &mut destination.qemu);
+    assert!(differences.is_empty(), "RAM differs: {differences:#?}");
+}
+
 /// A client may come, go, die in the midst of a command and talk nonsense; QEMU may die too.
 #[test]
 fn hostile_clients_harm_nobody() {

@@ -25,9 +25,10 @@ const DIRECTORIES: [&str; 3] = ["/usr/local/bin", "/usr/bin", "/usr/libexec"];
 ///
 /// This process becomes QEMU, with its exit status, its signals and its descriptors; the helper runs
 /// beside it and ends with it. QMP monitors on Unix sockets are served by the helper
-/// (-qmp unix:..., and -mon mode=control on -chardev socket), all others are left alone. RAM that is
-/// private becomes shared. -incoming rdma:HOST:PORT works. What only asks QEMU for something is run
-/// as it is.
+/// (-qmp unix:..., and -mon mode=control or -object monitor-qmp on -chardev socket); of each other one
+/// it is said that it is left alone, so that a migration over rdma: there is QEMU's own. RAM that is
+/// private becomes shared. -incoming rdma:HOST:PORT works. What only asks QEMU for something is run as
+/// it is.
 ///
 /// A link to this program whose name begins with 'qemu-system-' does the same with the QEMU of that
 /// name (without an '-rdma' at its end), so that it can be libvirt's <emulator>. Its options come

@@ -103,8 +103,9 @@ pub fn launch(launch: Launch) -> Result<Infallible, LaunchError> {
     let invocation = Invocation::read(&binary, &arguments, keep_backends, Path::is_dir);
     let plan = match invocation.map_err(LaunchError::Incoming)? {
         Invocation::Guest(plan) => plan,
-        Invocation::Untouched(why) => {
+        Invocation::Untouched { why, notes } => {
             info!("QEMU is started as it is: {why}");
+            notes.iter().for_each(|note| warn!("{note}"));
             return become_qemu(&binary, arguments, Vec::new());
         }
     };

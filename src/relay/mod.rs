@@ -15,6 +15,7 @@ mod helper_commands;
 mod intercept;
 pub mod launch;
 mod migrations;
+mod other_monitors;
 mod process;
 pub mod schema;
 mod serve;

@@ -20,6 +20,7 @@ use super::{
     door::Door,
     intercept::{Intercepted, intercept, refusal},
     migrations::{FAREWELL, Migrations},
+    other_monitors,
     session::Said,
     view::{Phase, Side},
 };
@@ -279,6 +280,7 @@ impl Monitor {
         if self.client.as_ref().is_some_and(|client| !client.negotiated) {
             return self.negotiate(command);
         }
+        command.iter().for_each(other_monitors::watch);
         let too_early = command.as_ref().filter(|_| self.migrations.connects()).and_then(refusal);
         let intercepted = match too_early {
             Some(refusal) => Ok(Some(refusal)),

@@ -28,7 +28,7 @@ use crate::{
     },
 };
 
-/// Options without a value (qemu-options.hx of 7.2 to 10.1).
+/// Options without a value (qemu-options.hx of 7.2 to 11.1).
 const FLAGS: [&str; 38] = [
     "S",
     "async-teardown",
@@ -74,7 +74,12 @@ const FLAGS: [&str; 38] = [
 #[derive(Debug)]
 pub enum Invocation {
     /// Nothing: it asks QEMU for something, or has no monitor that management could migrate it by.
-    Untouched(&'static str),
+    Untouched {
+        /// Which of them.
+        why: &'static str,
+        /// What the user should know: monitors that stay QEMU's own.
+        notes: Vec<String>,
+    },
     /// A guest.
     Guest(Plan),
 }
@@ -90,7 +95,7 @@ pub struct Plan {
     pub incoming: Option<Address>,
     /// QEMU goes to the background (`-daemonize`).
     pub background: bool,
-    /// What the user should know: RAM that stays private, and why.
+    /// What the user should know: monitors that stay QEMU's own, RAM that stays private, and why.
     pub notes: Vec<String>,
     parts: Vec<Part>,
 }
@@ -121,6 +126,10 @@ struct Given<'a> {
 }
 
 impl Invocation {
+    fn untouched(why: &'static str) -> Self {
+        Self::Untouched { why, notes: Vec::new() }
+    }
+
     /// Read QEMU's arguments, without its name.
     ///
     /// `is_directory` tells whether a path is a directory.
@@ -135,11 +144,11 @@ impl Invocation {
     ) -> Result<Self, QmpError> {
         let given = given(arguments);
         if given.iter().any(|option| matches!(option.name, "h" | "help" | "version")) {
-            return Ok(Self::Untouched("it asks for help"));
+            return Ok(Self::untouched("it asks for help"));
         }
         let machine = Machine::read(&given);
         if machine.kind.as_deref() == Some("none") {
-            return Ok(Self::Untouched("it has no machine"));
+            return Ok(Self::untouched("it has no machine"));
         }
         let mut plan = Plan {
             monitors: Vec::new(),
@@ -150,11 +159,13 @@ impl Invocation {
             parts: Vec::new(),
         };
         let mut changes = Changes::default();
-        monitor::find(&given, &mut plan.monitors, &mut changes);
+        let Plan { monitors, notes, .. } = &mut plan;
+        monitor::Search { given: &given, monitors, notes, changes: &mut changes }.run();
         if plan.monitors.is_empty() && plan.incoming.is_none() {
-            return Ok(Self::Untouched(
-                "it has no QMP monitor on a Unix socket, so that nobody could ask for a migration",
-            ));
+            return Ok(Self::Untouched {
+                why: "it has no QMP monitor on a Unix socket, so that nobody could ask for a migration",
+                notes: plan.notes,
+            });
         }
         if plan.monitors.is_empty() {
             monitor::add_own(&mut plan.monitors, &mut changes);

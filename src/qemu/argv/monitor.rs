@@ -1,4 +1,4 @@
-//! QMP monitors on Unix sockets: `-qmp unix:`, and `-mon` with `-chardev socket`.
+//! QMP monitors on Unix sockets: `-qmp unix:`, and `-mon` or `-object monitor-qmp` with `-chardev socket`.
 
 use std::{os::fd::RawFd, path::PathBuf, time::Duration};
 
@@ -80,66 +80,123 @@ impl Monitor {
     }
 }
 
-/// Find the monitors that can be proxied.
-pub(super) fn find(given: &[Given<'_>], monitors: &mut Vec<Monitor>, changes: &mut Changes) {
-    for option in given {
+/// Why a monitor stays QEMU's own.
+type Left = &'static str;
+
+const HUMAN: Left = "it is a human one";
+const PRETTY: Left = "its output is for people (pretty)";
+const ELSEWHERE: Left = "it is on no Unix socket that the command line describes";
+const FLEETING: Left = "it goes with its client (close-action=delete)";
+
+/// What is found on a command line.
+pub(super) struct Search<'a> {
+    pub given: &'a [Given<'a>],
+    /// The monitors that can be proxied.
+    pub monitors: &'a mut Vec<Monitor>,
+    /// What the user should know of the others.
+    pub notes: &'a mut Vec<String>,
+    pub changes: &'a mut Changes,
+}
+
+impl Search<'_> {
+    /// Look at all options.
+    pub fn run(mut self) {
+        for option in self.given {
+            let Err(why) = self.look(option) else { continue };
+            self.notes.push(format!(
+                "The monitor of '-{} {}' stays QEMU's own, because {why}: what is asked for there, a \
+                 migration over rdma: too, is not the helper's; use a QMP monitor on a Unix socket",
+                option.name,
+                option.value.unwrap_or_default()
+            ));
+        }
+    }
+
+    fn look(&mut self, option: &Given<'_>) -> Result<(), Left> {
         let value = option.value.unwrap_or_default();
         match option.name {
             "mon" => {
                 let options = Options::read(value, "chardev");
-                // What is pretty for people has no end of line behind each object.
-                let plain = options.switch("pretty") != Some(true);
-                if options.get("mode").as_deref() == Some("control") && plain {
-                    chardev(&options.get("chardev").unwrap_or_default(), given, monitors, changes);
+                match options.get("mode").as_deref() {
+                    Some("control") => self.on_chardev(&options),
+                    _ => Err(HUMAN),
+                }
+            }
+            // Since 11.1.
+            "object" => {
+                let options = Options::read(value, "qom-type");
+                match options.get("qom-type").as_deref() {
+                    Some("monitor-qmp") => self.on_chardev(&options),
+                    Some("monitor-hmp") => Err(HUMAN),
+                    _ => Ok(()),
                 }
             }
             "qmp" => match value.strip_prefix("chardev:") {
-                Some(id) => chardev(id, given, monitors, changes),
-                None => legacy(option, value, monitors, changes),
+                Some(id) => self.chardev(id),
+                None => self.legacy(option, value),
             },
-            _ => {}
+            "qmp-pretty" => Err(PRETTY),
+            "monitor" if value != "none" => Err(HUMAN),
+            "serial" | "parallel" if value.starts_with("mon:") => Err(HUMAN),
+            _ => Ok(()),
         }
     }
-}
 
-/// A monitor on the chardev with this id.
-fn chardev(id: &str, given: &[Given<'_>], monitors: &mut Vec<Monitor>, changes: &mut Changes) {
-    for option in given.iter().filter(|option| option.name == "chardev") {
-        let options = Options::read(option.value.unwrap_or_default(), "backend");
-        let is_it = options.get("backend").as_deref() == Some("socket")
-            && options.get("id").as_deref() == Some(id);
-        let taken = monitors.iter().any(|monitor| monitor.chardev.get("id").as_deref() == Some(id));
-        if !is_it || taken {
-            continue;
+    /// A monitor with such options.
+    fn on_chardev(&mut self, options: &Options) -> Result<(), Left> {
+        // What is pretty for people has no end of line behind each object.
+        if options.switch("pretty") == Some(true) {
+            return Err(PRETTY);
         }
-        if let Some(endpoint) = endpoint(&options) {
-            changes.value(option, [Part::text("-chardev"), Part::Monitor(monitors.len())]);
-            monitors.push(Monitor { endpoint, chardev: options.without(&PLACE) });
+        // The helper's session with it would stay.
+        if options.get("close-action").is_some_and(|action| action != "none") {
+            return Err(FLEETING);
         }
+        self.chardev(&options.get("chardev").unwrap_or_default())
     }
-}
 
-/// `-qmp unix:PATH[,server][,...]`.
-fn legacy(option: &Given<'_>, value: &str, monitors: &mut Vec<Monitor>, changes: &mut Changes) {
-    let Some(rest) = value.strip_prefix("unix:") else { return };
-    let options = Options::read(rest, "path");
-    let Some(endpoint) = endpoint(&options) else { return };
-    let id = own_id(monitors.len());
-    changes.value(
-        option,
-        [
-            Part::text("-chardev"),
-            Part::Monitor(monitors.len()),
-            Part::text("-qmp"),
-            Part::text(format!("chardev:{id}")),
-        ],
-    );
-    let socket = Options::read(&format!("socket,id={id}"), "backend");
-    let Options::Pairs(mut pairs) = socket else { return };
-    if let Options::Pairs(more) = options.without(&PLACE) {
-        pairs.extend(more);
+    /// A monitor on the chardev with this id.
+    fn chardev(&mut self, id: &str) -> Result<(), Left> {
+        for option in self.given.iter().filter(|option| option.name == "chardev") {
+            let options = Options::read(option.value.unwrap_or_default(), "backend");
+            let is_it = options.get("backend").as_deref() == Some("socket")
+                && options.get("id").as_deref() == Some(id);
+            let Some(endpoint) = is_it.then(|| endpoint(&options)).flatten() else { continue };
+            let is_id = |monitor: &Monitor| monitor.chardev.get("id").as_deref() == Some(id);
+            // QEMU refuses the second one on it.
+            if !self.monitors.iter().any(is_id) {
+                let parts = [Part::text("-chardev"), Part::Monitor(self.monitors.len())];
+                self.changes.value(option, parts);
+                self.monitors.push(Monitor { endpoint, chardev: options.without(&PLACE) });
+            }
+            return Ok(());
+        }
+        Err(ELSEWHERE)
     }
-    monitors.push(Monitor { endpoint, chardev: Options::Pairs(pairs) });
+
+    /// `-qmp unix:PATH[,server][,...]`.
+    fn legacy(&mut self, option: &Given<'_>, value: &str) -> Result<(), Left> {
+        let options = value.strip_prefix("unix:").map(|rest| Options::read(rest, "path"));
+        let place = options.and_then(|options| Some((endpoint(&options)?, options)));
+        let (endpoint, options) = place.ok_or(ELSEWHERE)?;
+        let id = own_id(self.monitors.len());
+        self.changes.value(
+            option,
+            [
+                Part::text("-chardev"),
+                Part::Monitor(self.monitors.len()),
+                Part::text("-qmp"),
+                Part::text(format!("chardev:{id}")),
+            ],
+        );
+        let socket = Options::read(&format!("socket,id={id}"), "backend");
+        if let (Options::Pairs(mut pairs), Options::Pairs(more)) = (socket, options.without(&PLACE))
+        {
+            pairs.extend(more);
+            self.monitors.push(Monitor { endpoint, chardev: Options::Pairs(pairs) });
+        }
+        Ok(())
+    }
 }
 
 /// A monitor for the helper alone.
@@ -148,8 +205,8 @@ pub(super) fn add_own(monitors: &mut Vec<Monitor>, changes: &mut Changes) {
     changes.added.extend([
         Part::text("-chardev"),
         Part::Monitor(monitors.len()),
-        Part::text("-mon"),
-        Part::text(format!("chardev={id},mode=control")),
+        Part::text("-qmp"),
+        Part::text(format!("chardev:{id}")),
     ]);
     let chardev = Options::read(&format!("socket,id={id}"), "backend");
     monitors.push(Monitor { endpoint: Endpoint::Nobody, chardev });

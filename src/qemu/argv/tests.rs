@@ -14,7 +14,7 @@ fn read(line: &str) -> Invocation {
 fn plan(line: &str) -> Plan {
     match read(line) {
         Invocation::Guest(plan) => plan,
-        Invocation::Untouched(why) => panic!("untouched: {why}"),
+        Invocation::Untouched { why, .. } => panic!("untouched: {why}"),
     }
 }
 
@@ -44,8 +44,12 @@ fn what_only_asks_is_left_alone() {
         "-mon chardev=m,mode=control,pretty=on -chardev socket,id=m,path=/q,server=on",
         "-mon chardev=m,mode=control -chardev socket,id=m,host=h,port=1,server=on",
         "-mon chardev=m,mode=control -chardev socket,id=m,path=/q,abstract=on,server=on",
+        "-object monitor-qmp,id=o,chardev=m,pretty=on -chardev socket,id=m,path=/q,server=on",
+        "-object monitor-qmp,id=o,chardev=m,close-action=delete -chardev socket,id=m,path=/q,server=on",
+        "-object monitor-hmp,id=o,chardev=m -chardev socket,id=m,path=/q,server=on",
+        "-object monitor-qmp,id=o,chardev=m -chardev pty,id=m",
     ] {
-        assert!(matches!(read(line), Invocation::Untouched(_)), "{line}");
+        assert!(matches!(read(line), Invocation::Untouched { .. }), "{line}");
     }
 }
 
@@ -71,12 +75,60 @@ fn monitors_are_found_in_all_their_forms() {
         endpoint("-chardev socket,id=m,fd=22 -qmp chardev:m"),
         Endpoint::Connected { fd: 22 }
     );
+    let object = r#"{"qom-type":"monitor-qmp","id":"o","chardev":"m"}"#;
+    for object in ["monitor-qmp,id=o,chardev=m", "qom-type=monitor-qmp,id=o,chardev=m", object] {
+        let chardev = "-chardev socket,id=m,path=/q,server=on,wait=off";
+        assert_eq!(endpoint(&format!("-object {object} {chardev}")), listen(false));
+        let line = rewritten(&format!("{chardev} -object {object} -m 8"));
+        let expected = format!("-chardev backend=socket,id=m,fd=50 -object {object} -m 8 ");
+        assert!(line.starts_with(&expected), "{line}");
+    }
     let connect = |reconnect| Endpoint::Connect { path: "/q".into(), reconnect };
     assert_eq!(endpoint("-qmp unix:/q"), connect(None));
     let again = std::time::Duration::from_secs(3);
     assert_eq!(endpoint("-qmp unix:/q,reconnect=3"), connect(Some(again)));
     assert_eq!(endpoint("-incoming rdma:h:1"), Endpoint::Nobody);
     assert_eq!(plan("-qmp unix:/a,server -qmp unix:/b,server").monitors.len(), 2);
+}
+
+/// Whoever asks for a migration over rdma: there gets QEMU's own.
+#[test]
+fn monitors_that_stay_qemus_own_are_told_of() {
+    let notes = |line: &str| match read(line) {
+        Invocation::Guest(plan) => plan.notes,
+        Invocation::Untouched { notes, .. } => notes,
+    };
+    let ours = "-qmp unix:/q,server -m 8";
+    let on = |place: &str| format!("-chardev socket,id=m,{place},server=on");
+    for (left, why) in [
+        ("-monitor stdio".to_owned(), "a human one"),
+        ("-serial mon:stdio".into(), "a human one"),
+        (format!("-mon m {}", on("path=/h")), "a human one"),
+        (format!("-object monitor-hmp,id=o,chardev=m {}", on("path=/h")), "a human one"),
+        ("-qmp-pretty unix:/p,server".into(), "for people"),
+        (format!("-mon m,mode=control,pretty=on {}", on("path=/p")), "for people"),
+        (format!("-object monitor-qmp,id=o,chardev=m,pretty=on {}", on("path=/p")), "for people"),
+        ("-qmp tcp:localhost:1,server".into(), "no Unix socket"),
+        (format!("-mon m,mode=control {}", on("host=h,port=1")), "no Unix socket"),
+        ("-object monitor-qmp,id=o,chardev=elsewhere".into(), "no Unix socket"),
+        (
+            format!("-object monitor-qmp,id=o,chardev=m,close-action=delete {}", on("path=/d")),
+            "goes with its client",
+        ),
+    ] {
+        let option = left.split(" -chardev").next().unwrap();
+        for line in [left.clone(), format!("{ours} {left}")] {
+            let notes = notes(&line);
+            assert_eq!(notes.len(), 1, "{line}: {notes:?}");
+            assert!(
+                notes[0].contains(&format!("'{option}'")) && notes[0].contains(why),
+                "{notes:?}"
+            );
+        }
+    }
+    for none in ["-monitor none", "-serial stdio", "-object iothread,id=o", "-parallel none"] {
+        assert_eq!(notes(&format!("{ours} {none}")), [""; 0], "{none}");
+    }
 }
 
 #[test]
