@@ -402,6 +402,27 @@ fn progress_is_true_and_reported() {
     assert!(of("RDMA_MIGRATION_THROUGHPUT") < of("MIGRATION"), "{events:#?}");
 }
 
+/// Since 11.1 QEMU also says what the whole system has left.
+#[test]
+fn what_the_whole_system_of_qemu_11_1_has_left_is_true() {
+    let mut pair = Pair::start(&Config { version: "11.1", ..Config::default() });
+    pair.source.client.run("migrate-set-parameters", json!({ "max-bandwidth": 32 << 20 }));
+    let uri = pair.listen();
+    pair.source.client.run("migrate", json!({ "uri": uri }));
+    let (whole, ram) = eventually("figures", || {
+        let state = pair.source.client.run("query-migrate", json!({}));
+        let moved = state["ram"]["transferred"].as_u64()? > 1 << 20;
+        moved.then(|| (state["remaining"].as_u64(), state["ram"]["remaining"].as_u64().unwrap()))
+    });
+    let whole = whole.unwrap();
+    assert!((ram..ram + (16 << 20)).contains(&whole), "{whole} of which {ram} are RAM's");
+    pair.source.client.run("migrate-set-parameters", json!({ "max-bandwidth": 1_u64 << 32 }));
+    let end = pair.source.await_status(&["completed", "failed"]);
+    assert_eq!(end["status"], "completed", "{end}");
+    assert_eq!(end["remaining"].as_u64().unwrap_or(0), 0, "{end}");
+    pair.verify();
+}
+
 #[test]
 fn runbook_lines() {
     let mut pair = Pair::start(&Config::default());

@@ -186,10 +186,14 @@ impl View {
 
     /// What QEMU still has to send, and what is on its way.
     fn remaining(&self, ram: &Value) -> u64 {
+        self.remaining_of(&ram["remaining"])
+    }
+
+    fn remaining_of(&self, qemus: &Value) -> u64 {
         if self.phase == Phase::Confirmed {
             return 0;
         }
-        ram["remaining"].as_u64().unwrap_or(0).saturating_add(self.progress.in_flight)
+        qemus.as_u64().unwrap_or(0).saturating_add(self.progress.in_flight)
     }
 
     /// Put our figures into the reply of `query-migrate`; the rest stays QEMU's. What is no answer to it
@@ -254,6 +258,10 @@ impl View {
                 return;
             }
             reply["ram"] = self.ram.clone();
+        }
+        // Of the whole system, since 11.1: RAM that is on its way is not there yet.
+        if let Some(whole) = reply.get_mut("remaining") {
+            *whole = self.remaining_of(whole).into();
         }
         let remaining = self.remaining(&reply["ram"]);
         let ram = &mut reply["ram"];
@@ -370,6 +378,21 @@ mod tests {
         view(Side::Source).overlay(&mut shown);
         let expected = json!({"status": "active", "new": 1, "ram": {"total": 9, "remaining": 4101, "mbps": 12.5, "transferred": 1_000_024, "normal": 3}});
         assert_eq!(shown, expected);
+    }
+
+    /// QEMU 11.1 counts what devices have left, too.
+    #[test]
+    fn what_the_whole_system_has_left_is_no_less_than_ram() {
+        let mut view = view(Side::Source);
+        let left = |view: &View| {
+            let mut shown = reply();
+            shown["remaining"] = 105.into();
+            view.overlay(&mut shown);
+            (shown["remaining"].clone(), shown["ram"]["remaining"].clone())
+        };
+        assert_eq!(left(&view), (json!(4201), json!(4101)));
+        view.phase = Phase::Confirmed;
+        assert_eq!(left(&view), (json!(0), json!(0)));
     }
 
     #[test]
