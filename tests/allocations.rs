@@ -161,6 +161,7 @@ fn options(channels: u16) -> Options {
         peer_timeout: 30,
         connections: 2,
         pin_limit: None,
+        chunk_size: 1 << 20,
         cpus: Vec::new(),
         fabric: FabricKind::Tcp,
     }

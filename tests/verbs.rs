@@ -109,6 +109,73 @@ fn with_qemu_7_2_at_both_ends() {
     }
 }
 
+/// Since 11.1 a stock QEMU registers memory by chunks of a size that is not said on the wire: the helper
+/// goes by what its own QEMU was told. Two helpers need not be told the same.
+#[test]
+fn with_chunks_of_each_size_of_qemu_11_1() {
+    if !support::lab() {
+        return;
+    }
+    for (stock, sizes) in [
+        (Some("destination"), [1, 1]),
+        (Some("destination"), [32, 32]),
+        (Some("destination"), [1024, 1024]),
+        (Some("source"), [1, 1]),
+        (Some("source"), [32, 32]),
+        (Some("source"), [1024, 1024]),
+        (None, [1, 1024]),
+        (None, [32, 1]),
+    ] {
+        println!("stock: {stock:?}, chunks of {sizes:?} MiB");
+        let mut pair = Pair::start(&Config { version: "11.1", ..config() });
+        for (host, size) in [&mut pair.source, &mut pair.destination].into_iter().zip(sizes) {
+            let size = json!({ "x-rdma-chunk-size": size << 20 });
+            host.client.run("migrate-set-parameters", size);
+        }
+        let uri = format!("rdma:{}:{}", support::address(), free_port());
+        let arguments = json!({ "uri": uri });
+        match stock {
+            Some("destination") => {
+                pair.destination.qemu.qmp.run("migrate-incoming", arguments.clone())
+            }
+            _ => pair.destination.client.run("migrate-incoming", arguments.clone()),
+        };
+        match stock {
+            Some("source") => pair.source.qemu.qmp.run("migrate", arguments),
+            _ => pair.source.client.run("migrate", arguments),
+        };
+        let end = pair.source.await_status(&["completed", "failed", "cancelled"]);
+        assert_eq!(end["status"], "completed", "{end}");
+        pair.destination.await_status(&["completed"]);
+        pair.verify();
+    }
+}
+
+/// A chunk is registered as a whole, also where it is larger than all that may be pinned.
+#[test]
+fn a_chunk_beyond_the_pin_limit_is_refused_with_the_cure() {
+    if !support::lab() {
+        return;
+    }
+    let config = Config { version: "11.1", ..config() };
+    let dir = tempfile::tempdir().unwrap();
+    let options = ["--fabric", "verbs", "--peer-timeout", "20", "--pin-limit", "16m"];
+    let mut source = support::Host::with_helper(&dir, "source", &config, &options);
+    source.client.run("migrate-set-parameters", json!({ "x-rdma-chunk-size": 32 << 20 }));
+    let mut destination = Qemu::start(dir.path(), "destination", &config.incoming());
+    let uri = format!("rdma:{}:{}", support::address(), free_port());
+    destination.qmp.run("migrate-incoming", json!({ "uri": uri }));
+    let _ = source.client.execute("migrate", json!({ "uri": uri }));
+    let log = || source.helper.log();
+    eventually("a refusal", || log().contains("x-rdma-chunk-size").then_some(()));
+    assert!(
+        log().contains("--pin-limit allows 16 MiB; raise it, or set the parameter"),
+        "{}",
+        log()
+    );
+    eventually("the guest to run", || (source.qemu.status() == "running").then_some(()));
+}
+
 /// Registering gives holes memory, so that is bounded by what is written around them.
 #[test]
 fn most_of_the_memory_that_was_never_touched_stays_a_hole() {

@@ -3,8 +3,12 @@
 use std::{collections::BTreeMap, ops::Range};
 
 /// Bytes of a chunk, counted from its block's start (RDMA_REG_CHUNK_SHIFT 20). Ranges are whole
-/// chunks, save at the block's end, and no write crosses into another chunk.
+/// chunks, save at the block's end, and no write crosses into another chunk. Those that stock QEMUs
+/// register may be larger since 11.1 (`x-rdma-chunk-size`).
 pub const CHUNK: u64 = 1 << 20;
+
+/// The largest of those.
+pub const CHUNK_MAX: u64 = 1 << 30;
 
 /// Largest range in bytes, if memory is no object. Beyond, the cost of a registration no longer
 /// counts.
@@ -19,15 +23,22 @@ pub const RANGE_MAX: u64 = 64 << 20;
 pub struct Ranges<T> {
     /// By their starts; with their ends.
     ranges: BTreeMap<u64, (u64, T)>,
+    /// Bytes of a chunk.
+    chunk: u64,
 }
 
 impl<T> Default for Ranges<T> {
     fn default() -> Self {
-        Self { ranges: BTreeMap::new() }
+        Self::new(CHUNK)
     }
 }
 
 impl<T> Ranges<T> {
+    /// Of chunks of so many bytes.
+    pub fn new(chunk: u64) -> Self {
+        Self { ranges: BTreeMap::new(), chunk }
+    }
+
     /// The range that contains `offset`, and what it was registered as.
     pub fn get(&self, offset: u64) -> Option<(Range<u64>, &T)> {
         let (start, (end, registered)) = self.ranges.range(..=offset).next_back()?;
@@ -43,11 +54,11 @@ impl<T> Ranges<T> {
     /// The range to register for `offset` of a block of `length` bytes, which no range contains; of
     /// `largest` bytes at the most, which are whole chunks.
     pub fn wanted(&self, offset: u64, length: u64, largest: u64) -> Range<u64> {
-        let start = offset / CHUNK * CHUNK;
+        let start = offset / self.chunk * self.chunk;
         let before = self.ranges.range(..=start).next_back();
         let size = match before {
             Some((before, (end, _))) if *end == start => (2 * (end - before)).min(largest),
-            _ => CHUNK,
+            _ => self.chunk,
         };
         let next = self.ranges.range(start..).next().map_or(length, |(next, _)| *next);
         start..start.saturating_add(size).min(next).min(length)
@@ -98,15 +109,16 @@ mod tests {
         #[test]
         fn ranges_never_overlap(
             pages in 1_u64..=(16 << 40) / 4096,
-            largest in (1_u64..=64).prop_map(|chunks| chunks * CHUNK),
+            chunk in prop_oneof![Just(CHUNK), Just(32 * CHUNK), Just(CHUNK_MAX)],
+            largest in 1_u64..=64,
             offsets in prop::collection::vec((any::<prop::sample::Index>(), 0..8_u64), 1..200),
         ) {
-            let length = pages * 4096;
-            let mut ranges = Ranges::<usize>::default();
+            let (length, largest) = (pages * 4096, largest * chunk);
+            let mut ranges = Ranges::<usize>::new(chunk);
             let mut all: Vec<Range<u64>> = Vec::new();
             for (start, run) in offsets {
                 let start = start.index(pages as usize) as u64 * 4096;
-                for offset in (0..=run).map(|chunk| start + chunk * CHUNK).filter(|it| *it < length) {
+                for offset in (0..=run).map(|next| start + next * chunk).filter(|it| *it < length) {
                     match ranges.get(offset) {
                         Some((range, index)) => {
                             prop_assert!(range.contains(&offset));
@@ -116,8 +128,8 @@ mod tests {
                             let range = ranges.wanted(offset, length, largest);
                             prop_assert!(!ranges.overlaps(&range));
                             prop_assert!(range.contains(&offset) && range.end <= length);
-                            prop_assert!(range.start.is_multiple_of(CHUNK));
-                            prop_assert!(range.end.is_multiple_of(CHUNK) || range.end == length);
+                            prop_assert!(range.start.is_multiple_of(chunk));
+                            prop_assert!(range.end.is_multiple_of(chunk) || range.end == length);
                             prop_assert!(range.end - range.start <= largest);
                             prop_assert!(all.iter().all(|it| it.end <= range.start || range.end <= it.start));
                             ranges.insert(range.clone(), all.len());

@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     fabric::{Connection, Handle, RemoteKey, Request, pending::Place},
-    memory::{RANGE_MAX, Ranges, Region},
+    memory::{CHUNK, RANGE_MAX, Ranges, Region},
     stream::StreamBlock,
     wire::{
         BLOCKS_MAX, ListedBlock, Message, PrivateData, RamBlockEntry, Register,
@@ -43,6 +43,9 @@ pub struct Accepted {
     /// Bytes of it.
     pinned: u64,
     pin_limit: Option<u64>,
+    /// Bytes of the chunks that the source asks for. Between helpers nothing depends on
+    /// `x-rdma-chunk-size`, which one of them may not have.
+    chunk: u64,
     /// To the guest's memory, and to its migration.
     pub claim: Arc<Claim>,
 }
@@ -92,6 +95,7 @@ impl Accepted {
             ranges: HashMap::new(),
             pinned: 0,
             pin_limit: hall.options.pin_limit,
+            chunk: if stock { hall.options.chunk_size } else { CHUNK },
             claim,
         }
     }
@@ -124,7 +128,7 @@ impl Accepted {
         let source: Vec<_> = blocks.iter().map(listed_block).collect();
         let fixed = |index: usize| own[index].region.is_some();
         let order = blocks::compare(&source, &listed(&own), fixed)?;
-        self.table = BlockTable::new(source.iter().map(|block| block.length))?;
+        self.table = BlockTable::new(source.iter().map(|block| block.length), self.chunk)?;
         for (own, listed) in order.into_iter().map(|index| &own[index]).zip(&source) {
             let region = match &own.region {
                 Some(region) => region.clone(),
@@ -160,8 +164,8 @@ impl Accepted {
         if whole.rkey != 0 {
             return Ok(*whole);
         }
-        let stock = self.link.is_stock();
-        let ranges = self.ranges.entry(index).or_default();
+        let (stock, largest) = (self.link.is_stock(), RANGE_MAX.max(self.chunk));
+        let ranges = self.ranges.entry(index).or_insert_with(|| Ranges::new(self.chunk));
         match ranges.get(range.start) {
             Some((known, key)) if stock || known == range => return Ok(*key),
             _ if !stock && ranges.overlaps(&range) => {
@@ -170,8 +174,7 @@ impl Accepted {
             }
             _ => {}
         }
-        let wanted =
-            if stock { ranges.wanted(range.start, block.length, RANGE_MAX) } else { range };
+        let wanted = if stock { ranges.wanted(range.start, block.length, largest) } else { range };
         let pinned = self.pinned.saturating_add(wanted.end - wanted.start);
         if let Some(limit) = self.pin_limit.filter(|limit| pinned > *limit) {
             return Err(MigrationError::Incompatible(format!(
@@ -317,7 +320,7 @@ impl Accepted {
     fn compare(&mut self, source: &[ListedBlock], own: &[Block]) -> Result<Vec<usize>> {
         let writable = |index: usize| own[index].region.is_some();
         let order = blocks::compare(source, &listed(own), writable)?;
-        self.table = BlockTable::new(order.iter().map(|index| own[*index].length))?;
+        self.table = BlockTable::new(order.iter().map(|index| own[*index].length), self.chunk)?;
         Ok(order)
     }
 

@@ -17,7 +17,6 @@ use crate::{
     stream::Travel,
     wire::{
         Compress, Extension, ListedBlock, Message, PrivateData, RamBlockEntry, Register, WireError,
-        blocks::{self},
         credit::Flow,
     },
 };
@@ -188,23 +187,23 @@ impl AgreedBlock {
         Ok(())
     }
 
-    /// The request to be let into these bytes of it, which begin at a chunk.
-    pub fn register(&self, range: &Range<u64>) -> Message<'static> {
+    /// The request to be let into these bytes of it, which are chunks of `chunk` bytes.
+    pub fn register(&self, range: &Range<u64>, chunk: u64) -> Message<'static> {
         Message::RegisterRequest(vec![Register {
             key: (self.base + range.start).into(),
             index: self.index.into(),
             padding: 0.into(),
-            chunks: ((range.end - range.start).div_ceil(blocks::CHUNK) - 1).into(),
+            chunks: ((range.end - range.start).div_ceil(chunk) - 1).into(),
         }])
     }
 
     /// The request to end that, for the very same bytes. It names chunks by their number.
-    pub fn unregister(&self, range: &Range<u64>) -> Message<'static> {
+    pub fn unregister(&self, range: &Range<u64>, chunk: u64) -> Message<'static> {
         Message::UnregisterRequest(vec![Register {
-            key: (range.start / blocks::CHUNK).into(),
+            key: (range.start / chunk).into(),
             index: self.index.into(),
             padding: 0.into(),
-            chunks: ((range.end - range.start).div_ceil(blocks::CHUNK) - 1).into(),
+            chunks: ((range.end - range.start).div_ceil(chunk) - 1).into(),
         }])
     }
 
@@ -271,6 +270,7 @@ pub fn connect(
     let (reply, connection) = fabric.connect(address, &request.encode(), TIMEOUT)?;
     let stall = options.stall_timeout();
     let Some(theirs) = extension(&PrivateData::decode(&reply)?, options)? else {
+        check_chunk(options)?;
         let (link, receiver) = Link::stock(connection, Flow::Lockstep, stall);
         statistics.follow(&link);
         let (blocks, pin_limit) = (SourceBlocks::Unnamed(blocks), options.pin_limit);
@@ -291,6 +291,21 @@ pub fn connect(
             link.end(&error, true);
             Err(error)
         }
+    }
+}
+
+/// A stock destination registers memory by chunks, and so does this end.
+pub(super) fn check_chunk(options: &Options) -> Result<()> {
+    match options.pin_limit {
+        Some(limit) if !options.pin_all && limit < options.chunk_size => {
+            Err(MigrationError::Incompatible(format!(
+                "Parameter x-rdma-chunk-size lets a stock QEMU pin {} MiB at a time, and --pin-limit \
+                 allows {} MiB; raise it, or set the parameter to less at both ends",
+                options.chunk_size >> 20,
+                limit >> 20
+            )))
+        }
+        _ => Ok(()),
     }
 }
 

@@ -315,6 +315,7 @@ mod tests {
             connections: 1,
             channels: 0,
             pin_limit: None,
+            chunk_size: crate::memory::CHUNK,
             cpus: Vec::new(),
             fabric: FabricKind::Tcp,
         }

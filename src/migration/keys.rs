@@ -9,7 +9,7 @@ use std::{
 
 use crate::{
     fabric::RemoteKey,
-    memory::{CHUNK, RANGE_MAX, Ranges},
+    memory::{RANGE_MAX, Ranges},
 };
 
 /// A range of a block, by the block's index.
@@ -38,23 +38,35 @@ pub struct Keys {
     /// Bytes in `held`.
     used: u64,
     limit: u64,
+    /// Bytes of a chunk.
+    chunk: u64,
     largest: u64,
 }
 
 impl Keys {
-    /// Of `limit` bytes together at the most, though never less than one chunk.
-    pub fn new(limit: Option<u64>) -> Self {
-        let limit = limit.unwrap_or(u64::MAX).max(CHUNK);
+    /// Of `limit` bytes together at the most, though never less than one chunk of `chunk` bytes.
+    pub fn new(limit: Option<u64>, chunk: u64) -> Self {
+        let limit = limit.unwrap_or(u64::MAX).max(chunk);
         // A quarter, so that one range may go while others are in use.
-        let largest = (limit / 4 / CHUNK * CHUNK).clamp(CHUNK, RANGE_MAX);
+        let largest = (limit / 4 / chunk * chunk).clamp(chunk, RANGE_MAX.max(chunk));
         Self {
             ranges: HashMap::new(),
             asked: VecDeque::new(),
             held: VecDeque::new(),
             used: 0,
             limit,
+            chunk,
             largest,
         }
+    }
+
+    /// Bytes of a chunk.
+    pub fn chunk(&self) -> u64 {
+        self.chunk
+    }
+
+    fn of_block(&mut self, index: usize) -> &mut Ranges<Option<RemoteKey>> {
+        self.ranges.entry(index).or_insert_with(|| Ranges::new(self.chunk))
     }
 
     /// What is known of `offset` of block `index`.
@@ -68,7 +80,8 @@ impl Keys {
 
     /// The range to ask for, for an offset of which nothing is known.
     pub fn wanted(&mut self, index: usize, offset: u64, length: u64) -> Range<u64> {
-        self.ranges.entry(index).or_default().wanted(offset, length, self.largest)
+        let largest = self.largest;
+        self.of_block(index).wanted(offset, length, largest)
     }
 
     /// Whoever writes at `offset` comes to the second half of a run's last range: the range to ask
@@ -76,7 +89,7 @@ impl Keys {
     pub fn ahead(&mut self, index: usize, offset: u64, length: u64) -> Option<Range<u64>> {
         let ranges = self.ranges.get(&index)?;
         let (range, _) = ranges.get(offset)?;
-        let run = range.end - range.start > CHUNK;
+        let run = range.end - range.start > self.chunk;
         let late = offset - range.start >= (range.end - range.start) / 2;
         if !run || !late || range.end >= length || !self.asked.is_empty() {
             return None;
@@ -104,7 +117,7 @@ impl Keys {
     /// A range was asked for.
     pub fn ask(&mut self, index: usize, range: Range<u64>) {
         self.used += range.end - range.start;
-        self.ranges.entry(index).or_default().insert(range.clone(), None);
+        self.of_block(index).insert(range.clone(), None);
         self.held.push_back((index, range.clone()));
         self.asked.push_back((index, range));
     }
@@ -117,7 +130,7 @@ impl Keys {
     /// The oldest question was answered; false if there was none.
     pub fn answer(&mut self, key: RemoteKey) -> bool {
         let Some((index, range)) = self.asked.pop_front() else { return false };
-        self.ranges.entry(index).or_default().insert(range, Some(key));
+        self.of_block(index).insert(range, Some(key));
         true
     }
 }
@@ -127,13 +140,30 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::memory::{CHUNK, CHUNK_MAX};
 
     const KEY: RemoteKey = RemoteKey { address: 1, rkey: 2 };
     const LENGTH: u64 = 1 << 30;
 
+    /// A destination gives the key of the chunk in which a request begins, and registers it once: what is
+    /// asked for has to begin and end with a chunk of its.
+    #[test]
+    fn ranges_are_the_destinations_chunks() {
+        for (chunk, sizes) in [(32 * CHUNK, [32, 64, 64, 64]), (CHUNK_MAX, [1024; 4])] {
+            let mut keys = Keys::new(None, chunk);
+            let mut offset = 5 * CHUNK;
+            for size in sizes {
+                let range = keys.wanted(0, offset, 8 * LENGTH);
+                assert_eq!(range, offset / chunk * chunk..offset / chunk * chunk + size * CHUNK);
+                keys.ask(0, range.clone());
+                offset = range.end;
+            }
+        }
+    }
+
     #[test]
     fn a_run_is_asked_for_before_it_is_needed() {
-        let mut keys = Keys::new(None);
+        let mut keys = Keys::new(None, CHUNK);
         let (mut waited, mut offset) = (0, 0);
         while offset < LENGTH {
             if keys.get(0, offset) == Known::Nothing {
@@ -155,7 +185,7 @@ mod tests {
 
     #[test]
     fn single_chunks_are_no_run() {
-        let mut keys = Keys::new(None);
+        let mut keys = Keys::new(None, CHUNK);
         for offset in [0, 64 * CHUNK, 128 * CHUNK] {
             let range = keys.wanted(0, offset, LENGTH);
             assert_eq!(range.end - range.start, CHUNK);
@@ -170,9 +200,11 @@ mod tests {
         #[test]
         fn the_limit_holds(
             limit in 1_u64..200,
+            chunk in prop_oneof![Just(CHUNK), Just(32 * CHUNK), Just(CHUNK_MAX)],
             offsets in prop::collection::vec((0..3_usize, 0..LENGTH), 1..300),
         ) {
-            let mut keys = Keys::new(Some(limit * CHUNK));
+            let limit = (limit * CHUNK).max(chunk);
+            let mut keys = Keys::new(Some(limit), chunk);
             for (index, offset) in offsets {
                 if keys.get(index, offset) == Known::Nothing {
                     let range = keys.wanted(index, offset, LENGTH);
@@ -186,7 +218,7 @@ mod tests {
                     prop_assert!(keys.answer(KEY));
                 }
                 prop_assert_eq!(keys.get(index, offset), Known::Key(KEY));
-                prop_assert!(keys.used <= limit * CHUNK);
+                prop_assert!(keys.used <= limit);
                 let held: u64 = keys.held.iter().map(|(_, range)| range.end - range.start).sum();
                 prop_assert_eq!(held, keys.used);
             }

@@ -119,6 +119,8 @@ pub struct Options {
     pub channels: u16,
     /// Bytes of guest RAM that may be pinned at a time; `None`: all of it.
     pub pin_limit: Option<u64>,
+    /// Bytes of the chunks by which a stock QEMU registers memory: parameter `x-rdma-chunk-size`.
+    pub chunk_size: u64,
     /// Processors that the worker may use; none: all.
     pub cpus: Vec<u16>,
     /// What carries RAM.

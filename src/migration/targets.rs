@@ -19,6 +19,7 @@ use super::{
 };
 use crate::{
     fabric::{FabricError, RemoteKey},
+    memory::CHUNK,
     patience::Patience,
     stream::{BlockRange, StreamBlock, Travel},
     wire::{Message, RamBlockEntry, RegisterResult},
@@ -56,11 +57,12 @@ impl Targets {
         pin_limit: Option<u64>,
         options: Options,
     ) -> Self {
-        let (blocks, unnamed) = match blocks {
-            SourceBlocks::Agreed(blocks) => (blocks, None),
-            SourceBlocks::Unnamed(blocks) => (Vec::new(), Some(blocks)),
+        // Between helpers nothing depends on the parameter, which one of them may not have.
+        let (blocks, unnamed, chunk) = match blocks {
+            SourceBlocks::Agreed(blocks) => (blocks, None, CHUNK),
+            SourceBlocks::Unnamed(blocks) => (Vec::new(), Some(blocks), options.chunk_size),
         };
-        let keys = Keys::new(pin_limit);
+        let keys = Keys::new(pin_limit, chunk);
         Self { blocks, unnamed, by_stream: Vec::new(), answers, keys, options }
     }
 
@@ -244,7 +246,7 @@ impl Targets {
     /// Ask for a range; this side gets it ready meanwhile.
     fn ask(&mut self, link: &Link, index: usize, range: Range<u64>) -> Result<()> {
         let block = &self.blocks[index];
-        link.send(&block.register(&range))?;
+        link.send(&block.register(&range, self.keys.chunk()))?;
         if let Some(region) = block.region() {
             link.pin(region, range.clone())?;
         }
@@ -262,7 +264,7 @@ impl Targets {
             link.drain()?;
             let Some((index, range)) = self.keys.release() else { return Ok(()) };
             let block = &self.blocks[index];
-            link.send(&block.unregister(&range))?;
+            link.send(&block.unregister(&range, self.keys.chunk()))?;
             let Answer::Unregistered = self.answer(link, Duration::ZERO)? else {
                 return Err(MigrationError::Peer("no UNREGISTER_FINISHED".into()));
             };

@@ -122,8 +122,7 @@ impl Destination {
         }
         // What they are then is asked when a source comes. That it can be is known now.
         self.context.blocks().await.map_err(|error| generic(&error))?;
-        let capabilities = qemu.execute("query-migrate-capabilities", Value::Null).await?;
-        let options = self.context.options(&capabilities);
+        let options = self.context.options(&mut qemu).await?;
         let (ours, theirs) = worker::migration_socket().map_err(|error| generic(&error))?;
         let order = Order::Incoming { address, options };
         let listening = timeout(LISTENING, async {

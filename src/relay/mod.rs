@@ -39,6 +39,7 @@ use tracing::{info, warn};
 use crate::{
     confinement::{Room, confine},
     fabric,
+    memory::CHUNK,
     migration::messages::{self, FabricKind, Options, QmpSocket},
     patience::Patience,
     qemu::{
@@ -256,20 +257,29 @@ impl Context {
         blocks::find(&mut self.qemu.clone(), self.process.files(), &self.memory).await
     }
 
-    /// What the client set in QEMU that matters to a worker, by `query-migrate-capabilities`.
-    fn options(&self, capabilities: &Value) -> Options {
-        Options {
-            pin_all: blockers::is_on(capabilities, "rdma-pin-all"),
-            return_path: blockers::is_on(capabilities, "return-path"),
+    /// What the client set in QEMU that matters to a worker.
+    async fn options(&self, qemu: &mut Qemu) -> Result<Options, QmpError> {
+        let capabilities = qemu.execute("query-migrate-capabilities", Value::Null).await?;
+        let parameters = qemu.execute("query-migrate-parameters", Value::Null).await?;
+        Ok(Options {
+            pin_all: blockers::is_on(&capabilities, "rdma-pin-all"),
+            return_path: blockers::is_on(&capabilities, "return-path"),
             stall_timeout: self.settings.stall_timeout.as_secs().max(1),
             peer_timeout: self.settings.peer_timeout.as_secs().max(1),
             connections: self.settings.connections,
             channels: self.settings.channels,
             pin_limit: self.settings.pin_limit,
+            chunk_size: chunk_size(&parameters),
             cpus: self.settings.cpus.clone(),
             fabric: self.settings.fabric.kind(),
-        }
+        })
     }
+}
+
+/// By which chunks QEMU's own RDMA would register memory (since 11.1), as a stock peer does.
+fn chunk_size(parameters: &Value) -> u64 {
+    let size = parameters["x-rdma-chunk-size"].as_u64();
+    size.filter(|size| size.is_power_of_two() && *size >= CHUNK).unwrap_or(CHUNK)
 }
 
 /// An event of QEMU's that concerns a migration, or word of the relay itself.

@@ -7,7 +7,7 @@ use std::{
 
 use super::{BLOCKS_MAX, Compress, ListedBlock, Register, WireError};
 
-pub use crate::memory::CHUNK;
+use crate::memory::CHUNK;
 
 /// Find each block of `source` among `own`, the destination's.
 ///
@@ -69,22 +69,32 @@ fn first_missing(source: &[ListedBlock], own: &[ListedBlock]) -> String {
 }
 
 /// The destination's blocks in the source's order, against which the source's ranges are checked.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct BlockTable {
     /// `(offset in the destination's numbering, length)`.
     blocks: Vec<(u64, u64)>,
+    /// Bytes of the chunks that are registered. Nobody says on the wire how many: both ends have to
+    /// know.
+    chunk: u64,
+}
+
+impl Default for BlockTable {
+    fn default() -> Self {
+        Self { blocks: Vec::new(), chunk: CHUNK }
+    }
 }
 
 impl BlockTable {
-    /// Number blocks of these lengths one behind the other, as chunks.
+    /// Number blocks of these lengths one behind the other, as chunks of `chunk` bytes.
     ///
     /// # Errors
     /// Too many blocks, or more bytes than an address can count.
-    pub fn new(lengths: impl IntoIterator<Item = u64>) -> Result<Self, WireError> {
+    pub fn new(lengths: impl IntoIterator<Item = u64>, chunk: u64) -> Result<Self, WireError> {
         let mut blocks = Vec::new();
         let mut next = 0_u64;
         for length in lengths {
-            let end = chunks(length).checked_mul(CHUNK).and_then(|size| next.checked_add(size));
+            let end =
+                chunks(length, chunk).checked_mul(chunk).and_then(|size| next.checked_add(size));
             let Some(end) = end.filter(|_| blocks.len() < BLOCKS_MAX) else {
                 return Err(WireError::Incompatible(format!(
                     "The guest has more RAM blocks than {BLOCKS_MAX}, or more RAM than 16 EiB"
@@ -93,7 +103,7 @@ impl BlockTable {
             blocks.push((next, length));
             next = end;
         }
-        Ok(Self { blocks })
+        Ok(Self { blocks, chunk })
     }
 
     /// What the source adds to offsets in block `index`.
@@ -123,19 +133,20 @@ impl BlockTable {
     /// # Errors
     /// A block or a range that does not exist.
     pub fn register(&self, request: &Register) -> Result<(usize, Range<u64>), WireError> {
+        let chunk = self.chunk;
         let (index, range) = self.range(
             "REGISTER_REQUEST",
             request.index.get(),
             request.key.get(),
             |offset, length| {
-                let last = (offset / CHUNK).checked_add(request.chunks.get())?;
-                if last >= chunks(length) {
+                let last = (offset / chunk).checked_add(request.chunks.get())?;
+                if last >= chunks(length, chunk) {
                     return None;
                 }
-                Some(last.checked_add(1)?.checked_mul(CHUNK)?.min(length))
+                Some(last.checked_add(1)?.checked_mul(chunk)?.min(length))
             },
         )?;
-        Ok((index, range.start / CHUNK * CHUNK..range.end))
+        Ok((index, range.start / chunk * chunk..range.end))
     }
 
     /// The block and the range in it that an UNREGISTER_REQUEST means: as many chunks, from the one
@@ -145,7 +156,7 @@ impl BlockTable {
     /// A block or a range that does not exist.
     pub fn unregister(&self, request: &Register) -> Result<(usize, Range<u64>), WireError> {
         let base = self.offset(request.index.get() as usize).unwrap_or(0);
-        let start = request.key.get().checked_mul(CHUNK).and_then(|it| it.checked_add(base));
+        let start = request.key.get().checked_mul(self.chunk).and_then(|it| it.checked_add(base));
         self.register(&Register { key: start.unwrap_or(u64::MAX).into(), ..*request })
     }
 
@@ -179,8 +190,8 @@ impl BlockTable {
 }
 
 /// Chunks of a block, as QEMU counts them: one spare where the length is a multiple.
-pub fn chunks(length: u64) -> u64 {
-    (length / CHUNK).saturating_add(1)
+fn chunks(length: u64, chunk: u64) -> u64 {
+    (length / chunk).saturating_add(1)
 }
 
 #[cfg(test)]
@@ -189,7 +200,43 @@ mod tests {
 
     use super::*;
 
+    use crate::memory::CHUNK_MAX;
+
     const TIB: u64 = 1 << 40;
+
+    /// What a stock QEMU may be told, the smallest, the largest and one between.
+    fn chunk() -> impl Strategy<Value = u64> {
+        prop_oneof![Just(CHUNK), Just(32 * CHUNK), Just(CHUNK_MAX)]
+    }
+
+    /// A write at any offset lies in what a stock source takes its key for, its own chunk; and nothing
+    /// that it did not ask for is granted to it.
+    #[test]
+    fn a_request_means_chunks_of_the_size_that_both_ends_have() {
+        let length = 3 * CHUNK_MAX + 4096;
+        for (chunk, expected) in [
+            (CHUNK, 33 * CHUNK..34 * CHUNK),
+            (32 * CHUNK, 32 * CHUNK..64 * CHUNK),
+            (CHUNK_MAX, 0..CHUNK_MAX),
+        ] {
+            let table = BlockTable::new([4096, length], chunk).unwrap();
+            let base = table.offset(1).unwrap();
+            let request = |offset: u64, chunks: u64| Register {
+                key: (base + offset).into(),
+                index: 1.into(),
+                padding: 0.into(),
+                chunks: chunks.into(),
+            };
+            let granted = table.register(&request(33 * CHUNK + 8192, 0)).unwrap();
+            assert_eq!(granted, (1, expected.clone()), "{chunk}");
+            let (_, more) = table.register(&request(33 * CHUNK, 1)).unwrap();
+            assert_eq!(more, expected.start..expected.end + chunk, "{chunk}");
+            let (_, last) = table.register(&request(3 * CHUNK_MAX, 0)).unwrap();
+            assert_eq!(last, 3 * CHUNK_MAX..length, "{chunk}");
+            let number = Register { key: (expected.start / chunk).into(), ..request(0, 0) };
+            assert_eq!(table.unregister(&number).unwrap(), granted, "{chunk}");
+        }
+    }
 
     fn listed(blocks: &[(&str, u64)]) -> Vec<ListedBlock> {
         let listed =
@@ -229,9 +276,11 @@ mod tests {
 
     #[test]
     fn refuses_more_blocks_than_a_result_can_name() {
-        assert!(BlockTable::new(vec![16 * TIB; BLOCKS_MAX]).is_ok());
-        assert!(BlockTable::new(vec![1; BLOCKS_MAX + 1]).is_err());
-        assert!(BlockTable::new([u64::MAX]).is_err());
+        for chunk in [CHUNK, CHUNK_MAX] {
+            assert!(BlockTable::new(vec![16 * TIB; BLOCKS_MAX], chunk).is_ok());
+            assert!(BlockTable::new(vec![1; BLOCKS_MAX + 1], chunk).is_err());
+            assert!(BlockTable::new([u64::MAX], chunk).is_err());
+        }
     }
 
     proptest! {
@@ -245,9 +294,10 @@ mod tests {
             key in prop_oneof![any::<u64>(), 0..64 * TIB],
             length in prop_oneof![any::<u64>(), 0..32 * TIB],
             chunk_count in prop_oneof![any::<u64>(), 0..32_u64 << 20],
+            chunk in chunk(),
         ) {
             let lengths: Vec<_> = lengths.into_iter().cycle().take(count).collect();
-            let table = BlockTable::new(lengths.iter().copied()).unwrap();
+            let table = BlockTable::new(lengths.iter().copied(), chunk).unwrap();
             // Now and then a key that is in the block.
             let base = table.offset(index as usize).unwrap_or(0);
             let key = if key % 2 == 0 { key } else { base.saturating_add(key % (32 * TIB)) };
@@ -264,11 +314,11 @@ mod tests {
             };
             if let Ok((block, range)) = table.register(&register) {
                 prop_assert!(range.start < range.end && range.end <= lengths[block]);
-                prop_assert_eq!(range.start % CHUNK, 0);
+                prop_assert_eq!(range.start % chunk, 0);
             }
             if let Ok((block, range)) = table.unregister(&register) {
                 prop_assert!(range.start < range.end && range.end <= lengths[block]);
-                prop_assert_eq!(range.start / CHUNK, key);
+                prop_assert_eq!(range.start / chunk, key);
             }
         }
 
@@ -278,23 +328,24 @@ mod tests {
             lengths in prop::collection::vec(1..=16 * TIB, 1..20),
             count in 2..=BLOCKS_MAX,
             at in any::<prop::sample::Index>(),
+            chunk in chunk(),
         ) {
             let lengths: Vec<_> = lengths.into_iter().cycle().take(count).collect();
-            let table = BlockTable::new(lengths.iter().copied()).unwrap();
+            let table = BlockTable::new(lengths.iter().copied(), chunk).unwrap();
             let at = at.index(count - 1);
-            let end = table.offset(at).unwrap() + lengths[at].div_ceil(CHUNK) * CHUNK;
+            let end = table.offset(at).unwrap() + lengths[at].div_ceil(chunk) * chunk;
             prop_assert!(end <= table.offset(at + 1).unwrap());
         }
 
         /// Every chunk of every block can be registered, and its ranges cover it.
         #[test]
-        fn every_chunk_is_granted(length in 1..=16 * TIB, at in any::<prop::sample::Index>()) {
-            let table = BlockTable::new([4096, length]).unwrap();
-            let chunk = at.index(usize::try_from(length.div_ceil(CHUNK)).unwrap()) as u64;
-            let key = table.offset(1).unwrap() + chunk * CHUNK;
+        fn every_chunk_is_granted(length in 1..=16 * TIB, at in any::<prop::sample::Index>(), chunk in chunk()) {
+            let table = BlockTable::new([4096, length], chunk).unwrap();
+            let number = at.index(usize::try_from(length.div_ceil(chunk)).unwrap()) as u64;
+            let key = table.offset(1).unwrap() + number * chunk;
             let request = Register { key: key.into(), index: 1.into(), padding: 0.into(), chunks: 0.into() };
             let (_, range) = table.register(&request).unwrap();
-            prop_assert_eq!(range, chunk * CHUNK..((chunk + 1) * CHUNK).min(length));
+            prop_assert_eq!(range, number * chunk..((number + 1) * chunk).min(length));
         }
     }
 }

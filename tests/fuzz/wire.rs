@@ -18,7 +18,8 @@ fuzz_target!(|input: &[u8]| {
     let again = [&header, payload].concat();
     assert_eq!(Message::decode(&again).unwrap(), message);
 
-    let table = BlockTable::new(LENGTHS).unwrap();
+    let chunk = 1 << (20 + input.len() % 11);
+    let table = BlockTable::new(LENGTHS, chunk).unwrap();
     let inside = |(index, range): (usize, std::ops::Range<u64>)| {
         assert!(range.start < range.end && range.end <= LENGTHS[index]);
     };

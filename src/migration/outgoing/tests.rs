@@ -24,6 +24,7 @@ fn context(past_ram: bool) -> (Context, Receiver<Event>) {
         connections: 1,
         channels: 0,
         pin_limit: None,
+        chunk_size: crate::memory::CHUNK,
         cpus: Vec::new(),
         fabric: FabricKind::Tcp,
     };

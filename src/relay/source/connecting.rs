@@ -96,7 +96,7 @@ impl Source {
         }
         let mut blocks = self.context.blocks().await.map_err(generic)?;
         let capabilities = qemu.execute("query-migrate-capabilities", Value::Null).await?;
-        let options = self.context.options(&capabilities);
+        let options = self.context.options(&mut qemu).await?;
         blockers::refuse(&blockers::find(&mut qemu, &blocks, options.fabric).await?)?;
         // The worker gets the memory that it may read, and no other.
         for block in &mut blocks {
