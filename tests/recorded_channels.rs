@@ -2,6 +2,9 @@
 //!
 //! What QEMU itself counted while it sent (`info migrate`) is what must be found in them.
 
+#[path = "support/streams.rs"]
+mod streams;
+
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
     convert::Infallible,
@@ -38,7 +41,7 @@ fn unpacked(path: &Path) -> Vec<u8> {
 impl Recording {
     fn all() -> Vec<Self> {
         let dir = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data/channels");
-        let names = ["7.2-pc", "10.0-pc-7.2", "10.0-pc-8.2", "10.0-pc-9.2", "10.0-q35"];
+        let names = ["7.2-pc", "10.0-pc-7.2", "10.0-pc-8.2", "10.0-pc-9.2", "10.0-q35", "11.1-q35"];
         let read = |name: &str| {
             let part = |part: &str| unpacked(&dir.join(format!("{name}.{part}.xz")));
             Self {
@@ -53,8 +56,7 @@ impl Recording {
 
     /// A count of `info migrate`.
     fn count(&self, what: &str) -> usize {
-        let line = self.said.lines().find_map(|line| line.strip_prefix(&format!("{what}: ")));
-        line.unwrap().split(' ').next().unwrap().parse().unwrap()
+        streams::count(&self.said, what).unwrap() as usize
     }
 
     /// Up to 8.0 there is no word for a synchronisation, and up to 8.2 zero pages are in the stream.

@@ -60,8 +60,7 @@ impl Recording {
 
     /// A count of `info migrate`; 0 if it is not there.
     fn count(&self, what: &str) -> u64 {
-        let line = self.said.lines().find_map(|line| line.strip_prefix(&format!("{what}: ")));
-        line.map_or(0, |rest| rest.split(' ').next().unwrap().parse().unwrap())
+        streams::count(&self.said, what).unwrap_or(0)
     }
 
     /// Names and used lengths of `info ramblock`.

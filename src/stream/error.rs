@@ -4,7 +4,7 @@
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum StreamError {
     /// The bytes follow no grammar that is known.
-    #[error("Malformed migration stream at byte {at}: {why}; is its QEMU one of 7.2 to 10.0?")]
+    #[error("Malformed migration stream at byte {at}: {why}; is its QEMU one of 7.2 to 11.1?")]
     Malformed {
         /// Offset in the stream.
         at: u64,

@@ -20,13 +20,30 @@ pub fn recorded() -> Vec<(String, Vec<u8>)> {
         recorded.push((name, stream));
     }
     recorded.sort();
-    assert_eq!(recorded.len(), 8, "see scripts/record-streams");
+    assert_eq!(recorded.len(), 11, "see scripts/record-streams");
     recorded
 }
 
 /// Where they are.
 pub fn directory() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data/streams")
+}
+
+/// A count in what `info migrate` says: in a line of its own, or in a table since 11.1.
+pub fn count(said: &str, what: &str) -> Option<u64> {
+    let number = |text: &str| text.split([' ', ',']).next()?.parse().ok();
+    let row = |head: &str| said.lines().find_map(|line| line.trim_start().strip_prefix(head));
+    if let Some(rest) = row(&format!("{what}: ")) {
+        return number(rest);
+    }
+    let (head, name) = match what {
+        "normal" => ("Page Types:", "normal="),
+        "duplicate" => ("Page Types:", "zero="),
+        "dirty sync count" => ("Others:", "dirty_syncs="),
+        "xbzrle pages" => ("XBZRLE:", "pages="),
+        _ => return None,
+    };
+    row(head)?.split_whitespace().find_map(|word| word.strip_prefix(name)).and_then(number)
 }
 
 /// The stream of a guest with one RAM block, as QEMU would send it; taken piece by piece.
