@@ -6,7 +6,6 @@ mod cli;
 use std::process::ExitCode;
 
 use clap::Parser as _;
-use qemu_rdma_helper::text;
 
 fn main() -> ExitCode {
     let arguments = match cli::arguments() {
@@ -28,6 +27,6 @@ fn main() -> ExitCode {
 }
 
 fn failed(error: &anyhow::Error) -> ExitCode {
-    eprintln!("qemu-rdma-helper: {}", text::line(&format!("{error:#}")));
+    cli::log::fail(error);
     ExitCode::from(cli::FAILED)
 }

@@ -6,6 +6,7 @@ use std::{
     collections::BTreeMap,
     fs,
     io::Read as _,
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
 };
@@ -47,6 +48,72 @@ fn misuse_is_told_from_failure() {
     let error = text(&output.stderr);
     let here = !std::path::Path::new("/sys/class/infiniband").exists();
     assert!(!here || error.contains("no 'verbs' fabric") || error.contains("no RDMA device"));
+}
+
+/// What a command says on a standard error that is the journal's, if `its` is what systemd says of it.
+fn on_journal(command: &mut Command, its: bool) -> String {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let of = fs::metadata(file.path()).unwrap();
+    let inode = if its { of.ino() } else { of.ino() + 1 };
+    let output = command
+        .env("JOURNAL_STREAM", format!("{}:{inode}", of.dev()))
+        .env("RUST_LOG", "info")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(file.reopen().unwrap());
+    output.status().unwrap();
+    fs::read_to_string(file.path()).unwrap()
+}
+
+/// Under systemd a message has the journal's priority, and neither a time nor a level of its own.
+#[test]
+fn priorities_are_the_journals() {
+    let qemu = support::cache("bin/qemu-10.0");
+    let run = |arguments: &str, its: bool| {
+        let mut command = Command::new(BINARY);
+        command.args(["run", "--"]).arg(&qemu).args(arguments.split_whitespace());
+        on_journal(&mut command, its)
+    };
+    let asks = "QEMU is started as it is: it asks for help\n";
+    assert_eq!(run("--version", true), format!("<6>{asks}"));
+    let other = run("--version", false);
+    assert!(other.ends_with(&format!(" INFO {asks}")) && other.starts_with("20"), "{other}");
+    let warns = run("-monitor none -qmp-pretty none -chardev nonsense", true);
+    assert!(warns.contains("<4>The monitor of '-qmp-pretty none' stays QEMU's own"), "{warns}");
+    let fails = on_journal(Command::new(BINARY).args(["run", "--", "/nonexistent", "-h"]), true);
+    let (first, last) = fails.split_once('\n').unwrap();
+    assert_eq!(first, "<6>QEMU is started as it is: it asks for help");
+    let failure = "Cannot run /nonexistent: No such file or directory (os error 2); is it the path of a QEMU?";
+    assert_eq!(last, format!("<3>{failure}\n"));
+}
+
+/// One sentence, in which nothing is said twice or in the words of the program's source.
+#[test]
+fn failures_are_said_once() {
+    for (arguments, sentence) in [
+        (
+            "attach --fabric tcp --qemu-qmp /nonexistent --qmp /nonexistent",
+            "Cannot attach to QEMU at /nonexistent: No such file or directory (os error 2); is it the \
+             socket of a running '-qmp unix:...,server=on,wait=off'?",
+        ),
+        (
+            "run -- /nonexistent -qmp unix:/nonexistent/qmp,server=on,wait=off",
+            "Cannot serve QEMU's monitor at /nonexistent/qmp: No such file or directory (os error 2); \
+             look at -qmp or -chardev",
+        ),
+        (
+            "run -- /nonexistent -version",
+            "Cannot run /nonexistent: No such file or directory (os error 2); is it the path of a QEMU?",
+        ),
+        (
+            "hmp --qmp /nonexistent quit",
+            "Cannot connect to the QMP socket /nonexistent: No such file or directory (os error 2)",
+        ),
+    ] {
+        let output = run(&arguments.split(' ').collect::<Vec<_>>());
+        assert_eq!(text(&output.stderr), format!("qemu-rdma-helper: {sentence}\n"));
+        assert_eq!(output.status.code(), Some(1), "{arguments}");
+    }
 }
 
 #[test]

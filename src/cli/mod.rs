@@ -6,6 +6,7 @@ mod client;
 mod completions;
 mod fabric;
 mod hmp;
+pub mod log;
 mod man;
 mod migrate;
 mod relay;
@@ -15,14 +16,9 @@ mod worker;
 
 pub use run::arguments;
 
-use std::io;
-
 use anyhow::Context as _;
 use clap::{Parser, Subcommand};
-use qemu_rdma_helper::text;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tracing::level_filters::LevelFilter;
-use tracing_subscriber::EnvFilter;
 
 /// Exit code: done.
 pub const DONE: u8 = 0;
@@ -74,73 +70,37 @@ impl Cli {
     pub fn run(self) -> anyhow::Result<u8> {
         match self.command {
             Command::Attach(args) => {
-                log(LevelFilter::INFO);
+                log::start(LevelFilter::INFO);
                 block_on(attach::run(args))
             }
             Command::Run(args) => {
                 // QEMU's own messages are what its user wants to see.
-                log(LevelFilter::WARN);
+                log::start(LevelFilter::WARN);
                 run::run(args)
             }
             Command::Relay(args) => {
-                log(LevelFilter::INFO);
+                log::start(LevelFilter::INFO);
                 relay::run(&args)
             }
             Command::Man(args) => man::run(&args),
             Command::Completions(args) => completions::run(&args),
             Command::Worker(args) => {
-                log(LevelFilter::INFO);
+                log::start(LevelFilter::INFO);
                 worker::run(&args)
             }
             Command::Migrate(args) => {
-                log(LevelFilter::WARN);
+                log::start(LevelFilter::WARN);
                 block_on(migrate::run(args))
             }
             Command::Hmp(args) => {
-                log(LevelFilter::WARN);
+                log::start(LevelFilter::WARN);
                 block_on(hmp::run(args))
             }
             Command::Check(args) => {
-                log(LevelFilter::WARN);
+                log::start(LevelFilter::WARN);
                 block_on(check::run(args))
             }
         }
-    }
-}
-
-/// Log to stderr, from this level on unless RUST_LOG says otherwise.
-fn log(level: LevelFilter) {
-    let filter = EnvFilter::builder().with_default_directive(level.into()).from_env_lossy();
-    let colours = std::io::IsTerminal::is_terminal(&std::io::stderr());
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(move || Stderr { colours })
-        .log_internal_errors(false)
-        .with_ansi(colours)
-        .with_target(false)
-        .init();
-}
-
-/// Standard error, which is QEMU's as well under `run`: whoever reads it may be gone, or asleep. A
-/// message is lost rather than anything else.
-struct Stderr {
-    colours: bool,
-}
-
-impl io::Write for Stderr {
-    fn write(&mut self, message: &[u8]) -> io::Result<usize> {
-        let stderr = io::stderr();
-        let mut writable = [PollFd::new(&stderr, PollFlags::OUT)];
-        if poll(&mut writable, Some(&Timespec::default())) == Ok(1) {
-            // A pipe that can be written to takes PIPE_BUF, which is as much as this, without waiting
-            // (pipe(7)).
-            let _ = stderr.lock().write(&text::logged(message, self.colours));
-        }
-        Ok(message.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
     }
 }
 

@@ -424,9 +424,7 @@ fn agreed(
 
 /// A message that is out of turn.
 pub fn unexpected(message: &Message<'_>, wanted: &str) -> MigrationError {
-    let text = format!("{message:?}");
-    let end = text.floor_char_boundary(80);
-    MigrationError::Peer(format!("{} where {wanted} belongs", &text[..end]))
+    MigrationError::Peer(format!("{} where {wanted} belongs", message.name()))
 }
 
 impl From<WireError> for MigrationError {

@@ -14,7 +14,7 @@ use std::{
     time::Duration,
 };
 
-use tracing::warn;
+use tracing::{debug, warn};
 
 use super::{
     Result, Verdict,
@@ -284,7 +284,7 @@ impl Incoming {
             Order::Abort { .. } if context.commitment.is_past_ram() => self,
             Order::Abort { reason } => self.fail_here(MigrationError::Aborted(reason), context),
             order => {
-                warn!(?order, "an order that means nothing to a destination");
+                debug!(?order, "an order that means nothing to a destination");
                 self
             }
         }

@@ -14,7 +14,7 @@ use std::{
     },
 };
 
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use self::{
     context::{Context, Way, say_lost},
@@ -242,7 +242,7 @@ impl Outgoing {
                 | Event::HolesFilled(_),
             ) => state,
             (state, Event::Order(order)) => {
-                warn!(?order, "an order that means nothing to a source");
+                debug!(?order, "an order that means nothing to a source");
                 state
             }
             // Late words of threads whose migration has moved on: a channel that QEMU breaks off when its

@@ -136,7 +136,7 @@ struct Session {
 
 impl Session {
     fn make(monitor: &Monitor) -> Result<Self, LaunchError> {
-        let place = || format!("{:?}", monitor.endpoint);
+        let place = || monitor.endpoint.to_string();
         let made = door(&monitor.endpoint).and_then(|door| Ok((door, UnixStream::pair()?)));
         let ((door, door_fd), (relay, qemu)) =
             made.map_err(|source| LaunchError::Monitor { place: place(), source })?;

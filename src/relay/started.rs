@@ -153,7 +153,7 @@ pub fn detach() -> io::Result<()> {
 /// Take the order that comes at `control`, and serve until QEMU is gone.
 ///
 /// # Errors
-/// When no proper order comes; the same was told to who should have sent it.
+/// When no proper order comes, and who should have sent it can't be told.
 pub async fn run(control: StdUnixStream) -> io::Result<()> {
     for number in (1..=SIGNAL_MAX).filter(|number| !SIGNALS_KEPT.contains(number)) {
         // From now on it has no effect.
@@ -173,14 +173,16 @@ pub async fn run(control: StdUnixStream) -> io::Result<()> {
     };
     match result {
         Ok(prepared) => {
-            answer(&control, &Started::Ready).await;
+            // Whoever is gone needs no answer: QEMU will not come.
+            let _ = answer(&control, &Started::Ready).await;
             drop(control);
             serve(prepared).await
         }
-        Err(error) => {
-            answer(&control, &Started::Failed(error.to_string())).await;
-            Err(error)
-        }
+        // Whoever is told says it, once.
+        Err(error) => match answer(&control, &Started::Failed(error.to_string())).await {
+            Ok(()) => Ok(()),
+            Err(_) => Err(error),
+        },
     }
 }
 
@@ -247,10 +249,9 @@ fn wrong(why: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, format!("the order to the relay is wrong: {why}"))
 }
 
-async fn answer(control: &UnixStream, answer: &Started) {
+async fn answer(control: &UnixStream, answer: &Started) -> io::Result<()> {
     let line = json!(answer);
-    // Whoever is gone needs no answer: QEMU will not come.
-    let _ = socket::send_all_async(control, format!("{line}\n").as_bytes(), &[]).await;
+    socket::send_all_async(control, format!("{line}\n").as_bytes(), &[]).await
 }
 
 async fn serve(prepared: Prepared) -> io::Result<()> {

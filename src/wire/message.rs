@@ -169,6 +169,27 @@ pub enum Message<'a> {
 }
 
 impl<'a> Message<'a> {
+    /// Its type's name in the protocol.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Error => "ERROR",
+            Self::Ready(_) => "READY",
+            Self::QemuFile(_) => "QEMU_FILE",
+            Self::RamBlocksRequest => "RAM_BLOCKS_REQUEST",
+            Self::RamBlocksResult(_) => "RAM_BLOCKS_RESULT",
+            Self::Compress(_) => "COMPRESS",
+            Self::RegisterRequest(_) => "REGISTER_REQUEST",
+            Self::RegisterResult(_) => "REGISTER_RESULT",
+            Self::RegisterFinished => "REGISTER_FINISHED",
+            Self::UnregisterRequest(_) => "UNREGISTER_REQUEST",
+            Self::UnregisterFinished => "UNREGISTER_FINISHED",
+            Self::BlockList { .. } => "BLOCK_LIST",
+            Self::ErrorText { .. } => "ERROR_TEXT",
+            Self::StreamEnd { .. } => "STREAM_END",
+            Self::FinalAck => "FINAL_ACK",
+        }
+    }
+
     /// Header and payload to send; `scratch` holds the payload where the message itself does not.
     /// It does for those of which there may be one a page: they cost no allocation.
     pub fn encode<'b>(&'b self, scratch: &'b mut Vec<u8>) -> ([u8; HEADER_SIZE], &'b [u8]) {

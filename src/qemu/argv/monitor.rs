@@ -56,6 +56,16 @@ pub enum Endpoint {
     Nobody,
 }
 
+impl std::fmt::Display for Endpoint {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Listen { path, .. } | Self::Connect { path, .. } => path.display().fmt(f),
+            Self::Listening { fd, .. } | Self::Connected { fd } => write!(f, "descriptor {fd}"),
+            Self::Nobody => f.write_str("no socket"),
+        }
+    }
+}
+
 /// A monitor that the helper stands before.
 #[derive(Debug)]
 pub struct Monitor {
