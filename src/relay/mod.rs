@@ -46,7 +46,7 @@ use crate::{
         QemuError, Version, blockers,
         blocks::{self, OwnMemory, RamBlock},
     },
-    qmp::envelope,
+    qmp::{Execute as _, QmpError, envelope},
 };
 use door::{Door, ServedSocket};
 use migrations::Migrations;

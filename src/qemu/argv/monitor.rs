@@ -98,6 +98,8 @@ const PRETTY: Left = "its output is for people (pretty)";
 const ELSEWHERE: Left = "it is on no Unix socket that the command line describes";
 const FLEETING: Left = "it goes with its client (close-action=delete)";
 
+const UNREAD: Left = "the helper does not read that file";
+
 /// What is found on a command line.
 pub(super) struct Search<'a> {
     pub given: &'a [Given<'a>],
@@ -113,8 +115,9 @@ impl Search<'_> {
     pub fn run(mut self) {
         for option in self.given {
             let Err(why) = self.look(option) else { continue };
+            let which = if option.name == "readconfig" { "Any" } else { "The" };
             self.notes.push(format!(
-                "The monitor of '-{} {}' stays QEMU's own, because {why}: what is asked for there, a \
+                "{which} monitor of '-{} {}' stays QEMU's own, because {why}: what is asked for there, a \
                  migration over rdma: too, is not the helper's; use a QMP monitor on a Unix socket",
                 option.name,
                 option.value.unwrap_or_default()
@@ -147,6 +150,7 @@ impl Search<'_> {
             },
             "qmp-pretty" => Err(PRETTY),
             "monitor" if value != "none" => Err(HUMAN),
+            "readconfig" => Err(UNREAD),
             "serial" | "parallel" if value.starts_with("mon:") => Err(HUMAN),
             _ => Ok(()),
         }
