@@ -5,17 +5,22 @@ mod support;
 use std::{
     collections::BTreeMap,
     fs,
-    io::Read as _,
-    os::unix::fs::MetadataExt as _,
+    io::{BufRead as _, BufReader, Read as _},
+    os::unix::{
+        fs::{MetadataExt as _, symlink},
+        net::UnixListener,
+    },
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
+    time::{Duration, Instant},
 };
 
 use rustix::process::Signal;
 use serde_json::json;
 use support::{
-    Config, Helper, Host, Memory, Pair,
+    Config, Helper, Host, Memory, Pair, Qemu, Qmp, VERSIONS,
     helper::{BINARY, signal_process},
+    qemu::Process,
 };
 
 fn run(arguments: &[&str]) -> Output {
@@ -40,7 +45,7 @@ fn misuse_is_told_from_failure() {
         assert!(help.contains(command), "{help}");
     }
     assert!(!help.contains("worker"), "{help}");
-    let output = run(&["attach", "--qemu-qmp", "/nonexistent", "--qmp", "/tmp/x"]);
+    let output = run(&["attach", "--wait", "0", "--qemu-qmp", "/nonexistent", "--qmp", "/tmp/x"]);
     assert_eq!(output.status.code(), Some(1));
     let error = text(&output.stderr);
     assert!(error.contains("/nonexistent") && error.lines().count() == 1, "{error}");
@@ -113,6 +118,70 @@ fn failures_are_said_once() {
         let output = run(&arguments.split(' ').collect::<Vec<_>>());
         assert_eq!(text(&output.stderr), format!("qemu-rdma-helper: {sentence}\n"));
         assert_eq!(output.status.code(), Some(1), "{arguments}");
+    }
+}
+
+/// Whoever starts both need not know which is there first.
+#[test]
+fn attach_waits_for_a_qemu_that_starts_later() {
+    for version in VERSIONS {
+        let dir = tempfile::tempdir().unwrap();
+        let (qemu, socket) = (dir.path().join("late.helper.qemu"), dir.path().join("qmp"));
+        // What a QEMU that was killed has left.
+        drop((version == "10.0").then(|| UnixListener::bind(&qemu).unwrap()));
+        let mut attach = Command::new(BINARY);
+        attach.args(["attach", "--fabric", "tcp", "--wait", "120", "--qemu-qmp"]).arg(&qemu);
+        let attach = attach.arg("--qmp").arg(&socket).stderr(Stdio::piped()).spawn().unwrap();
+        let mut attach = Process::new(attach);
+        let mut log = BufReader::new(attach.stderr.take().unwrap()).lines();
+        let said = log.next().unwrap().unwrap();
+        assert!(said.contains("waiting for QEMU's socket"), "{said}");
+        assert!(!socket.exists());
+        let config = Config { version, paused: true, ..Config::default() };
+        let _late = Qemu::start(dir.path(), "late", &config);
+        let mut client = Qmp::connect(&socket);
+        assert_eq!(client.run("query-status", json!({}))["status"], "prelaunch");
+    }
+}
+
+#[test]
+fn attach_gives_up_in_one_sentence() {
+    let dir = tempfile::tempdir().unwrap();
+    let attach = |qemu: &Path, wait: &str| {
+        let begun = Instant::now();
+        let qemu = qemu.to_str().unwrap();
+        let output =
+            run(&["attach", "--wait", wait, "--qemu-qmp", qemu, "--qmp", "/nonexistent/x"]);
+        let error = text(&output.stderr).lines().last().unwrap().to_owned();
+        assert_eq!(output.status.code(), Some(1), "{error}");
+        assert!(error.contains(&format!("Cannot attach to QEMU at {qemu}: ")), "{error}");
+        (error, begun.elapsed())
+    };
+    // In vain: nothing is there, nobody listens, the directory is missing.
+    let stale = dir.path().join("stale");
+    drop(UnixListener::bind(&stale).unwrap());
+    for (path, why) in [
+        (dir.path().join("missing"), "No such file or directory"),
+        (dir.path().join("missing/qemu"), "No such file or directory"),
+        (stale.clone(), "Connection refused"),
+    ] {
+        let (error, took) = attach(&path, "1");
+        assert!(error.contains(why) && error.contains(" for 1 s; is it the socket of"), "{error}");
+        assert!(took >= Duration::from_secs(1), "{took:?}");
+        let (error, _) = attach(&path, "0");
+        assert!(error.contains(why) && !error.contains(" for "), "{error}");
+    }
+    // What waiting does not change is said at once.
+    let (file, link) = (dir.path().join("file"), dir.path().join("link"));
+    fs::write(&file, "").unwrap();
+    symlink(&stale, &link).unwrap();
+    for (path, why) in [(file, "it is no socket"), (link, "it is a link")] {
+        let (error, took) = attach(&path, "86400");
+        assert!(error.contains(why) && took < support::PATIENCE, "{error}");
+    }
+    for wrong in ["-1", "1.5", "86401", ""] {
+        let output = run(&["attach", "--wait", wrong, "--qemu-qmp", "x", "--qmp", "y"]);
+        assert_eq!(output.status.code(), Some(2), "{wrong}");
     }
 }
 

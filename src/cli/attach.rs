@@ -1,6 +1,6 @@
 //! `attach`: the relay beside a running QEMU.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Duration};
 
 use qemu_rdma_helper::relay::{self, AttachOptions};
 
@@ -9,8 +9,8 @@ use super::settings::Settings;
 /// Stand beside a running QEMU and serve QMP in its place.
 ///
 /// QEMU must have been started with '-qmp unix:PATH,server=on,wait=off', and its memory should be
-/// shared (-object memory-backend-memfd,...,share=on). Ends when QEMU ends; the guest runs on when
-/// this ends.
+/// shared (-object memory-backend-memfd,...,share=on). It may be started a moment later. Ends when QEMU
+/// ends; the guest runs on when this ends.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// QEMU's QMP socket
@@ -19,6 +19,10 @@ pub struct Args {
     /// Where to serve QMP for management
     #[arg(long, value_name = "PATH")]
     qmp: PathBuf,
+    /// How long to wait for QEMU's socket; 0 for not at all
+    #[arg(long, value_name = "SECONDS", default_value_t = 10,
+          value_parser = clap::value_parser!(u64).range(..=86400))]
+    wait: u64,
     #[command(flatten)]
     settings: Settings,
     /// QEMU's process, if a manager made its QMP socket
@@ -31,6 +35,7 @@ pub async fn run(args: Args) -> anyhow::Result<u8> {
     relay::attach(AttachOptions {
         qemu_qmp: args.qemu_qmp,
         qmp: args.qmp,
+        wait: Duration::from_secs(args.wait),
         settings: args.settings.into(),
         pid: args.pid,
     })

@@ -126,6 +126,8 @@ pub struct AttachOptions {
     /// Where to serve QMP.
     pub qmp: PathBuf,
     /// How migrations are carried.
+    /// How long to wait for a QEMU that is about to start.
+    pub wait: Duration,
     pub settings: Settings,
     /// QEMU's process, where the socket does not tell.
     pub pid: Option<u32>,
@@ -172,11 +174,11 @@ pub enum RelayError {
 /// # Errors
 /// When it can't attach or serve.
 pub async fn attach(options: AttachOptions) -> Result<(), RelayError> {
-    let AttachOptions { qemu_qmp, qmp, settings, pid } = options;
+    let AttachOptions { qemu_qmp, qmp, wait, settings, pid } = options;
     settings.fabric.check()?;
     confine(Room::Attached);
     let qemu_error = |source| RelayError::Qemu { path: qemu_qmp.clone(), source };
-    let mut session = Session::connect(&qemu_qmp).await.map_err(qemu_error)?;
+    let mut session = Session::connect(&qemu_qmp, wait).await.map_err(qemu_error)?;
     let process = match pid {
         Some(pid) => Process::open(pid),
         None => session.peer(),

@@ -16,9 +16,9 @@ use serde_json::{Value, json};
 use tokio::{
     net::UnixStream,
     sync::{mpsc, oneshot},
-    time::timeout,
+    time::{Instant, sleep, timeout},
 };
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
 use super::{process::Process, socket_file::Place};
 use crate::{
@@ -28,6 +28,9 @@ use crate::{
 
 /// How long QEMU may take to greet.
 const GREETING: Duration = Duration::from_secs(5);
+
+/// How soon a socket that is not there is looked for again.
+const RETRY: Duration = Duration::from_millis(100);
 
 /// Requests and events that may wait; whoever has more to say waits too.
 const QUEUE: usize = 256;
@@ -89,18 +92,22 @@ pub struct Session {
 }
 
 impl Session {
-    /// Connect to QEMU's QMP socket, and negotiate. No link is followed from its place to another's,
-    /// because QEMU may own its directory, and be taken for the other then.
+    /// Connect to QEMU's QMP socket, and negotiate; wait so long for a QEMU that is about to start. No
+    /// link is followed from its place to another's, because QEMU may own its directory, and be taken for
+    /// the other then.
     ///
     /// # Errors
     /// The system's; `InvalidData` if that is no QMP server.
-    pub async fn connect(path: &Path) -> io::Result<Self> {
-        let stream = Place::open(path)?.connect().await?;
+    pub async fn connect(path: &Path, wait: Duration) -> io::Result<Self> {
+        let begun = Instant::now();
+        let stream = reach(path, wait).await?;
         let pid = qemu::peer_pid(&stream)?;
         let mut lines = Lines::new(Arc::new(stream));
-        // QEMU serves one client a socket, and lets the next wait without a word.
+        // QEMU serves one client a socket, and lets the next wait without a word. One that has just made
+        // it greets when it has made the guest, too.
+        let patience = GREETING.max(wait.saturating_sub(begun.elapsed()));
         let another = || invalid("it does not answer; is another client attached?");
-        let greeting = timeout(GREETING, lines.greeting()).await.map_err(|_| another())??;
+        let greeting = timeout(patience, lines.greeting()).await.map_err(|_| another())??;
         let greeting = greeting.ok_or_else(another)?;
         let late = |_| invalid("it does not answer as QMP does");
         timeout(GREETING, Self::negotiated(lines, greeting, pid)).await.map_err(late)?
@@ -159,6 +166,35 @@ impl Session {
         negotiate(&mut qemu).await.map_err(refused)?;
         Ok(Self { stream, qemu, said, greeting, pid })
     }
+}
+
+/// Connect to the socket at `path`, which may take so long to be there and to be listened at.
+///
+/// It is looked for again and again: that somebody listens is no change that a directory tells of, and the
+/// directory itself may be yet to come.
+async fn reach(path: &Path, wait: Duration) -> io::Result<UnixStream> {
+    let begun = Instant::now();
+    let mut waits = false;
+    loop {
+        let connected = async { Place::open(path)?.connect().await };
+        let error = match connected.await {
+            Err(error) if may_come(&error) => error,
+            connected => return connected,
+        };
+        if begun.elapsed() >= wait {
+            let waited = if waits { format!(" for {} s", wait.as_secs()) } else { String::new() };
+            return Err(io::Error::new(error.kind(), format!("{error}{waited}")));
+        }
+        if !std::mem::replace(&mut waits, true) {
+            info!(path = %path.display(), "waiting for QEMU's socket");
+        }
+        sleep(RETRY.min(wait.saturating_sub(begun.elapsed()))).await;
+    }
+}
+
+/// Is that what it looks like where a QEMU is yet to start?
+fn may_come(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused)
 }
 
 /// Negotiate, and see that it lasts: a QEMU that is just starting may take the session for opened

@@ -63,12 +63,18 @@ impl Place {
     /// Connect to the socket that is there.
     ///
     /// # Errors
-    /// The system's; `InvalidInput` for a link.
+    /// The system's; `InvalidInput` for a link, and for what is no socket.
     pub(super) async fn connect(&self) -> io::Result<UnixStream> {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let file = openat(&self.directory, &self.name, flags, Mode::empty())?;
-        if FileType::from_raw_mode(fstat(&file)?.st_mode) == FileType::Symlink {
-            let why = "it is a link, which may lead elsewhere at any time; name the socket itself";
+        let why = match FileType::from_raw_mode(fstat(&file)?.st_mode) {
+            FileType::Socket => None,
+            FileType::Symlink => {
+                Some("it is a link, which may lead elsewhere at any time; name the socket itself")
+            }
+            _ => Some("it is no socket"),
+        };
+        if let Some(why) = why {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
         }
         UnixStream::connect(format!("/proc/self/fd/{}", file.as_raw_fd())).await
@@ -207,6 +213,8 @@ mod tests {
         Place::open(&socket).unwrap().connect().await.unwrap();
         let error = Place::open(&link).unwrap().connect().await.unwrap_err();
         assert!(error.to_string().contains("it is a link"), "{error}");
+        let error = Place::open(dir.path()).unwrap().connect().await.unwrap_err();
+        assert_eq!(error.to_string(), "it is no socket");
         let error = Place::open(&dir.path().join("none")).unwrap().connect().await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::NotFound);
     }
