@@ -268,6 +268,22 @@ fn a_runbook_of_monitor_lines() {
     assert_eq!(parameters["max-bandwidth"], 64 << 20);
 }
 
+/// QEMU shows the same in another form there.
+#[test]
+fn a_runbook_of_monitor_lines_on_qemu_11_1() {
+    let mut pair = Pair::start(&Config { version: "11.1", ..Config::default() });
+    make_room(&mut pair);
+    let mut script = migrate_by("migrate.sh", &pair, socket(&pair.destination), &some_uri());
+    let out = succeeds(&script.env("MAX_BANDWIDTH", "64m").output().unwrap());
+    assert!(out.starts_with("active, ") || out.starts_with("setup"), "{out}");
+    assert!(out.contains(" mbps, ") && out.contains("iB left\n"), "{out}");
+    for row in ["\nTime (ms): \t\ttotal=", ", down=", "\n  Transfers: \t\ttransferred="] {
+        assert!(out.contains(row), "{out}");
+    }
+    assert!(out.ends_with("completed: the guest is at the destination\n"), "{out}");
+    pair.verify();
+}
+
 #[test]
 fn interrupting_a_runbook_cancels() {
     let mut pair = Pair::start(&Config::default());

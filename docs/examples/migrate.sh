@@ -40,14 +40,18 @@ while :; do
         run source "$source" migrate_cancel
     fi
     run source "$source" 'info migrate'
-    state=$(said 's/^Migration status: //p')
+    # From QEMU 10.1 on the figures are in groups.
+    state=$(said 's/^Migration status: //p; s/^Status:[[:space:]]*//p')
     case $state in
     completed*) break ;;
     failed*) die "the migration $state" ;;
     cancelled*) die "cancelled; the guest runs on at the source" ;;
     esac
-    echo "$state$(said 's/^throughput: /, /p')$(said 's/^remaining ram: \(.*\)/, \1 left/p')"
+    rate=$(said 's/^throughput: /, /p; s/^  Throughput (Mbps):[[:space:]]*\(.*\)/, \1 mbps/p')
+    left=$(said 's/^remaining ram: \(.*\)/, \1 left/p; s/^  Transfers:.* remain=\(.*\)/, \1 left/p')
+    echo "$state$rate$left"
     sleep 1
 done
-said '/^total time/p; /^downtime/p; /^transferred ram/p; /^throughput/p'
+said '/^total time/p; /^downtime:/p; /^transferred ram/p; /^throughput/p'
+said '/^Time (ms):/p; /^  Throughput (Mbps):/p; /^  Transfers:/p'
 echo "completed: the guest is at the destination"

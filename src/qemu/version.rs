@@ -1,22 +1,10 @@
 //! QEMU's version, and what was tried of which.
 
-use std::fmt;
-
 use serde_json::Value;
 
 use super::blockers::Blocker;
+pub use crate::qmp::Version;
 use crate::qmp::{Execute, QmpError};
-
-/// A version of QEMU; without the numbers that it does not tell.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Version {
-    /// `11` of 11.1.3.
-    pub major: u64,
-    /// `1`.
-    pub minor: u64,
-    /// `3`.
-    pub micro: u64,
-}
 
 /// The oldest whose stream was tried.
 const OLDEST: (u64, u64) = (7, 2);
@@ -31,12 +19,6 @@ impl Version {
     /// When it does not answer.
     pub async fn ask(qmp: &mut impl Execute) -> Result<Self, QmpError> {
         Ok(Self::read(&qmp.execute("query-version", Value::Null).await?))
-    }
-
-    /// Of a `VersionInfo`, which the reply to `query-version` is, and the greeting contains.
-    pub fn read(info: &Value) -> Self {
-        let number = |part: &str| info["qemu"][part].as_u64().unwrap_or(0);
-        Self { major: number("major"), minor: number("minor"), micro: number("micro") }
     }
 
     /// It is older than all that were tried.
@@ -70,12 +52,6 @@ impl Version {
 
     fn release(self) -> (u64, u64) {
         (self.major, self.minor)
-    }
-}
-
-impl fmt::Display for Version {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}.{}.{}", self.major, self.minor, self.micro)
     }
 }
 

@@ -8,10 +8,12 @@ pub mod framer;
 pub mod hmp;
 pub mod socket;
 pub mod uri;
+mod version;
 
 use serde_json::Value;
 
 use crate::text;
+pub use version::Version;
 
 /// Longest command of a client, and longest line of QEMU, that is accepted, in bytes. QEMU's
 /// longest reply, `query-qmp-schema`, has 236 KB (10.0); libvirt gives up beyond 10 MiB.

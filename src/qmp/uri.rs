@@ -14,12 +14,15 @@ pub enum Target {
     Other,
 }
 
-/// Read `rdma:HOST:PORT`; `None` for another scheme.
+/// What an address of ours begins with. QEMU tells capital letters from small ones.
+pub const SCHEME: &str = "rdma:";
+
+/// Read `rdma:HOST:PORT`.
 ///
 /// # Errors
 /// When host or port is missing or no such thing.
 pub fn parse(uri: &str) -> Result<Target, QmpError> {
-    let Some(rest) = uri.strip_prefix("rdma:") else { return Ok(Target::Other) };
+    let Some(rest) = uri.strip_prefix(SCHEME) else { return Ok(Target::Other) };
     let bad = |why: &str| {
         QmpError::generic(format!(
             "Bad migration address '{uri}': {why}; it must be rdma:HOST:PORT, with an IPv6 \
@@ -36,6 +39,30 @@ pub fn parse(uri: &str) -> Result<Target, QmpError> {
         return Err(bad("more than one colon"));
     }
     address(host, port).map_err(|why| bad(&why))
+}
+
+/// Refuse the options of `migrate` that can't be combined with `rdma:`, if they are on.
+///
+/// # Errors
+/// The refusal; or what `is_on` says.
+pub fn refuse(is_on: impl Fn(&str) -> Result<bool, QmpError>) -> Result<(), QmpError> {
+    if is_on("resume")? {
+        return Err(not_resumed());
+    }
+    for storage in ["blk", "inc"] {
+        if is_on(storage)? {
+            return Err(QmpError::generic(format!(
+                "Parameter '{storage}' can't be combined with rdma:; copy the disks with \
+                 blockdev-mirror, or share them"
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// The refusal to go on with a postcopy migration over `rdma:`.
+pub fn not_resumed() -> QmpError {
+    QmpError::generic("A migration over rdma: can't be resumed")
 }
 
 fn address(host: &str, port: &str) -> Result<Target, String> {

@@ -305,14 +305,14 @@ impl Borrowed {
         setting: &Setting,
     ) -> Result<String, QmpError> {
         match setting {
-            Setting::Capability { name, state: Some((state, rest)), .. } if self.includes(name) => {
+            Setting::Capability { name, state, .. } if self.includes(name) => {
                 let mut after = self.capabilities.clone();
                 let mut now = true;
                 for known in after.iter_mut().filter(|known| known.name == *name) {
                     (known.kept, now) = (*state, known.now);
                 }
                 let now = if now { "on" } else { "off" };
-                let line = format!("migrate_set_capability {name} {now}{rest}");
+                let line = format!("migrate_set_capability {name} {now}");
                 let text = monitor_line(qemu, &line).await?;
                 if text.is_empty() {
                     self.keep_capabilities(after).await;
@@ -332,20 +332,9 @@ impl Borrowed {
         name: &str,
         text: &str,
     ) -> Result<String, QmpError> {
-        // How the line is wrong, if it is.
-        let said = monitor_line(qemu, &format!("migrate_set_parameter {NOTHING} {text}")).await?;
-        if !said.contains(NOTHING) {
-            return Ok(said);
-        }
-        let known = qemu.execute("query-migrate-parameters", Value::Null).await?;
-        // Since one parameter is a list of words, the value is the rest of the line (10.2).
-        let value = match known.get("cpr-exec-command") {
-            Some(_) => Some(text.to_owned()),
-            None => hmp::word(text).map(|(word, _)| word),
-        };
-        let value = match (value, &self.parameters[name]) {
-            (Some(text), Value::Number(_)) => hmp::number(&text).unwrap_or(text.into()),
-            (value, _) => value.into(),
+        let value = match &self.parameters[name] {
+            Value::Number(_) => hmp::number(text).map_or_else(|| text.into(), Value::from),
+            _ => text.into(),
         };
         let arguments = [(name.to_owned(), value)].into_iter().collect();
         Ok(match self.set_parameters(qemu, arguments).await {
@@ -379,12 +368,8 @@ impl Borrowed {
         let parameters = self.parameters.iter().map(|(name, value)| {
             (name, value.as_str().map_or_else(|| value.to_string(), str::to_owned))
         });
-        let there = |name: &str| text.lines().any(|line| line.starts_with(&format!("{name}:")));
-        let values: Vec<_> = capabilities
-            .chain(parameters)
-            .filter(|(name, _)| there(name))
-            .map(|(name, value)| (name.as_str(), value))
-            .collect();
+        let values: Vec<_> =
+            capabilities.chain(parameters).map(|(name, value)| (name.as_str(), value)).collect();
         hmp::with_values(text, &values)
     }
 }

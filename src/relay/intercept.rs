@@ -6,7 +6,7 @@ use super::{migrations::IN_PROGRESS, view::Side};
 use crate::{
     migration::messages::Address,
     qmp::{
-        QmpError,
+        QmpError, Version,
         envelope::Command,
         hmp::{self, Line},
         uri::{self, Target},
@@ -118,11 +118,12 @@ impl Settings {
 }
 
 /// Commands that may be ours.
-const OURS: [&str; 17] = [
+const OURS: [&str; 18] = [
     "cont",
     "human-monitor-command",
     "migrate",
     "migrate-incoming",
+    "migrate-recover",
     "migrate-set-capabilities",
     "migrate-set-parameters",
     "migrate_cancel",
@@ -138,34 +139,25 @@ const OURS: [&str; 17] = [
     "yank",
 ];
 
-/// Look at a command; `None` if it is QEMU's.
+/// Look at a command for a QEMU of this version; `None` if it is QEMU's.
 ///
 /// # Errors
 /// The reply to a command that is ours and wrong, in QEMU's words.
-pub fn intercept(command: &Command) -> Result<Option<Intercepted>, QmpError> {
-    if !OURS.contains(&command.name.as_str()) {
+pub fn intercept(command: &Command, version: Version) -> Result<Option<Intercepted>, QmpError> {
+    let name = command.name.as_str();
+    if !OURS.contains(&name) {
         return Ok(None);
     }
-    if command.name == "human-monitor-command" {
-        return Ok(command.line().and_then(|line| monitor(command, &line)));
+    if name == "human-monitor-command" {
+        return Ok(command.line().and_then(|line| monitor(command, &line, version)));
     }
     let arguments = &command.arguments()?;
-    Ok(Some(match command.name.as_str() {
+    Ok(Some(match name {
         "migrate" => match uri::target(arguments)? {
             Target::Rdma(address) => {
                 only(arguments, &["uri", "channels", "detach", "resume", "blk", "inc"])?;
                 boolean(arguments, "detach")?;
-                if boolean(arguments, "resume")? == Some(true) {
-                    return Err(QmpError::generic("A migration over rdma: can't be resumed"));
-                }
-                for storage in ["blk", "inc"] {
-                    if boolean(arguments, storage)? == Some(true) {
-                        return Err(QmpError::generic(format!(
-                            "Parameter '{storage}' can't be combined with rdma:; copy the disks \
-                             with blockdev-mirror, or share them"
-                        )));
-                    }
-                }
+                uri::refuse(|option| Ok(boolean(arguments, option)? == Some(true)))?;
                 Intercepted::Migrate(address)
             }
             Target::Other => Intercepted::SaveOrLoad(SaveOrLoad::new(
@@ -187,6 +179,10 @@ pub fn intercept(command: &Command) -> Result<Option<Intercepted>, QmpError> {
             )),
         },
         "cont" if arguments.is_empty() => Intercepted::Cont { line: false },
+        // QEMU's own RDMA would wait there.
+        "migrate-recover" if uri::target(arguments)? != Target::Other => {
+            return Err(uri::not_resumed());
+        }
         "migrate_cancel" if arguments.is_empty() => Intercepted::Cancel,
         "query-migrate" if arguments.is_empty() => Intercepted::QueryMigrate,
         "query-migrate-capabilities" if arguments.is_empty() => {
@@ -240,23 +236,18 @@ pub fn refusal(command: &Command) -> Option<Intercepted> {
 }
 
 /// A line of the human monitor. One of any length: QEMU takes it.
-fn monitor(command: &Command, line: &str) -> Option<Intercepted> {
-    let save_or_load = |migrates| {
-        let only_line = || json!({ "command-line": line });
-        let arguments = command.arguments().map_or_else(|_| only_line(), Value::Object);
-        Some(Intercepted::SaveOrLoad(SaveOrLoad::new(command, arguments, migrates)))
+fn monitor(command: &Command, line: &str, version: Version) -> Option<Intercepted> {
+    let migrates = match hmp::parse(line, version) {
+        Line::Other => return None,
+        Line::OtherMigrate => Some(Side::Source),
+        Line::OtherMigrateIncoming => Some(Side::Destination),
+        Line::Snapshot => None,
+        Line::Cont => return Some(Intercepted::Cont { line: true }),
+        line => return Some(Intercepted::Monitor(line)),
     };
-    match hmp::parse(line) {
-        Ok(Line::Other) => match hmp::command(line) {
-            "migrate" => save_or_load(Some(Side::Source)),
-            "migrate_incoming" => save_or_load(Some(Side::Destination)),
-            "savevm" | "loadvm" => save_or_load(None),
-            "cont" | "c" => Some(Intercepted::Cont { line: true }),
-            _ => None,
-        },
-        Ok(line) => Some(Intercepted::Monitor(line)),
-        Err(error) => Some(Intercepted::Monitor(Line::Wrong(error))),
-    }
+    let only_line = || json!({ "command-line": line });
+    let arguments = command.arguments().map_or_else(|_| only_line(), Value::Object);
+    Some(Intercepted::SaveOrLoad(SaveOrLoad::new(command, arguments, migrates)))
 }
 
 /// Refuse arguments that the command does not have.
@@ -297,7 +288,8 @@ mod tests {
     use super::*;
 
     fn ask(text: &str) -> Result<Option<Intercepted>, QmpError> {
-        intercept(&Command::read(text.as_bytes()).unwrap())
+        let version = Version { major: 10, minor: 0, micro: 0 };
+        intercept(&Command::read(text.as_bytes()).unwrap(), version)
     }
 
     fn refusal(text: &str) -> String {
@@ -331,7 +323,8 @@ mod tests {
             Intercepted::MigrateIncoming { address: address(), exit_on_error: Some(false) };
         assert_eq!(ask(incoming).unwrap(), Some(expected));
         let line = r#"{"execute": "human-monitor-command", "arguments": {"command-line": "migrate -d rdma:h:1"}}"#;
-        assert_eq!(ask(line).unwrap(), Some(Intercepted::Monitor(Line::Migrate(address()))));
+        let expected = Line::Migrate { address: address(), detach: true };
+        assert_eq!(ask(line).unwrap(), Some(Intercepted::Monitor(expected)));
     }
 
     #[test]
@@ -350,7 +343,7 @@ mod tests {
         assert_eq!(by_qemu(incoming), Some(true));
         let wrong = r#"{"execute": "migrate", "arguments": {"uri": 5}}"#;
         assert_eq!(by_qemu(wrong), Some(true));
-        for line in ["migrate -d tcp:h:1", " savevm one", "loadvm one", "savevm"] {
+        for line in ["migrate -dtcp:h:1", " savevm one", "loadvm one", "savevm"] {
             let text = json!({ "execute": "human-monitor-command", "arguments": { "command-line": line } });
             assert_eq!(by_qemu(&text.to_string()), Some(line.starts_with("migrate")));
         }
@@ -366,7 +359,7 @@ mod tests {
             ("migrate rdma:h:1", format!("{space}migrate{space}rdma:h:1{space}")),
             ("savevm one", format!("savevm{space}one")),
             ("migrate_set_parameter a b", format!("{space}migrate_set_parameter a b")),
-            ("info migrate", format!("info migrate{space}")),
+            ("info migrate", format!("info {space}migrate{space}")),
         ] {
             let ask = |line: &str, space: &str| {
                 let line = json!(line);
@@ -410,6 +403,14 @@ mod tests {
         ] {
             assert!(ask(text).unwrap().unwrap().is_about_settings(), "{text}");
         }
+    }
+
+    #[test]
+    fn no_postcopy_goes_on_over_qemus_own_rdma() {
+        let recover = r#"{"execute": "migrate-recover", "arguments": {"uri": "rdma:h:1"}}"#;
+        assert_eq!(refusal(recover), "A migration over rdma: can't be resumed");
+        let tcp = r#"{"execute": "migrate-recover", "arguments": {"uri": "tcp:h:1"}}"#;
+        assert_eq!(ask(tcp).unwrap(), None);
     }
 
     #[test]

@@ -25,7 +25,7 @@ use super::{
     view::{Phase, Side},
 };
 use crate::qmp::{
-    ITEM_MAX, QmpError,
+    ITEM_MAX, QmpError, Version,
     envelope::{self, Command, FromQemu, Unread},
     framer::Framed,
     hmp::Line,
@@ -63,6 +63,8 @@ pub(super) struct Monitor {
     migrations: Migrations,
     /// What clients are greeted with.
     greeting: Vec<u8>,
+    /// QEMU's.
+    version: Version,
     client: Option<Client>,
     /// Counts clients, so that nobody gets a predecessor's reply.
     client_number: u64,
@@ -81,6 +83,7 @@ impl Monitor {
         Self {
             context,
             migrations,
+            version: Version::read(&greeting["QMP"]["version"]),
             greeting: format!("{greeting}\r\n").into_bytes(),
             client: None,
             client_number: 0,
@@ -284,7 +287,7 @@ impl Monitor {
         let too_early = command.as_ref().filter(|_| self.migrations.connects()).and_then(refusal);
         let intercepted = match too_early {
             Some(refusal) => Ok(Some(refusal)),
-            None => command.as_ref().map_or(Ok(None), intercept),
+            None => command.as_ref().map_or(Ok(None), |command| intercept(command, self.version)),
         };
         let sets_parameters =
             command.as_ref().is_some_and(|command| sets_parameters(&command.name));
@@ -311,7 +314,7 @@ impl Monitor {
                 self.forward(bytes, fds);
             }
             // No migration of ours is to be shown.
-            Ok(Some(Intercepted::QueryMigrate | Intercepted::Monitor(Line::InfoMigrate)))
+            Ok(Some(Intercepted::QueryMigrate | Intercepted::Monitor(Line::InfoMigrate(_))))
                 if self.migrations.view().is_none() =>
             {
                 self.forward(bytes, fds);

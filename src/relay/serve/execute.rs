@@ -6,7 +6,7 @@ use tokio::task::JoinHandle;
 use super::Monitor;
 use crate::{
     qmp::{
-        Execute as _, QmpError, envelope,
+        Execute as _, QmpError, Version, envelope,
         hmp::{self, Line, Setting},
         monitor_line,
     },
@@ -40,7 +40,7 @@ impl Monitor {
             // The migration was told.
             Intercepted::Cancel => answer_with(cancel(migrations, json!({})), id),
             Intercepted::Cont { line: false } => answer_with(cont(context), id),
-            Intercepted::Cont { line: true } => answer_with(as_text(cont(context)), id),
+            Intercepted::Cont { line: true } => answer_with(as_text(cont(context), ""), id),
             Intercepted::Yank(others) => answer_with(yank(context, migrations, others), id),
             Intercepted::QueryMigrate => answer_with(query_migrate(context, migrations), id),
             Intercepted::SetCapabilities { arguments, .. } => {
@@ -66,42 +66,48 @@ impl Monitor {
 
     /// A line of the human monitor: the same, and text as reply.
     fn monitor(&mut self, line: Line, id: Option<Box<RawValue>>) -> JoinHandle<Vec<u8>> {
-        let context = self.context.clone();
+        let (context, version) = (self.context.clone(), self.version);
+        let migrations = self.migrations.clone();
         match line {
-            Line::Migrate(address) => {
-                answer_with(as_text(self.migrations.migrate(context, address)), id)
+            Line::Migrate { address, detach } => {
+                let says = !detach && !version.is_at_least(11, 1);
+                let done = if says { CONTINUES_DETACHED } else { "" };
+                answer_with(as_text(migrations.migrate(context, address), done), id)
             }
             Line::MigrateIncoming(address) => {
-                answer_with(as_text(self.migrations.migrate_incoming(context, address, None)), id)
+                answer_with(as_text(migrations.migrate_incoming(context, address, None), ""), id)
             }
             Line::PinAll(state) => {
-                let mut qemu = context.qemu;
-                answer_with(
-                    async move {
-                        let line = format!("migrate_set_capability rdma-pin-all {state}");
-                        monitor_line(&mut qemu, &line).await.map(Value::String)
-                    },
-                    id,
-                )
+                let state = if state { "on" } else { "off" };
+                let line = format!("migrate_set_capability rdma-pin-all {state}");
+                answer_with(by_qemu(context, line), id)
             }
-            Line::Cancel => answer_with(cancel(self.migrations.clone(), json!("")), id),
-            Line::InfoMigrate => answer_with(info_migrate(context, self.migrations.clone()), id),
-            Line::InfoSettings(what) => {
-                answer_with(info_settings(context, self.migrations.clone(), what), id)
+            Line::Unread(line) => answer_with(by_qemu(context, line), id),
+            Line::Cancel => answer_with(cancel(migrations, json!("")), id),
+            Line::InfoMigrate(line) => {
+                answer_with(info_migrate(context, migrations, version, line), id)
             }
-            Line::Set(setting) => {
-                answer_with(set_by_line(context, self.migrations.clone(), setting), id)
-            }
-            Line::Wrong(error) => answer_with(as_text(async move { Err(error) }), id),
-            Line::Other => answer_with(async { Ok(json!("")) }, id),
+            Line::InfoSettings(line) => answer_with(info_settings(context, migrations, line), id),
+            Line::Set(setting) => answer_with(set_by_line(context, migrations, setting), id),
+            Line::Wrong(error) => answer_with(as_text(async move { Err(error) }, ""), id),
+            // They are QEMU's.
+            Line::OtherMigrate
+            | Line::OtherMigrateIncoming
+            | Line::Snapshot
+            | Line::Cont
+            | Line::Other => answer_with(async { Ok(json!("")) }, id),
         }
     }
 }
 
-/// The monitor's form of a result: nothing, or the error as text.
-async fn as_text(result: impl Future<Output = Reply> + Send) -> Reply {
+/// What QEMU says of a `migrate` without `-d` where the monitor can't wait for it. 11.1 does not.
+const CONTINUES_DETACHED: &str =
+    "terminal does not allow synchronous migration, continuing detached\r\n";
+
+/// The monitor's form of a result: what it says when it is `done`, or the error as text.
+async fn as_text(result: impl Future<Output = Reply> + Send, done: &str) -> Reply {
     Ok(match result.await {
-        Ok(_) => json!(""),
+        Ok(_) => json!(done),
         Err(error) => json!(hmp::error_text(&error)),
     })
 }
@@ -168,9 +174,9 @@ async fn query_settings(context: Context, migrations: Migrations, settings: Sett
     qemu.execute(settings.query(), Value::Null).await
 }
 
-async fn info_settings(mut context: Context, migrations: Migrations, what: String) -> Reply {
+async fn info_settings(mut context: Context, migrations: Migrations, line: String) -> Reply {
     let borrowed = migrations.loan().read().await;
-    let text = monitor_line(&mut context.qemu, &format!("info {what}")).await?;
+    let text = monitor_line(&mut context.qemu, &line).await?;
     Ok(borrowed.hide_text(&text).into())
 }
 
@@ -211,7 +217,11 @@ async fn save_or_load(mut context: Context, migrations: Migrations, wanted: Save
     let is_busy = goes_on && (differs || saves || migrates == Some(Side::Source));
     if is_busy || (differs && borrowed.settle(&mut context.qemu).await.is_err()) {
         let busy = async { Err(QmpError::generic(IN_PROGRESS)) };
-        return if command == "human-monitor-command" { as_text(busy).await } else { busy.await };
+        return if command == "human-monitor-command" {
+            as_text(busy, "").await
+        } else {
+            busy.await
+        };
     }
     if !saves && migrates.is_none() {
         return Verbatim(context.qemu).execute(&command, arguments).await;
@@ -231,12 +241,22 @@ async fn save_or_load(mut context: Context, migrations: Migrations, wanted: Save
     reply
 }
 
-async fn info_migrate(context: Context, migrations: Migrations) -> Reply {
+async fn info_migrate(
+    context: Context,
+    migrations: Migrations,
+    version: Version,
+    line: String,
+) -> Reply {
     let mut qemu = context.qemu.clone();
-    let text = monitor_line(&mut qemu, "info migrate").await?;
+    let text = monitor_line(&mut qemu, &line).await?;
     let reply = query_migrate(context, migrations.clone()).await?;
     Ok(match migrations.view() {
-        Some(view) => view.overlay_text(&text, &reply).into(),
+        Some(view) => view.overlay_text(version, &text, &reply).into(),
         None => text.into(),
     })
+}
+
+/// A line that is QEMU's, though not the client's.
+async fn by_qemu(context: Context, line: String) -> Reply {
+    monitor_line(&mut Verbatim(context.qemu), &line).await.map(Value::String)
 }
