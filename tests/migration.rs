@@ -381,6 +381,7 @@ fn progress_is_true_and_reported() {
     let data = &event["data"];
     assert_eq!(data["max-bandwidth"], 32 << 20);
     assert_eq!(data["fabric"], "tcp");
+    assert_eq!(data["status"], "active");
     assert_eq!(data["capabilities"], json!([{"capability": "rdma-pin-all", "state": true}]));
     let mbps = data["mbps"].as_f64().unwrap();
     assert!((100.0..400.0).contains(&mbps), "{mbps} mbps where 268 are allowed");
@@ -398,7 +399,7 @@ fn progress_is_true_and_reported() {
     let events = &pair.source.client.events;
     let of = |name: &str| events.iter().rposition(|event| event["event"] == name).unwrap();
     let last = &events[of("RDMA_MIGRATION_THROUGHPUT")]["data"];
-    assert_eq!(last["remaining"], 0);
+    assert_eq!((&last["remaining"], &last["status"]), (&json!(0), &json!("completed")));
     assert!(of("RDMA_MIGRATION_THROUGHPUT") < of("MIGRATION"), "{events:#?}");
 }
 

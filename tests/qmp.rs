@@ -24,9 +24,13 @@ fn host() -> (tempfile::TempDir, Host) {
 #[test]
 fn replies_are_qemus_byte_for_byte() {
     let (_dir, mut host) = host();
-    for command in
-        ["query-qmp-schema", "query-block", "query-cpus-fast", "query-nonsense", "query-memdev"]
-    {
+    for command in [
+        "query-command-line-options",
+        "query-block",
+        "query-cpus-fast",
+        "query-nonsense",
+        "query-memdev",
+    ] {
         let line = format!("{{\"execute\": \"{command}\", \"id\": {{\"a\": [1, \"é\"]}}}}\r\n");
         host.qemu.qmp.send(line.as_bytes());
         host.client.send(line.as_bytes());
@@ -113,6 +117,44 @@ fn what_excludes_rdma_is_refused_at_once() {
         host.client.capability(capability, false);
     }
     assert_eq!(host.client.run("query-rdma-migrate-blockers", json!({})), json!([]));
+}
+
+/// Whoever asks what there is finds what the helper adds, in QEMU's form, behind all that QEMU has.
+#[test]
+fn introspection_shows_what_is_added() {
+    for version in VERSIONS {
+        let dir = tempfile::tempdir().unwrap();
+        let config = Config { version, paused: true, ..Config::default() };
+        let mut host = support::Host::start(&dir, "host", &config);
+        let mut added = |command: &str| -> Vec<Value> {
+            let list = |reply: Value| reply.as_array().unwrap().clone();
+            let all = list(host.client.run(command, json!({})));
+            let qemus = list(host.qemu.qmp.run(command, json!({})));
+            assert_eq!(all[..qemus.len()], qemus, "{command}");
+            all[qemus.len()..].to_vec()
+        };
+        let commands = added("query-commands");
+        let schema = added("query-qmp-schema");
+        let of_kind = |kind: &str| -> Vec<_> {
+            let found = schema.iter().filter(|entity| entity["meta-type"] == kind);
+            found.map(|entity| entity["name"].as_str().unwrap().to_owned()).collect()
+        };
+        let names: Vec<_> = commands.iter().map(|it| it["name"].as_str().unwrap()).collect();
+        assert_eq!(of_kind("command"), names);
+        assert_eq!(of_kind("event"), ["RDMA_MIGRATION_THROUGHPUT"]);
+        // QEMU has those of QAPI.
+        assert_eq!(of_kind("builtin").len(), 0);
+        // Each has a name that is QEMU's way of a downstream's, and a short one, and both are known.
+        assert_eq!(names.len(), 4);
+        for name in names {
+            let short = name.strip_prefix("__org.qemu-rdma-helper_").unwrap_or(name);
+            assert_eq!(host.client.run(name, json!({})), host.client.run(short, json!({})));
+        }
+        let info = host.client.run("query-rdma-helper", json!({}));
+        assert_eq!(info["qemu"], host.qemu.qmp.run("query-version", json!({})));
+        let error = host.client.refused("query-commands", json!({ "typo": 1 }));
+        assert_eq!(error, host.qemu.qmp.refused("query-commands", json!({ "typo": 1 })));
+    }
 }
 
 #[test]

@@ -5,11 +5,14 @@ use serde_json::{Value, json};
 use super::{
     Context,
     borrowed::{AsClientsSee, Borrowed},
-    schema::{RdmaFabric, RdmaHelperBlock, RdmaHelperInfo, RdmaMigrateBlocker, RdmaTravel},
+    schema::{
+        RdmaFabric, RdmaHelperBlock, RdmaHelperInfo, RdmaMigrateBlocker, RdmaTravel,
+        RdmaVersionInfo, RdmaVersionTriple,
+    },
 };
 use crate::{
     migration::messages::FabricKind,
-    qemu::{Version, blockers, blocks::RamBlock},
+    qemu::{blockers, blocks::RamBlock},
     qmp::QmpError,
     stream::Travel,
 };
@@ -24,7 +27,7 @@ async fn find_blocks(context: &Context) -> Result<Vec<RamBlock>, QmpError> {
 /// # Errors
 /// When QEMU does not answer, or its process can't be looked into.
 pub async fn query_helper(context: &Context) -> Result<Value, QmpError> {
-    let version = Version::ask(&mut context.qemu.clone()).await?;
+    let version = context.qemu.clone().execute("query-version", Value::Null).await?;
     let fabric = context.settings.fabric.kind();
     let blocks = find_blocks(context).await?.into_iter().map(|block| {
         let (travel, reason) = block.travel(fabric);
@@ -49,13 +52,25 @@ pub async fn query_helper(context: &Context) -> Result<Value, QmpError> {
             FabricKind::Verbs => RdmaFabric::verbs,
         },
         devices: crate::fabric::devices(),
-        qemu: version.to_string(),
+        qemu: version_info(&version),
         pid: context.pid,
         connections: context.settings.connections,
         pin_limit: context.settings.pin_limit,
         blocks: blocks.collect(),
     };
     Ok(json!(info))
+}
+
+/// What `query-version` has said.
+fn version_info(version: &Value) -> RdmaVersionInfo {
+    let number = |part: &str| version["qemu"][part].as_i64().unwrap_or(0);
+    let qemu = RdmaVersionTriple {
+        major: number("major"),
+        minor: number("minor"),
+        micro: number("micro"),
+    };
+    let package = version["package"].as_str().unwrap_or_default().to_owned();
+    RdmaVersionInfo { qemu, package }
 }
 
 /// `query-rdma-migrate-blockers`.

@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::{migrations::IN_PROGRESS, view::Side};
+use super::{introspection, migrations::IN_PROGRESS, view::Side};
 use crate::{
     migration::messages::Address,
     qmp::{
@@ -54,6 +54,8 @@ pub enum Intercepted {
     QueryHelper,
     /// `query-rdma-migrate-blockers`.
     QueryBlockers,
+    /// `query-qmp-schema` or `query-commands`.
+    Introspect(String),
     /// A line of the human monitor that is ours; the reply is text.
     Monitor(Line),
     /// What QEMU would refuse.
@@ -118,7 +120,7 @@ impl Settings {
 }
 
 /// Commands that may be ours.
-const OURS: [&str; 18] = [
+const OURS: [&str; 20] = [
     "cont",
     "human-monitor-command",
     "migrate",
@@ -127,9 +129,11 @@ const OURS: [&str; 18] = [
     "migrate-set-capabilities",
     "migrate-set-parameters",
     "migrate_cancel",
+    "query-commands",
     "query-migrate",
     "query-migrate-capabilities",
     "query-migrate-parameters",
+    "query-qmp-schema",
     "query-rdma-helper",
     "query-rdma-migrate-blockers",
     "snapshot-load",
@@ -144,7 +148,7 @@ const OURS: [&str; 18] = [
 /// # Errors
 /// The reply to a command that is ours and wrong, in QEMU's words.
 pub fn intercept(command: &Command, version: Version) -> Result<Option<Intercepted>, QmpError> {
-    let name = command.name.as_str();
+    let name = introspection::alias(&command.name);
     if !OURS.contains(&name) {
         return Ok(None);
     }
@@ -184,6 +188,9 @@ pub fn intercept(command: &Command, version: Version) -> Result<Option<Intercept
             return Err(uri::not_resumed());
         }
         "migrate_cancel" if arguments.is_empty() => Intercepted::Cancel,
+        "query-commands" | "query-qmp-schema" if arguments.is_empty() => {
+            Intercepted::Introspect(command.name.clone())
+        }
         "query-migrate" if arguments.is_empty() => Intercepted::QueryMigrate,
         "query-migrate-capabilities" if arguments.is_empty() => {
             Intercepted::QuerySettings(Settings::Capabilities)
@@ -403,6 +410,19 @@ mod tests {
         ] {
             assert!(ask(text).unwrap().unwrap().is_about_settings(), "{text}");
         }
+    }
+
+    #[test]
+    fn what_is_added_has_two_names() {
+        for name in ["query-rdma-helper", "__org.qemu-rdma-helper_query-rdma-helper"] {
+            let asked = ask(&json!({ "execute": name }).to_string()).unwrap();
+            assert_eq!(asked, Some(Intercepted::QueryHelper), "{name}");
+        }
+        for others in ["__org.qemu-rdma-helper_migrate", "__org.example_query-rdma-helper"] {
+            assert_eq!(ask(&json!({ "execute": others }).to_string()).unwrap(), None, "{others}");
+        }
+        let schema = ask(r#"{"execute": "query-qmp-schema"}"#).unwrap();
+        assert_eq!(schema, Some(Intercepted::Introspect("query-qmp-schema".into())));
     }
 
     #[test]

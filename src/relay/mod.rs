@@ -13,6 +13,7 @@ mod destination;
 mod door;
 mod helper_commands;
 mod intercept;
+mod introspection;
 pub mod launch;
 mod migrations;
 mod other_monitors;
@@ -125,9 +126,9 @@ pub struct AttachOptions {
     pub qemu_qmp: PathBuf,
     /// Where to serve QMP.
     pub qmp: PathBuf,
-    /// How migrations are carried.
     /// How long to wait for a QEMU that is about to start.
     pub wait: Duration,
+    /// How migrations are carried.
     pub settings: Settings,
     /// QEMU's process, where the socket does not tell.
     pub pid: Option<u32>,

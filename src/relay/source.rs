@@ -379,7 +379,7 @@ impl Source {
         if self.ended.is_some() {
             return;
         }
-        let Ok(Ok((mut state, max_bandwidth))) = timeout(ANSWER, self.ask_figures()).await else {
+        let Ok(Ok((state, max_bandwidth))) = timeout(ANSWER, self.ask_figures()).await else {
             return;
         };
         self.look_at(&state, worker, seen).await;
@@ -398,9 +398,7 @@ impl Source {
             let milliseconds = view.progress.elapsed_ms.saturating_sub(seen.last.elapsed_ms);
             view.mbps = rate(bytes, milliseconds);
             seen.last = view.progress.clone();
-            if state["ram"].is_object() {
-                view.ram = state.get_mut("ram").map(Value::take).unwrap_or_default();
-            }
+            view.note(state);
             view.max_bandwidth = max_bandwidth;
         });
         self.emit_throughput().await;
@@ -433,9 +431,9 @@ impl Source {
     /// The destination's QEMU completed.
     async fn confirm(&mut self) {
         info!("migration completed");
-        if let Ok((mut state, max_bandwidth)) = self.ask_figures().await {
+        if let Ok((state, max_bandwidth)) = self.ask_figures().await {
             self.view.send_modify(|view| {
-                view.ram = state.get_mut("ram").map(Value::take).unwrap_or_default();
+                view.note(state);
                 view.max_bandwidth = max_bandwidth;
             });
         }

@@ -76,6 +76,8 @@ pub struct View {
     pub mbps: f64,
     /// The last `ram` object of QEMU's `query-migrate`.
     pub ram: Value,
+    /// The last status there.
+    pub status: Option<String>,
     /// Capability `rdma-pin-all`.
     pub pin_all: bool,
     /// Parameter `max-bandwidth` in bytes per second.
@@ -107,6 +109,7 @@ impl View {
             progress: Progress::default(),
             mbps: 0.0,
             ram: Value::Null,
+            status: None,
             pin_all: false,
             max_bandwidth: 0,
             past_ram: false,
@@ -278,6 +281,22 @@ impl View {
         }
     }
 
+    /// Take QEMU's `query-migrate` as the last that is known of it.
+    pub fn note(&mut self, mut state: Value) {
+        self.status = state["status"].as_str().map(str::to_owned);
+        if state["ram"].is_object() {
+            self.ram = state["ram"].take();
+        }
+    }
+
+    /// The status that clients see, by what is known.
+    fn shown_status(&self) -> String {
+        let mut shown =
+            self.status.as_ref().map_or(json!({}), |status| json!({ "status": status }));
+        self.overlay(&mut shown);
+        shown["status"].as_str().unwrap_or("none").to_owned()
+    }
+
     /// The line of a RDMA_MIGRATION_THROUGHPUT event.
     pub fn throughput_event(&self) -> Vec<u8> {
         let figure = |name: &str| self.ram[name].as_u64().unwrap_or(0);
@@ -296,6 +315,7 @@ impl View {
             connections: self.progress.connections,
             pinned: self.progress.pinned,
             pin_time: self.progress.pin_ms,
+            status: self.shown_status(),
         };
         envelope::event("RDMA_MIGRATION_THROUGHPUT", &json!(data))
     }
@@ -412,9 +432,31 @@ mod tests {
         assert_eq!(event["data"]["mbps"], 12.5);
         assert_eq!(event["data"]["pinned"], 2 << 20);
         assert_eq!(event["data"]["pin-time"], 3);
+        assert_eq!(event["data"]["status"], "none");
         assert_eq!(
             event["data"]["capabilities"],
             json!([{"capability": "rdma-pin-all", "state": false}])
         );
+    }
+
+    #[test]
+    fn the_event_says_what_is_shown_elsewhere() {
+        let mut view = view(Side::Source);
+        let status = |view: &View| {
+            let line = view.throughput_event();
+            let event: Value = serde_json::from_slice(&line).unwrap();
+            event["data"]["status"].as_str().unwrap().to_owned()
+        };
+        view.phase = Phase::Connecting;
+        assert_eq!(status(&view), "setup");
+        view.phase = Phase::Running;
+        view.note(json!({ "status": "active", "ram": { "total": 5 } }));
+        assert_eq!((status(&view), &view.ram["total"]), ("active".into(), &json!(5)));
+        view.note(json!({ "status": "completed" }));
+        assert_eq!((status(&view), &view.ram["total"]), ("device".into(), &json!(5)));
+        view.phase = Phase::Confirmed;
+        assert_eq!(status(&view), "completed");
+        view.phase = Phase::Failed("It broke".into());
+        assert_eq!(status(&view), "failed");
     }
 }

@@ -15,6 +15,7 @@ use crate::{
         borrowed::AsClientsSee,
         helper_commands,
         intercept::{Intercepted, SaveOrLoad, Settings},
+        introspection,
         migrations::{IN_PROGRESS, Migrations, Reply},
         session::Verbatim,
         view::Side,
@@ -56,6 +57,7 @@ impl Monitor {
                 answer_with(async move { helper_commands::query_helper(&context).await }, id)
             }
             Intercepted::QueryBlockers => answer_with(query_blockers(context, migrations), id),
+            Intercepted::Introspect(command) => answer_with(introspect(context, command), id),
             Intercepted::Monitor(line) => self.monitor(line, id),
             Intercepted::Refused(error) => answer_with(async { Err(error) }, id),
             Intercepted::SaveOrLoad(command) => {
@@ -259,4 +261,11 @@ async fn info_migrate(
 /// A line that is QEMU's, though not the client's.
 async fn by_qemu(context: Context, line: String) -> Reply {
     monitor_line(&mut Verbatim(context.qemu), &line).await.map(Value::String)
+}
+
+/// QEMU's account of itself, and what the helper adds.
+async fn introspect(context: Context, command: String) -> Reply {
+    let mut reply = Verbatim(context.qemu).execute(&command, Value::Null).await?;
+    introspection::add_to(&command, &mut reply);
+    Ok(reply)
 }

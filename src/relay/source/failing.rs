@@ -101,13 +101,9 @@ impl Source {
         let begun = Instant::now();
         let mut cancelled = false;
         loop {
-            let mut state = qemu.execute("query-migrate", Value::Null).await?;
+            let state = qemu.execute("query-migrate", Value::Null).await?;
             let status = state["status"].as_str().unwrap_or("none").to_owned();
-            if state["ram"].is_object() {
-                self.view.send_modify(|view| {
-                    view.ram = state.get_mut("ram").map(Value::take).unwrap_or_default()
-                });
-            }
+            self.view.send_modify(|view| view.note(state));
             if !UNDER_WAY.contains(&status.as_str()) || begun.elapsed() > END {
                 return Ok(status);
             }
