@@ -42,7 +42,7 @@ fn some_lines() -> Vec<String> {
         "\"none:x",
         "'none:x'",
         "\"none:\\x\"",
-        "\"\\none:x\"",
+        "\"\\\\none:x\"",
         "-d",
         "-d",
         "-r",

@@ -13,7 +13,7 @@ use super::{
 use crate::{
     migration::messages::FabricKind,
     qemu::{blockers, blocks::RamBlock},
-    qmp::QmpError,
+    qmp::{Execute as _, QmpError},
     stream::Travel,
 };
 

@@ -153,7 +153,8 @@ pub fn intercept(command: &Command, version: Version) -> Result<Option<Intercept
         return Ok(None);
     }
     if name == "human-monitor-command" {
-        return Ok(command.line().and_then(|line| monitor(command, &line, version)));
+        let Some(line) = command.line() else { return Ok(None) };
+        return monitor(command, &line, version);
     }
     let arguments = &command.arguments()?;
     Ok(Some(match name {
@@ -243,18 +244,28 @@ pub fn refusal(command: &Command) -> Option<Intercepted> {
 }
 
 /// A line of the human monitor. One of any length: QEMU takes it.
-fn monitor(command: &Command, line: &str, version: Version) -> Option<Intercepted> {
+fn monitor(
+    command: &Command,
+    line: &str,
+    version: Version,
+) -> Result<Option<Intercepted>, QmpError> {
+    let arguments = command.arguments();
     let migrates = match hmp::parse(line, version) {
-        Line::Other => return None,
+        Line::Other => return Ok(None),
         Line::OtherMigrate => Some(Side::Source),
         Line::OtherMigrateIncoming => Some(Side::Destination),
         Line::Snapshot => None,
-        Line::Cont => return Some(Intercepted::Cont { line: true }),
-        line => return Some(Intercepted::Monitor(line)),
+        Line::Cont => return Ok(Some(Intercepted::Cont { line: true })),
+        line => {
+            if let Ok(arguments) = arguments {
+                only(&arguments, &["command-line", "cpu-index"])?;
+                integer(&arguments, "cpu-index")?;
+            }
+            return Ok(Some(Intercepted::Monitor(line)));
+        }
     };
-    let only_line = || json!({ "command-line": line });
-    let arguments = command.arguments().map_or_else(|_| only_line(), Value::Object);
-    Some(Intercepted::SaveOrLoad(SaveOrLoad::new(command, arguments, migrates)))
+    let arguments = arguments.map_or_else(|_| json!({ "command-line": line }), Value::Object);
+    Ok(Some(Intercepted::SaveOrLoad(SaveOrLoad::new(command, arguments, migrates))))
 }
 
 /// Refuse arguments that the command does not have.
@@ -262,6 +273,15 @@ fn only(arguments: &Map<String, Value>, known: &[&str]) -> Result<(), QmpError> 
     match arguments.keys().find(|name| !known.contains(&name.as_str())) {
         Some(name) => Err(QmpError::generic(format!("Parameter '{name}' is unexpected"))),
         None => Ok(()),
+    }
+}
+
+fn integer(arguments: &Map<String, Value>, name: &str) -> Result<(), QmpError> {
+    match arguments.get(name) {
+        Some(value) if !value.is_i64() && !value.is_u64() => Err(QmpError::generic(format!(
+            "Invalid parameter type for '{name}', expected: integer"
+        ))),
+        _ => Ok(()),
     }
 }
 
@@ -459,6 +479,14 @@ mod tests {
         assert_eq!(refusal(typo), "Parameter 'typo' is unexpected");
         let kind = r#"{"execute": "migrate", "arguments": {"uri": "rdma:h:1", "resume": 1}}"#;
         assert_eq!(refusal(kind), "Invalid parameter type for 'resume', expected: boolean");
+        let line = |more: &str| {
+            refusal(&format!(
+                r#"{{"execute": "human-monitor-command", "arguments": {{"command-line": "migrate rdma:h:1", {more}}}}}"#
+            ))
+        };
+        assert_eq!(line(r#""typo": 1"#), "Parameter 'typo' is unexpected");
+        let kind = "Invalid parameter type for 'cpu-index', expected: integer";
+        assert_eq!(line(r#""cpu-index": "0""#), kind);
         assert!(
             refusal(r#"{"execute": "migrate", "arguments": {"uri": "rdma:h"}}"#)
                 .contains("no port")
