@@ -6,6 +6,8 @@
 pub mod envelope;
 pub mod framer;
 pub mod hmp;
+pub mod lexer;
+pub mod scan;
 pub mod socket;
 pub mod uri;
 mod version;
