@@ -39,18 +39,26 @@ impl Client {
             Err(_) => bail!("{} does not answer; end its other client first", path.display()),
         };
         match FromQemu::read(&greeting) {
-            Ok(FromQemu::Other(greeting)) if greeting.get("QMP").is_some() => {}
+            Some(FromQemu::Other(greeting)) if greeting.get("QMP").is_some() => {}
             _ => bail!("{} is no QMP socket", path.display()),
         }
         client.execute("qmp_capabilities", Value::Null).await.with_context(failed)?;
         Ok(client)
     }
 
-    /// The next line; empty at the end.
+    /// The next line, or the beginning of one that is too long; empty at the end.
     async fn line(&mut self) -> std::io::Result<Vec<u8>> {
-        let mut line = Vec::new();
-        (&mut self.lines).take(ITEM_MAX as u64).read_until(b'\n', &mut line).await?;
+        let (mut line, mut rest) = (Vec::new(), Vec::new());
+        let mut last = self.piece(&mut line).await?;
+        while last == ITEM_MAX && !line.ends_with(b"\n") && !rest.ends_with(b"\n") {
+            rest.clear();
+            last = self.piece(&mut rest).await?;
+        }
         Ok(line)
+    }
+
+    async fn piece(&mut self, piece: &mut Vec<u8>) -> std::io::Result<usize> {
+        (&mut self.lines).take(ITEM_MAX as u64).read_until(b'\n', piece).await
     }
 
     async fn send(&mut self, command: &str, arguments: Value) -> std::io::Result<()> {
@@ -61,6 +69,7 @@ impl Client {
         self.commands.write_all(format!("{request}\r\n").as_bytes()).await
     }
 
+    /// The next reply; `None` at the end.
     async fn reply(&mut self) -> std::io::Result<Option<Result<Value, QmpError>>> {
         loop {
             let line = self.line().await?;
@@ -68,9 +77,13 @@ impl Client {
                 return Ok(None);
             }
             match FromQemu::read(&line) {
-                Ok(FromQemu::Reply { result, .. }) => return Ok(Some(result)),
-                Ok(_) => {}
-                Err(error) => return Err(error.into()),
+                Some(FromQemu::Reply { result }) => return Ok(Some(result)),
+                Some(_) => {}
+                // It is one nevertheless: there will be no other.
+                None => {
+                    let error = QmpError::generic("The reply is no JSON, or too long");
+                    return Ok(Some(Err(error)));
+                }
             }
         }
     }

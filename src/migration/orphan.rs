@@ -22,7 +22,11 @@ use serde_json::{Value, json};
 use tracing::{debug, warn};
 
 use super::messages::{Command, QmpSocket};
-use crate::{patience::Patience, qemu, qmp::ITEM_MAX};
+use crate::{
+    patience::Patience,
+    qemu,
+    qmp::{ITEM_MAX, envelope::FromQemu},
+};
 
 /// How long QEMU may take for all that there is to do: its monitor waits while it flushes its disks.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -170,14 +174,14 @@ impl Session {
         Ok(true)
     }
 
-    fn line(&mut self) -> io::Result<Value> {
+    fn line(&mut self) -> io::Result<Vec<u8>> {
         let mut line = Vec::new();
         while self.patience.lasts() {
             self.stream.get_ref().set_read_timeout(Some(self.patience.slice()))?;
             let left = (ITEM_MAX - line.len()) as u64;
             match (&mut self.stream).take(left).read_until(b'\n', &mut line) {
                 Ok(_) if line.is_empty() => return Err(ErrorKind::UnexpectedEof.into()),
-                Ok(_) => return Ok(serde_json::from_slice(&line)?),
+                Ok(_) => return Ok(line),
                 // What has come of it is kept.
                 Err(error) if matches!(error.kind(), WouldBlock | Interrupted) => {}
                 Err(error) => return Err(error),
@@ -193,13 +197,36 @@ impl Session {
         }
         self.stream.get_ref().write_all(format!("{request}\r\n").as_bytes())?;
         loop {
-            let mut line = self.line()?;
-            if line.get("return").is_some() {
-                return Ok(line["return"].take());
-            }
-            if let Some(error) = line.get("error") {
-                return Err(io::Error::other(format!("{command}: {error}")));
+            match FromQemu::read(&self.line()?) {
+                Some(FromQemu::Reply { result }) => {
+                    return result.map_err(|error| io::Error::other(format!("{command}: {error}")));
+                }
+                Some(_) => {}
+                None => return Err(ErrorKind::InvalidData.into()),
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Only what it asked for is its business.
+    #[test]
+    fn an_orphan_reads_past_what_it_does_not_understand() {
+        let (stream, qemu) = UnixStream::pair().unwrap();
+        let mut session =
+            Session { stream: BufReader::new(stream), patience: Patience::new(PATIENCE) };
+        let deep = "[".repeat(5000) + &"]".repeat(5000);
+        let say = |line: &str| (&qemu).write_all(format!("{line}\r\n").as_bytes()).unwrap();
+        say(&format!("{{\"event\": \"X\", \"data\": {deep}}}"));
+        say("{\"return\": [5]}");
+        assert_eq!(session.execute("query-yank", &Value::Null).unwrap(), json!([5]));
+        say(&format!("{{\"return\": {deep}}}"));
+        let error = session.execute("query-yank", &Value::Null).unwrap_err();
+        assert!(error.to_string().contains("not understood"), "{error}");
+        say("nonsense");
+        assert!(session.execute("query-yank", &Value::Null).is_err());
     }
 }

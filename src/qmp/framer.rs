@@ -1,55 +1,47 @@
 //! Where one command of a client ends and the next begins.
 //!
 //! QEMU goes by the balance of brackets, not by lines (`qobject/json-streamer.c`), so several
-//! commands on a line and one over many lines both work, and strings may be in single quotes.
+//! commands on a line and one over many lines both work. It answers each piece that is cut here once,
+//! and none of them leaves it in the midst of something: between any two it takes other commands.
 
-use super::ITEM_MAX;
+use super::{
+    ITEM_MAX,
+    lexer::{Lexer, Step, Token},
+    scan::DEPTH_MAX,
+};
 
 /// What a client sent.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Framed {
-    /// A JSON value in brackets, up to and including the end of its line if nothing else is on it.
+    /// A value in brackets.
     Value(Vec<u8>),
-    /// A line that begins with no bracket.
-    Malformed,
-    /// A value or a line longer than [`ITEM_MAX`], or one beyond QEMU's own limits; it was dropped
-    /// up to the end of a line.
+    /// What QEMU finds wrong as it is: a token outside brackets, brackets that do not match, or all up
+    /// to a byte that no JSON has.
+    Malformed(Vec<u8>),
+    /// A value longer than [`ITEM_MAX`], or of more than QEMU's own limit of tokens; it is dropped, up
+    /// to the end of a line or a byte that no JSON has.
     TooLong,
+    /// Likewise one of more than [`DEPTH_MAX`] brackets in brackets.
+    TooDeep,
 }
 
-/// Most commas, colons and brackets in a value. QEMU takes 2^21 tokens (`MAX_TOKEN_COUNT` of
-/// `qobject/json-streamer.c`), values included, and answers what follows with an error a token.
-const PUNCTUATION_MAX: usize = 1 << 20;
-
-/// Most brackets in brackets (`MAX_NESTING` there).
-const DEPTH_MAX: usize = 1 << 10;
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum State {
-    /// Between values.
-    Between,
-    /// In a value, this deep, in a string with this quote, behind a backslash.
-    Value { depth: usize, punctuation: usize, quote: Option<u8>, escaped: bool },
-    /// Behind a value: the end of its line belongs to it.
-    Behind,
-    /// In a line that is no value.
-    Garbage,
-    /// In something that is too long.
-    Dropping,
-}
+/// Most tokens in a value (`MAX_TOKEN_COUNT` of `qobject/json-streamer.c`).
+const TOKENS_MAX: usize = 2 << 20;
 
 /// Cuts bytes into commands.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Framer {
     buffer: Vec<u8>,
+    /// Where in it the value begins that is being read.
+    start: usize,
     scanned: usize,
-    state: State,
-}
-
-impl Default for Framer {
-    fn default() -> Self {
-        Self { buffer: Vec::new(), scanned: 0, state: State::Between }
-    }
+    lexer: Lexer,
+    /// How many are open: QEMU counts each kind for itself.
+    braces: isize,
+    brackets: isize,
+    tokens: usize,
+    /// What is being dropped.
+    dropping: Option<Framed>,
 }
 
 impl Framer {
@@ -61,91 +53,81 @@ impl Framer {
     /// The next command that is complete.
     pub fn take(&mut self) -> Option<Framed> {
         while let Some(&byte) = self.buffer.get(self.scanned) {
-            if let Some(framed) = self.step(byte) {
-                return Some(framed);
-            }
-            let beyond = match self.state {
-                State::Value { depth, punctuation, .. } => {
-                    depth > DEPTH_MAX || punctuation > PUNCTUATION_MAX
-                }
-                _ => false,
-            };
-            if beyond || self.scanned > ITEM_MAX {
-                self.cut();
-                self.state = State::Dropping;
+            let framed = if self.dropping.is_some() { self.skip(byte) } else { self.step(byte) };
+            if framed.is_some() {
+                return framed;
             }
         }
-        // A value whose line has not ended is complete nevertheless.
-        if self.state == State::Behind {
-            self.state = State::Between;
-            return Some(Framed::Value(self.cut()));
-        }
-        if self.state == State::Dropping || self.state == State::Between {
-            self.cut();
-        }
+        self.buffer.drain(..self.start);
+        self.scanned -= self.start;
+        self.start = 0;
         None
     }
 
-    /// Remove what was scanned.
-    fn cut(&mut self) -> Vec<u8> {
-        let item = self.buffer.drain(..self.scanned).collect();
-        self.scanned = 0;
-        item
-    }
-
-    /// Scan one byte, or leave it to the next state.
+    /// Scan one byte, or leave it to the next token.
     fn step(&mut self, byte: u8) -> Option<Framed> {
-        let end_of_line = byte == b'\n';
-        match &mut self.state {
-            State::Between if byte.is_ascii_whitespace() => {}
-            State::Between => {
-                self.cut();
-                self.state = match byte {
-                    b'{' | b'[' => {
-                        State::Value { depth: 1, punctuation: 1, quote: None, escaped: false }
-                    }
-                    _ => State::Garbage,
-                };
-            }
-            State::Value { escaped: escaped @ true, .. } => *escaped = false,
-            State::Value { quote: quote @ Some(_), escaped, .. } => {
-                if byte == b'\\' {
-                    *escaped = true;
-                } else if Some(byte) == *quote {
-                    *quote = None;
-                }
-            }
-            State::Value { depth, punctuation, quote, .. } => {
-                *punctuation += usize::from(b",:{}[]".contains(&byte));
-                match byte {
-                    b'"' | b'\'' => *quote = Some(byte),
-                    b'{' | b'[' => *depth += 1,
-                    b'}' | b']' if *depth == 1 => self.state = State::Behind,
-                    b'}' | b']' => *depth -= 1,
-                    _ => {}
-                }
-            }
-            State::Behind => {
-                let blank = byte == b' ' || byte == b'\r' || byte == b'\t';
-                if blank {
-                    self.scanned += 1;
-                    return None;
-                }
-                self.scanned += usize::from(end_of_line);
-                self.state = State::Between;
-                return Some(Framed::Value(self.cut()));
-            }
-            State::Garbage | State::Dropping if end_of_line => {
-                self.scanned += 1;
-                self.cut();
-                let dropped = self.state == State::Dropping;
-                self.state = State::Between;
-                return Some(if dropped { Framed::TooLong } else { Framed::Malformed });
-            }
-            State::Garbage | State::Dropping => {}
+        let step = self.lexer.step(byte);
+        self.scanned += usize::from(!matches!(step, Step::Ended(_)));
+        match step {
+            Step::Goes if self.tokens == 0 && self.lexer.is_between() => self.start = self.scanned,
+            Step::Goes => {}
+            Step::Ends(token) | Step::Ended(token) => return self.token(token),
         }
-        self.scanned += 1;
+        if self.scanned - self.start > ITEM_MAX {
+            self.drop_as(Framed::TooLong);
+        }
         None
+    }
+
+    fn token(&mut self, token: Token) -> Option<Framed> {
+        self.tokens += 1;
+        match token {
+            Token::Structure(b'{') => self.braces += 1,
+            Token::Structure(b'}') => self.braces -= 1,
+            Token::Structure(b'[') => self.brackets += 1,
+            Token::Structure(b']') => self.brackets -= 1,
+            _ => {}
+        }
+        let open = (self.braces, self.brackets);
+        if token == Token::Stray || open.0 < 0 || open.1 < 0 {
+            return Some(Framed::Malformed(self.cut()));
+        }
+        if open == (0, 0) {
+            let in_brackets = self.tokens > 1;
+            let bytes = self.cut();
+            return Some(if in_brackets { Framed::Value(bytes) } else { Framed::Malformed(bytes) });
+        }
+        if (open.0 + open.1).unsigned_abs() > DEPTH_MAX {
+            self.drop_as(Framed::TooDeep);
+        } else if self.tokens > TOKENS_MAX {
+            self.drop_as(Framed::TooLong);
+        }
+        None
+    }
+
+    /// Remove what was scanned, and begin anew.
+    fn cut(&mut self) -> Vec<u8> {
+        let bytes = self.buffer[self.start..self.scanned].to_vec();
+        self.begin();
+        bytes
+    }
+
+    fn begin(&mut self) {
+        self.start = self.scanned;
+        (self.braces, self.brackets, self.tokens) = (0, 0, 0);
+    }
+
+    fn drop_as(&mut self, what: Framed) {
+        self.begin();
+        self.lexer = Lexer::default();
+        self.dropping = Some(what);
+    }
+
+    fn skip(&mut self, byte: u8) -> Option<Framed> {
+        self.scanned += 1;
+        self.start = self.scanned;
+        let goes_on = matches!(byte, b'\t' | b'\r' | 0x20..=0xfd);
+        if goes_on { None } else { self.dropping.take() }
     }
 }
 
@@ -171,32 +153,49 @@ mod tests {
         Framed::Value(text.as_bytes().to_vec())
     }
 
+    fn malformed(bytes: &[u8]) -> Framed {
+        Framed::Malformed(bytes.to_vec())
+    }
+
     #[test]
     fn a_line_is_a_command() {
-        let text = "{\"execute\": \"query-status\"}\r\n";
-        assert_eq!(frame(&[text.as_bytes()]), [value(text)]);
+        let text = "{\"execute\": \"query-status\"}";
+        assert_eq!(frame(&[b"\r\n ", text.as_bytes(), b"\r\n"]), [value(text)]);
     }
 
     #[test]
     fn brackets_decide_not_lines() {
         let text = "{\"a\": 1}{'b}': '\\'{'} \n{\n \"c\": [\"]\"]\n}\n";
         let expected =
-            [value("{\"a\": 1}"), value("{'b}': '\\'{'} \n"), value("{\n \"c\": [\"]\"]\n}\n")];
+            [value("{\"a\": 1}"), value("{'b}': '\\'{'}"), value("{\n \"c\": [\"]\"]\n}")];
         assert_eq!(frame(&[text.as_bytes()]), expected);
     }
 
     #[test]
     fn a_command_without_an_end_of_line_is_complete() {
         assert_eq!(frame(&[b"{}"]), [value("{}")]);
-        assert_eq!(frame(&[b"{}", b"\n", b"{}\n"]), [value("{}"), value("{}\n")]);
+        assert_eq!(frame(&[b"{}", b"\n", b"{}\n"]), [value("{}"), value("{}")]);
     }
 
+    /// Each is what QEMU answers with one error.
     #[test]
-    fn garbage_ends_with_its_line() {
-        assert_eq!(
-            frame(&[b"foo {\nbar", b"\n{}\n"]),
-            [Framed::Malformed, Framed::Malformed, value("{}\n")]
-        );
+    fn what_is_wrong_ends_where_qemu_answers_it() {
+        for (text, expected) in [
+            (
+                &b"foo 5 {\n}'x'"[..],
+                vec![malformed(b"foo"), malformed(b"5"), value("{\n}"), malformed(b"'x'")],
+            ),
+            (b"{]}", vec![malformed(b"{]"), malformed(b"}")]),
+            (b"{[}]", vec![value("{[}]")]),
+            (b",:", vec![malformed(b","), malformed(b":")]),
+            (b"{'a\xff{}", vec![malformed(b"{'a\xff"), value("{}")]),
+            (b"\x01\xff {}", vec![malformed(b"\x01"), malformed(b"\xff"), value("{}")]),
+            (b"@ rest of it {}", vec![malformed(b"@"), value("{}")]),
+            (b"{'execute': '\n{}", vec![malformed(b"{'execute': '\n"), value("{}")]),
+            (b"null", vec![]),
+        ] {
+            assert_eq!(frame(&[text]), expected, "{}", text.escape_ascii());
+        }
     }
 
     #[test]
@@ -216,26 +215,29 @@ mod tests {
         }
         framer.push(b"\"}\n{}\n");
         assert_eq!(framer.take().unwrap(), Framed::TooLong);
-        assert_eq!(framer.take().unwrap(), value("{}\n"));
+        assert_eq!(framer.take().unwrap(), value("{}"));
         assert_eq!(framer.take(), None);
+    }
+
+    #[test]
+    fn qemus_limits_are_kept() {
+        let nested = |depth: usize| "[".repeat(depth) + &"]".repeat(depth);
+        let deepest = nested(DEPTH_MAX);
+        let text = format!("{deepest}{}\n{{}}", nested(DEPTH_MAX + 1));
+        assert_eq!(frame(&[text.as_bytes()]), [value(&deepest), Framed::TooDeep, value("{}")]);
+        let many = format!("[{}0]\u{1}{{}}", "0,".repeat(TOKENS_MAX / 2));
+        assert_eq!(frame(&[many.as_bytes()]), [Framed::TooLong, value("{}")]);
     }
 
     proptest! {
         #[test]
         fn cuts_do_not_matter(
-            text in "[{}\\[\\]\"'\\\\a \n]{0,60}\n",
+            text in "[{}\\[\\]\"'\\\\,:a1. \n\u{1}é]{0,60}\n",
             cut in any::<prop::sample::Index>(),
         ) {
             let bytes = text.as_bytes();
             let cut = cut.index(bytes.len());
-            let trimmed = |framed: Vec<Framed>| -> Vec<Framed> {
-                framed.into_iter().map(|framed| match framed {
-                    Framed::Value(bytes) => Framed::Value(bytes.trim_ascii().to_vec()),
-                    other => other,
-                }).collect()
-            };
-            let whole = trimmed(frame(&[bytes]));
-            prop_assert_eq!(trimmed(frame(&[&bytes[..cut], &bytes[cut..]])), whole);
+            prop_assert_eq!(frame(&[&bytes[..cut], &bytes[cut..]]), frame(&[bytes]));
         }
     }
 }

@@ -1,8 +1,8 @@
 //! Bytes with file descriptors over a Unix stream socket.
 //!
 //! Descriptors belong to the first byte of the `sendmsg` that carried them. A read ends behind the
-//! bytes of such a `sendmsg`, but may begin with bytes from before them: where in it they belong it
-//! does not tell.
+//! bytes of such a `sendmsg`, but may begin with bytes from before them: where in it they belong only
+//! [`recv_apart`] tells.
 
 use std::{
     io::{self, IoSlice, IoSliceMut},
@@ -117,6 +117,27 @@ pub async fn recv_async(
     fds: &mut Vec<OwnedFd>,
 ) -> io::Result<usize> {
     socket.async_io(Interest::READABLE, || recv(socket, buf, fds)).await
+}
+
+/// [`recv_async`]. Descriptors that come belong to the last of the bytes.
+///
+/// # Errors
+/// As [`recv`].
+pub async fn recv_apart(
+    socket: &UnixStream,
+    buf: &mut [u8],
+    fds: &mut Vec<OwnedFd>,
+) -> io::Result<usize> {
+    let receive = || {
+        let mut no_room = RecvAncillaryBuffer::default();
+        let slices = &mut [IoSliceMut::new(buf)];
+        let seen = retry_on_intr(|| recvmsg(socket, slices, &mut no_room, RecvFlags::PEEK))?;
+        // It looks beyond what fits too. As QEMU does, byte by byte that is led up to.
+        let has_descriptors = seen.flags.contains(ReturnFlags::CTRUNC);
+        let length = if has_descriptors { 1 } else { seen.bytes };
+        recv(socket, &mut buf[..length], fds)
+    };
+    socket.async_io(Interest::READABLE, receive).await
 }
 
 /// [`send_all`] on a tokio socket.

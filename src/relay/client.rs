@@ -18,7 +18,6 @@ use tracing::{debug, warn};
 
 use crate::qmp::{
     ITEM_MAX,
-    envelope::Command,
     framer::{Framed, Framer},
     socket,
 };
@@ -27,11 +26,11 @@ use crate::qmp::{
 /// and its events are lost. The reply to a command comes on top.
 const QUEUED_MAX: usize = 2 * ITEM_MAX;
 
-/// A command with its descriptors.
+/// A command, and the descriptors that came with it or with what was before it.
 pub struct FromClient {
     /// What was sent.
     pub framed: Framed,
-    /// The descriptors that it takes.
+    /// The descriptors.
     pub fds: Vec<OwnedFd>,
 }
 
@@ -48,6 +47,10 @@ pub struct Client {
     commands: mpsc::Receiver<FromClient>,
     /// It has negotiated.
     pub negotiated: bool,
+    /// It has enabled execution out of band.
+    pub oob: bool,
+    /// Descriptors that no command has taken.
+    descriptors: Vec<OwnedFd>,
     lines: mpsc::UnboundedSender<Vec<u8>>,
     queued: Arc<Queued>,
     /// Events are lost because it does not read.
@@ -68,7 +71,18 @@ impl Client {
         let (reads, read) = watch::channel(());
         let reading = tokio::spawn(read_all(stream.clone(), sender, reads));
         let writing = tokio::spawn(write(stream, to_write, queued.clone()));
-        Self { commands, negotiated: false, lines, queued, loses: false, reading, read, writing }
+        Self {
+            commands,
+            negotiated: false,
+            oob: false,
+            descriptors: Vec::new(),
+            lines,
+            queued,
+            loses: false,
+            reading,
+            read,
+            writing,
+        }
     }
 
     /// It has gone, and all that it sent is read.
@@ -104,6 +118,23 @@ impl Client {
         }
         // Whoever takes no replies is gone.
         if self.lines.is_closed() { None } else { self.commands.recv().await }
+    }
+
+    /// Descriptors have come.
+    ///
+    /// QEMU keeps them until a command takes them or others come (`tcp_chr_recv` of
+    /// `chardev/char-socket.c`), whatever else was sent with them. They are kept here for it: the
+    /// relay's own, sent in between, would drive them out there.
+    pub fn keep(&mut self, fds: Vec<OwnedFd>) {
+        if !fds.is_empty() {
+            self.descriptors = fds;
+        }
+    }
+
+    /// Those that this command takes: one of them, and QEMU closes the others.
+    pub fn take_descriptors(&mut self, command: &str) -> Vec<OwnedFd> {
+        let takes = ["getfd", "add-fd"].contains(&command);
+        if takes { std::mem::take(&mut self.descriptors) } else { Vec::new() }
     }
 
     /// Let what was sent arrive, then end the connection.
@@ -149,35 +180,24 @@ async fn read_all(
 }
 
 /// Cut what the client sends into commands.
-///
-/// QEMU keeps descriptors until a command takes them or others come (`tcp_chr_recv` of
-/// `chardev/char-socket.c`), whichever of the commands in one message they were sent with. They are
-/// kept here for it: the relay's own, sent in between, would drive them out there.
 async fn read_commands(stream: &UnixStream, commands: &mpsc::Sender<FromClient>) -> io::Result<()> {
     let mut framer = Framer::default();
-    let mut kept = Vec::new();
+    let mut came = Vec::new();
     loop {
         let (mut piece, mut fds) = ([0; 16384], Vec::new());
-        let length = socket::recv_async(stream, &mut piece, &mut fds).await?;
+        let length = socket::recv_apart(stream, &mut piece, &mut fds).await?;
         if length == 0 {
             return Ok(());
         }
         if !fds.is_empty() {
-            kept = fds;
+            came = fds;
         }
         framer.push(&piece[..length]);
         while let Some(framed) = framer.take() {
-            let takes = !kept.is_empty() && takes_descriptors(&framed);
-            let fds = if takes { std::mem::take(&mut kept) } else { Vec::new() };
+            let fds = std::mem::take(&mut came);
             if commands.send(FromClient { framed, fds }).await.is_err() {
                 return Ok(());
             }
         }
     }
-}
-
-/// QEMU takes one descriptor for it, and closes the others.
-fn takes_descriptors(framed: &Framed) -> bool {
-    let Framed::Value(bytes) = framed else { return false };
-    Command::read(bytes).is_ok_and(|command| ["getfd", "add-fd"].contains(&&*command.name))
 }

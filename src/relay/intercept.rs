@@ -316,7 +316,7 @@ mod tests {
 
     fn ask(text: &str) -> Result<Option<Intercepted>, QmpError> {
         let version = Version { major: 10, minor: 0, micro: 0 };
-        intercept(&Command::read(text.as_bytes()).unwrap(), version)
+        intercept(&Command::read(text.as_bytes(), false).unwrap(), version)
     }
 
     fn refusal(text: &str) -> String {

@@ -3,7 +3,7 @@
 //! Owns the QMP connections and nothing else that can fail: it parses no migration stream, maps no
 //! guest memory and loads no RDMA library; a worker process per migration does. One task per monitor
 //! takes QEMU's events, the client's commands and what migrations have to say, in turn; each command
-//! runs in a task of its own, and the next is taken when it was answered.
+//! runs in a task of its own, and the next in band is taken when it was answered.
 //!
 //! It stands beside a running QEMU ([`attach`]), or is started with it ([`launch`]).
 

@@ -1,8 +1,9 @@
 //! The relay's loop: QEMU's events, the client's commands, what migrations have to say.
 
 mod execute;
+mod negotiate;
 
-use std::{io, os::fd::OwnedFd};
+use std::{collections::VecDeque, io, os::fd::OwnedFd};
 
 use serde_json::{Value, json};
 use tokio::{
@@ -21,12 +22,12 @@ use super::{
     intercept::{Intercepted, intercept, refusal},
     migrations::{FAREWELL, Migrations},
     other_monitors,
-    session::Said,
+    session::{self, Band, Said},
     view::{Phase, Side},
 };
 use crate::qmp::{
     ITEM_MAX, QmpError, Version,
-    envelope::{self, Command, FromQemu, Unread},
+    envelope::{self, Command, FromQemu, Id, OutOfBand, Unread},
     framer::Framed,
     hmp::Line,
 };
@@ -35,9 +36,15 @@ use crate::qmp::{
 enum Current {
     /// QEMU will answer it. If it is about settings, none is borrowed before that.
     Forwarded { _nothing_borrowed: Option<OwnedRwLockReadGuard<Borrowed>> },
+    /// It negotiates, and enables what the relay does not know: QEMU will look at it.
+    Negotiates { enables: String, id: Option<Id> },
     /// The relay's task answers it.
     Ours(JoinHandle<Vec<u8>>),
 }
+
+/// Commands that may wait behind one in band, for a client that has enabled others to overtake them
+/// (`QMP_REQ_QUEUE_LEN_MAX` of QEMU's `monitor/monitor-internal.h`).
+const QUEUE_MAX: usize = 8;
 
 /// Lines that wait for the verdict on a MIGRATION `completed` or `failed`, the first of them.
 #[derive(Default)]
@@ -65,29 +72,38 @@ pub(super) struct Monitor {
     greeting: Vec<u8>,
     /// QEMU's.
     version: Version,
+    /// They are offered execution out of band.
+    oob: bool,
     client: Option<Client>,
     /// Counts clients, so that nobody gets a predecessor's reply.
     client_number: u64,
-    /// The command that is not answered yet.
+    /// Its command in band that is not answered yet.
     current: Option<Current>,
+    /// Those that wait for that.
+    queue: VecDeque<FromClient>,
+    /// Its command out of band that is not answered yet: QEMU reads none behind it either.
+    overtaking: Option<Current>,
     held: Option<Held>,
 }
 
 impl Monitor {
     pub(super) fn new(context: Context, migrations: Migrations, mut greeting: Value) -> Self {
-        // Out-of-band execution would need replies to be matched.
+        // Nobody knows what others would ask of the relay.
         let capabilities = greeting.pointer_mut("/QMP/capabilities").and_then(Value::as_array_mut);
         if let Some(capabilities) = capabilities {
-            capabilities.retain(|capability| capability != "oob");
+            capabilities.retain(|capability| capability == "oob");
         }
         Self {
             context,
             migrations,
             version: Version::read(&greeting["QMP"]["version"]),
+            oob: session::offers_oob(&greeting),
             greeting: format!("{greeting}\r\n").into_bytes(),
             client: None,
             client_number: 0,
             current: None,
+            queue: VecDeque::new(),
+            overtaking: None,
             held: None,
         }
     }
@@ -101,21 +117,23 @@ impl Monitor {
         mut ending: watch::Receiver<Option<&'static str>>,
     ) {
         let reason = loop {
-            let busy = self.current.is_some();
+            let busy = self.is_busy();
             let hung_up = self.client.as_ref().map(Client::hung_up);
             tokio::select! {
                 // What QEMU said first goes out first.
                 biased;
                 said = said.recv() => match said {
                     Some(Said::Event(line)) => self.event(line),
-                    Some(Said::Reply(client, line)) => self.reply(client, line),
+                    Some(Said::Reply(client, band, line)) => self.reply(client, band, line),
                     None => break None,
                 },
                 Some(output) = output.recv() => self.output(output),
-                reply = answered(&mut self.current) => self.answer(reply),
+                reply = answered(&mut self.current) => self.answer(Band::In, reply),
+                reply = answered(&mut self.overtaking) => self.answer(Band::Out, reply),
                 command = next_command(&mut self.client, busy) => match command {
-                    Some(command) => self.command(command),
-                    None => self.client = None,
+                    Some(command) => self.take(command),
+                    // What it has left in the queue nobody will see done.
+                    None => (self.client, self.queue) = (None, VecDeque::new()),
                 },
                 accepted = next_client(&mut door, hung_up) => match accepted {
                     Ok(stream) => self.accept(stream),
@@ -135,10 +153,12 @@ impl Monitor {
             Some(reason) => info!(reason, "ending"),
             None => debug!("QEMU is gone"),
         }
-        if let (Some(Current::Ours(reply)), None) = (self.current.take(), reason)
-            && let Ok(Ok(line)) = timeout(FAREWELL, reply).await
-        {
-            self.send(line);
+        for band in [Band::Out, Band::In] {
+            if let (Some(Current::Ours(reply)), None) = (self.slot(band).take(), reason)
+                && let Ok(Ok(line)) = timeout(FAREWELL, reply).await
+            {
+                self.send(line);
+            }
         }
         // No verdict will come.
         let held = self.held.take().unwrap_or_default();
@@ -154,8 +174,9 @@ impl Monitor {
         client.send(self.greeting.clone());
         self.client = Some(client);
         self.client_number += 1;
-        // A predecessor's command is answered into the void.
-        self.current = None;
+        // A predecessor's commands are answered into the void.
+        (self.current, self.overtaking) = (None, None);
+        self.queue.clear();
     }
 
     /// Send a line to the client.
@@ -177,14 +198,14 @@ impl Monitor {
     /// An event of QEMU's: to the client in its place, and to whom it concerns.
     fn event(&mut self, line: Vec<u8>) {
         let status = match FromQemu::read(&line) {
-            Ok(FromQemu::Event { name, data }) if name == "MIGRATION" => {
+            Some(FromQemu::Event { name, data }) if name == "MIGRATION" => {
                 data["status"].as_str().map(str::to_owned)
             }
-            Ok(FromQemu::Event { name, .. }) if name == "RESUME" => {
+            Some(FromQemu::Event { name, .. }) if name == "RESUME" => {
                 self.migrations.tell(&QemuEvent::Resumed);
                 None
             }
-            Ok(FromQemu::Event { name, .. }) if name == "STOP" => {
+            Some(FromQemu::Event { name, .. }) if name == "STOP" => {
                 self.migrations.tell(&QemuEvent::Stopped);
                 None
             }
@@ -244,61 +265,153 @@ impl Monitor {
     }
 
     /// QEMU's reply to a command that was forwarded.
-    fn reply(&mut self, client: u64, line: Vec<u8>) {
-        if client == self.client_number {
-            self.current = None;
-            self.send(line);
+    fn reply(&mut self, client: u64, band: Band, line: Vec<u8>) {
+        if client != self.client_number {
+            return;
         }
+        let line = match self.slot(band).take() {
+            Some(Current::Negotiates { enables, id }) if negotiate::is_right(&line) => {
+                envelope::reply(&Err(negotiate::not_available(&enables)), id.as_ref())
+            }
+            _ => line,
+        };
+        self.send(line);
+        self.go_on();
     }
 
     /// The reply to a command of ours.
-    fn answer(&mut self, reply: Result<Vec<u8>, JoinError>) {
-        self.current = None;
+    fn answer(&mut self, band: Band, reply: Result<Vec<u8>, JoinError>) {
+        *self.slot(band) = None;
         match reply {
-            Ok(line) => self.send(line),
+            Ok(line) => {
+                self.send(line);
+                self.go_on();
+            }
             Err(error) => {
                 // It would wait for ever for this reply.
                 warn!(%error, "a command's task failed");
+                self.queue.clear();
                 self.client.take().into_iter().for_each(Client::disconnect);
             }
         }
     }
 
-    /// A command of the client's.
-    fn command(&mut self, FromClient { framed, fds }: FromClient) {
+    fn slot(&mut self, band: Band) -> &mut Option<Current> {
+        match band {
+            Band::In => &mut self.current,
+            Band::Out => &mut self.overtaking,
+        }
+    }
+
+    /// No more is taken of the client's: it waits, or has sent as much as QEMU would take.
+    fn is_busy(&self) -> bool {
+        let oob = self.client.as_ref().is_some_and(|client| client.oob);
+        let is_full = if oob { self.queue.len() >= QUEUE_MAX } else { self.current.is_some() };
+        is_full || self.overtaking.is_some()
+    }
+
+    /// The client has sent something.
+    fn take(&mut self, from_client: FromClient) {
+        let oob = self.client.as_ref().is_some_and(|client| client.oob);
+        if oob
+            && let Framed::Value(bytes) = &from_client.framed
+            && let Some(command) = OutOfBand::read(bytes)
+        {
+            self.overtake(&command, bytes);
+            return self.keep(from_client.fds);
+        }
+        self.queue.push_back(from_client);
+        self.go_on();
+    }
+
+    /// Descriptors have come, for whoever takes them.
+    fn keep(&mut self, fds: Vec<OwnedFd>) {
+        if let Some(client) = &mut self.client {
+            client.keep(fds);
+        }
+    }
+
+    /// Execute what is next in band.
+    fn go_on(&mut self) {
+        while self.current.is_none()
+            && let Some(FromClient { framed, fds }) = self.queue.pop_front()
+        {
+            self.keep(fds);
+            self.command(framed);
+        }
+    }
+
+    /// A command out of band: QEMU's, but for the end of a migration of ours.
+    fn overtake(&mut self, command: &OutOfBand<'_>, bytes: &[u8]) {
+        let proper = Command::read(bytes, true).ok();
+        match proper.as_ref().map(|command| intercept(command, self.version)) {
+            Some(Ok(Some(yank @ Intercepted::Yank(_)))) if self.migrations.goes_on(Side::Source) => {
+                let task = self.execute(Band::Out, yank, command.id.clone());
+                self.overtaking = Some(Current::Ours(task));
+            }
+            Some(Ok(Some(Intercepted::QueryHelper | Intercepted::QueryBlockers))) => {
+                let name = proper.map(|command| command.name).unwrap_or_default();
+                let error = QmpError::generic(format!("The command {name} does not support OOB"));
+                self.send(envelope::reply(&Err(error), command.id.as_ref()));
+            }
+            // QEMU executes no other of ours in this way.
+            _ => {
+                let sending = self.context.qemu.overtaking(self.client_number, command);
+                self.overtaking = Some(Current::Forwarded { _nothing_borrowed: None });
+                tokio::spawn(sending);
+            }
+        }
+    }
+
+    /// A command in band.
+    fn command(&mut self, framed: Framed) {
         let bytes = match framed {
             Framed::Value(bytes) => bytes,
-            Framed::Malformed => return self.refuse("JSON parse error, expecting value"),
+            // QEMU says what is wrong with it.
+            Framed::Malformed(bytes) => return self.forward(bytes, None),
             Framed::TooLong => {
                 return self.refuse(&format!(
                     "JSON parse error, more than {ITEM_MAX} bytes or too many values"
                 ));
             }
+            Framed::TooDeep => return self.refuse("JSON nesting depth limit exceeded"),
         };
-        let command = match Command::read(&bytes) {
-            Ok(command) => Some(command),
-            Err(Unread::NoJson) => return self.refuse("JSON parse error, invalid JSON"),
-            Err(Unread::NoCommand) => None,
+        let Some(client) = &self.client else { return };
+        let (negotiated, oob) = (client.negotiated, client.oob);
+        let command = match Command::read(&bytes, oob) {
+            Ok(command) => command,
+            Err(Unread::NoCommand) => return self.forward(bytes, None),
+            // QEMU would take it: with QEMU the relay has enabled it.
+            Err(Unread::OutOfBand(id)) => {
+                return self.send(envelope::reply(&Err(Unread::not_enabled()), id.as_ref()));
+            }
         };
-        if self.client.as_ref().is_some_and(|client| !client.negotiated) {
-            return self.negotiate(command);
+        if !negotiated {
+            self.negotiate(&command, bytes);
+        } else if command.out_of_band {
+            let error = QmpError::generic("A command out of band is too long");
+            self.send(envelope::reply(&Err(error), command.id.as_ref()));
+        } else {
+            self.execute_or_forward(&command, bytes);
         }
-        command.iter().for_each(other_monitors::watch);
-        let too_early = command.as_ref().filter(|_| self.migrations.connects()).and_then(refusal);
+    }
+
+    fn execute_or_forward(&mut self, command: &Command, bytes: Vec<u8>) {
+        other_monitors::watch(command);
+        let too_early = if self.migrations.connects() { refusal(command) } else { None };
         let intercepted = match too_early {
             Some(refusal) => Ok(Some(refusal)),
-            None => command.as_ref().map_or(Ok(None), |command| intercept(command, self.version)),
+            None => intercept(command, self.version),
         };
-        let sets_parameters =
-            command.as_ref().is_some_and(|command| sets_parameters(&command.name));
-        let id = command.and_then(|command| command.id);
+        let sets_parameters = sets_parameters(&command.name);
         let nothing_borrowed = match &intercepted {
             Ok(Some(ours)) if ours.is_about_settings() => self.migrations.loan().nothing(),
             _ => None,
         };
         match intercepted {
             Ok(Some(_)) if nothing_borrowed.is_some() => {
-                self.forward_while(bytes, fds, nothing_borrowed);
+                self.forward(bytes, Some(command));
+                self.current = Some(Current::Forwarded { _nothing_borrowed: nothing_borrowed });
                 if sets_parameters {
                     self.migrations.tell(&QemuEvent::Parameters);
                 }
@@ -306,74 +419,49 @@ impl Monitor {
             Ok(Some(Intercepted::Cancel | Intercepted::Monitor(Line::Cancel)))
                 if !self.migrations.cancel() =>
             {
-                self.forward(bytes, fds);
+                self.forward(bytes, Some(command));
             }
             Ok(Some(Intercepted::Cont { .. } | Intercepted::Yank(_)))
                 if !self.migrations.goes_on(Side::Source) =>
             {
-                self.forward(bytes, fds);
+                self.forward(bytes, Some(command));
             }
             // No migration of ours is to be shown.
             Ok(Some(Intercepted::QueryMigrate | Intercepted::Monitor(Line::InfoMigrate(_))))
                 if self.migrations.view().is_none() =>
             {
-                self.forward(bytes, fds);
+                self.forward(bytes, Some(command));
             }
             Ok(Some(intercepted)) => {
-                self.current = Some(Current::Ours(self.execute(intercepted, id)));
+                let task = self.execute(Band::In, intercepted, command.id.clone());
+                self.current = Some(Current::Ours(task));
             }
             Ok(None) => {
-                self.forward(bytes, fds);
+                self.forward(bytes, Some(command));
                 if sets_parameters {
                     self.migrations.tell(&QemuEvent::Parameters);
                 }
             }
-            Err(error) => self.send(envelope::reply(&Err(error), id.as_deref())),
+            Err(error) => self.send(envelope::reply(&Err(error), command.id.as_ref())),
         }
     }
 
-    /// A command that is QEMU's.
-    fn forward(&mut self, bytes: Vec<u8>, fds: Vec<OwnedFd>) {
-        self.forward_while(bytes, fds, None);
-    }
-
-    fn forward_while(
-        &mut self,
-        bytes: Vec<u8>,
-        fds: Vec<OwnedFd>,
-        nothing_borrowed: Option<OwnedRwLockReadGuard<Borrowed>>,
-    ) {
+    /// What is QEMU's, a command or not.
+    fn forward(&mut self, bytes: Vec<u8>, command: Option<&Command>) {
+        let fds = match (&mut self.client, command) {
+            (Some(client), Some(command)) => client.take_descriptors(&command.name),
+            _ => Vec::new(),
+        };
+        let id = command.and_then(|command| command.id.clone());
         let (qemu, client) = (self.context.qemu.clone(), self.client_number);
-        self.current = Some(Current::Forwarded { _nothing_borrowed: nothing_borrowed });
+        self.current = Some(Current::Forwarded { _nothing_borrowed: None });
         // The queue has room but for one command; if not, QEMU is what is waited for. A QEMU
         // that is gone ends the relay.
-        tokio::spawn(async move { qemu.forward(client, bytes, fds).await });
+        tokio::spawn(async move { qemu.forward(client, bytes, id, fds).await });
     }
 
     fn refuse(&mut self, desc: &str) {
         self.send(envelope::reply(&Err(QmpError::generic(desc)), None));
-    }
-
-    /// The session with QEMU is negotiated already: the client's part is answered here.
-    fn negotiate(&mut self, command: Option<Command>) {
-        let name = command.as_ref().map(|command| command.name.as_str()).unwrap_or_default();
-        let id = command.as_ref().and_then(|command| command.id.as_deref());
-        let arguments = command.as_ref().and_then(|command| command.arguments().ok());
-        let enable = arguments.as_ref().and_then(|arguments| arguments.get("enable"));
-        let enabled = enable.and_then(Value::as_array).map_or(0, Vec::len);
-        let result = if name == "qmp_capabilities" && enabled == 0 {
-            Ok(json!({}))
-        } else if name == "qmp_capabilities" {
-            Err(QmpError::generic("Capability oob not available"))
-        } else {
-            let desc = "Expecting capabilities negotiation with 'qmp_capabilities'".to_owned();
-            Err(QmpError { class: "CommandNotFound".into(), desc })
-        };
-        if let (Ok(_), Some(client)) = (&result, &mut self.client) {
-            client.negotiated = true;
-        }
-        let line = envelope::reply(&result, id);
-        self.send(line);
     }
 }
 

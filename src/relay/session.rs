@@ -1,12 +1,16 @@
-//! The session with QEMU: the client's commands and the relay's own, one behind the other.
+//! The session with QEMU: the client's commands and the relay's own, one behind the other, and past all
+//! of them what is out of band.
+
+mod lines;
 
 use std::{
+    collections::HashMap,
     hash::{BuildHasher as _, Hasher as _, RandomState},
     io,
     os::fd::{AsFd as _, OwnedFd},
     path::Path,
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
@@ -15,7 +19,7 @@ use std::{
 use serde_json::{Value, json};
 use tokio::{
     net::UnixStream,
-    sync::{mpsc, oneshot},
+    sync::{Notify, mpsc, oneshot},
     time::{Instant, sleep, timeout},
 };
 use tracing::{debug, info, warn};
@@ -23,8 +27,13 @@ use tracing::{debug, info, warn};
 use super::{process::Process, socket_file::Place};
 use crate::{
     qemu,
-    qmp::{Execute, ITEM_MAX, QmpError, envelope::FromQemu, socket},
+    qmp::{
+        Execute, ITEM_MAX, QmpError,
+        envelope::{self, FromQemu, Id, Kind, OutOfBand},
+        socket,
+    },
 };
+use lines::{Line, Lines, greeting};
 
 /// How long QEMU may take to greet.
 const GREETING: Duration = Duration::from_secs(5);
@@ -45,8 +54,17 @@ struct Request {
 enum Waiter {
     /// A command of the relay's own, with its id.
     Own(String, oneshot::Sender<Vec<u8>>),
-    /// This client's: its reply keeps its place among the events.
-    Client(u64),
+    /// This client's, with its id: its reply keeps its place among the events.
+    Client(u64, Option<Id>),
+}
+
+/// In which order commands are executed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Band {
+    /// One after the other.
+    In,
+    /// At once.
+    Out,
 }
 
 /// What QEMU said, in its order.
@@ -54,17 +72,23 @@ enum Waiter {
 pub enum Said {
     /// The line of an event.
     Event(Vec<u8>),
-    /// The line of a reply to this client.
-    Reply(u64, Vec<u8>),
+    /// The line of a reply to this client's command.
+    Reply(u64, Band, Vec<u8>),
 }
 
-/// Executes commands in the session. QEMU answers in the order in which they are sent; the ids of
-/// the relay's own make sure that no reply of a client's is taken for one of them, or for another's.
+/// Executes commands in the session.
+///
+/// QEMU gets a command in band when it has answered the one before, as if each were sent by a client
+/// that waits; so its reply is what has no id of ours, and descriptors can't come to another. Whatever
+/// QEMU makes of a client's command, the ids of the relay's own make sure that nobody gets another's
+/// reply.
 #[derive(Clone)]
 pub struct Qemu {
     requests: mpsc::Sender<Request>,
-    /// Closed when nothing more of QEMU's is read.
-    waiting: mpsc::Sender<Waiter>,
+    /// Those out of band, with the ids under which they are sent.
+    overtaking: mpsc::Sender<(String, Request)>,
+    /// QEMU takes commands out of band.
+    oob: bool,
     /// Begins the ids of the relay's own commands; no client can guess it.
     own_id: Arc<str>,
     next_id: Arc<AtomicU64>,
@@ -73,7 +97,7 @@ pub struct Qemu {
 impl Qemu {
     /// QEMU is gone, or only the session with it.
     pub fn is_lost(&self) -> bool {
-        self.waiting.is_closed()
+        self.requests.is_closed()
     }
 }
 
@@ -149,14 +173,21 @@ impl Session {
 
     async fn negotiated(lines: Lines, greeting: Value, pid: u32) -> io::Result<Self> {
         let stream = lines.stream.clone();
-        let (requests, to_write) = mpsc::channel(QUEUE);
-        let (waiting, waiters) = mpsc::channel(QUEUE);
+        let (requests, in_turn) = mpsc::channel(QUEUE);
+        let (overtaking, at_once) = mpsc::channel(QUEUE);
         let (say, said) = mpsc::channel(QUEUE);
-        tokio::spawn(write(stream.clone(), to_write, waiting.clone()));
         let random = RandomState::new().build_hasher().finish();
         let own_id: Arc<str> = format!("qemu-rdma-helper-{random:016x}-").into();
-        tokio::spawn(read(lines, Replies { waiters, next: None, own_id: own_id.clone() }, say));
-        let mut qemu = Qemu { requests, waiting, own_id, next_id: Arc::default() };
+        let writer = stream.clone();
+        tokio::spawn(async move {
+            let waiting = Waiting::default();
+            tokio::select! {
+                () = read(lines, &waiting, say) => {}
+                () = write(&writer, in_turn, at_once, &waiting) => {}
+            }
+        });
+        let oob = offers_oob(&greeting);
+        let mut qemu = Qemu { requests, overtaking, oob, own_id, next_id: Arc::default() };
         let refused = |error: QmpError| match &*error.class {
             QmpError::CONNECTION_LOST => {
                 io::Error::new(io::ErrorKind::UnexpectedEof, "it ended while it negotiated")
@@ -197,12 +228,19 @@ fn may_come(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused)
 }
 
+/// Can commands be executed out of band? QEMU offers it where its monitor has a thread for itself.
+pub fn offers_oob(greeting: &Value) -> bool {
+    let capabilities = greeting.pointer("/QMP/capabilities").and_then(Value::as_array);
+    capabilities.is_some_and(|capabilities| capabilities.contains(&json!("oob")))
+}
+
 /// Negotiate, and see that it lasts: a QEMU that is just starting may take the session for opened
 /// twice, greet twice, and expect another negotiation then.
 async fn negotiate(qemu: &mut Qemu) -> Result<(), QmpError> {
-    qemu.execute("qmp_capabilities", Value::Null).await?;
+    let enable = if qemu.oob { json!({ "enable": ["oob"] }) } else { Value::Null };
+    qemu.execute("qmp_capabilities", enable.clone()).await?;
     if qemu.execute("query-version", Value::Null).await.is_err() {
-        qemu.execute("qmp_capabilities", Value::Null).await?;
+        qemu.execute("qmp_capabilities", enable).await?;
     }
     Ok(())
 }
@@ -212,18 +250,36 @@ fn invalid(why: &str) -> io::Error {
 }
 
 impl Qemu {
-    /// Send the command of client number `client` as it is; the reply comes as [`Said::Reply`].
+    /// Send the command of client number `client` as it is, with this id if it has one; the reply comes
+    /// as [`Said::Reply`].
     ///
     /// # Errors
     /// [`QmpError::connection_lost`].
     pub async fn forward(
         &self,
         client: u64,
-        line: Vec<u8>,
+        mut line: Vec<u8>,
+        id: Option<Id>,
         fds: Vec<OwnedFd>,
     ) -> Result<(), QmpError> {
-        let request = Request { line, fds, waiter: Waiter::Client(client) };
+        // It ends where its last byte is, for QEMU too.
+        line.extend_from_slice(b"\r\n");
+        let request = Request { line, fds, waiter: Waiter::Client(client, id) };
         self.requests.send(request).await.map_err(|_| QmpError::connection_lost())
+    }
+
+    /// A client's command out of band, under an id of ours: its reply may come at any time.
+    pub fn overtaking(
+        &self,
+        client: u64,
+        command: &OutOfBand<'_>,
+    ) -> impl Future<Output = ()> + Send + use<> {
+        let id = self.id();
+        let waiter = Waiter::Client(client, command.id.clone());
+        let request = Request { line: command.under(&id), fds: Vec::new(), waiter };
+        let overtaking = self.overtaking.clone();
+        // A QEMU that is gone ends the relay.
+        async move { drop(overtaking.send((id, request)).await) }
     }
 
     /// Execute a command of our own, with descriptors.
@@ -236,34 +292,61 @@ impl Qemu {
         arguments: Value,
         fds: Vec<OwnedFd>,
     ) -> Result<Value, QmpError> {
-        let line = self.ask(command, arguments, fds).await?;
+        let line = self.ask(Band::In, command, arguments, fds).await?;
         said(FromQemu::read(&line), command)
+    }
+
+    /// Execute a command of our own in this band, or in band where QEMU has no other.
+    ///
+    /// # Errors
+    /// The error reply, or [`QmpError::connection_lost`].
+    pub async fn execute_in(
+        &self,
+        band: Band,
+        command: &str,
+        arguments: Value,
+    ) -> Result<Value, QmpError> {
+        let band = if self.oob { band } else { Band::In };
+        let line = self.ask(band, command, arguments, Vec::new()).await?;
+        said(FromQemu::read(&line), command)
+    }
+
+    fn id(&self) -> String {
+        format!("{}{}", self.own_id, self.next_id.fetch_add(1, Ordering::Relaxed))
     }
 
     /// The line of the reply.
     async fn ask(
         &self,
+        band: Band,
         command: &str,
         arguments: Value,
         fds: Vec<OwnedFd>,
     ) -> Result<Vec<u8>, QmpError> {
-        let id = format!("{}{}", self.own_id, self.next_id.fetch_add(1, Ordering::Relaxed));
-        let mut request = json!({ "execute": command, "id": &id });
+        let id = self.id();
+        let execute = if band == Band::In { "execute" } else { "exec-oob" };
+        let mut request = json!({ execute: command, "id": &id });
         if !arguments.is_null() {
             request["arguments"] = arguments;
         }
         let (waiter, reply) = oneshot::channel();
         let line = format!("{request}\r\n").into_bytes();
-        let request = Request { line, fds, waiter: Waiter::Own(id, waiter) };
-        self.requests.send(request).await.map_err(|_| QmpError::connection_lost())?;
+        let request = Request { line, fds, waiter: Waiter::Own(id.clone(), waiter) };
+        let sent = match band {
+            Band::In => self.requests.send(request).await.is_ok(),
+            Band::Out => self.overtaking.send((id, request)).await.is_ok(),
+        };
+        if !sent {
+            return Err(QmpError::connection_lost());
+        }
         reply.await.map_err(|_| QmpError::connection_lost())
     }
 }
 
 /// What a reply to `command` says.
-fn said(reply: serde_json::Result<FromQemu>, command: &str) -> Result<Value, QmpError> {
+fn said(reply: Option<FromQemu>, command: &str) -> Result<Value, QmpError> {
     match reply {
-        Ok(FromQemu::Reply { result, .. }) => result,
+        Some(FromQemu::Reply { result, .. }) => result,
         _ => Err(QmpError::generic(format!("QEMU's reply to '{command}' is not understood"))),
     }
 }
@@ -274,7 +357,7 @@ pub struct Verbatim(pub Qemu);
 
 impl Execute for Verbatim {
     async fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, QmpError> {
-        let line = self.0.ask(command, arguments, Vec::new()).await?;
+        let line = self.0.ask(Band::In, command, arguments, Vec::new()).await?;
         said(FromQemu::read_verbatim(&line), command)
     }
 }
@@ -285,157 +368,154 @@ impl Execute for Qemu {
     }
 }
 
-/// Write requests, and queue their waiters in the same order.
-async fn write(
-    stream: Arc<UnixStream>,
-    mut requests: mpsc::Receiver<Request>,
-    waiting: mpsc::Sender<Waiter>,
-) {
-    while let Some(Request { line, fds, waiter }) = requests.recv().await {
-        if waiting.send(waiter).await.is_err() {
-            return;
+/// Who waits for replies.
+#[derive(Default)]
+struct Waiting {
+    waiters: Mutex<Waiters>,
+    /// The command in band was answered.
+    answered: Notify,
+}
+
+#[derive(Default)]
+struct Waiters {
+    in_band: Option<Waiter>,
+    /// By the ids under which their commands were sent.
+    out_of_band: HashMap<String, Waiter>,
+}
+
+impl Waiting {
+    fn waiters(&self) -> MutexGuard<'_, Waiters> {
+        // Nobody panics while he has it.
+        self.waiters.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Who waits for a reply with this id; a reply with none, or with a client's, is in band.
+    fn take(&self, id: Option<&[u8]>) -> Option<(Band, Waiter)> {
+        let mut waiters = self.waiters();
+        let id: Option<String> = id.and_then(|id| serde_json::from_slice(id).ok());
+        if let Some(waiter) = id.as_ref().and_then(|id| waiters.out_of_band.remove(id)) {
+            return Some((Band::Out, waiter));
         }
+        let is_its = |waiter: &mut Waiter| match waiter {
+            Waiter::Own(own, _) => id.as_deref() == Some(own.as_str()),
+            Waiter::Client(..) => true,
+        };
+        let waiter = waiters.in_band.take_if(is_its)?;
+        self.answered.notify_one();
+        Some((Band::In, waiter))
+    }
+
+    /// Who waits for the reply in band, whatever it says.
+    fn take_in_band(&self) -> Option<Waiter> {
+        let waiter = self.waiters().in_band.take()?;
+        self.answered.notify_one();
+        Some(waiter)
+    }
+}
+
+/// Write requests: in band one when the one before was answered, out of band at once.
+async fn write(
+    stream: &UnixStream,
+    mut in_turn: mpsc::Receiver<Request>,
+    mut at_once: mpsc::Receiver<(String, Request)>,
+    waiting: &Waiting,
+) {
+    let mut busy = false;
+    loop {
+        let (line, fds) = tokio::select! {
+            biased;
+            () = waiting.answered.notified(), if busy => {
+                busy = false;
+                continue;
+            }
+            Some((id, Request { line, fds, waiter })) = at_once.recv() => {
+                waiting.waiters().out_of_band.insert(id, waiter);
+                (line, fds)
+            }
+            Some(Request { line, fds, waiter }) = in_turn.recv(), if !busy => {
+                waiting.waiters().in_band = Some(waiter);
+                busy = true;
+                (line, fds)
+            }
+            // Nobody asks any more: QEMU is still heard.
+            else => break,
+        };
         let borrowed: Vec<_> = fds.iter().map(|fd| fd.as_fd()).collect();
-        if let Err(error) = socket::send_all_async(&stream, &line, &borrowed).await {
+        if let Err(error) = socket::send_all_async(stream, &line, &borrowed).await {
             // The reader ends the session.
             debug!(%error, "QEMU takes no more commands");
-            return;
+            break;
         }
     }
-}
-
-/// Who waits for replies, in the order of the commands.
-struct Replies {
-    waiters: mpsc::Receiver<Waiter>,
-    next: Option<Waiter>,
-    own_id: Arc<str>,
-}
-
-impl Replies {
-    /// Who waits for a reply with this id. QEMU may answer one line of a client's with more than
-    /// one error, and those have no id.
-    fn waiter(&mut self, id: Option<&str>) -> Option<Waiter> {
-        loop {
-            let waiter = self.next.take().or_else(|| self.waiters.try_recv().ok())?;
-            let own_reply = id.is_some_and(|id| id.starts_with(&*self.own_id));
-            match waiter {
-                Waiter::Client(_) if !own_reply => return Some(waiter),
-                Waiter::Own(ref own, _) if Some(own.as_str()) == id => return Some(waiter),
-                // One more reply to what was answered: its own is still to come.
-                Waiter::Own(..) if !own_reply => {
-                    self.next = Some(waiter);
-                    return None;
-                }
-                // It was not answered, and will not be.
-                Waiter::Client(_) | Waiter::Own(..) => {}
-            }
-        }
-    }
+    drop((in_turn, at_once));
+    std::future::pending().await
 }
 
 /// Hand the relay's own replies to their waiters, and say the rest.
-async fn read(mut lines: Lines, mut replies: Replies, say: mpsc::Sender<Said>) {
+async fn read(mut lines: Lines, waiting: &Waiting, say: mpsc::Sender<Said>) {
     loop {
-        let line = match lines.next().await {
-            Ok(Some(line)) => line,
+        let said = match lines.next().await {
+            Ok(Some(Line::Whole(line))) => heard(line, waiting),
+            Ok(Some(Line::TooLong)) => cut_off(waiting),
             Ok(None) => return,
             Err(error) => return warn!(%error, "the session with QEMU failed"),
         };
-        let said = match FromQemu::read(&line) {
-            Ok(FromQemu::Reply { id, .. }) => match replies.waiter(id.as_deref()) {
-                Some(Waiter::Client(client)) => Said::Reply(client, line),
-                Some(Waiter::Own(_, waiter)) => {
-                    // Whoever does not wait any more does not want it.
-                    let _ = waiter.send(line);
-                    continue;
-                }
-                None => {
-                    debug!("a reply of QEMU that nobody waits for");
-                    continue;
-                }
-            },
-            Ok(FromQemu::Other(greeting)) if greeting.get("QMP").is_some() => {
-                debug!("QEMU greets again");
-                continue;
-            }
-            Ok(FromQemu::Event { .. } | FromQemu::Other(_)) => Said::Event(line),
-            Err(error) => {
-                warn!(%error, "a line of QEMU that is no JSON object");
-                continue;
-            }
-        };
-        if say.send(said).await.is_err() {
+        if let Some(said) = said
+            && say.send(said).await.is_err()
+        {
             return;
         }
     }
 }
 
-/// Lines from QEMU, with their ends.
-struct Lines {
-    stream: Arc<UnixStream>,
-    buffer: Vec<u8>,
-    /// Bytes of `buffer` that contain no end of line.
-    scanned: usize,
-    /// A line was too long: drop the rest of it.
-    dropping: bool,
-    /// Who sent the last bytes, if the socket tells.
-    sender: Option<u32>,
+/// What a line means to clients, if it is for one. Replies are not read for that: whoever asked may
+/// understand them.
+fn heard(line: Vec<u8>, waiting: &Waiting) -> Option<Said> {
+    let waiter = match Kind::of(&line) {
+        Some(Kind::Reply(id)) => waiting.take(id),
+        Some(Kind::Other) if greeting(&line).is_some() => {
+            debug!("QEMU greets again");
+            return None;
+        }
+        Some(Kind::Event | Kind::Other) => return Some(Said::Event(line)),
+        None => {
+            warn!("a line of QEMU that is no JSON object");
+            waiting.take_in_band().map(|waiter| (Band::In, waiter))
+        }
+    };
+    match waiter {
+        Some((Band::In, Waiter::Client(client, _))) => Some(Said::Reply(client, Band::In, line)),
+        Some((Band::Out, Waiter::Client(client, id))) => {
+            Some(Said::Reply(client, Band::Out, envelope::with_id(&line, id.as_ref())))
+        }
+        Some((_, Waiter::Own(_, waiter))) => {
+            // Whoever does not wait any more does not want it.
+            let _ = waiter.send(line);
+            None
+        }
+        None => {
+            debug!("a reply of QEMU that nobody waits for");
+            None
+        }
+    }
 }
 
-impl Lines {
-    fn new(stream: Arc<UnixStream>) -> Self {
-        Self { stream, buffer: Vec::new(), scanned: 0, dropping: false, sender: None }
-    }
-
-    /// QEMU's first word; `None` if it has none.
-    async fn greeting(&mut self) -> io::Result<Option<Value>> {
-        while let Some(line) = self.next().await? {
-            match FromQemu::read(&line) {
-                Ok(FromQemu::Other(greeting)) if greeting["QMP"].is_object() => {
-                    return Ok(Some(greeting));
-                }
-                // Events may come before the greeting.
-                Ok(FromQemu::Event { .. }) => {}
-                _ => return Err(invalid("it does not greet as QMP does")),
-            }
+/// A line that is too long to keep was a reply: events are short. Whoever asked is told.
+fn cut_off(waiting: &Waiting) -> Option<Said> {
+    let error = QmpError::generic(format!(
+        "QEMU's reply has more than {ITEM_MAX} bytes; ask for less at a time"
+    ));
+    match waiting.take_in_band() {
+        Some(Waiter::Client(client, id)) => {
+            Some(Said::Reply(client, Band::In, envelope::reply(&Err(error), id.as_ref())))
         }
-        Ok(None)
-    }
-
-    /// The next line; a line that is too long becomes an error reply, which is what it was.
-    async fn next(&mut self) -> io::Result<Option<Vec<u8>>> {
-        loop {
-            if let Some(end) = self.buffer[self.scanned..].iter().position(|byte| *byte == b'\n') {
-                let line = self.buffer.drain(..=self.scanned + end).collect();
-                self.scanned = 0;
-                if std::mem::take(&mut self.dropping) {
-                    let error = QmpError::generic(format!(
-                        "QEMU's reply has more than {ITEM_MAX} bytes; ask for less at a time"
-                    ));
-                    return Ok(Some(crate::qmp::envelope::reply(&Err(error), None)));
-                }
-                return Ok(Some(line));
-            }
-            self.scanned = self.buffer.len();
-            if self.scanned > ITEM_MAX {
-                self.dropping = true;
-            }
-            if self.dropping {
-                self.buffer.clear();
-                self.scanned = 0;
-            }
-            let mut piece = [0; 16384];
-            let received = socket::recv_with_sender(&self.stream, &mut piece).await;
-            let (received, sender) = match received {
-                // QEMU ended with bytes of ours unread.
-                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => (0, None),
-                other => other?,
-            };
-            self.sender = sender.map(|pid| pid.as_raw_nonzero().get().unsigned_abs());
-            if received == 0 {
-                return Ok(None);
-            }
-            self.buffer.extend_from_slice(&piece[..received]);
+        Some(Waiter::Own(_, waiter)) => {
+            let _ = waiter.send(envelope::reply(&Err(error), None));
+            None
+        }
+        None => {
+            warn!("a line of QEMU that is too long, and no reply");
+            None
         }
     }
 }

@@ -1,12 +1,13 @@
 //! The client's commands that are the relay's.
 
-use serde_json::{Map, Value, json, value::RawValue};
+use serde_json::{Map, Value, json};
 use tokio::task::JoinHandle;
 
 use super::Monitor;
 use crate::{
     qmp::{
-        Execute as _, QmpError, Version, envelope,
+        Execute as _, QmpError, Version,
+        envelope::{self, Id},
         hmp::{self, Line, Setting},
         monitor_line,
     },
@@ -17,7 +18,7 @@ use crate::{
         intercept::{Intercepted, SaveOrLoad, Settings},
         introspection,
         migrations::{IN_PROGRESS, Migrations, Reply},
-        session::Verbatim,
+        session::{Band, Verbatim},
         view::Side,
     },
 };
@@ -26,8 +27,9 @@ impl Monitor {
     /// Execute a command that is ours.
     pub(super) fn execute(
         &mut self,
+        band: Band,
         intercepted: Intercepted,
-        id: Option<Box<RawValue>>,
+        id: Option<Id>,
     ) -> JoinHandle<Vec<u8>> {
         let context = self.context.clone();
         let migrations = self.migrations.clone();
@@ -42,7 +44,7 @@ impl Monitor {
             Intercepted::Cancel => answer_with(cancel(migrations, json!({})), id),
             Intercepted::Cont { line: false } => answer_with(cont(context), id),
             Intercepted::Cont { line: true } => answer_with(as_text(cont(context), ""), id),
-            Intercepted::Yank(others) => answer_with(yank(context, migrations, others), id),
+            Intercepted::Yank(others) => answer_with(yank(band, context, migrations, others), id),
             Intercepted::QueryMigrate => answer_with(query_migrate(context, migrations), id),
             Intercepted::SetCapabilities { arguments, .. } => {
                 answer_with(set_capabilities(context, migrations, arguments), id)
@@ -67,7 +69,7 @@ impl Monitor {
     }
 
     /// A line of the human monitor: the same, and text as reply.
-    fn monitor(&mut self, line: Line, id: Option<Box<RawValue>>) -> JoinHandle<Vec<u8>> {
+    fn monitor(&mut self, line: Line, id: Option<Id>) -> JoinHandle<Vec<u8>> {
         let (context, version) = (self.context.clone(), self.version);
         let migrations = self.migrations.clone();
         match line {
@@ -116,9 +118,9 @@ async fn as_text(result: impl Future<Output = Reply> + Send, done: &str) -> Repl
 
 fn answer_with(
     result: impl Future<Output = Reply> + Send + 'static,
-    id: Option<Box<RawValue>>,
+    id: Option<Id>,
 ) -> JoinHandle<Vec<u8>> {
-    tokio::spawn(async move { envelope::reply(&result.await, id.as_deref()) })
+    tokio::spawn(async move { envelope::reply(&result.await, id.as_ref()) })
 }
 
 /// QEMU takes a `cont` as soon as its own migration has completed, as clients know of one over `tcp:`. They
@@ -138,9 +140,9 @@ async fn cont(mut context: Context) -> Reply {
 
 /// A migration of ours ends where it is known whether the guest may run at the destination: of a socket
 /// that breaks QEMU would run its guest.
-async fn yank(mut context: Context, migrations: Migrations, others: Vec<Value>) -> Reply {
+async fn yank(band: Band, context: Context, migrations: Migrations, others: Vec<Value>) -> Reply {
     if !others.is_empty() {
-        context.qemu.execute("yank", json!({ "instances": others })).await?;
+        context.qemu.execute_in(band, "yank", json!({ "instances": others })).await?;
     }
     migrations.tell(&QemuEvent::Cancel);
     Ok(json!({}))

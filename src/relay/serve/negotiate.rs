@@ -1,0 +1,72 @@
+//! A client's negotiation.
+
+use serde_json::{Map, Value, json};
+
+use super::{Current, Monitor};
+use crate::qmp::{
+    QmpError,
+    envelope::{self, Command, FromQemu},
+};
+
+impl Monitor {
+    /// The session with QEMU is negotiated already: the client's part is answered here.
+    pub(super) fn negotiate(&mut self, command: &Command, bytes: Vec<u8>) {
+        let result = if command.name == "qmp_capabilities" {
+            match command.arguments().ok().and_then(enabled) {
+                Some(false) => self.negotiated(false),
+                Some(true) if self.oob => self.negotiated(true),
+                Some(true) => Err(not_available("oob")),
+                // QEMU says what is wrong with it.
+                None => {
+                    self.forward(bytes, Some(command));
+                    let (enables, id) = (strange(command), command.id.clone());
+                    self.current = Some(Current::Negotiates { enables, id });
+                    return;
+                }
+            }
+        } else {
+            let desc = "Expecting capabilities negotiation with 'qmp_capabilities'".to_owned();
+            Err(QmpError { class: "CommandNotFound".into(), desc })
+        };
+        self.send(envelope::reply(&result, command.id.as_ref()));
+    }
+
+    fn negotiated(&mut self, oob: bool) -> Result<Value, QmpError> {
+        if let Some(client) = &mut self.client {
+            (client.negotiated, client.oob) = (true, oob);
+        }
+        Ok(json!({}))
+    }
+}
+
+/// Does a client enable execution out of band, if it is that or nothing?
+fn enabled(arguments: Map<String, Value>) -> Option<bool> {
+    let mut oob = false;
+    for (name, value) in arguments {
+        let is_enable = name == "enable";
+        let capabilities = value.as_array().filter(|_| is_enable)?;
+        oob = !capabilities.is_empty();
+        capabilities.iter().all(|capability| capability == "oob").then_some(())?;
+    }
+    Some(oob)
+}
+
+/// What else it enables.
+fn strange(command: &Command) -> String {
+    let arguments = command.arguments().unwrap_or_default();
+    let capabilities = arguments.get("enable").and_then(Value::as_array);
+    let mut names = capabilities.into_iter().flatten().filter_map(Value::as_str);
+    names.find(|name| *name != "oob").unwrap_or_default().to_owned()
+}
+
+pub(super) fn not_available(capability: &str) -> QmpError {
+    QmpError::generic(format!("Capability {capability} not available"))
+}
+
+/// Does QEMU find nothing wrong with how a client negotiates? It says that it comes too late, then.
+pub(super) fn is_right(reply: &[u8]) -> bool {
+    match FromQemu::read(reply) {
+        Some(FromQemu::Reply { result: Err(error) }) => error.class == "CommandNotFound",
+        _ => true,
+    }
+}

@@ -1,0 +1,94 @@
+//! Lines of QEMU's.
+
+use std::{io, sync::Arc};
+
+use serde_json::Value;
+use tokio::net::UnixStream;
+
+use super::invalid;
+use crate::qmp::{
+    ITEM_MAX,
+    envelope::{FromQemu, Kind},
+    socket,
+};
+
+/// The greeting, if the line is that.
+pub(super) fn greeting(line: &[u8]) -> Option<Value> {
+    match FromQemu::read(line) {
+        Some(FromQemu::Other(greeting)) if greeting["QMP"].is_object() => Some(greeting),
+        _ => None,
+    }
+}
+
+/// A line of QEMU's, with its end.
+pub(super) enum Line {
+    Whole(Vec<u8>),
+    /// Of more than [`ITEM_MAX`] bytes.
+    TooLong,
+}
+
+/// Lines from QEMU, with their ends.
+pub(super) struct Lines {
+    pub(super) stream: Arc<UnixStream>,
+    buffer: Vec<u8>,
+    /// Bytes of `buffer` that contain no end of line.
+    scanned: usize,
+    /// A line was too long: drop the rest of it.
+    dropping: bool,
+    /// Who sent the last bytes, if the socket tells.
+    pub(super) sender: Option<u32>,
+}
+
+impl Lines {
+    pub(super) fn new(stream: Arc<UnixStream>) -> Self {
+        Self { stream, buffer: Vec::new(), scanned: 0, dropping: false, sender: None }
+    }
+
+    /// QEMU's first word; `None` if it has none.
+    pub(super) async fn greeting(&mut self) -> io::Result<Option<Value>> {
+        while let Some(line) = self.next().await? {
+            let Line::Whole(line) = line else { break };
+            match Kind::of(&line) {
+                // Events may come before the greeting.
+                Some(Kind::Event) => {}
+                _ => match greeting(&line) {
+                    Some(greeting) => return Ok(Some(greeting)),
+                    None => return Err(invalid("it does not greet as QMP does")),
+                },
+            }
+        }
+        Ok(None)
+    }
+
+    /// The next line.
+    pub(super) async fn next(&mut self) -> io::Result<Option<Line>> {
+        loop {
+            if let Some(end) = self.buffer[self.scanned..].iter().position(|byte| *byte == b'\n') {
+                let line = self.buffer.drain(..=self.scanned + end).collect();
+                self.scanned = 0;
+                let dropped = std::mem::take(&mut self.dropping);
+                return Ok(Some(if dropped { Line::TooLong } else { Line::Whole(line) }));
+            }
+            self.scanned = self.buffer.len();
+            if self.scanned > ITEM_MAX {
+                self.dropping = true;
+            }
+            if self.dropping {
+                self.buffer.clear();
+                self.scanned = 0;
+            }
+            let mut piece = [0; 16384];
+            let received = socket::recv_with_sender(&self.stream, &mut piece).await;
+            let (received, sender) = match received {
+                // QEMU ended with bytes of ours unread.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => (0, None),
+                other => other?,
+            };
+            self.sender = sender.map(|pid| pid.as_raw_nonzero().get().unsigned_abs());
+            if received == 0 {
+                return Ok(None);
+            }
+            self.buffer.extend_from_slice(&piece[..received]);
+        }
+    }
+}
