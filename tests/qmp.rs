@@ -54,7 +54,7 @@ fn refusals_are_in_qemus_words_and_the_connection_stays() {
     let (_dir, mut host) = host();
     let client = &mut host.client;
     for (sent, expected) in [
-        ("foo bar", "JSON parse error"),
+        ("foo", "JSON parse error"),
         ("{\"execute\": }", "JSON parse error"),
         ("[]", "QMP input must be a JSON object"),
         ("{\"execute\": 5}", "QMP input member 'execute' must be a string"),
@@ -210,7 +210,6 @@ fn a_client_must_negotiate_and_may_come_again() {
     for _ in 0..3 {
         let mut client = Qmp::connect_raw(&helper.socket);
         assert!(client.greeting.contains("\"QMP\"") && client.greeting.ends_with("\r\n"));
-        assert!(!client.greeting.contains("oob"), "{}", client.greeting);
         let error = client.execute("query-status", json!({})).unwrap_err();
         assert_eq!(error["class"], "CommandNotFound");
         client.run("qmp_capabilities", json!({}));
@@ -337,7 +336,7 @@ fn unknown_events_and_fields_keep_their_place() {
     let greeting: Value = serde_json::from_str(&client.greeting).unwrap();
     assert_eq!(
         greeting,
-        json!({"QMP": {"version": {"qemu": {"major": 99}}, "capabilities": ["new"]}, "x": 1})
+        json!({"QMP": {"version": {"qemu": {"major": 99}}, "capabilities": ["oob"]}, "x": 1})
     );
     client.run("qmp_capabilities", json!({}));
     client.send(b"{ \"execute\" : \"query-x\",   \"id\": 7}\n");
@@ -422,11 +421,13 @@ fn nobody_gets_anothers_reply() {
         host.client.send(b"{\"execute\": \"query-migrate\", \"id\": 1}\n");
         host.client.send(b"{\"execute\": \"query-status\", \"x\": 1, \"id\": 2}\n");
         host.client.send(b"{\"execute\": \"query-name\", \"id\": 3}\n");
+        // What comes behind the stray byte, on its line, has an answer too.
         let replies: Vec<Value> =
-            (0..4).map(|_| serde_json::from_str(&host.client.reply_line()).unwrap()).collect();
+            (0..5).map(|_| serde_json::from_str(&host.client.reply_line()).unwrap()).collect();
         let ids: Vec<_> = replies.iter().map(|reply| reply["id"].clone()).collect();
-        assert_eq!(ids, [Value::Null, json!(1), json!(2), json!(3)], "{replies:#?}");
-        assert!(replies[0]["error"].is_object() && replies[3]["return"].is_object());
+        assert_eq!(ids, [Value::Null, Value::Null, json!(1), json!(2), json!(3)], "{replies:#?}");
+        assert!(replies[..2].iter().all(|reply| reply["error"].is_object()));
+        assert!(replies[4]["return"].is_object());
     }
 }
 

@@ -47,7 +47,7 @@ mod tests {
 
     fn added_by(execute: &str, arguments: &Value) -> Option<String> {
         let command = json!({ "execute": execute, "arguments": arguments }).to_string();
-        added(&Command::read(command.as_bytes()).unwrap())
+        added(&Command::read(command.as_bytes(), false).unwrap())
     }
 
     #[test]

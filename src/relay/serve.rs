@@ -345,7 +345,9 @@ impl Monitor {
     fn overtake(&mut self, command: &OutOfBand<'_>, bytes: &[u8]) {
         let proper = Command::read(bytes, true).ok();
         match proper.as_ref().map(|command| intercept(command, self.version)) {
-            Some(Ok(Some(yank @ Intercepted::Yank(_)))) if self.migrations.goes_on(Side::Source) => {
+            Some(Ok(Some(yank @ Intercepted::Yank(_))))
+                if self.migrations.goes_on(Side::Source) =>
+            {
                 let task = self.execute(Band::Out, yank, command.id.clone());
                 self.overtaking = Some(Current::Ours(task));
             }

@@ -6,24 +6,21 @@ use libfuzzer_sys::fuzz_target;
 use qemu_rdma_helper::{
     qmp::{
         QmpError, Version,
-        envelope::{self, Command, FromQemu},
+        envelope::{self, Command, FromQemu, Kind, OutOfBand},
         framer::{Framed, Framer},
-        hmp, uri,
+        hmp, scan, uri,
     },
     text,
 };
 use serde_json::{Value, json};
 
-/// Commands in `pieces`, without the blanks around them: a cut may leave these behind.
+/// Commands in `pieces`.
 fn frame<'a>(pieces: impl Iterator<Item = &'a [u8]>) -> Vec<Framed> {
     let (mut framer, mut all) = (Framer::default(), Vec::new());
     for piece in pieces {
         framer.push(piece);
         while let Some(framed) = framer.take() {
-            all.push(match framed {
-                Framed::Value(bytes) => Framed::Value(bytes.trim_ascii().to_vec()),
-                other => other,
-            });
+            all.push(framed);
         }
     }
     all
@@ -31,12 +28,17 @@ fn frame<'a>(pieces: impl Iterator<Item = &'a [u8]>) -> Vec<Framed> {
 
 /// A command of a client.
 fn command(bytes: &[u8]) {
-    let Ok(command) = Command::read(bytes) else { return };
+    let Ok(command) = Command::read(bytes, true) else { return };
     for result in [Ok(json!({ "a": 1 })), Err(QmpError::generic(&command.name))] {
-        let line = envelope::reply(&result, command.id.as_deref());
-        let line = line.strip_suffix(b"\r\n").expect("a line's end");
-        let reply: Value = serde_json::from_slice(line).expect("JSON");
-        assert_eq!(reply.get("id").is_some(), command.id.is_some());
+        let line = envelope::reply(&result, command.id.as_ref());
+        answer(&line, command.id.is_some());
+        let line = envelope::with_id(b"{\"return\": 1, \"id\": \"a\"}\r\n", command.id.as_ref());
+        answer(&line, command.id.is_some());
+    }
+    if let Some(hurried) = OutOfBand::read(bytes) {
+        let again = Command::read(&hurried.under("a"), true).expect("a command");
+        assert!(again.out_of_band && again.name == command.name);
+        assert_eq!(again.arguments().ok(), command.arguments().ok());
     }
     let Ok(arguments) = command.arguments() else { return };
     let _ = uri::target(&arguments);
@@ -45,6 +47,17 @@ fn command(bytes: &[u8]) {
     }
 }
 
+/// An answer to a client is one value, whatever its id is.
+fn answer(line: &[u8], has_id: bool) {
+    assert!(line.ends_with(b"\r\n") && scan::is_value(line));
+    let id = match Kind::of(line) {
+        Some(Kind::Reply(id)) => id,
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(id.is_some(), has_id);
+}
+
+/// A line of the human monitor.
 /// A line of the human monitor, at QEMUs of different grammar.
 fn monitor_line(line: &str) {
     for (major, minor) in [(7, 2), (10, 0), (11, 1)] {
@@ -61,12 +74,12 @@ fn monitor_line(line: &str) {
 /// A line of QEMU's.
 fn from_qemu(bytes: &[u8]) {
     match FromQemu::read(bytes) {
-        Ok(FromQemu::Event { name, data }) => {
+        Some(FromQemu::Event { name, data }) => {
             assert!(name.chars().all(text::is_plain));
             let line = envelope::event(&name, &data);
-            assert!(FromQemu::read(&line).is_ok());
+            assert_eq!(Kind::of(&line), Some(Kind::Event));
         }
-        Ok(FromQemu::Reply { result: Err(QmpError { class, desc }), .. }) => {
+        Some(FromQemu::Reply { result: Err(QmpError { class, desc }) }) => {
             assert!([class, desc].iter().all(|it| it.chars().all(text::is_plain)));
         }
         _ => {}
@@ -78,8 +91,11 @@ fuzz_target!(|input: &[u8]| {
     let whole = frame(std::iter::once(input));
     assert_eq!(whole, frame(input.chunks(usize::from(*size) + 1)));
     for framed in &whole {
-        if let Framed::Value(bytes) = framed {
-            command(bytes);
+        match framed {
+            Framed::Value(bytes) => command(bytes),
+            // What QEMU is to find wrong is wrong.
+            Framed::Malformed(bytes) => assert!(Command::read(bytes, true).is_err()),
+            Framed::TooLong | Framed::TooDeep => {}
         }
     }
     input.split(|byte| *byte == b'\n').for_each(from_qemu);
