@@ -47,14 +47,12 @@ impl Lines {
     /// QEMU's first word; `None` if it has none.
     pub(super) async fn greeting(&mut self) -> io::Result<Option<Value>> {
         while let Some(line) = self.next().await? {
-            let Line::Whole(line) = line else { break };
-            match Kind::of(&line) {
-                // Events may come before the greeting.
-                Some(Kind::Event) => {}
-                _ => match greeting(&line) {
-                    Some(greeting) => return Ok(Some(greeting)),
-                    None => return Err(invalid("it does not greet as QMP does")),
-                },
+            // One that is too long is none either.
+            let line = if let Line::Whole(line) = line { line } else { Vec::new() };
+            // Events may come before the greeting.
+            if Kind::of(&line) != Some(Kind::Event) {
+                let greeting = greeting(&line);
+                return greeting.map(Some).ok_or_else(|| invalid("it does not greet as QMP does"));
             }
         }
         Ok(None)
