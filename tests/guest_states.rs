@@ -101,14 +101,26 @@ fn migrates_after_all(mut pair: Pair, version: &'static str) {
     pair.verify();
 }
 
+/// QEMU completes before the destination's can fail.
+fn completes_first(pair: &mut Pair) {
+    pair.source.client.capability("pause-before-switchover", true);
+    let uri = pair.listen();
+    pair.source.client.run("migrate", json!({ "uri": uri }));
+    pair.source.await_status(&["pre-switchover"]);
+    let destination = pair.destination.qemu.pid();
+    signal_process(destination, Signal::STOP);
+    pair.source.client.run("migrate-continue", json!({ "state": CONTINUE }));
+    eventually("QEMU to complete", || (pair.source.qemu.status() == "postmigrate").then_some(()));
+    signal_process(destination, Signal::CONT);
+}
+
 #[test]
 fn a_guest_that_stood_still_stays_so() {
     for version in VERSIONS {
         for state in ["paused", "guest-panicked", "watchdog", "io-error", "shutdown"] {
             let mut pair = failing_pair(version, false);
             enter(&mut pair.source, state);
-            let uri = pair.listen();
-            pair.source.client.run("migrate", json!({ "uri": uri }));
+            completes_first(&mut pair);
             let why = fails(&mut pair);
             println!("{version}, {state}: {why}");
             assert!(why.contains("stays stopped, as it was"), "{why}");
@@ -216,19 +228,55 @@ fn the_relay_is_killed_while_the_guest_is_suspended() {
         let worker = pair.source.helper.await_worker();
         pair.source.helper.kill();
         signal_process(destination, Signal::CONT);
-        eventually("the worker's end", || support::wrapped::has_ended(worker).then_some(()));
-        if version == "7.2" {
-            eventually("the guest", || (pair.source.qemu.status() == "running").then_some(()));
-        } else {
-            assert_eq!(pair.source.qemu.status(), "postmigrate");
-            pair.source.qemu.qmp.run("system_reset", json!({}));
-            pair.source.qemu.qmp.await_event("RESET", |_| true);
-            pair.source.qemu.qmp.run("cont", json!({}));
-        }
-        let socket = pair.source.qemu.helper_socket();
-        pair.source.helper = Helper::attach(pair.dir.path(), "again", &socket, &[]);
-        pair.source.client = support::Qmp::connect(&pair.source.helper.socket);
-        pair.source.client.capability("events", true);
-        migrates_after_all(pair, version);
+        the_worker_ends_it(pair, version, worker);
     }
+}
+
+/// The worker has to find out by itself: the relay stood still when the guest fell asleep, and the worker has
+/// not read the end of QEMU's stream when the relay is killed.
+#[test]
+fn the_relay_has_noticed_nothing_when_it_is_killed() {
+    for version in VERSIONS {
+        let mut pair = failing_pair(version, false);
+        let client = &mut pair.source.client;
+        client.capability("pause-before-switchover", true);
+        client.run("migrate-set-parameters", json!({ "max-bandwidth": 16 << 20 }));
+        let uri = pair.listen();
+        pair.source.client.run("migrate", json!({ "uri": uri }));
+        pair.source.await_status(&["active"]);
+        let worker = pair.source.helper.await_worker();
+        pair.source.helper.signal(Signal::STOP);
+        enter(&mut pair.source, "suspended");
+        let qemu = &mut pair.source.qemu;
+        let fast = json!({ "max-bandwidth": 1_u64 << 32, "downtime-limit": 8000 });
+        qemu.qmp.run("migrate-set-parameters", fast);
+        eventually("pre-switchover", || {
+            let state = qemu.qmp.run("query-migrate", json!({}));
+            (state["status"] == CONTINUE).then_some(())
+        });
+        signal_process(worker, Signal::STOP);
+        qemu.qmp.run("migrate-continue", json!({ "state": CONTINUE }));
+        eventually("QEMU to complete", || (qemu.status() == "postmigrate").then_some(()));
+        pair.source.helper.kill();
+        signal_process(worker, Signal::CONT);
+        the_worker_ends_it(pair, version, worker);
+    }
+}
+
+/// Without its relay, and without ending QEMU: the guest can be had again.
+fn the_worker_ends_it(mut pair: Pair, version: &'static str, worker: u32) {
+    eventually("the worker's end", || support::wrapped::has_ended(worker).then_some(()));
+    if version == "7.2" {
+        eventually("the guest", || (pair.source.qemu.status() == "running").then_some(()));
+    } else {
+        assert_eq!(pair.source.qemu.status(), "postmigrate");
+        pair.source.qemu.qmp.run("system_reset", json!({}));
+        pair.source.qemu.qmp.await_event("RESET", |_| true);
+        pair.source.qemu.qmp.run("cont", json!({}));
+    }
+    let socket = pair.source.qemu.helper_socket();
+    pair.source.helper = Helper::attach(pair.dir.path(), "again", &socket, &[]);
+    pair.source.client = support::Qmp::connect(&pair.source.helper.socket);
+    pair.source.client.capability("events", true);
+    migrates_after_all(pair, version);
 }

@@ -9,6 +9,7 @@ use std::{
 };
 
 use rustix::{
+    event::{PollFd, PollFlags, poll},
     io::{Errno, retry_on_intr},
     net::{RecvFlags, recv},
 };
@@ -39,7 +40,8 @@ const READ: usize = 256 << 10;
 const BATCH: usize = 128 << 10;
 
 /// Take QEMU's stream to its end. `pass_ram` is asked before the first byte behind the last RAM
-/// section leaves; false ends the stream there. `return_path` is QEMU's.
+/// section leaves; false ends the stream there. `return_path` is QEMU's. Of a stream that is not taken to its
+/// end there is a rest.
 pub fn take(
     qemu: &UnixStream,
     return_path: &ToQemu,
@@ -48,8 +50,7 @@ pub fn take(
     statistics: &Statistics,
     events: &Sender<Event>,
     pass_ram: impl FnOnce() -> bool,
-) -> Result<()> {
-    let mut pass_ram = Some(pass_ram);
+) -> (Result<()>, Option<Rest>) {
     let limits = Limits::default();
     let mut rewriter = match channels {
         Some(_) => Rewriter::beside_channels(limits),
@@ -67,23 +68,77 @@ pub fn take(
         extents: Extents::default(),
         acknowledgement: Acknowledgement::default(),
     };
-    let mut buffer = vec![0; READ];
+    let mut piece = Piece { buffer: vec![0; READ], received: 0 };
+    match take_all(qemu, &mut rewriter, &mut outbound, &mut piece, pass_ram) {
+        Err(error) => (Err(error), Some(Rest { rewriter, piece })),
+        Ok(()) => {
+            let early =
+                |cut| MigrationError::Qemu(format!("ended its migration stream early ({cut})"));
+            let finished = rewriter.finish().map_err(early).and_then(|()| outbound.send_batch());
+            writer.tally();
+            (finished, None)
+        }
+    }
+}
+
+/// What was received last.
+struct Piece {
+    buffer: Vec<u8>,
+    received: usize,
+}
+
+/// What is left of a stream of which no more is taken.
+pub struct Rest {
+    rewriter: Rewriter,
+    piece: Piece,
+}
+
+impl Rest {
+    /// Read it to its end, and say what the guest did before the switchover if QEMU says so there: one that
+    /// has written all of it takes its migration for complete, and how its guest is let run again depends on
+    /// that. Waits until nothing more can come, so that nobody who reads keeps QEMU going.
+    pub fn guest_before(self, qemu: &UnixStream) -> Option<String> {
+        let Self { mut rewriter, piece: Piece { mut buffer, received } } = self;
+        // It has closed its end, or this one was shut down.
+        while poll(&mut [PollFd::new(qemu, PollFlags::RDHUP)], None) == Err(Errno::INTR) {}
+        let mut found = rewriter.look_for_guest(&buffer[..received]);
+        while found.is_none() {
+            match receive(qemu, &mut buffer, RecvFlags::DONTWAIT) {
+                Ok(received @ 1..) => found = rewriter.look_for_guest(&buffer[..received]),
+                Ok(0) | Err(_) => break,
+            }
+        }
+        found
+    }
+}
+
+/// Take the stream until QEMU closes its end.
+fn take_all(
+    qemu: &UnixStream,
+    rewriter: &mut Rewriter,
+    outbound: &mut Outbound<'_>,
+    piece: &mut Piece,
+    pass_ram: impl FnOnce() -> bool,
+) -> Result<()> {
+    let (writer, mut pass_ram) = (outbound.writer, Some(pass_ram));
+    let Piece { buffer, received } = piece;
     loop {
-        let received = match receive(qemu, &mut buffer, RecvFlags::DONTWAIT) {
+        *received = 0;
+        let next = match receive(qemu, buffer, RecvFlags::DONTWAIT) {
             Err(Errno::AGAIN) => {
                 // Nothing more is ready: what is gathered may be what somebody waits for.
-                rewriter.flush(&mut outbound).map_err(rewriting)?;
+                rewriter.flush(outbound).map_err(rewriting)?;
                 outbound.send_batch()?;
                 writer.tally();
-                receive(qemu, &mut buffer, RecvFlags::empty())
+                receive(qemu, buffer, RecvFlags::empty())
             }
             other => other,
         };
-        let received = received.map_err(|errno| MigrationError::QemuSocket(errno.into()))?;
-        if received == 0 {
-            break;
+        *received = next.map_err(|errno| MigrationError::QemuSocket(errno.into()))?;
+        if *received == 0 {
+            return Ok(());
         }
-        rewriter.push(&buffer[..received], &mut outbound).map_err(rewriting)?;
+        rewriter.push(&buffer[..*received], outbound).map_err(rewriting)?;
         if rewriter.ram_ended()
             && let Some(pass_ram) = pass_ram.take()
         {
@@ -103,12 +158,6 @@ pub fn take(
         }
         writer.tally();
     }
-    rewriter
-        .finish()
-        .map_err(|cut| MigrationError::Qemu(format!("ended its migration stream early ({cut})")))?;
-    outbound.send_batch()?;
-    writer.tally();
-    Ok(())
 }
 
 /// The next bytes that QEMU has written; 0 when it has closed its end.
@@ -338,7 +387,7 @@ mod tests {
             let pass_ram = || panic!("RAM has not ended");
             let taken =
                 take(&qemu, &to_qemu, None, &writer, &statistics, &mpsc::channel().0, pass_ram);
-            let error = taken.unwrap_err().to_string();
+            let error = taken.0.unwrap_err().to_string();
             assert!(error.contains("ended its migration stream early"), "{error}");
             link.close();
         }
@@ -354,16 +403,43 @@ mod tests {
         [b"QEVM\0\0\0\x03\x07\0\0\0\x02pc", &sections.concat()[..], b"\x04 devices\0"].concat()
     }
 
+    /// Of a guest with that block.
+    fn writer(link: Arc<crate::migration::link::Link>, statistics: &Arc<Statistics>) -> Writer {
+        let rom = Block { name: "rom".into(), length: 8192, region: None, read_whole: true };
+        let blocks = SourceBlocks::Agreed(vec![AgreedBlock::unplaced(&rom, 0)]);
+        let targets = Targets::new(blocks, mpsc::channel().1, None, options());
+        Writer::new(link, targets, Arc::<Pacer>::default(), statistics.clone())
+    }
+
+    /// A migration that failed before that was read: QEMU has completed, and its guest is not to run.
+    #[test]
+    fn what_the_guest_did_is_read_when_no_more_is_taken() {
+        let (link, _receiver, _asked) = idle_link::willing();
+        let statistics = Statistics::new("tcp");
+        let writer = writer(link, &statistics);
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        theirs.write_all(&stream()).unwrap();
+        let qemu = Arc::new(ours);
+        let to_qemu = ToQemu::new(qemu.clone());
+        let events = mpsc::channel().0;
+        let (taken, rest) = take(&qemu, &to_qemu, None, &writer, &statistics, &events, || false);
+        assert!(matches!(taken, Err(MigrationError::Aborted(_))));
+        let reading = std::thread::spawn(move || rest.unwrap().guest_before(&qemu));
+        let mut section = b"\x0bglobalstate\0\0\0\0\0\0\0\x01\0\0\0\x0asuspended".to_vec();
+        section.resize(section.len() + 91, 0);
+        let (first, second) = section.split_at(9);
+        theirs.write_all(first).unwrap();
+        theirs.write_all(second).unwrap();
+        drop(theirs);
+        assert_eq!(reading.join().unwrap().as_deref(), Some("suspended"));
+    }
+
     /// The destination ends access when it has what is behind RAM, and answers nothing on its way there.
     #[test]
     fn nothing_is_on_its_way_to_memory_when_ram_is_passed() {
         let (link, _receiver, asked) = idle_link::willing();
-        let (_answers, answers) = mpsc::channel();
-        let rom = Block { name: "rom".into(), length: 8192, region: None, read_whole: true };
-        let blocks = SourceBlocks::Agreed(vec![AgreedBlock::unplaced(&rom, 0)]);
-        let targets = Targets::new(blocks, answers, None, options());
         let statistics = Statistics::new("tcp");
-        let writer = Writer::new(link, targets, Arc::<Pacer>::default(), statistics.clone());
+        let writer = writer(link, &statistics);
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         theirs.write_all(&stream()).unwrap();
         drop(theirs);
@@ -375,7 +451,7 @@ mod tests {
             true
         };
         let events = mpsc::channel().0;
-        take(&qemu, &to_qemu, None, &writer, &statistics, &events, pass_ram).unwrap();
+        take(&qemu, &to_qemu, None, &writer, &statistics, &events, pass_ram).0.unwrap();
         let proof = before.iter().rposition(|it| *it == "send behind writes").unwrap();
         assert_eq!(before[proof + 1..], ["drain"], "{before:?}");
         assert_eq!(asked.lock().unwrap().last(), Some(&"send"));

@@ -55,6 +55,8 @@ pub enum Event {
     Take(Option<Streams>),
     /// What the guest did before the switchover, as QEMU tells the destination.
     GuestBefore(String),
+    /// QEMU's stream was read to its end, as far as that can be.
+    StreamRead,
     /// QEMU's stream ended and all of it was sent; or not. The peer may still say what it makes of that.
     StreamTaken(Result<()>),
     /// The destination's QEMU completed.
@@ -107,6 +109,7 @@ pub fn run(
         orphan: Cell::default(),
         guest_runs: Cell::new(true),
         guest_ran: Cell::new(None),
+        stream_read: Cell::new(false),
         over: Cell::new(false),
         cancelled: Cell::new(false),
         reports: reports.clone(),
@@ -140,14 +143,14 @@ pub fn run(
     let words = verdict.tell(&reports, &statistics);
     let never_ran = words.as_ref().is_some_and(|words| words.guest_never_ran);
     let mut threads = context.let_go(words);
-    threads.extend(context.stand_in(never_ran));
+    threads.extend(context.stand_in(never_ran, &events));
     // What the relay has not done when it dies is left to do here.
     if context.concerns_relay() {
         reports.flush();
         if !context.relay_finishes(&events) && never_ran {
             threads.extend(context.end_qemu());
         }
-        threads.extend(context.stand_in(never_ran));
+        threads.extend(context.stand_in(never_ran, &events));
     }
     for thread in threads {
         // A panic of it was said.
@@ -239,6 +242,7 @@ impl Outgoing {
                 state,
                 Event::Order(Order::Guest { .. } | Order::GiveBack { .. } | Order::Over)
                 | Event::GuestBefore(_)
+                | Event::StreamRead
                 | Event::HolesFilled(_),
             ) => state,
             (state, Event::Order(order)) => {
@@ -294,10 +298,13 @@ impl Outgoing {
         });
         let lost = events.clone();
         let take = move || {
-            let taken = way.open_return_path(writer.link(), &to_qemu, &events).and_then(|()| {
-                let (main, to_qemu) = (&qemu.main, &to_qemu);
-                intake::take(main, to_qemu, channels, &writer, &statistics, &events, pass_ram)
-            });
+            let main = &qemu.main;
+            let (taken, rest) = match way.open_return_path(writer.link(), &to_qemu, &events) {
+                Ok(()) => {
+                    intake::take(main, &to_qemu, channels, &writer, &statistics, &events, pass_ram)
+                }
+                Err(error) => (Err(error), None),
+            };
             let end = taken.is_ok().then(|| writer.link());
             // As above: nobody waits for it any more. It comes before whatever the destination says to
             // the end of the stream.
@@ -307,6 +314,12 @@ impl Outgoing {
             if let Some(Err(error)) = end.map(|link| link.send(&Message::StreamEnd { bytes })) {
                 let _ = events.send(Event::PeerFailed(error));
             }
+            // Nobody waits for the writer any more.
+            drop(writer);
+            if let Some(status) = rest.and_then(|rest| rest.guest_before(main)) {
+                let _ = events.send(Event::GuestBefore(status));
+            }
+            let _ = events.send(Event::StreamRead);
         };
         threads::start("intake", take, move |end| {
             if let Err(error) = end {

@@ -193,7 +193,7 @@ impl Destination {
                     Some(QemuEvent::Resumed) => heard.resumed = true,
                     Some(QemuEvent::Migration) => self.ask(&mut heard, worker).await,
                     // The source's.
-                    Some(QemuEvent::Cancel | QemuEvent::Parameters | QemuEvent::Stopped) => {}
+                    Some(QemuEvent::Cancel | QemuEvent::Parameters | QemuEvent::Stopped | QemuEvent::Suspended | QemuEvent::Woken) => {}
                     Some(QemuEvent::Abort(reason)) => {
                         worker.order(&Order::Abort { reason }).await;
                     }

@@ -294,6 +294,10 @@ enum QemuEvent {
     Resumed,
     /// STOP: the guest does not run.
     Stopped,
+    /// SUSPEND: it sleeps.
+    Suspended,
+    /// WAKEUP: it does no more.
+    Woken,
     /// A parameter of migrations may have changed.
     Parameters,
     /// `migrate_cancel`, or `yank`.

@@ -201,12 +201,15 @@ impl Monitor {
             Some(FromQemu::Event { name, data }) if name == "MIGRATION" => {
                 data["status"].as_str().map(str::to_owned)
             }
-            Some(FromQemu::Event { name, .. }) if name == "RESUME" => {
-                self.migrations.tell(&QemuEvent::Resumed);
-                None
-            }
-            Some(FromQemu::Event { name, .. }) if name == "STOP" => {
-                self.migrations.tell(&QemuEvent::Stopped);
+            Some(FromQemu::Event { name, .. }) => {
+                let event = match name.as_str() {
+                    "RESUME" => Some(QemuEvent::Resumed),
+                    "STOP" => Some(QemuEvent::Stopped),
+                    "SUSPEND" => Some(QemuEvent::Suspended),
+                    "WAKEUP" => Some(QemuEvent::Woken),
+                    _ => None,
+                };
+                event.iter().for_each(|event| self.migrations.tell(event));
                 None
             }
             _ => None,

@@ -197,7 +197,7 @@ impl Source {
                 } else {
                     tokio::task::spawn_blocking(move || return_path::settle(&streams.main));
                 }
-                self.fail(reason, guest_never_ran).await;
+                self.fail(reason, guest_never_ran, None).await;
             }
             Outcome::Failed { mut reason, guest_never_ran, by_qemu } => {
                 if by_qemu && let Some(why) = self.hear_qemu().await {
@@ -206,7 +206,7 @@ impl Source {
                 if guest_never_ran {
                     self.break_off(&streams).await;
                 }
-                self.fail(reason, guest_never_ran).await;
+                self.fail(reason, guest_never_ran, Some(&mut worker)).await;
             }
             Outcome::QemuGone => {}
         }
@@ -255,6 +255,9 @@ impl Source {
                         self.look_at_guest(worker, &mut seen.pacing).await;
                         self.pace(worker, &mut seen.pacing).await;
                     }
+                    // By the time that QEMU is asked it may have switched over.
+                    Some(QemuEvent::Suspended) => self.set_guest(Guest::Suspended, worker).await,
+                    Some(QemuEvent::Woken) => self.look_at_guest(worker, &mut seen.pacing).await,
                     Some(QemuEvent::Parameters) => self.pace(worker, &mut seen.pacing).await,
                     Some(QemuEvent::Resumed) => {
                         seen.pacing.resume();
@@ -315,12 +318,16 @@ impl Source {
             Some("finish-migrate" | "postmigrate") | None => return,
             Some(_) => Guest::Stopped,
         };
+        self.set_guest(guest, worker).await;
+        if guest == Guest::Stopped {
+            pacing.resume();
+        }
+    }
+
+    async fn set_guest(&self, guest: Guest, worker: &mut Worker) {
         let changed = |view: &mut View| std::mem::replace(&mut view.guest, guest) != guest;
         if self.view.send_if_modified(changed) {
             worker.order(&Order::Guest { runs: guest == Guest::Runs }).await;
-        }
-        if guest == Guest::Stopped {
-            pacing.resume();
         }
     }
 

@@ -4,9 +4,10 @@ use std::{
     cell::{Cell, OnceCell, RefCell},
     sync::{
         Arc,
-        mpsc::{Receiver, Sender},
+        mpsc::{Receiver, RecvTimeoutError, Sender},
     },
     thread::JoinHandle,
+    time::Duration,
 };
 
 use tracing::{debug, info, warn};
@@ -27,9 +28,13 @@ use crate::{
         statistics::Statistics,
         streams::Streams,
     },
+    patience::Patience,
     threads::{self, Lost},
     wire::credit::Flow,
 };
+
+/// How long reading what QEMU has written may take, when nothing more comes.
+const READING: Duration = Duration::from_secs(10);
 
 /// How the destination is reached.
 pub struct Way {
@@ -90,6 +95,8 @@ pub struct Context {
     pub guest_runs: Cell<bool>,
     /// It ran until the switchover, as QEMU knows it.
     pub guest_ran: Cell<Option<bool>>,
+    /// QEMU says no more of it.
+    pub stream_read: Cell<bool>,
     /// The relay has done all that there is to do.
     pub over: Cell<bool>,
     /// It cancels QEMU's migration as soon as it knows that it may.
@@ -123,6 +130,7 @@ impl Context {
                 self.guest_ran.set(Some(status == "running"));
                 self.reports.send(&Report::GuestBefore { status: status.clone() });
             }
+            Event::StreamRead => self.stream_read.set(true),
             Event::Order(Order::Over) => self.over.set(true),
             Event::Order(Order::Cancel { .. }) => self.cancelled.set(true),
             Event::RelayGone(_) => self.become_orphan(),
@@ -206,14 +214,35 @@ impl Context {
         }
     }
 
+    /// Is a guest to run again whose QEMU takes its migration for complete? QEMU says it behind all RAM: where
+    /// that was not read yet, it is now. What the relay has said may be older, and QEMU aborts if it is told to
+    /// let a guest go on that was suspended meanwhile (8.2 and later).
+    fn guest_is_to_run(&self, events: &Receiver<Event>) -> bool {
+        let mut patience = Patience::new(READING);
+        while self.qemu.get().is_some() && self.guest_ran.get().is_none() && !self.stream_read.get()
+        {
+            match events.recv_timeout(patience.slice()) {
+                Ok(event) => self.note(&event),
+                Err(RecvTimeoutError::Timeout) if patience.lasts() => {}
+                Err(_) => {
+                    warn!(
+                        "what the guest did before the switchover is not known: it is left as it is"
+                    );
+                    return false;
+                }
+            }
+        }
+        self.guest_ran.get().unwrap_or(self.guest_runs.get())
+    }
+
     /// Do what the relay would, if it is gone; on a thread, because neither QEMU nor the peer should
     /// wait for the other.
-    pub fn stand_in(&self, never_ran: bool) -> Option<JoinHandle<()>> {
+    pub fn stand_in(&self, never_ran: bool, events: &Receiver<Event>) -> Option<JoinHandle<()>> {
         let (orphan, give_back) = (self.orphan.take()?, self.give_back.take());
         if self.qemu.get().is_none() && give_back.is_empty() {
             return None;
         }
-        let guest_runs = self.guest_ran.get().unwrap_or(self.guest_runs.get());
+        let guest_runs = never_ran && self.guest_is_to_run(events);
         let finish = move || orphan.finish(&give_back, never_ran, guest_runs);
         // What it could not do was said, or is by its panic.
         threads::finish("orphan", finish)

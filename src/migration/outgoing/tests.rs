@@ -39,6 +39,7 @@ fn context(past_ram: bool) -> (Context, Receiver<Event>) {
         orphan: Cell::default(),
         guest_runs: Cell::new(true),
         guest_ran: Cell::new(None),
+        stream_read: Cell::new(false),
         over: Cell::new(false),
         cancelled: Cell::new(false),
         reports: Arc::new(Reports::new(UnixStream::pair().unwrap().0)),
@@ -85,6 +86,7 @@ fn all_events() -> Vec<(&'static str, Event)> {
         ("PeerFailed: lost", Event::PeerFailed(lost().into())),
         ("PeerFailed: cut", Event::PeerFailed(cut())),
         ("HolesFilled", Event::HolesFilled(Ok(()))),
+        ("StreamRead", Event::StreamRead),
         ("Late", Event::Late),
     ]
 }

@@ -184,7 +184,7 @@ impl Source {
     pub(super) async fn end_early(&mut self, why: NotBegun) {
         let begun = self.view.borrow().phase != Phase::Connecting;
         let (phase, status) = match why {
-            NotBegun::Failed(reason) if begun => return self.fail(reason, true).await,
+            NotBegun::Failed(reason) if begun => return self.fail(reason, true, None).await,
             NotBegun::Failed(reason) => {
                 warn!(%reason, "migration failed");
                 (Phase::Failed(reason), "failed")

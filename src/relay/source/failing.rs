@@ -1,7 +1,9 @@
 //! A migration that failed: QEMU's ends too, and the guest runs on here unless it may run there.
 
+use std::time::Duration;
+
 use serde_json::Value;
-use tokio::time::{Instant, sleep, timeout};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tracing::warn;
 
 use super::{ANSWER, END, Ended, NOTICE, POLL, Source, UNDER_WAY};
@@ -11,8 +13,12 @@ use crate::{
     relay::{
         Output,
         view::{Guest, Phase},
+        worker::Worker,
     },
 };
+
+/// How long the worker may take to read the end of a stream that QEMU has written.
+const READING: Duration = Duration::from_secs(3);
 
 impl Source {
     /// Let QEMU's migration end. One with channels is cancelled first: a channel that breaks while QEMU
@@ -65,15 +71,26 @@ impl Source {
         Ok(())
     }
 
-    /// The migration failed: let QEMU end it, and the guest run on.
-    pub(super) async fn fail(&mut self, reason: String, guest_never_ran: bool) {
+    /// The migration failed: let QEMU end it, and the guest run on. A worker that is there may still read what
+    /// the guest did before the switchover.
+    pub(super) async fn fail(
+        &mut self,
+        reason: String,
+        guest_never_ran: bool,
+        worker: Option<&mut Worker>,
+    ) {
         warn!(%reason, "migration failed");
         let status = self.end_qemus_migration(guest_never_ran).await;
         let phase = match status.as_deref() {
             Ok("cancelled") if self.view.borrow().phase != Phase::Failing => Phase::Cancelled,
             // What the worker's end has made of it.
             Ok("failed") if self.view.borrow().cancels && guest_never_ran => Phase::Cancelled,
-            Ok("completed") => self.roll_back(reason, guest_never_ran).await,
+            Ok("completed") => {
+                if let Some(worker) = worker.filter(|_| guest_never_ran) {
+                    self.hear_of_guest(worker).await;
+                }
+                self.roll_back(reason, guest_never_ran).await
+            }
             Ok(status) if UNDER_WAY.contains(&status) && !guest_never_ran => {
                 Phase::Failed(stays_stopped(&reason))
             }
@@ -114,6 +131,18 @@ impl Source {
                 self.cancel_at_qemu().await?;
             }
             sleep(POLL).await;
+        }
+    }
+
+    /// QEMU says what the guest did at the end of its stream, all of which it has written.
+    async fn hear_of_guest(&self, worker: &mut Worker) {
+        let deadline = Instant::now() + READING;
+        while self.view.borrow().guest_before.is_none() {
+            match timeout_at(deadline, worker.report()).await {
+                Ok(Some(report)) => drop(self.hear(report)),
+                // QEMU of a machine before 2.4 says nothing, and is not suspended without an event.
+                Ok(None) | Err(_) => return,
+            }
         }
     }
 
