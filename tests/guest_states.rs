@@ -232,37 +232,6 @@ fn the_relay_is_killed_while_the_guest_is_suspended() {
     }
 }
 
-/// The worker has to find out by itself: the relay stood still when the guest fell asleep, and the worker has
-/// not read the end of QEMU's stream when the relay is killed.
-#[test]
-fn the_relay_has_noticed_nothing_when_it_is_killed() {
-    for version in VERSIONS {
-        let mut pair = failing_pair(version, false);
-        let client = &mut pair.source.client;
-        client.capability("pause-before-switchover", true);
-        client.run("migrate-set-parameters", json!({ "max-bandwidth": 16 << 20 }));
-        let uri = pair.listen();
-        pair.source.client.run("migrate", json!({ "uri": uri }));
-        pair.source.await_status(&["active"]);
-        let worker = pair.source.helper.await_worker();
-        pair.source.helper.signal(Signal::STOP);
-        enter(&mut pair.source, "suspended");
-        let qemu = &mut pair.source.qemu;
-        let fast = json!({ "max-bandwidth": 1_u64 << 32, "downtime-limit": 8000 });
-        qemu.qmp.run("migrate-set-parameters", fast);
-        eventually("pre-switchover", || {
-            let state = qemu.qmp.run("query-migrate", json!({}));
-            (state["status"] == CONTINUE).then_some(())
-        });
-        signal_process(worker, Signal::STOP);
-        qemu.qmp.run("migrate-continue", json!({ "state": CONTINUE }));
-        eventually("QEMU to complete", || (qemu.status() == "postmigrate").then_some(()));
-        pair.source.helper.kill();
-        signal_process(worker, Signal::CONT);
-        the_worker_ends_it(pair, version, worker);
-    }
-}
-
 /// Without its relay, and without ending QEMU: the guest can be had again.
 fn the_worker_ends_it(mut pair: Pair, version: &'static str, worker: u32) {
     eventually("the worker's end", || support::wrapped::has_ended(worker).then_some(()));

@@ -143,6 +143,33 @@ const OURS: [&str; 20] = [
     "yank",
 ];
 
+/// An argument, the version that has it first, and the first that has it no more.
+type Since = (&'static str, (u64, u64), (u64, u64));
+
+const EVER: (u64, u64) = (u64::MAX, 0);
+
+/// Arguments of `migrate` (`qapi/migration.json`).
+const MIGRATE: &[Since] = &[
+    ("uri", (0, 0), EVER),
+    ("resume", (0, 0), EVER),
+    ("channels", (8, 2), EVER),
+    ("detach", (0, 0), (11, 1)),
+    ("blk", (0, 0), (9, 1)),
+    ("inc", (0, 0), (9, 1)),
+];
+
+/// Those of `migrate-incoming`.
+const MIGRATE_INCOMING: &[Since] =
+    &[("uri", (0, 0), EVER), ("channels", (8, 2), EVER), ("exit-on-error", (9, 1), EVER)];
+
+/// Those of them that QEMU of this version has.
+fn known(arguments: &[Since], version: Version) -> Vec<&'static str> {
+    let has = |(_, first, gone): &&Since| {
+        version.is_at_least(first.0, first.1) && !version.is_at_least(gone.0, gone.1)
+    };
+    arguments.iter().filter(has).map(|(name, ..)| *name).collect()
+}
+
 /// Look at a command for a QEMU of this version; `None` if it is QEMU's.
 ///
 /// # Errors
@@ -160,7 +187,7 @@ pub fn intercept(command: &Command, version: Version) -> Result<Option<Intercept
     Ok(Some(match name {
         "migrate" => match uri::target(arguments)? {
             Target::Rdma(address) => {
-                only(arguments, &["uri", "channels", "detach", "resume", "blk", "inc"])?;
+                only(arguments, &known(MIGRATE, version))?;
                 boolean(arguments, "detach")?;
                 uri::refuse(|option| Ok(boolean(arguments, option)? == Some(true)))?;
                 Intercepted::Migrate(address)
@@ -173,7 +200,7 @@ pub fn intercept(command: &Command, version: Version) -> Result<Option<Intercept
         },
         "migrate-incoming" => match uri::target(arguments)? {
             Target::Rdma(address) => {
-                only(arguments, &["uri", "channels", "exit-on-error"])?;
+                only(arguments, &known(MIGRATE_INCOMING, version))?;
                 let exit_on_error = boolean(arguments, "exit-on-error")?;
                 Intercepted::MigrateIncoming { address, exit_on_error }
             }
@@ -315,7 +342,11 @@ mod tests {
     use super::*;
 
     fn ask(text: &str) -> Result<Option<Intercepted>, QmpError> {
-        let version = Version { major: 10, minor: 0, micro: 0 };
+        ask_of((10, 0), text)
+    }
+
+    fn ask_of((major, minor): (u64, u64), text: &str) -> Result<Option<Intercepted>, QmpError> {
+        let version = Version { major, minor, micro: 0 };
         intercept(&Command::read(text.as_bytes(), false).unwrap(), version)
     }
 
@@ -456,9 +487,11 @@ mod tests {
     #[test]
     fn storage_migration_is_refused() {
         let blk = r#"{"execute": "migrate", "arguments": {"uri": "rdma:h:1", "blk": true}}"#;
-        assert!(refusal(blk).starts_with("Parameter 'blk' can't be combined"));
+        let refused = ask_of((7, 2), blk).unwrap_err().desc;
+        assert!(refused.starts_with("Parameter 'blk' can't be combined"), "{refused}");
+        assert_eq!(refusal(blk), "Parameter 'blk' is unexpected");
         let off = r#"{"execute": "migrate", "arguments": {"uri": "rdma:h:1", "inc": false}}"#;
-        assert_eq!(ask(off).unwrap(), Some(Intercepted::Migrate(address())));
+        assert_eq!(ask_of((7, 2), off).unwrap(), Some(Intercepted::Migrate(address())));
     }
 
     #[test]

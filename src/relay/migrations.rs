@@ -167,6 +167,11 @@ impl Migrations {
         source.view.borrow().shows()
     }
 
+    /// QEMU has a status for a migration that fails.
+    pub fn has_failing(&self) -> bool {
+        self.slots().source.as_ref().is_some_and(|source| source.view.borrow().has_failing)
+    }
+
     /// Clients were told that it is being cancelled.
     pub fn told_cancelling(&self) -> bool {
         self.slots().source.as_ref().is_some_and(|source| source.view.borrow().told_cancelling)

@@ -240,7 +240,9 @@ impl Monitor {
             // It was said when the client was answered, too.
             ("cancelling", _) if self.migrations.told_cancelling() => return None,
             // The relay cancels it because it failed.
-            ("cancelling", Phase::Failing | Phase::Failed(_)) => return None,
+            ("cancelling", Phase::Failing | Phase::Failed(_)) => {
+                return self.migrations.has_failing().then(|| envelope::status("failing"));
+            }
             ("cancelled", Phase::Failing | Phase::Failed(_)) => failed(),
             _ => line,
         };

@@ -55,12 +55,14 @@ const END: Duration = Duration::from_secs(15);
 const FDNAME: &str = "qemu-rdma-helper";
 
 /// States of QEMU's in which a migration is under way (qapi/migration.json).
-const UNDER_WAY: [&str; 10] = [
+const UNDER_WAY: [&str; 12] = [
     "setup",
     "active",
     "device",
     "pre-switchover",
     "cancelling",
+    "failing",
+    "postcopy-device",
     "wait-unplug",
     "postcopy-active",
     "postcopy-paused",

@@ -86,6 +86,8 @@ pub struct View {
     pub past_ram: bool,
     /// Capability `events` is on.
     pub tells: bool,
+    /// QEMU has a status for a migration that fails and has not been cleaned up behind (11.1).
+    pub has_failing: bool,
     /// A client has cancelled it.
     pub cancels: bool,
     /// Clients were told so.
@@ -114,6 +116,7 @@ impl View {
             max_bandwidth: 0,
             past_ram: false,
             tells: false,
+            has_failing: false,
             cancels: false,
             told_cancelling: false,
             guest: Guest::Runs,
@@ -214,7 +217,8 @@ impl View {
             // Nobody has cancelled it but the relay, because it failed. It is not over yet.
             Phase::Failing => {
                 if ["cancelling", "cancelled", "failed"].contains(&status.as_str()) {
-                    reply["status"] = "active".into();
+                    let fails = if self.has_failing { "failing" } else { "active" };
+                    reply["status"] = fails.into();
                 }
             }
             // What QEMU says is of another one.

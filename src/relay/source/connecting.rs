@@ -13,7 +13,7 @@ use crate::{
         messages::{Address, Agreed, Order, Report},
         streams::Streams,
     },
-    qemu::{blockers, blocks::RamBlock},
+    qemu::{Version, blockers, blocks::RamBlock},
     qmp::{Execute as _, QmpError},
     relay::{
         QemuEvent, listed,
@@ -97,6 +97,7 @@ impl Source {
         let mut blocks = self.context.blocks().await.map_err(generic)?;
         let capabilities = qemu.execute("query-migrate-capabilities", Value::Null).await?;
         let options = self.context.options(&mut qemu).await?;
+        let version = Version::ask(&mut qemu).await?;
         blockers::refuse(&blockers::find(&mut qemu, &blocks, options.fabric).await?)?;
         // The worker gets the memory that it may read, and no other.
         for block in &mut blocks {
@@ -108,6 +109,7 @@ impl Source {
         self.view.send_modify(|view| {
             view.pin_all = options.pin_all;
             view.tells = blockers::is_on(&capabilities, "events");
+            view.has_failing = version.is_at_least(11, 1);
             view.begin(total);
         });
         let patience = AGREEMENT + options.pinning(total);
@@ -197,6 +199,9 @@ impl Source {
         self.give_back().await;
         self.view.send_modify(|view| view.phase = phase);
         self.emit_throughput().await;
+        if status == "failed" && self.view.borrow().has_failing {
+            self.tell_status("failing").await;
+        }
         self.tell_status(status).await;
     }
 }

@@ -102,6 +102,10 @@ impl Source {
         self.emit_throughput().await;
         let output = match status.as_deref() {
             Ok(said @ ("completed" | "failed")) if said != shown => {
+                let view = self.view.borrow().clone();
+                if shown == "failed" && view.has_failing {
+                    self.tell_status("failing").await;
+                }
                 Output::Instead(envelope::status(shown))
             }
             _ => Output::Release,
