@@ -97,7 +97,7 @@ fn priorities_are_the_journals() {
 fn failures_are_said_once() {
     for (arguments, sentence) in [
         (
-            "attach --fabric tcp --qemu-qmp /nonexistent --qmp /nonexistent",
+            "attach --fabric tcp --wait 0 --qemu-qmp /nonexistent --qmp /nonexistent",
             "Cannot attach to QEMU at /nonexistent: No such file or directory (os error 2); is it the \
              socket of a running '-qmp unix:...,server=on,wait=off'?",
         ),

@@ -85,9 +85,9 @@ fn strange_clients_are_turned_away_and_the_next_source_is_let_in() {
 
     // Out of turn, or into thin air, before the stream.
     let cases: [(&str, Vec<u8>); 6] = [
-        ("FinalAck", message(wire::FINAL_ACK, 1, &[])),
-        ("RegisterFinished", message(wire::REGISTER_FINISHED, 1, &[])),
-        ("Compress", message(wire::COMPRESS, 1, &[0; 24])),
+        ("FINAL_ACK", message(wire::FINAL_ACK, 1, &[])),
+        ("REGISTER_FINISHED", message(wire::REGISTER_FINISHED, 1, &[])),
+        ("COMPRESS", message(wire::COMPRESS, 1, &[0; 24])),
         ("READY", message(wire::READY, 1000, &[])),
         ("key 4000", frame(3, 4000, 0, &[0; 4096])),
         ("beyond", frame(3, 1, good[0].1 - 100, &[0; 4096])),
@@ -259,7 +259,7 @@ fn ranges_and_counts_out_of_range() {
 
 #[test]
 fn broken_streams_and_frames() {
-    breaks_within_the_stream("QemuFile", |peer, _| {
+    breaks_within_the_stream("QEMU_FILE", |peer, _| {
         peer.send(&message(wire::QEMU_FILE, 0, &[0; 8]))
     });
     breaks_within_the_stream("section type", |peer, _| {
@@ -516,29 +516,32 @@ fn what_a_peer_says_is_plain_text() {
 /// However long it is, each message in the log is a line of its own.
 #[test]
 fn a_long_word_of_a_peer_does_not_reach_into_the_next_message() {
-    let mut pair = Pair::start(&Config::default());
-    let uri = pair.listen();
-    let good = pair.destination.blocks();
+    let config = Config::default();
+    let mut pair = Pair::start(&config);
     let words = "A\u{f6}".repeat(4090 / 3);
-    for turn in 1..=3 {
+    for turn in ["first", "second", "third"] {
+        let uri = pair.listen();
+        let good = pair.destination.blocks();
         let mut peer = Peer::listed(port_of(&uri), &good);
         assert_eq!(peer.message().unwrap().0, wire::RAM_BLOCKS_RESULT);
         peer.send(&message(wire::ERROR_TEXT, 1, &[b"\0", words.as_bytes()].concat()));
         drop(peer.last_words());
-        eventually("the peer's words", || {
-            let log = pair.destination.helper.log();
-            (log.matches("A\u{f6}".repeat(1000).as_str()).count() >= turn).then_some(())
-        });
+        let helper = &mut pair.destination.helper.child;
+        eventually("the helper's end", || helper.try_wait().unwrap());
+        let log = pair.destination.helper.log();
+        assert!(log.contains(&"A\u{f6}".repeat(1000)), "{log}");
+        // Each begins with the time: this is the day.
+        let day = &log[..11];
+        for line in log.lines() {
+            assert!(line.starts_with(day) && line.matches(day).count() == 1, "{line}");
+            assert!(line.len() < 4096, "{}", line.len());
+        }
+        // Its words have ended the wait.
+        pair.new_destination(&config, turn);
     }
+    let uri = pair.listen();
     pair.source.client.run("migrate", json!({ "uri": uri }));
     pair.source.await_status(&["completed"]);
-    let log = pair.destination.helper.log();
-    // Each begins with the time: this is the day.
-    let day = &log[..11];
-    for line in log.lines() {
-        assert!(line.starts_with(day) && line.matches(day).count() == 1, "{line}");
-        assert!(line.len() < 4096, "{}", line.len());
-    }
 }
 
 /// What the test's own QEMU has as its RAM block: something is at its address.
@@ -704,7 +707,7 @@ fn a_newer_qemu_is_warned_of() {
     let path = dir.path().join("qemu");
     let listener = UnixListener::bind(&path).unwrap();
     let newer = json!({ "qemu": { "major": 12, "minor": 0, "micro": 1 }, "package": "" });
-    let qemu = OddQemu { version: newer, ..OddQemu::default() };
+    let qemu = OddQemu { version: newer.clone(), ..OddQemu::default() };
     thread::spawn(move || listener.incoming().for_each(|stream| qemu.serve(stream.unwrap())));
     let warning = "QEMU 12.0.1 is newer than 11.1, the newest that was tried";
     let check = Command::new(support::helper::BINARY)
@@ -717,7 +720,7 @@ fn a_newer_qemu_is_warned_of() {
     assert_eq!(check.status.code(), Some(0), "{said}");
     let helper = Helper::attach(dir.path(), "newer", &path, &[]);
     eventually("a warning", || helper.log().contains(warning).then_some(()));
-    assert_eq!(Qmp::connect(&helper.socket).run("query-rdma-helper", json!({}))["qemu"], "12.0.1");
+    assert_eq!(Qmp::connect(&helper.socket).run("query-rdma-helper", json!({}))["qemu"], newer);
 }
 
 #[test]
