@@ -32,6 +32,7 @@ fn begin(pair: &mut Pair) {
     let client = &mut pair.source.client;
     client.run("migrate-set-parameters", json!({ "max-bandwidth": 16 << 20, "downtime-limit": 1 }));
     client.run("migrate", json!({ "uri": uri }));
+    pair.source.await_status(&["active"]);
 }
 
 fn channels(qmp: &mut Qmp) -> (u64, String) {
@@ -321,14 +322,14 @@ fn a_mode_that_is_set_while_the_source_connects_is_refused() {
         let to = pair.listen();
         let between = TcpListener::bind("127.0.0.1:0").unwrap();
         let uri = format!("rdma:{}", between.local_addr().unwrap());
-        let migrate = json!({ "execute": "migrate", "arguments": { "uri": uri } });
-        pair.source.client.send(format!("{migrate}\n").as_bytes());
+        pair.source.client.run("migrate", json!({ "uri": uri }));
         let (source, _) = between.accept().unwrap();
         let mut qemu = Qmp::connect(&pair.source.qemu.spare_socket());
         qemu.run("migrate-set-parameters", json!({ "mode": "cpr-reboot" }));
         connect_through(&source, to.rsplit(':').next().unwrap().parse().unwrap());
-        let reply: Value = serde_json::from_str(&pair.source.client.reply_line()).unwrap();
-        let why = reply["error"]["desc"].as_str().unwrap();
+        let end = pair.source.await_status(&["failed", "completed"]);
+        assert_eq!(end["status"], "failed", "{end}");
+        let why = end["error-desc"].as_str().unwrap();
         assert!(why.contains("migrate_set_parameter mode normal"), "{why}");
         pair.source.qemu.assert_goes_on();
         qemu.run("migrate-set-parameters", json!({ "mode": "normal" }));

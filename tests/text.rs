@@ -144,7 +144,7 @@ fn from_the_monitor(text: &str) -> Option<String> {
 
 fn workers_reason(text: &str) -> Option<String> {
     let report = json!({
-        "report": "failed", "reason": text, "guest_never_ran": true,
+        "report": "failed", "reason": text, "guest_never_ran": true, "by_qemu": false,
         "progress": {
             "ram-bytes": 0, "zero-bytes": 0, "stream-bytes": 0, "in-flight": 0, "setup-ms": 0,
             "elapsed-ms": 0, "pinned": 0, "pin-ms": 0, "fabric": "tcp", "connections": 1,
