@@ -31,8 +31,15 @@ impl Carrier {
 /// helper's own.
 const EVENTS: [&str; 4] = ["MIGRATION", "STOP", "RESUME", "SHUTDOWN"];
 
-/// Commands whose events QEMU says before the reply. Others are said by threads of their own.
-const SAID_BEFORE: [&str; 5] = ["cont", "migrate", "migrate-incoming", "migrate_cancel", "stop"];
+/// Commands whose events QEMU says before the reply, and these. Other events are said by threads of their own,
+/// a moment before or after a reply.
+const SAID_BEFORE: [(&str, &str); 5] = [
+    ("cont", "RESUME "),
+    ("migrate", "MIGRATION setup"),
+    ("migrate-incoming", "MIGRATION setup"),
+    ("migrate_cancel", "MIGRATION cancelling"),
+    ("stop", "STOP "),
+];
 
 /// Errors whose text names what can't be the same: of them it is compared that there is one.
 const NO_PEER: &str = "(why)";
@@ -44,7 +51,9 @@ struct End {
     qemu: Qemu,
     _helper: Option<Helper>,
     record: Vec<String>,
-    /// Events that are in the record.
+    /// What its events said, in their order.
+    told: Vec<String>,
+    /// How many events have been looked at.
     events: usize,
 }
 
@@ -55,7 +64,15 @@ impl End {
         let helper =
             (carrier == Carrier::Helper).then(|| Helper::attach(dir.path(), name, &socket, &[]));
         let client = Qmp::connect(helper.as_ref().map_or(&socket, |helper| &helper.socket));
-        let mut end = Self { name, client, qemu, _helper: helper, record: Vec::new(), events: 0 };
+        let mut end = Self {
+            name,
+            client,
+            qemu,
+            _helper: helper,
+            record: Vec::new(),
+            told: Vec::new(),
+            events: 0,
+        };
         end.client.capability("events", true);
         end.client.run("migrate-set-parameters", json!({ "max-bandwidth": 1_u64 << 32 }));
         end
@@ -65,24 +82,28 @@ impl End {
         self.record.push(format!("{}: {line}", self.name));
     }
 
-    /// Events that have come until now.
-    fn note_events(&mut self) {
+    /// Look at the events that have come until now; returns them.
+    fn look_at_events(&mut self) -> &[String] {
+        let known = self.told.len();
         while let Some(event) = self.client.events.get(self.events) {
             self.events += 1;
             let name = event["event"].as_str().unwrap();
             if EVENTS.contains(&name) {
                 let status = event["data"]["status"].as_str().unwrap_or_default();
-                let line = format!("event {name} {status}");
-                self.note(&line);
+                self.told.push(format!("{name} {status}"));
             }
         }
+        &self.told[known..]
     }
 
-    /// Execute, and note the reply; behind the events that came before it, where QEMU says them before.
+    /// Execute, and note the reply; and whether its event came before it, where QEMU says it before.
     fn ask(&mut self, command: &str, arguments: Value) {
+        self.look_at_events();
         let reply = self.client.execute(command, arguments.clone());
-        if SAID_BEFORE.contains(&command) {
-            self.note_events();
+        let told = self.look_at_events();
+        let before = SAID_BEFORE.iter().find(|(name, _)| *name == command);
+        if let Some((_, event)) = before.filter(|(_, event)| told.iter().any(|it| it == event)) {
+            self.note(&format!("is told {event} before the reply to {command}"));
         }
         let said = match reply {
             Ok(mut value) => {
@@ -110,9 +131,6 @@ impl End {
             (status == wanted).then_some(state)
         });
         let why = if state.get("error-desc").is_some() { NO_PEER } else { "" };
-        // QEMU's states come before their events, and events before replies to what comes then.
-        self.client.run("query-version", json!({}));
-        self.note_events();
         let line = format!("query-migrate is {wanted} {why}");
         self.note(&line);
     }
@@ -125,6 +143,25 @@ impl End {
 
     fn guest(&mut self) {
         self.ask("query-status", json!({}));
+    }
+
+    /// All that it was told. The event of the last state may come a moment after it.
+    fn end(&mut self) -> Vec<String> {
+        if self.qemu.child.try_wait().unwrap().is_none() {
+            let ends = ["completed", "failed", "cancelled"];
+            eventually("the last event", || {
+                let state = self.client.run("query-migrate", json!({}));
+                self.look_at_events();
+                let status = state["status"].as_str().filter(|status| ends.contains(status));
+                let last = self.told.iter().rfind(|event| event.starts_with("MIGRATION"));
+                let is_last = |status: &str| last.is_some_and(|last| last.ends_with(status));
+                status.is_none_or(is_last).then_some(())
+            });
+        }
+        let events = self.told.drain(..).map(|event| format!("{}: event {event}", self.name));
+        let mut all = std::mem::take(&mut self.record);
+        all.extend(events);
+        all
     }
 
     /// Its QEMU ends.
@@ -184,7 +221,7 @@ impl Scene {
 
     fn new_destination(&mut self, config: Config) {
         let next = End::start(&self.dir, "next", &config.incoming(), self.carrier);
-        self.before.append(&mut self.destination.record);
+        self.before.append(&mut self.destination.end());
         self.destination = next;
     }
 
@@ -214,11 +251,9 @@ impl Scene {
     }
 
     fn record(mut self) -> Vec<String> {
-        self.source.note_events();
-        self.destination.note_events();
-        let mut record = std::mem::take(&mut self.source.record);
+        let mut record = self.source.end();
         record.append(&mut self.before);
-        record.append(&mut self.destination.record);
+        record.append(&mut self.destination.end());
         record
     }
 }
