@@ -228,19 +228,26 @@ fn migrate_shows_progress_and_ends_when_the_guest_is_there() {
 
 #[test]
 fn interrupting_migrate_cancels_and_waits_for_the_end() {
-    let mut pair = Pair::start(&Config::default());
-    let uri = pair.listen();
-    let mut child = migrate_command(&mut pair, &uri, &["--max-bandwidth", "8m"]).spawn().unwrap();
-    // The first line of progress: it runs.
-    let mut first = [0];
-    child.stdout.as_mut().unwrap().read_exact(&mut first).unwrap();
-    signal_process(child.id(), Signal::INT);
-    let output = child.wait_with_output().unwrap();
-    assert_eq!(output.status.code(), Some(1));
-    let error = text(&output.stderr);
-    assert!(error.contains("Cancelled; the guest runs on here"), "{error}");
-    assert_eq!(pair.source.qemu.status(), "running");
-    pair.source.qemu.assert_goes_on();
+    let config = Config::default();
+    let mut pair = Pair::start(&config);
+    for (name, signal) in [("int", Signal::INT), ("term", Signal::TERM), ("hup", Signal::HUP)] {
+        let uri = pair.listen();
+        let mut child =
+            migrate_command(&mut pair, &uri, &["--max-bandwidth", "8m"]).spawn().unwrap();
+        // The first line of progress: it runs.
+        let mut first = [0];
+        child.stdout.as_mut().unwrap().read_exact(&mut first).unwrap();
+        signal_process(child.id(), signal);
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(output.status.code(), Some(1), "{name}");
+        let error = text(&output.stderr);
+        assert!(error.contains("Cancelled; the guest runs on here"), "{name}: {error}");
+        assert_eq!(pair.source.qemu.status(), "running");
+        pair.source.qemu.assert_goes_on();
+        pair.new_destination(&config, name);
+        // It makes room for the next command's.
+        pair.source.client = Qmp::nobody();
+    }
 }
 
 #[test]

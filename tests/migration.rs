@@ -221,6 +221,32 @@ fn a_dimm_that_was_hot_plugged() {
     pair.verify();
 }
 
+/// Memory and a network card that both ends get when the destination waits already, as at QEMU's `tcp:`.
+#[test]
+fn what_is_plugged_in_while_the_destination_waits() {
+    for version in VERSIONS {
+        let devices = vec!["-m 192,slots=2,maxmem=1G".into()];
+        let mut pair = Pair::start(&Config { version, devices, ..Config::default() });
+        let uri = pair.listen();
+        for host in [&mut pair.destination, &mut pair.source] {
+            let backend = json!({
+                "qom-type": "memory-backend-memfd", "id": "late", "size": 64 << 20, "share": true
+            });
+            host.client.run("object-add", backend);
+            let dimm = json!({ "driver": "pc-dimm", "id": "dimm", "memdev": "late" });
+            host.client.run("device_add", dimm);
+            let card =
+                json!({ "driver": "virtio-net-pci", "id": "card", "mac": "52:54:00:12:34:56" });
+            host.client.run("device_add", card);
+        }
+        pair.source.client.run("migrate", json!({ "uri": uri }));
+        let end = pair.source.await_status(&["completed", "failed"]);
+        assert_eq!(end["status"], "completed", "{version}: {end}");
+        assert_eq!(pair.source.travelled("late"), "Mapped");
+        pair.verify();
+    }
+}
+
 /// A source whose memory can't be reached: what is written is its stream.
 #[test]
 fn private_memory_to_shared() {
