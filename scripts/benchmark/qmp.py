@@ -16,6 +16,11 @@ class Qmp:
         self.events = []
         self.next()
         self.run("qmp_capabilities")
+        # A QEMU that is just starting may greet twice, and begins anew then.
+        try:
+            self.run("query-version")
+        except Failed:
+            self.run("qmp_capabilities")
 
     def next(self):
         try:
@@ -36,7 +41,7 @@ class Qmp:
                 self.events.append(message)
             elif "error" in message:
                 raise Failed(f"{name}: {message['error']['desc']}")
-            else:
+            elif "return" in message:
                 return message["return"]
 
     def hmp(self, line):
