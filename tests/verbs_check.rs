@@ -11,7 +11,7 @@ use std::{
 };
 
 use serde_json::json;
-use support::{Config, Guest, Helper, Host, Pair, eventually, helper::BINARY};
+use support::{Config, Guest, Helper, Host, Pair, Qmp, eventually, helper::BINARY};
 
 /// Another user, who has no CAP_IPC_LOCK, with a limit for a guest half as large as the one here.
 const NOBODY_WITH_64_MIB: [&str; 6] = [
@@ -379,12 +379,14 @@ fn a_memlock_limit_below_the_messages_buffers() {
     assert_eq!(code, 1);
     let config = Config { under: &NOBODY_WITH_8_MIB, ..config() };
     let mut pair = Pair::start(&config);
-    let uri = json!({ "uri": format!("rdma:{}:{}", support::address(), support::free_port()) });
-    for (host, command) in
-        [(&mut pair.destination, "migrate-incoming"), (&mut pair.source, "migrate")]
-    {
+    let uri = format!("rdma:{}:{}", support::address(), support::free_port());
+    let fails: [(&mut Host, fn(&mut Qmp, &str) -> String); 2] = [
+        (&mut pair.destination, |qmp, uri| qmp.refused("migrate-incoming", json!({ "uri": uri }))),
+        (&mut pair.source, Qmp::fails_to_migrate),
+    ];
+    for (host, fail) in fails {
         assert_limited(host, "8192 KiB, less than the 16 MiB of message buffers");
-        let error = host.client.refused(command, uri.clone());
+        let error = fail(&mut host.client, &uri);
         println!("{error}");
         assert!(error.starts_with("Cannot register "), "{error}");
         let words = " MiB of message buffers: Cannot allocate memory";
