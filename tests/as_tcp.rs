@@ -88,8 +88,9 @@ impl End {
         while let Some(event) = self.client.events.get(self.events) {
             self.events += 1;
             let name = event["event"].as_str().unwrap();
-            if EVENTS.contains(&name) {
-                let status = event["data"]["status"].as_str().unwrap_or_default();
+            let status = event["data"]["status"].as_str().unwrap_or_default();
+            // 7.2 says it, or not, of one that is cancelled before the switchover.
+            if EVENTS.contains(&name) && status != "device" {
                 self.told.push(format!("{name} {status}"));
             }
         }

@@ -380,13 +380,14 @@ fn a_memlock_limit_below_the_messages_buffers() {
     let config = Config { under: &NOBODY_WITH_8_MIB, ..config() };
     let mut pair = Pair::start(&config);
     let uri = format!("rdma:{}:{}", support::address(), support::free_port());
-    let fails: [(&mut Host, fn(&mut Qmp, &str) -> String); 2] = [
-        (&mut pair.destination, |qmp, uri| qmp.refused("migrate-incoming", json!({ "uri": uri }))),
-        (&mut pair.source, Qmp::fails_to_migrate),
-    ];
-    for (host, fail) in fails {
+    let listens = |qmp: &mut Qmp| qmp.refused("migrate-incoming", json!({ "uri": uri }));
+    let connects = |qmp: &mut Qmp| qmp.fails_to_migrate(&uri);
+    for (host, fail) in [
+        (&mut pair.destination, &listens as &dyn Fn(&mut Qmp) -> String),
+        (&mut pair.source, &connects),
+    ] {
         assert_limited(host, "8192 KiB, less than the 16 MiB of message buffers");
-        let error = fail(&mut host.client, &uri);
+        let error = fail(&mut host.client);
         println!("{error}");
         assert!(error.starts_with("Cannot register "), "{error}");
         let words = " MiB of message buffers: Cannot allocate memory";
