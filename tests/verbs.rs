@@ -80,6 +80,24 @@ fn from_stock_qemu_to_helper() {
     }
 }
 
+/// Migrate, where one end may be a stock QEMU's own RDMA.
+fn migrate_beside_stock(pair: &mut Pair, stock: Option<&str>) {
+    let uri = format!("rdma:{}:{}", support::address(), free_port());
+    let arguments = json!({ "uri": uri });
+    match stock {
+        Some("destination") => pair.destination.qemu.qmp.run("migrate-incoming", arguments.clone()),
+        _ => pair.destination.client.run("migrate-incoming", arguments.clone()),
+    };
+    match stock {
+        Some("source") => pair.source.qemu.qmp.run("migrate", arguments),
+        _ => pair.source.client.run("migrate", arguments),
+    };
+    let end = pair.source.await_status(&["completed", "failed", "cancelled"]);
+    assert_eq!(end["status"], "completed", "{end}");
+    pair.destination.await_status(&["completed"]);
+    pair.verify();
+}
+
 /// QEMU 7.2 takes a return path over RDMA only with postcopy.
 #[test]
 fn with_qemu_7_2_at_both_ends() {
@@ -90,22 +108,7 @@ fn with_qemu_7_2_at_both_ends() {
     for stock in [None, Some("source"), Some("destination")] {
         println!("stock: {stock:?}");
         let mut pair = Pair::start(&config);
-        let uri = format!("rdma:{}:{}", support::address(), free_port());
-        let arguments = json!({ "uri": uri });
-        match stock {
-            Some("destination") => {
-                pair.destination.qemu.qmp.run("migrate-incoming", arguments.clone())
-            }
-            _ => pair.destination.client.run("migrate-incoming", arguments.clone()),
-        };
-        match stock {
-            Some("source") => pair.source.qemu.qmp.run("migrate", arguments),
-            _ => pair.source.client.run("migrate", arguments),
-        };
-        let end = pair.source.await_status(&["completed", "failed", "cancelled"]);
-        assert_eq!(end["status"], "completed", "{end}");
-        pair.destination.await_status(&["completed"]);
-        pair.verify();
+        migrate_beside_stock(&mut pair, stock);
     }
 }
 
@@ -132,22 +135,7 @@ fn with_chunks_of_each_size_of_qemu_11_1() {
             let size = json!({ "x-rdma-chunk-size": size << 20 });
             host.client.run("migrate-set-parameters", size);
         }
-        let uri = format!("rdma:{}:{}", support::address(), free_port());
-        let arguments = json!({ "uri": uri });
-        match stock {
-            Some("destination") => {
-                pair.destination.qemu.qmp.run("migrate-incoming", arguments.clone())
-            }
-            _ => pair.destination.client.run("migrate-incoming", arguments.clone()),
-        };
-        match stock {
-            Some("source") => pair.source.qemu.qmp.run("migrate", arguments),
-            _ => pair.source.client.run("migrate", arguments),
-        };
-        let end = pair.source.await_status(&["completed", "failed", "cancelled"]);
-        assert_eq!(end["status"], "completed", "{end}");
-        pair.destination.await_status(&["completed"]);
-        pair.verify();
+        migrate_beside_stock(&mut pair, stock);
     }
 }
 
