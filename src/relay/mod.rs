@@ -40,7 +40,7 @@ use tracing::{info, warn};
 use crate::{
     confinement::{Room, confine},
     fabric,
-    memory::CHUNK,
+    memory::{CHUNK, CHUNK_MAX},
     migration::messages::{self, FabricKind, Options, QmpSocket},
     patience::Patience,
     qemu::{
@@ -282,7 +282,8 @@ impl Context {
 /// By which chunks QEMU's own RDMA would register memory (since 11.1), as a stock peer does.
 fn chunk_size(parameters: &Value) -> u64 {
     let size = parameters["x-rdma-chunk-size"].as_u64();
-    size.filter(|size| size.is_power_of_two() && *size >= CHUNK).unwrap_or(CHUNK)
+    let is_one = |size: &u64| size.is_power_of_two() && (CHUNK..=CHUNK_MAX).contains(size);
+    size.filter(is_one).unwrap_or(CHUNK)
 }
 
 /// An event of QEMU's that concerns a migration, or word of the relay itself.

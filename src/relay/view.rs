@@ -216,9 +216,10 @@ impl View {
             Phase::Failed(_) if self.side == Side::Destination && status == "completed" => {}
             // Nobody has cancelled it but the relay, because it failed. It is not over yet.
             Phase::Failing => {
-                if ["cancelling", "cancelled", "failed"].contains(&status.as_str()) {
-                    let fails = if self.has_failing { "failing" } else { "active" };
-                    reply["status"] = fails.into();
+                // Not even where QEMU took it for complete.
+                let ends = ["cancelling", "cancelled", "completed", "failed"];
+                if ends.contains(&status.as_str()) {
+                    goes_on(reply, if self.has_failing { "failing" } else { "active" });
                 }
             }
             // What QEMU says is of another one.
@@ -243,10 +244,7 @@ impl View {
             }
             // Not before the worker has said why.
             Phase::Running if self.side == Side::Source && status == "failed" => {
-                reply["status"] = "active".into();
-                if let Some(reply) = reply.as_object_mut() {
-                    reply.remove("error-desc");
-                }
+                goes_on(reply, "active");
             }
             Phase::Asked | Phase::Running | Phase::Confirmed => {}
         }
@@ -322,6 +320,14 @@ impl View {
             status: self.shown_status(),
         };
         envelope::event("RDMA_MIGRATION_THROUGHPUT", &json!(data))
+    }
+}
+
+/// In this status a migration is not over, and has no reason for its end.
+fn goes_on(reply: &mut Value, status: &str) {
+    reply["status"] = status.into();
+    if let Some(reply) = reply.as_object_mut() {
+        reply.remove("error-desc");
     }
 }
 
@@ -401,6 +407,20 @@ mod tests {
         assert_eq!(shown(&view), (json!("device"), json!(12.5)));
         view.phase = Phase::Confirmed;
         assert_eq!(shown(&view), (json!("completed"), json!(80.0)));
+    }
+
+    /// A manager that saw `completed` would end the source's guest, which is to run again.
+    #[test]
+    fn a_failing_migration_is_shown_as_neither_over_nor_cancelled() {
+        let mut view = View { phase: Phase::Failing, ..view(Side::Source) };
+        for (has_failing, expected) in [(false, "active"), (true, "failing")] {
+            view.has_failing = has_failing;
+            for status in ["cancelling", "cancelled", "completed", "failed"] {
+                let mut shown = json!({ "status": status, "error-desc": "it broke" });
+                view.overlay(&mut shown);
+                assert_eq!(shown, json!({ "status": expected }), "{status}");
+            }
+        }
     }
 
     #[test]

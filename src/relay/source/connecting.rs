@@ -193,6 +193,10 @@ impl Source {
             }
             NotBegun::Cancelled => {
                 info!("migration cancelled");
+                // By a client that came before it was accepted.
+                if !self.view.borrow().told_cancelling {
+                    self.tell_status("cancelling").await;
+                }
                 (Phase::Cancelled, "cancelled")
             }
         };
