@@ -13,7 +13,10 @@ use support::{
 /// The destination lets the guest run as soon as it has it.
 fn start(version: &'static str, return_path: bool) -> Pair {
     let config = Config { version, ..Config::default() };
-    let mut pair = Pair::start(&config);
+    with_destination(Pair::start(&config), config, return_path)
+}
+
+fn with_destination(mut pair: Pair, config: Config, return_path: bool) -> Pair {
     let runs_by_itself = Config { incoming: true, ..config };
     pair.destination = support::Host::start(&pair.dir, "runs", &runs_by_itself);
     for host in [&mut pair.source, &mut pair.destination] {
@@ -105,5 +108,28 @@ fn cancelled_while_it_switches_over() {
         switch_over_and_cancel(&mut pair, turn / 2);
         let here = runs_once(&mut pair);
         println!("{version}, return-path {return_path}, {}: at the source {here}", turn / 2);
+    }
+}
+
+/// A destination's QEMU that has the guest waits for a description behind it that never comes. Where the
+/// stream ends there, it says on its return path that it failed, and lets the guest run all the same.
+#[test]
+fn cancelled_while_the_destination_waits_for_a_description() {
+    for version in VERSIONS {
+        let config = Config { version, machine: "pc,suppress-vmdesc=on", ..Config::default() };
+        let expecting = Config { machine: "pc", ..config.clone() };
+        let mut pair = with_destination(Pair::start(&config), expecting, true);
+        let uri = pair.listen();
+        pair.source.client.run("migrate", json!({ "uri": uri }));
+        pair.source.await_status(&["pre-switchover"]);
+        pair.source.client.run("migrate-continue", json!({ "state": "pre-switchover" }));
+        let mut there = Qmp::connect(&pair.destination.qemu.spare_socket());
+        eventually("the guest's devices to be loaded", || {
+            // Of a machine that was just made.
+            (!there.hmp("info registers").contains("EIP=0000fff0")).then_some(())
+        });
+        pair.source.client.run("migrate_cancel", json!({}));
+        let here = runs_once(&mut pair);
+        println!("{version}: at the source {here}");
     }
 }
