@@ -79,7 +79,10 @@ impl Monitor {
                 answer_with(as_text(migrations.migrate(context, address), done), id)
             }
             Line::MigrateIncoming(address) => {
-                answer_with(as_text(migrations.migrate_incoming(context, address, None), ""), id)
+                // QEMU stays by a line, where it can (`hmp_migrate_incoming`).
+                let exit_on_error = version.is_at_least(9, 1).then_some(false);
+                let waits = migrations.migrate_incoming(context, address, exit_on_error);
+                answer_with(as_text(waits, ""), id)
             }
             Line::PinAll(state) => {
                 let state = if state { "on" } else { "off" };
