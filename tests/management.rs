@@ -525,3 +525,31 @@ fn snapshots_pass_untouched() {
         pair.verify();
     }
 }
+
+/// A disk that can't be flushed when the guest stops: QEMU's reason stands beside the helper's sentence.
+#[test]
+fn qemus_own_reason_is_kept() {
+    for version in VERSIONS {
+        let mut pair = Pair::start(&Config { version, ..Config::default() });
+        let broken = json!({
+            "driver": "blkdebug",
+            "node-name": "broken",
+            "image": { "driver": "null-co" },
+            "inject-error": [{ "event": "none", "iotype": "flush", "errno": 5 }],
+        });
+        pair.source.client.run("blockdev-add", broken);
+        pair.source.client.hmp("qemu-io broken \"write 0 512\"");
+        let uri = pair.listen();
+        pair.source.client.run("migrate", json!({ "uri": uri }));
+        let end = pair.source.await_status(&["failed", "completed", "cancelled"]);
+        println!("{version}: {}", end["error-desc"]);
+        let why = end["error-desc"].as_str().unwrap();
+        assert!(why.starts_with("QEMU ended its migration stream early"), "{why}");
+        let mut qemu = Qmp::connect(&pair.source.qemu.spare_socket());
+        let qemus = qemu.run("query-migrate", json!({}))["error-desc"].take();
+        // 7.2 does not say.
+        assert_eq!(qemus.is_string(), version != "7.2");
+        assert!(why.ends_with(qemus.as_str().unwrap_or_default()), "{why}");
+        pair.source.qemu.assert_goes_on();
+    }
+}
