@@ -124,8 +124,8 @@ impl Round {
         if destination_runs {
             return destination.goes_on();
         }
-        source.goes_on()?;
-        reset(&mut source, &defaults)?;
+        let usable = source.goes_on().and_then(|()| reset(&mut source, &defaults));
+        usable.map_err(|wrong| Wrong { what: wrong.what + "\n" + &source.qemu.log(), ..wrong })?;
         let mut destination = End::start(&dir, "next", &incoming, carrier);
         let logs = |source: &End, destination: &End| {
             format!("\n{}\n{}", source.qemu.log(), destination.qemu.log())
@@ -174,7 +174,10 @@ impl Round {
                 println!("{:#?}", disturbance.trail.lock().unwrap());
             }
         }
-        Ok(if may_run { moved.map(|_| None)? } else { Some(moved?) })
+        match moved {
+            Err(Wrong { kind: Kind::Twice, .. }) if may_run => Ok(None),
+            moved => moved.map(|moved| (!may_run).then_some(moved)),
+        }
     }
 
     fn kill(&self, relays: [Option<u32>; 2], over: &AtomicBool, disturbances: &[Disturbance; 2]) {
@@ -246,7 +249,11 @@ fn follow(
         if taken > DISTURBED {
             over.store(true, SeqCst);
             let fast = json!({ "max-bandwidth": 4_u64 << 30, "downtime-limit": 1000 });
-            source.run("migrate-set-parameters", fast)?;
+            match source.run("migrate-set-parameters", fast) {
+                // What was set before does not go together.
+                Err(Wrong { kind: Kind::Refused(_), .. }) | Ok(_) => {}
+                Err(wrong) => return Err(wrong),
+            }
         }
         if taken > DISTURBED && status == "pre-switchover" {
             // It may have gone on by itself.
