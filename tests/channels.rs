@@ -186,3 +186,23 @@ fn nothing_is_left_behind() {
         "{left:?}"
     );
 }
+
+/// A refused `device_add` waits in QEMU's main loop until no thread holds the RCU lock, and who waits for
+/// room in a channel does: no limit makes that long.
+#[test]
+fn qemu_answers_at_the_lowest_limit() {
+    for version in VERSIONS {
+        let mut pair = Pair::start(&Config { version, guest: BUSY, ..Config::default() });
+        begin(&mut pair);
+        assert!(settings(&mut Qmp::connect(&pair.source.qemu.spare_socket())).0, "{version}");
+        let client = &mut pair.source.client;
+        client.run("migrate-set-parameters", json!({ "max-bandwidth": 10 }));
+        for _ in 0..3 {
+            let why = client.refused("device_add", json!({ "driver": "pci-testdev" }));
+            assert_eq!(why, "device_add not allowed while migrating", "{version}");
+        }
+        client.run("migrate_cancel", json!({}));
+        pair.source.await_status(&["cancelled"]);
+        pair.source.qemu.assert_goes_on();
+    }
+}

@@ -6,6 +6,11 @@ use tokio::time::timeout;
 use super::{ANSWER, Source};
 use crate::{migration::messages::Order, qmp::Execute as _, relay::worker::Worker};
 
+/// The slowest pace in bytes per second. Who waits for room in a channel holds QEMU's RCU lock, and a command
+/// that drains RCU, such as a refused `device_add`, its main loop until then: here the time of some packets.
+/// By itself QEMU sends more with channels, a packet of half a MiB in each tenth of a second.
+const SLOWEST: u64 = 1 << 20;
+
 /// Whether the worker keeps RAM within `max-bandwidth`.
 pub(super) enum Pacing {
     /// At this rate in bytes per second; `None`: any.
@@ -29,6 +34,7 @@ impl Pacing {
         let Self::At(now) = self else { return };
         // QEMU divides it by ten, and takes nothing for no limit.
         let rate = Some(max_bandwidth).filter(|rate| *rate >= 10);
+        let rate = rate.map(|rate| rate.max(SLOWEST));
         if std::mem::replace(now, rate) != rate {
             worker.order(&Order::Pace { rate }).await;
         }
