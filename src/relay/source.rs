@@ -55,7 +55,7 @@ const END: Duration = Duration::from_secs(15);
 const FDNAME: &str = "qemu-rdma-helper";
 
 /// States of QEMU's in which a migration is under way (qapi/migration.json).
-const UNDER_WAY: [&str; 12] = [
+const UNDER_WAY: [&str; 13] = [
     "setup",
     "active",
     "device",
@@ -68,6 +68,7 @@ const UNDER_WAY: [&str; 12] = [
     "postcopy-paused",
     "postcopy-recover",
     "postcopy-recover-setup",
+    "colo",
 ];
 
 /// An outgoing migration.
