@@ -5,13 +5,13 @@
 
 mod support;
 
-use std::{net::TcpListener, thread};
+use std::{fs, net::TcpListener, thread};
 
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use support::{
-    Config, Guest, Memory, Qmp, eventually,
-    helper::signal_process,
+    Config, Guest, Memory, Qmp, eventually, free_port,
+    helper::{signal_if_alive, signal_process},
     wrapped::{Wrapped, WrappedPair, has_ended},
 };
 
@@ -197,6 +197,43 @@ fn a_worker_that_hangs_is_noticed() {
         pair.source.client.capability("pause-before-switchover", false);
         pair.migrate();
     }
+}
+
+/// A process that this one has just started, by whichever of its threads.
+fn new_child(of: u32) -> u32 {
+    loop {
+        let tasks = fs::read_dir(format!("/proc/{of}/task")).into_iter().flatten().flatten();
+        let mut children =
+            tasks.filter_map(|task| fs::read_to_string(task.path().join("children")).ok());
+        if let Some(child) = children.find_map(|list| list.split_whitespace().next()?.parse().ok())
+        {
+            return child;
+        }
+    }
+}
+
+/// As early as can be: before its program runs, as a rule, for which the system makes its parent wait.
+#[test]
+fn a_worker_that_is_stopped_at_once_holds_no_monitor() {
+    let mut pair = WrappedPair::start(&config());
+    let relay = pair.destination.relay;
+    let stopped = thread::spawn(move || {
+        let worker = new_child(relay);
+        signal_process(worker, HANG);
+        worker
+    });
+    let mut other = Qmp::connect(&pair.destination.qemu.spare_socket());
+    let uri = format!("rdma:127.0.0.1:{}", free_port());
+    let ask = json!({ "execute": "migrate-incoming", "arguments": { "uri": uri } });
+    pair.destination.client.send(format!("{ask}\n").as_bytes());
+    let worker = stopped.join().unwrap();
+    other.run("query-status", json!({}));
+    let reply = pair.destination.client.reply_line();
+    println!("{reply}");
+    assert!(reply.contains("The helper's worker did not"), "{reply}");
+    signal_if_alive(worker, Signal::CONT);
+    eventually("the worker's end", || has_ended(worker).then_some(()));
+    pair.migrate();
 }
 
 /// QEMU writes its last bytes with the lock held that its monitor needs: it answers nobody then.

@@ -14,7 +14,8 @@ use std::{
 use tokio::{
     net::UnixStream,
     process::{Child, Command},
-    sync::Mutex,
+    runtime::Handle,
+    sync::{Mutex, oneshot},
     time::timeout,
 };
 use tracing::warn;
@@ -27,7 +28,11 @@ use crate::{
     },
     qemu::blocks::RamBlock,
     qmp::socket,
+    threads,
 };
+
+/// How long a worker's process may take to begin.
+const START: Duration = Duration::from_secs(10);
 
 /// How long a worker may take to tell the peer of a failure.
 const LAST_WORDS: Duration = Duration::from_secs(4);
@@ -61,16 +66,14 @@ impl Worker {
     /// Start one for a migration at this `side`. It gets ready for `fabric` while its order is put together.
     ///
     /// # Errors
-    /// The system's.
+    /// The system's; or it did not begin in time.
     pub async fn start(side: Side, fabric: FabricKind) -> io::Result<Self> {
         let (ours, theirs) = StdUnixStream::pair()?;
         ours.set_nonblocking(true)?;
-        let child = Command::new("/proc/self/exe")
-            .arg0("qemu-rdma-helper")
-            .args(["worker", side.name()])
-            .stdin(Stdio::from(OwnedFd::from(theirs)))
-            .stdout(Stdio::null())
-            .spawn()?;
+        let mut command = Command::new("/proc/self/exe");
+        command.arg0("qemu-rdma-helper").args(["worker", side.name()]);
+        command.stdin(Stdio::from(OwnedFd::from(theirs))).stdout(Stdio::null());
+        let child = spawn(command).await?;
         let control = Arc::new(UnixStream::from_std(ours)?);
         let orders = Orders(Arc::new(Mutex::new(control.clone())));
         orders.send(&Order::Prepare { fabric }, &[]).await?;
@@ -149,6 +152,22 @@ impl Worker {
             self.kill().await;
         }
     }
+}
+
+/// Start a process on a thread of its own, which the system holds until the program runs: for ever, if it is
+/// stopped before. Whoever comes too late ends with its control socket.
+async fn spawn(mut command: Command) -> io::Result<Child> {
+    let (runtime, (started, child)) = (Handle::current(), oneshot::channel());
+    let spawn = move || {
+        let _inside = runtime.enter();
+        command.spawn()
+    };
+    threads::start("start", spawn, move |child| {
+        // Nobody waits for one that comes too late.
+        let _ = started.send(child.unwrap_or_else(|lost| Err(io::Error::other(lost))));
+    });
+    let late = || io::Error::other("The helper's worker did not start in time");
+    timeout(START, child).await.map_err(|_| late())?.map_err(|_| late())?
 }
 
 impl Drop for Worker {
