@@ -236,6 +236,32 @@ fn a_worker_that_is_stopped_at_once_holds_no_monitor() {
     pair.migrate();
 }
 
+/// What clients set and do is for the worker too, which takes no more of it.
+#[test]
+fn a_worker_that_takes_no_orders_holds_no_monitor() {
+    let mut pair = WrappedPair::start(&config());
+    pair.begin(8);
+    pair.source.await_status(&["active"]);
+    signal_process(pair.source.await_worker(), HANG);
+    let mut other = Qmp::connect(&pair.source.qemu.spare_socket());
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            for _ in 0..400 {
+                other.run("stop", json!({}));
+                other.run("cont", json!({}));
+            }
+        });
+        for count in 0..400 {
+            let channels = json!({ "multifd-channels": 2 + count % 100 });
+            pair.source.client.run("migrate-set-parameters", channels);
+        }
+    });
+    let end = failed(&mut pair.source);
+    println!("{}", end["error-desc"]);
+    pair.new_destination();
+    pair.migrate();
+}
+
 /// QEMU writes its last bytes with the lock held that its monitor needs: it answers nobody then.
 #[test]
 fn a_worker_that_takes_nothing_at_the_end_is_noticed() {

@@ -6,6 +6,7 @@ use std::{
         fd::{AsFd as _, BorrowedFd, OwnedFd},
         unix::net::UnixStream as StdUnixStream,
     },
+    pin::pin,
     process::Stdio,
     sync::Arc,
     time::Duration,
@@ -26,6 +27,7 @@ use crate::{
         lines::line,
         messages::{FabricKind, LINE_MAX, Order, Report},
     },
+    patience::Patience,
     qemu::blocks::RamBlock,
     qmp::socket,
     threads,
@@ -33,6 +35,9 @@ use crate::{
 
 /// How long a worker's process may take to begin.
 const START: Duration = Duration::from_secs(10);
+
+/// How long it may take to take an order.
+const TAKES: Duration = Duration::from_secs(10);
 
 /// How long a worker may take to tell the peer of a failure.
 const LAST_WORDS: Duration = Duration::from_secs(4);
@@ -47,19 +52,40 @@ pub struct Worker {
     buffer: Vec<u8>,
 }
 
-/// Gives a worker orders, one after the other.
+/// Gives a worker orders, one after the other, until it has taken none for too long.
 #[derive(Clone)]
-pub struct Orders(Arc<Mutex<Arc<UnixStream>>>);
+pub struct Orders(Arc<Mutex<Option<Arc<UnixStream>>>>);
 
 impl Orders {
-    /// Give it one.
+    fn over(control: &Arc<UnixStream>) -> Self {
+        Self(Arc::new(Mutex::new(Some(control.clone()))))
+    }
+
+    /// Give it one. A worker that stands still takes some hundred more.
     ///
     /// # Errors
-    /// The system's.
+    /// The system's; or it takes none.
     pub async fn send(&self, order: &Order, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
-        let control = self.0.lock().await;
-        socket::send_all_async(&control, &line(order, fds.len())?, fds).await
+        let mut open = self.0.lock().await;
+        let Some(control) = open.clone() else { return Err(takes_none()) };
+        let line = line(order, fds.len())?;
+        let mut sending = pin!(socket::send_all_async(&control, &line, fds));
+        let mut patience = Patience::new(TAKES);
+        loop {
+            match timeout(patience.slice(), &mut sending).await {
+                Ok(sent) => return sent,
+                Err(_) if patience.lasts() => {}
+                Err(_) => break,
+            }
+        }
+        // Half of it may have left.
+        *open = None;
+        Err(takes_none())
     }
+}
+
+fn takes_none() -> io::Error {
+    io::Error::other("it stands still")
 }
 
 impl Worker {
@@ -75,7 +101,7 @@ impl Worker {
         command.stdin(Stdio::from(OwnedFd::from(theirs))).stdout(Stdio::null());
         let child = spawn(command).await?;
         let control = Arc::new(UnixStream::from_std(ours)?);
-        let orders = Orders(Arc::new(Mutex::new(control.clone())));
+        let orders = Orders::over(&control);
         orders.send(&Order::Prepare { fabric }, &[]).await?;
         Ok(Self { child, has_stream: false, control, orders, buffer: Vec::new() })
     }
@@ -93,10 +119,12 @@ impl Worker {
         self.orders.send(order, fds).await
     }
 
-    /// Give it an order. One that is dead says so where reports are read.
+    /// Give it an order. One that takes none is killed; that it is dead is seen where reports are read.
     pub async fn order(&mut self, order: &Order) {
         if let Err(error) = self.orders.send(order, &[]).await {
             warn!(%error, "the worker takes no orders");
+            // It may have ended already.
+            let _ = self.child.start_kill();
         }
     }
 
