@@ -95,7 +95,7 @@ impl Door {
             pending: Pending::new(PENDING),
             seat: Arc::default(),
             expected: Mutex::default(),
-            proven: sender,
+            proven: sender.clone(),
             refused: refused.clone(),
             agreed: Refusals::default(),
         });
@@ -111,7 +111,12 @@ impl Door {
                 }
             }
         };
-        threads::start("door", accept, say_failure(&context.events, Event::Failed));
+        let say = say_failure(&context.events, Event::Failed);
+        threads::start("door", accept, move |end| {
+            say(end);
+            // Not before: who waits for a source would take that for a peer's end.
+            drop(sender);
+        });
         Self { proven, refused }
     }
 
