@@ -429,25 +429,41 @@ fn a_guest_that_was_stopped_stays_so_when_the_destination_fails() {
     }
 }
 
+/// A source whose QEMU takes its migration for complete, and a destination that will fail when it goes on.
+fn complete_to_qemu(before: &'static str) -> Pair {
+    let mut pair = with_a_device_at_the_source();
+    pair.source.client.run(before, json!({}));
+    pair.source.client.capability("pause-before-switchover", true);
+    let uri = pair.listen();
+    pair.source.client.run("migrate", json!({ "uri": uri }));
+    pair.source.await_status(&["pre-switchover"]);
+    signal_process(pair.destination.qemu.pid(), Signal::STOP);
+    pair.source.client.run("migrate-continue", json!({ "state": "pre-switchover" }));
+    await_guest_is(&mut pair, "postmigrate");
+    pair
+}
+
+fn await_guest_is(pair: &mut Pair, status: &str) {
+    eventually(status, || (pair.source.qemu.status() == status).then_some(()));
+}
+
+/// It forgets by that that its guest has left.
+fn reset(pair: &mut Pair) {
+    pair.source.client.run("system_reset", json!({}));
+    await_guest_is(pair, "prelaunch");
+}
+
 /// QEMU took it for a success, and nobody but the worker knows better.
 #[test]
 fn the_sources_relay_is_killed_before_the_destination_fails() {
-    for before in ["cont", "stop"] {
-        let mut pair = with_a_device_at_the_source();
-        pair.source.client.run(before, json!({}));
-        pair.source.client.capability("pause-before-switchover", true);
-        let uri = pair.listen();
-        pair.source.client.run("migrate", json!({ "uri": uri }));
-        pair.source.await_status(&["pre-switchover"]);
-        let destination = pair.destination.qemu.child.id();
-        signal_process(destination, Signal::STOP);
-        pair.source.client.run("migrate-continue", json!({ "state": "pre-switchover" }));
-        eventually("QEMU to complete", || {
-            (pair.source.qemu.status() == "postmigrate").then_some(())
-        });
+    for (before, is_reset) in [("cont", false), ("stop", false), ("cont", true)] {
+        let mut pair = complete_to_qemu(before);
+        if is_reset {
+            reset(&mut pair);
+        }
         let worker = pair.source.helper.await_worker();
         pair.source.helper.kill();
-        signal_process(destination, Signal::CONT);
+        signal_process(pair.destination.qemu.pid(), Signal::CONT);
         ends(worker);
         if before == "stop" {
             assert_eq!(pair.source.qemu.status(), "postmigrate");
@@ -455,6 +471,16 @@ fn the_sources_relay_is_killed_before_the_destination_fails() {
         }
         runs_on_with_a_new_helper(pair, &with_a_device());
     }
+}
+
+#[test]
+fn a_guest_that_is_reset_at_the_end_runs_on_when_the_destination_fails() {
+    let mut pair = complete_to_qemu("cont");
+    reset(&mut pair);
+    signal_process(pair.destination.qemu.pid(), Signal::CONT);
+    failed(&mut pair, &["destination's QEMU"]);
+    pair.source.client.capability("pause-before-switchover", false);
+    migrates_after_all(pair, &with_a_device());
 }
 
 /// As if it were gone, but it is not.

@@ -94,6 +94,31 @@ fn a_destination_whose_qemu_stands_still_at_the_end() {
     }
 }
 
+/// A reset makes QEMU forget that its guest has left.
+#[test]
+fn a_guest_that_is_reset_at_the_end_does_not_run_at_both_ends() {
+    for version in VERSIONS {
+        let (mut pair, _proxy) = held_behind_ram(version, false, &[]);
+        let client = &mut pair.source.client;
+        eventually("QEMU to complete", || {
+            (client.run("query-status", json!({}))["status"] == "postmigrate").then_some(())
+        });
+        client.run("system_reset", json!({}));
+        eventually("the reset", || {
+            (client.run("query-status", json!({}))["status"] == "prelaunch").then_some(())
+        });
+        let refusal = "Migration is not finalized yet";
+        assert_eq!(client.refused("cont", json!({})), refusal, "{version}");
+        assert_eq!(client.hmp("cont"), format!("Error: {refusal}\r\n"), "{version}");
+        assert_eq!(pair.source.qemu.status(), "prelaunch", "{version}");
+        signal_process(pair.destination.qemu.pid(), Signal::CONT);
+        let end = pair.source.await_status(&["completed", "failed", "cancelled"]);
+        assert_eq!(end["status"], "completed", "{version}: {end}");
+        pair.destination.client.run("cont", json!({}));
+        pair.destination.qemu.assert_goes_on();
+    }
+}
+
 /// As if it were killed: what was begun goes on, also when the helper itself has ended.
 #[test]
 fn a_source_that_is_told_to_end_when_the_destination_stands_still() {

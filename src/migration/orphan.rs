@@ -144,12 +144,12 @@ impl Session {
         let is_clean = self.await_clean_up()?;
         // What fails keeps nothing else from being done.
         let mut done = Ok(());
-        if never_ran
-            && guest_runs
-            && self.execute("query-status", &Value::Null)?["status"] == "postmigrate"
-        {
-            // QEMU took a failure for a success.
-            done = self.execute("cont", &Value::Null).map(drop);
+        if never_ran && guest_runs {
+            // QEMU may have taken a failure for a success; and been reset since.
+            let guest = self.execute("query-status", &Value::Null)?;
+            if ["postmigrate", "prelaunch"].iter().any(|left| guest["status"] == *left) {
+                done = self.execute("cont", &Value::Null).map(drop);
+            }
         }
         if !is_clean {
             return done.and(Err(ErrorKind::TimedOut.into()));

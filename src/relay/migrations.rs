@@ -197,6 +197,11 @@ impl Migrations {
         self.source() == Some(Phase::Connecting)
     }
 
+    /// QEMU has been asked for an outgoing migration of ours, which is not over.
+    pub fn is_at_qemu(&self) -> bool {
+        matches!(self.source(), Some(Phase::Running | Phase::Failing))
+    }
+
     /// A migration of ours goes on in this direction.
     pub fn goes_on(&self, side: Side) -> bool {
         self.slots().of(side).as_ref().is_some_and(|migration| !migration.is_over())

@@ -428,9 +428,10 @@ impl Monitor {
             {
                 self.forward(bytes, Some(command));
             }
-            Ok(Some(Intercepted::Cont { .. } | Intercepted::Yank(_)))
-                if !self.migrations.goes_on(Side::Source) =>
-            {
+            Ok(Some(Intercepted::Yank(_))) if !self.migrations.goes_on(Side::Source) => {
+                self.forward(bytes, Some(command));
+            }
+            Ok(Some(Intercepted::Cont { .. })) if !self.migrations.is_at_qemu() => {
                 self.forward(bytes, Some(command));
             }
             // No migration of ours is to be shown.

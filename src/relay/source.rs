@@ -111,6 +111,14 @@ fn is_under_way(state: &Value) -> bool {
     state["status"].as_str().is_some_and(|status| UNDER_WAY.contains(&status))
 }
 
+/// Has QEMU completed its migration? Its guest has left then, as far as it knows: it is in `postmigrate`,
+/// which a reset makes `prelaunch` (`main_loop_should_exit`, 7.2 to 11.1), and nothing that it is told keeps
+/// it from running.
+pub(super) async fn has_completed(qemu: &mut Qemu) -> Result<bool, QmpError> {
+    let state = qemu.execute("query-migrate", Value::Null).await?;
+    Ok(state["status"] == "completed")
+}
+
 /// What the relay has seen of a migration while it follows it.
 struct Seen {
     pacing: Pacing,
@@ -319,6 +327,11 @@ impl Source {
             Some("running") => Guest::Runs,
             Some("suspended") => Guest::Suspended,
             Some("finish-migrate" | "postmigrate") | None => return,
+            // By its client, or by a reset behind the switchover.
+            Some("prelaunch") => match timeout(ANSWER, has_completed(&mut qemu)).await {
+                Ok(Ok(false)) => Guest::Stopped,
+                _ => return,
+            },
             Some(_) => Guest::Stopped,
         };
         self.set_guest(guest, worker).await;

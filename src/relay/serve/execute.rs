@@ -19,6 +19,7 @@ use crate::{
         introspection,
         migrations::{IN_PROGRESS, Migrations, Reply},
         session::{Band, Verbatim},
+        source::has_completed,
         view::Side,
     },
 };
@@ -130,15 +131,26 @@ fn answer_with(
 /// don't of ours, before the destination's QEMU has: the guest would run at both ends. (What QEMU says before
 /// it has completed is what is said here until then: `qmp_cont` of `monitor/qmp-cmds.c`.)
 async fn cont(mut context: Context) -> Reply {
-    let guest = context.qemu.execute("query-status", Value::Null).await?;
-    match guest["status"].as_str() {
-        Some("finish-migrate" | "postmigrate") => {
-            Err(QmpError::generic("Migration is not finalized yet"))
-        }
+    let not_yet = || Err(QmpError::generic("Migration is not finalized yet"));
+    let qemu = &mut context.qemu;
+    match qemu.execute("query-status", Value::Null).await?["status"].as_str() {
         // It may have stopped for the switchover when QEMU hears of it.
-        Some("running") => Ok(json!({})),
-        _ => context.qemu.execute("cont", Value::Null).await,
+        Some("running") => return Ok(json!({})),
+        Some("finish-migrate" | "postmigrate") => return not_yet(),
+        // A reset may have changed the latter.
+        _ if has_completed(qemu).await? => return not_yet(),
+        _ => {}
     }
+    let done = qemu.execute("cont", Value::Null).await;
+    // QEMU may have completed in between.
+    if done.is_ok()
+        && has_completed(qemu).await?
+        && qemu.execute("query-status", Value::Null).await?["status"] == "running"
+    {
+        qemu.execute("stop", Value::Null).await?;
+        return not_yet();
+    }
+    done
 }
 
 /// A migration of ours ends where it is known whether the guest may run at the destination: of a socket

@@ -188,7 +188,8 @@ impl Source {
             let state = qemu.execute("query-status", Value::Null).await?;
             match state["status"].as_str().unwrap_or("unknown") {
                 "finish-migrate" if begun.elapsed() < END => sleep(POLL).await,
-                "postmigrate" => break,
+                // The latter if it was reset meanwhile.
+                "postmigrate" | "prelaunch" => break,
                 "running" => return Ok(()),
                 // Somebody else has done something with it.
                 other => return Err(QmpError::generic(format!("its state is '{other}'"))),
