@@ -23,9 +23,11 @@ use crate::{
     qmp::{Execute as _, QmpError},
 };
 
-/// Capabilities that stay what they are meanwhile: a QEMU that came to have multifd in the midst of a
-/// stream that has none crashes when that ends (`multifd_recv_terminate_threads`, 10.0).
-const HELD: [(&str, bool); 1] = [("multifd", false)];
+/// Capabilities that stay what they are meanwhile. A QEMU that came to have multifd in the midst of a stream
+/// that has none crashes when that ends (`multifd_recv_terminate_threads`, 10.0); one that came to ignore
+/// shared memory crashes of the first page of it (`ramblock_recv_bitmap_set`, 10.0), and under `run` all of its
+/// memory is shared.
+const HELD: [(&str, bool); 2] = [("multifd", false), ("x-ignore-shared", false)];
 
 /// How long the worker may take to listen.
 const LISTENING: Duration = Duration::from_secs(15);
