@@ -20,6 +20,16 @@ pub enum Besides {
     Devices,
 }
 
+/// What a QEMU alone does not survive (`what_is_left_out_ends_qemu_alone`) at the source while it compresses:
+/// more threads than it has started (7.2).
+pub const LEFT_OUT_AT_SOURCE: &str = "compress-threads";
+
+/// The same at a destination that loads: threads that nobody has started (7.2), and a primary that is none
+/// (11.1).
+pub fn left_out_at_destination(version: &str) -> &'static str {
+    if version == "11.1" { "x-colo" } else { "compress" }
+}
+
 /// A command and its arguments.
 pub type Command = (&'static str, Value);
 
@@ -30,8 +40,8 @@ pub struct Commands {
 }
 
 impl Commands {
-    /// Ask QEMU.
-    pub fn of(qemu: &mut Qmp) -> Self {
+    /// Ask QEMU; all but one.
+    pub fn of(qemu: &mut Qmp, left_out: &str) -> Self {
         let schema = qemu.run("query-qmp-schema", json!({}));
         let types: HashMap<_, _> =
             schema.as_array().unwrap().iter().map(|entry| (entry["name"].clone(), entry)).collect();
@@ -43,12 +53,14 @@ impl Commands {
                 let name = member["name"].as_str().unwrap().to_owned();
                 (name, values(types[&member["type"]], &types))
             })
-            .filter(|(_, values)| !values.is_empty())
+            .filter(|(name, values)| !values.is_empty() && name != left_out)
             .collect();
         let capabilities = qemu.run("query-migrate-capabilities", json!({}));
         let capabilities = capabilities.as_array().unwrap().iter();
-        let capabilities =
-            capabilities.map(|entry| entry["capability"].as_str().unwrap().to_owned()).collect();
+        let capabilities = capabilities
+            .map(|entry| entry["capability"].as_str().unwrap().to_owned())
+            .filter(|name| name != left_out)
+            .collect();
         Self { parameters, capabilities }
     }
 

@@ -21,7 +21,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use end::Carrier;
+use end::{Carrier, Kind};
 use round::Round;
 
 /// Rounds for each version where no time is given.
@@ -79,4 +79,20 @@ fn qemu_10_0() {
 #[test]
 fn qemu_11_1() {
     rounds("11.1");
+}
+
+/// What the random clients do not send is QEMU's own end.
+#[test]
+fn what_is_left_out_ends_qemu_alone() {
+    let source = ("7.2", "source", None);
+    let destinations = [("7.2", "compress"), ("11.1", "x-colo")];
+    let destinations = destinations.map(|(version, given)| (version, "destination", Some(given)));
+    for (version, name, given) in [source].into_iter().chain(destinations) {
+        let ends = (0..CONTROLS).any(|_| {
+            let fate = round::fate_of_qemu_alone(version, given);
+            println!("QEMU {version}, {given:?} at the {name}: {fate:?}");
+            matches!(fate, Some(Kind::Died(died, _)) if died == name)
+        });
+        assert!(ends, "QEMU {version}: the {name} survives it");
+    }
 }

@@ -14,7 +14,7 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use crate::{
-    commands::{Besides, Command, Commands},
+    commands::{Besides, Command, Commands, LEFT_OUT_AT_SOURCE, left_out_at_destination},
     end::{Carrier, End, Kind, Wrong, signal_workers},
     support::{
         Config, Guest, Memory, Qmp, free_port, memory,
@@ -145,15 +145,19 @@ impl Round {
             end.set_capabilities(&self.capabilities, true)?;
         }
         source.run("migrate-set-parameters", json!({ "max-bandwidth": self.rate << 20 }))?;
-        let commands = Commands::of(&mut source.client);
+        let commands = [
+            Commands::of(&mut source.client, LEFT_OUT_AT_SOURCE),
+            Commands::of(&mut destination.client, left_out_at_destination(self.version)),
+        ];
         let mut rng = Rng::with_seed(!self.seed);
         let over = &AtomicBool::new(false);
         let disturbances = &[Disturbance::default(), Disturbance::default()];
         let relays = [source.relay, destination.relay];
         let sockets = [&*source, &*destination].map(|end| end.qemu.spare_socket());
         let ended = thread::scope(|scope| {
-            for (socket, disturbance) in sockets.iter().zip(disturbances) {
-                let (commands, mut rng) = (&commands, rng.fork());
+            for ((socket, commands), disturbance) in sockets.iter().zip(&commands).zip(disturbances)
+            {
+                let mut rng = rng.fork();
                 let draw = move || commands.draw(&mut rng, self.besides);
                 scope.spawn(move || disturb(Qmp::connect(socket), draw, over, disturbance));
             }
@@ -282,7 +286,8 @@ fn has_moved(source: &mut End, destination: &mut End) -> Result<bool, Wrong> {
     };
     let (here, guest) = (source.migration()?, source.guest()?);
     let moved = there["status"] == "completed";
-    let stopped = guest == "postmigrate";
+    // One that has left, or was reset after that.
+    let stopped = guest == "postmigrate" || moved && guest == "prelaunch";
     let why = || {
         format!(
             "the guest is {guest} at the source, which says {here}; the destination says {there}"
@@ -330,4 +335,43 @@ fn once_more(source: &mut End, destination: &mut End, carrier: Carrier) -> Resul
     let differences = memory::compare(&mut source.qemu, &mut destination.qemu);
     ensure(differences.is_empty(), Kind::Differs, || format!("{differences:?}"))?;
     destination.goes_on()
+}
+
+/// A migration over `tcp:`: how it ends a QEMU, if it does. Both compress, and the source is told to do so by more
+/// threads; or the destination gets a capability in the midst of the stream.
+pub fn fate_of_qemu_alone(version: &'static str, given: Option<&str>) -> Option<Kind> {
+    let guest = Guest::Dirty { fill: 48, hot: 8, spin: 3000 };
+    let config = Config { version, memory: Memory::Private, mib: 64, guest, ..Config::default() };
+    let dir = tempfile::tempdir().unwrap();
+    let mut source = End::start(&dir, "source", &config, Carrier::Qemu);
+    source.qemu.await_guest();
+    let mut destination = End::start(&dir, "destination", &config.incoming(), Carrier::Qemu);
+    let uri = json!({ "uri": format!("tcp:127.0.0.1:{}", free_port()) });
+    for end in [&mut source, &mut destination].into_iter().filter(|_| given.is_none()) {
+        end.set_capabilities(&["compress".to_owned()], true).unwrap();
+    }
+    source.run("migrate-set-parameters", json!({ "max-bandwidth": 64 << 10 })).unwrap();
+    destination.run("migrate-incoming", uri.clone()).unwrap();
+    source.run("migrate", uri).unwrap();
+    for end in [&mut source, &mut destination] {
+        while end.migration().unwrap()["status"] != "active" {
+            thread::park_timeout(LOOK);
+        }
+    }
+    let mut fast = json!({ "max-bandwidth": 1_u64 << 32 });
+    match given {
+        Some(given) => {
+            let given = ["return-path", given].map(str::to_owned);
+            destination.set_capabilities(&given, true).unwrap();
+        }
+        None => fast["compress-threads"] = 255.into(),
+    }
+    // One that is gone by now is found below.
+    let _ = source.run("migrate-set-parameters", fast);
+    while source.migration().is_ok_and(|state| !ENDS.contains(&state["status"].as_str().unwrap())) {
+        thread::park_timeout(LOOK);
+    }
+    let _ = destination.migration();
+    let crash = source.crash().or_else(|| destination.crash());
+    crash.map(|crash| crash.kind)
 }
