@@ -63,6 +63,8 @@ struct Disturbance {
     sent: AtomicUsize,
     /// It has let a guest run again whose migration had completed.
     let_run: AtomicBool,
+    /// It has stopped the guest, and not let it run since.
+    stopped: AtomicBool,
     /// What it sent, and what came back.
     trail: Mutex<Vec<String>>,
 }
@@ -169,7 +171,8 @@ impl Round {
         let sent = disturbances.each_ref().map(|disturbance| disturbance.sent.load(SeqCst));
         println!("commands: {sent:?}");
         let may_run = disturbances[0].let_run.load(SeqCst);
-        let moved = ended.and_then(|()| has_moved(source, destination));
+        let stopped = disturbances[0].stopped.load(SeqCst);
+        let moved = ended.and_then(|()| has_moved(source, destination, stopped));
         // One that went wrong without a word of it has died.
         if moved.is_err()
             || [&mut *source, &mut *destination].iter_mut().any(|end| end.crash().is_some())
@@ -212,6 +215,9 @@ fn disturb(
         let mut done = client.try_execute(command, &arguments);
         let trail = format!("{command} {arguments} -> {done:?}");
         disturbance.trail.lock().unwrap().push(trail);
+        if done.is_ok() && ["stop", "cont"].contains(&command) {
+            disturbance.stopped.store(command == "stop", SeqCst);
+        }
         if command == "cont" && done.is_ok() {
             done = client.try_execute("query-migrate", &json!({}));
             if done.as_ref().is_ok_and(|state| state["status"] == "completed") {
@@ -272,8 +278,9 @@ fn follow(
     }
 }
 
-/// Where the guest is: at exactly one end.
-fn has_moved(source: &mut End, destination: &mut End) -> Result<bool, Wrong> {
+/// Where the guest is: at exactly one end. One that was `stopped` by a client stays so; QEMU 7.2 makes it
+/// `postmigrate` then, as if it had left (`migration_iteration_finish`).
+fn has_moved(source: &mut End, destination: &mut End, stopped: bool) -> Result<bool, Wrong> {
     let deadline = Instant::now() + UNDISTURBED;
     // A QEMU that is gone is none that could run the guest.
     let there = loop {
@@ -287,16 +294,16 @@ fn has_moved(source: &mut End, destination: &mut End) -> Result<bool, Wrong> {
     let (here, guest) = (source.migration()?, source.guest()?);
     let moved = there["status"] == "completed";
     // One that has left, or was reset after that.
-    let stopped = guest == "postmigrate" || moved && guest == "prelaunch";
+    let left = guest == "postmigrate" || moved && guest == "prelaunch";
     let why = || {
         format!(
             "the guest is {guest} at the source, which says {here}; the destination says {there}"
         )
     };
     let said = here["error-desc"].as_str().is_some_and(|text| text.contains("stays stopped"));
-    match (stopped, moved) {
+    match (left, moved) {
         (true, true) | (false, false) => Ok(moved),
-        (true, false) if said => Ok(false),
+        (true, false) if said || stopped => Ok(false),
         (true, false) => Err(Wrong::new(Kind::Nowhere, why())),
         (false, true) => Err(Wrong::new(Kind::Twice, why())),
     }
