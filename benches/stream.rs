@@ -11,7 +11,10 @@ use std::{convert::Infallible, hint::black_box};
 
 use criterion::{BenchmarkGroup, Criterion, Throughput};
 use processor_time::{ProcessorTime, group};
-use qemu_rdma_helper::stream::{BlockRange, Limits, Outlet, Rewriter, StreamBlock, Travel};
+use qemu_rdma_helper::{
+    ram::{BlockRange, Transfer},
+    stream::{Limits, Outlet, Rewriter, StreamBlock},
+};
 use streams::{PAGE, Stream};
 
 /// Bytes that are fed at once, as by `migration/intake.rs`.
@@ -26,7 +29,7 @@ const RAM: &str = "pc.ram";
 /// Does as little as an outlet can.
 struct Counter {
     /// How the guest's RAM travels.
-    travel: Travel,
+    travel: Transfer,
     pages: u64,
     ranges: u64,
     /// Stream bytes of the next message.
@@ -45,9 +48,9 @@ impl Counter {
 impl Outlet for Counter {
     type Error = Infallible;
 
-    fn ram_blocks(&mut self, blocks: &[StreamBlock]) -> Result<Vec<Travel>, Infallible> {
+    fn ram_blocks(&mut self, blocks: &[StreamBlock]) -> Result<Vec<Transfer>, Infallible> {
         let travel = |block: &StreamBlock| {
-            if block.name == RAM { self.travel } else { Travel::InStream }
+            if block.name == RAM { self.travel } else { Transfer::InStream }
         };
         Ok(blocks.iter().map(travel).collect())
     }
@@ -91,7 +94,7 @@ impl Outlet for Counter {
 }
 
 /// Read all of a stream.
-fn read(stream: &[u8], travel: Travel) -> Counter {
+fn read(stream: &[u8], travel: Transfer) -> Counter {
     let (batch, staged) = (Vec::new(), Vec::new());
     let mut counter = Counter { travel, pages: 0, ranges: 0, batch, staged };
     let mut rewriter = Rewriter::new(Limits::default());
@@ -107,7 +110,7 @@ fn measure(
     group: &mut BenchmarkGroup<'_, ProcessorTime>,
     name: &str,
     stream: &[u8],
-    travel: Travel,
+    travel: Transfer,
 ) {
     let pages = read(stream, travel).pages;
     group.throughput(Throughput::ElementsAndBytes { elements: pages, bytes: stream.len() as u64 });
@@ -139,11 +142,11 @@ fn synthetic(page: Append) -> Vec<u8> {
 fn reader(criterion: &mut Criterion<ProcessorTime>) {
     let mut group = group(criterion, "stream reader");
     for (name, stream) in streams::recorded() {
-        measure(&mut group, &name, &stream, Travel::Mapped);
+        measure(&mut group, &name, &stream, Transfer::Mapped);
     }
     let plain = synthetic(|stream, number| stream.page(number * PAGE, 1));
-    measure(&mut group, "plain pages", &plain, Travel::Mapped);
-    measure(&mut group, "plain pages, staged", &plain, Travel::Staged);
+    measure(&mut group, "plain pages", &plain, Transfer::Mapped);
+    measure(&mut group, "plain pages, staged", &plain, Transfer::Staged);
     // What the memory gives to whoever reads every byte: the measure of this machine.
     group.throughput(Throughput::Bytes(plain.len() as u64));
     group.bench_function("memory", |bencher| {
@@ -167,7 +170,7 @@ fn coalescing(criterion: &mut Criterion<ProcessorTime>) {
         }),
     ];
     for (name, page) in orders {
-        measure(&mut group, name, &synthetic(page), Travel::Mapped);
+        measure(&mut group, name, &synthetic(page), Transfer::Mapped);
     }
 }
 

@@ -6,13 +6,16 @@
 //! moves guest [`memory`] over a [`fabric`].
 #![deny(unsafe_code)]
 
+pub mod address;
 pub mod confinement;
+pub mod control;
 pub mod fabric;
 pub mod memory;
 pub mod migration;
 mod patience;
 pub mod qemu;
 pub mod qmp;
+pub mod ram;
 mod refusals;
 pub mod relay;
 pub mod stream;

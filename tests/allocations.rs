@@ -20,11 +20,10 @@ use std::{
 };
 
 use qemu_rdma_helper::{
+    address::Address,
+    control::{Block, FabricKind, Options, Order, Report},
     memory::Region,
-    migration::{
-        messages::{Address, Block, FabricKind, Options, Order, Report},
-        worker,
-    },
+    migration::worker,
     qmp::socket,
     stream::multifd::{INIT_SIZE, PACKET_SIZE},
 };

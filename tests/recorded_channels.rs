@@ -14,9 +14,12 @@ use std::{
 };
 
 use lzma_rust2::XzReader;
-use qemu_rdma_helper::stream::{
-    BlockRange, ChannelPage, Inlet, Landing, Limits, Outlet, PAGE, Rewriter, StreamBlock, Travel,
-    multifd::{self, INIT_SIZE, PACKET_SIZE, Packet},
+use qemu_rdma_helper::{
+    ram::{BlockRange, PAGE, Transfer},
+    stream::{
+        ChannelPage, Inlet, Landing, Limits, Outlet, Rewriter, StreamBlock,
+        multifd::{self, INIT_SIZE, PACKET_SIZE, Packet},
+    },
 };
 
 /// A page: zero or not, its block's name, its offset.
@@ -104,11 +107,11 @@ struct Source {
 impl Outlet for Source {
     type Error = Infallible;
 
-    fn ram_blocks(&mut self, blocks: &[StreamBlock]) -> Result<Vec<Travel>, Infallible> {
+    fn ram_blocks(&mut self, blocks: &[StreamBlock]) -> Result<Vec<Transfer>, Infallible> {
         self.blocks = blocks.to_vec();
         let travel = |block: &StreamBlock| match &*block.name {
-            "pc.ram" => Travel::Mapped,
-            _ => Travel::InStream,
+            "pc.ram" => Transfer::Mapped,
+            _ => Transfer::InStream,
         };
         Ok(blocks.iter().map(travel).collect())
     }
@@ -210,9 +213,9 @@ impl Left {
 impl Outlet for Left {
     type Error = Infallible;
 
-    fn ram_blocks(&mut self, blocks: &[StreamBlock]) -> Result<Vec<Travel>, Infallible> {
+    fn ram_blocks(&mut self, blocks: &[StreamBlock]) -> Result<Vec<Transfer>, Infallible> {
         self.blocks = blocks.to_vec();
-        Ok(vec![Travel::Mapped; blocks.len()])
+        Ok(vec![Transfer::Mapped; blocks.len()])
     }
 
     fn stream(&mut self, _: &[u8]) -> Result<(), Infallible> {

@@ -11,14 +11,17 @@ use std::{
     fs,
 };
 
-use qemu_rdma_helper::stream::{
-    BlockRange, Inlet, Landing, Limits, Outlet, Rewriter, StreamBlock,
-    Travel::{self, InStream, Mapped, Staged},
+use qemu_rdma_helper::{
+    ram::{
+        BlockRange,
+        Transfer::{self, InStream, Mapped, Staged},
+    },
+    stream::{Inlet, Landing, Limits, Outlet, Rewriter, StreamBlock},
 };
 use streams::PAGE;
 
 /// How blocks travel, by name.
-type Choice = fn(&str) -> Travel;
+type Choice = fn(&str) -> Transfer;
 
 /// Ways to choose the blocks that stay in the stream.
 const CHOICES: [Choice; 3] =
@@ -28,7 +31,7 @@ const CHOICES: [Choice; 3] =
 const STAGED: [Choice; 2] =
     [|name| either(name, Staged, InStream), |name| either(name, Staged, Mapped)];
 
-fn either(name: &str, ram: Travel, rest: Travel) -> Travel {
+fn either(name: &str, ram: Transfer, rest: Transfer) -> Transfer {
     if name == "pc.ram" { ram } else { rest }
 }
 
@@ -123,7 +126,7 @@ impl Source {
 impl Outlet for Source {
     type Error = Infallible;
 
-    fn ram_blocks(&mut self, blocks: &[StreamBlock]) -> Result<Vec<Travel>, Infallible> {
+    fn ram_blocks(&mut self, blocks: &[StreamBlock]) -> Result<Vec<Transfer>, Infallible> {
         self.blocks = blocks.to_vec();
         Ok(blocks.iter().map(|block| (self.travel)(&block.name)).collect())
     }

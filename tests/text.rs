@@ -4,8 +4,8 @@ use std::path::Path;
 
 use proptest::prelude::*;
 use qemu_rdma_helper::{
+    control::{Order, Report},
     fabric::Finding,
-    migration::messages::{Order, Report},
     qmp::{QmpError, envelope::FromQemu, uri},
     stream::{Inlet, Landing, StreamBlock},
     text,

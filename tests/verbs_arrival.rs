@@ -11,12 +11,13 @@ use std::{
 };
 
 use qemu_rdma_helper::{
+    address::Address,
     fabric::{
         Connection, Fabric as _, FabricError, Handle, Poster, Receiver,
         verbs::{Timeouts, Verbs},
     },
-    memory::{CHUNK, Region},
-    migration::messages::Address,
+    memory::Region,
+    ram::CHUNK,
 };
 
 const LENGTH: u64 = 8 * CHUNK;

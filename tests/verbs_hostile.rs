@@ -7,12 +7,12 @@ mod support;
 use std::{sync::Arc, thread, time::Duration};
 
 use qemu_rdma_helper::{
+    address::Address,
     fabric::{
         Connection, Fabric as _, Poster, Receiver, RemoteKey,
         verbs::{Timeouts, Verbs},
     },
     memory::Region,
-    migration::messages::Address,
 };
 use serde_json::json;
 use support::{Config, Guest, Host, Pair, eventually, free_port};

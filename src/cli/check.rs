@@ -5,11 +5,10 @@ mod qemu;
 use std::path::PathBuf;
 
 use qemu_rdma_helper::{
+    address::Address,
+    control::FabricKind,
     fabric::{self, Finding, Question, Severity},
-    migration::{
-        self,
-        messages::{Address, FabricKind},
-    },
+    migration,
     qmp::uri::{self, Target},
     relay::FabricChoice,
 };

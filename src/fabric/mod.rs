@@ -24,7 +24,7 @@ use std::{
 
 pub use preflight::{Finding, Guest, Question, Severity};
 
-use crate::{memory::Region, migration::messages::Address, threads::Lost};
+use crate::{address::Address, control::FabricKind, memory::Region, threads::Lost};
 
 /// Longest control message, header included, in bytes (specification: control buffers of 512 KiB).
 pub const MESSAGE_MAX: usize = 512 << 10;
@@ -174,6 +174,15 @@ pub fn devices() -> Vec<String> {
     names
 }
 
+/// What carries RAM by default: RDMA where this host and this build can do it, else TCP.
+pub fn auto() -> FabricKind {
+    if cfg!(feature = "verbs") && !devices().is_empty() {
+        FabricKind::Verbs
+    } else {
+        FabricKind::Tcp
+    }
+}
+
 /// The addresses of a host and port.
 fn resolve(address: &Address) -> Result<Vec<SocketAddr>> {
     let failed = |source| FabricError::Resolve { host: address.host.clone(), source };
@@ -279,7 +288,7 @@ pub struct Pinned {
 /// The half that sends, from any number of threads at once.
 ///
 /// Messages arrive in their order. So do writes of one kind to one chunk of a region
-/// ([`CHUNK`](crate::memory::CHUNK)), which no write leaves, if the device [keeps
+/// ([`CHUNK`](crate::ram::CHUNK)), which no write leaves, if the device [keeps
 /// it](Poster::orders_writes). Between all else order holds only where [`Poster::drain`] and
 /// [`Poster::send_behind_writes`] make it.
 pub trait Poster: Send + Sync {

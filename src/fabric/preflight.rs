@@ -2,7 +2,7 @@
 
 use std::fmt::Display;
 
-use crate::{migration::messages::Address, text};
+use crate::{address::Address, text};
 
 /// What is known of the guest that is to migrate.
 #[derive(Debug, Clone, PartialEq, Eq)]

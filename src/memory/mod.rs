@@ -19,6 +19,6 @@ mod shortage;
 pub use inherited::{close_on_exec_from, inherited};
 pub use peer::peer_process;
 pub use pipe::Pipe;
-pub use ranges::{CHUNK, CHUNK_MAX, RANGE_MAX, Ranges};
+pub use ranges::Ranges;
 pub use region::{Region, RegionError};
 pub use room::Room;

@@ -2,17 +2,7 @@
 
 use std::{collections::BTreeMap, ops::Range};
 
-/// Bytes of a chunk, counted from its block's start (RDMA_REG_CHUNK_SHIFT 20). Ranges are whole
-/// chunks, save at the block's end, and no write crosses into another chunk. Those that stock QEMUs
-/// register may be larger since 11.1 (`x-rdma-chunk-size`).
-pub const CHUNK: u64 = 1 << 20;
-
-/// The largest of those.
-pub const CHUNK_MAX: u64 = 1 << 30;
-
-/// Largest range in bytes, if memory is no object. Beyond, the cost of a registration no longer
-/// counts.
-pub const RANGE_MAX: u64 = 64 << 20;
+use crate::ram::CHUNK;
 
 /// Ranges without overlap, each with what it was registered as.
 ///
@@ -84,6 +74,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::ram::{CHUNK_MAX, RANGE_MAX};
 
     #[test]
     fn a_run_is_registered_in_ever_larger_ranges() {

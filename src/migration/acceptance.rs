@@ -9,16 +9,17 @@ use super::{
     inquiry::Inquiry,
     landing::Context,
     link::{Link, LinkReceiver},
-    messages::{Options, ROM_MAX},
     seat::{Claim, Seat},
     statistics::Statistics,
 };
 use crate::{
+    control::Options,
     fabric::{Connection, Handle, RemoteKey, Request, pending::Place},
-    memory::{CHUNK, RANGE_MAX, Ranges, Region},
+    memory::{Ranges, Region},
+    ram::{BLOCKS_MAX, CHUNK, RANGE_MAX, ROM_MAX},
     stream::StreamBlock,
     wire::{
-        BLOCKS_MAX, ListedBlock, Message, PrivateData, RamBlockEntry, Register,
+        ListedBlock, Message, PrivateData, RamBlockEntry, Register,
         blocks::{self, BlockTable},
         credit::Flow,
     },

@@ -8,13 +8,14 @@ use super::{
     coverage::Coverage,
     error::MigrationError,
     link::{Link, LinkReceiver, WINDOW},
-    messages::{Address, FabricKind, Options, ROM_MAX},
     statistics::Statistics,
 };
 use crate::{
+    address::Address,
+    control::{FabricKind, Options},
     fabric::{Connection, Fabric, RemoteKey},
     memory::Region,
-    stream::Travel,
+    ram::{ROM_MAX, Transfer},
     wire::{
         Compress, Extension, ListedBlock, Message, PrivateData, RamBlockEntry, Register, WireError,
         credit::Flow,
@@ -49,7 +50,7 @@ impl Agreement {
     /// mapped has to be kept until it fits into the stream.
     pub fn channels(&self, options: &Options) -> u16 {
         let SourceBlocks::Agreed(blocks) = &self.blocks else { return 0 };
-        let kept = blocks.iter().filter(|block| block.travel() != Travel::Mapped);
+        let kept = blocks.iter().filter(|block| block.travel() != Transfer::Mapped);
         let kept: u64 = kept.map(|block| block.length).sum();
         if self.any_time && kept <= ROM_MAX { options.channels } else { 0 }
     }
@@ -64,7 +65,7 @@ impl Agreement {
     pub fn announceable(&self, options: &Options) -> usize {
         match &self.blocks {
             SourceBlocks::Agreed(blocks) => {
-                blocks.iter().filter(|block| block.travel() == Travel::Mapped).count()
+                blocks.iter().filter(|block| block.travel() == Transfer::Mapped).count()
             }
             SourceBlocks::Unnamed(blocks) if options.return_path => {
                 blocks.iter().filter(|block| block.region.is_some()).count()
@@ -154,11 +155,11 @@ impl AgreedBlock {
     }
 
     /// How its pages travel.
-    pub fn travel(&self) -> Travel {
+    pub fn travel(&self) -> Transfer {
         match &self.target {
-            Some((Source::Mapped(_), _)) => Travel::Mapped,
-            Some((Source::Staged, _)) => Travel::Staged,
-            None => Travel::InStream,
+            Some((Source::Mapped(_), _)) => Transfer::Mapped,
+            Some((Source::Staged, _)) => Transfer::Staged,
+            None => Transfer::InStream,
         }
     }
 

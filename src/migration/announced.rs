@@ -8,7 +8,8 @@ use std::{collections::VecDeque, io, ops::Range};
 
 use crate::{
     memory::Region,
-    stream::{BlockRange, Extent, PAGE},
+    ram::{BlockRange, PAGE},
+    stream::Extent,
 };
 
 /// QEMU is told again after so many bytes. It keeps no less than 1 MiB on its way.

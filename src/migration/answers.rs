@@ -114,8 +114,8 @@ mod tests {
 
     use super::*;
     use crate::{
+        address::Address,
         fabric::{Fabric as _, tcp::Tcp},
-        migration::messages::Address,
         wire::credit::Flow,
     };
 

@@ -22,9 +22,9 @@ use super::{
     writer::Writer,
 };
 use crate::{
-    memory::CHUNK,
+    ram::{BlockRange, CHUNK, PAGE, Transfer},
     stream::{
-        BlockRange, ChannelPage, PAGE, StreamBlock, Travel,
+        ChannelPage, StreamBlock,
         multifd::{self, INIT_SIZE, PACKET_SIZE, PAGES_MAX, Packet},
     },
     threads,
@@ -56,7 +56,7 @@ struct Others {
 /// The stream's blocks.
 struct Blocks {
     by_name: HashMap<String, u32>,
-    blocks: Vec<(u64, Travel)>,
+    blocks: Vec<(u64, Transfer)>,
     /// Pages of blocks that are not mapped: there can't be more of them between two meetings.
     others_max: usize,
 }
@@ -94,11 +94,11 @@ impl Channels {
 
     /// The stream's block list is complete. QEMU sends no page before the first meeting, which is
     /// behind it.
-    pub fn name(&self, blocks: &[StreamBlock], travels: &[Travel]) {
+    pub fn name(&self, blocks: &[StreamBlock], travels: &[Transfer]) {
         let by_name = blocks.iter().zip(0..).map(|(block, index)| (block.name.clone(), index));
         let blocks: Vec<_> =
             blocks.iter().zip(travels).map(|(block, travel)| (block.length, *travel)).collect();
-        let others = blocks.iter().filter(|(_, travel)| *travel != Travel::Mapped);
+        let others = blocks.iter().filter(|(_, travel)| *travel != Transfer::Mapped);
         let others_max = others.map(|(length, _)| (length / PAGE) as usize).sum();
         // There is one list in a stream.
         let _ = self.blocks.set(Blocks { by_name: by_name.collect(), blocks, others_max });
@@ -189,7 +189,7 @@ impl Channel<'_> {
                 )));
             }
         }
-        if travel != Travel::Mapped {
+        if travel != Transfer::Mapped {
             return self.others(packet, block, content, others_max);
         }
         let writer = &self.shared.writer;

@@ -12,11 +12,10 @@ use rustix::{
     net::{SendFlags, send},
 };
 
-use super::{
-    lines::Lines,
-    messages::{Order, Report},
+use crate::{
+    control::{Order, Report, lines::Lines},
+    qmp::socket,
 };
-use crate::qmp::socket;
 
 /// Reads the orders of the relay.
 #[derive(Debug)]
@@ -119,7 +118,7 @@ mod tests {
     use std::io::{BufRead as _, BufReader};
 
     use super::*;
-    use crate::migration::messages::Progress;
+    use crate::control::Progress;
 
     /// A relay that is stopped must not stop the state machine; and when it goes on it hears all but
     /// figures, in their order.

@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use crate::stream::PAGE;
+use crate::ram::PAGE;
 
 /// Of one block.
 #[derive(Debug)]

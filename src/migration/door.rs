@@ -21,11 +21,11 @@ use super::{
     error::MigrationError,
     incoming::Event,
     landing::{Context, say_failure},
-    messages::FabricKind,
     return_path::ReturnPath,
     seat::Seat,
 };
 use crate::{
+    control::FabricKind,
     fabric::{
         FabricError, Listener, Request,
         pending::{GRACE, Limits, Newcomer, Pending, Place},

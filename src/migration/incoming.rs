@@ -17,18 +17,12 @@ use std::{
 use tracing::{debug, warn};
 
 use super::{
-    Result, Verdict,
-    commitment::Commitment,
-    control::Reports,
-    error::MigrationError,
-    inquiry::Inquiry,
-    landing, lifetime,
-    link::Link,
-    messages::{Address, Agreed, Options, Order, Report},
-    patience_of,
-    statistics::Statistics,
+    Result, Verdict, commitment::Commitment, control::Reports, error::MigrationError,
+    inquiry::Inquiry, landing, lifetime, link::Link, patience_of, statistics::Statistics,
 };
 use crate::{
+    address::Address,
+    control::{Agreed, Options, Order, Report},
     fabric::{Fabric, Handle},
     patience::Patience,
     threads::{self, Lost},

@@ -10,7 +10,8 @@ use std::{
     time::Duration,
 };
 
-use super::{Block, Result, control::Reports, error::MigrationError, messages::Report};
+use super::{Block, Result, control::Reports, error::MigrationError};
+use crate::control::Report;
 
 /// How long the relay may take. A source waits for its part of the agreement meanwhile.
 const PATIENCE: Duration = Duration::from_secs(5);

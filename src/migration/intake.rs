@@ -26,9 +26,8 @@ use super::{
 };
 use crate::{
     fabric::FabricError,
-    stream::{
-        BlockRange, ChannelPage, Extent, Limits, Outlet, PushError, Rewriter, StreamBlock, Travel,
-    },
+    ram::{BlockRange, Transfer},
+    stream::{ChannelPage, Extent, Limits, Outlet, PushError, Rewriter, StreamBlock},
     wire::{Message, PAYLOAD_MAX},
 };
 
@@ -223,7 +222,7 @@ impl Drop for Outbound<'_> {
 impl Outlet for Outbound<'_> {
     type Error = MigrationError;
 
-    fn ram_blocks(&mut self, blocks: &[StreamBlock]) -> Result<Vec<Travel>> {
+    fn ram_blocks(&mut self, blocks: &[StreamBlock]) -> Result<Vec<Transfer>> {
         let travels = self.writer.name(blocks)?;
         if let Some(channels) = &self.channels {
             channels.name(blocks, &travels);
@@ -314,13 +313,15 @@ mod tests {
     use std::{io::Write as _, sync::mpsc, thread};
 
     use super::*;
-    use crate::migration::{
-        Block,
-        agreement::{AgreedBlock, SourceBlocks},
-        idle_link,
-        messages::{FabricKind, Options},
-        pacing::Pacer,
-        targets::Targets,
+    use crate::{
+        control::{FabricKind, Options},
+        migration::{
+            Block,
+            agreement::{AgreedBlock, SourceBlocks},
+            idle_link,
+            pacing::Pacer,
+            targets::Targets,
+        },
     };
 
     /// Our end and QEMU's, which has something to read.
@@ -364,7 +365,7 @@ mod tests {
             connections: 1,
             channels: 0,
             pin_limit: None,
-            chunk_size: crate::memory::CHUNK,
+            chunk_size: crate::ram::CHUNK,
             cpus: Vec::new(),
             fabric: FabricKind::Tcp,
         }

@@ -7,10 +7,7 @@ use std::{
     ops::Range,
 };
 
-use crate::{
-    fabric::RemoteKey,
-    memory::{RANGE_MAX, Ranges},
-};
+use crate::{fabric::RemoteKey, memory::Ranges, ram::RANGE_MAX};
 
 /// A range of a block, by the block's index.
 pub type BlockRange = (usize, Range<u64>);
@@ -140,7 +137,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::memory::{CHUNK, CHUNK_MAX};
+    use crate::ram::{CHUNK, CHUNK_MAX};
 
     const KEY: RemoteKey = RemoteKey { address: 1, rkey: 2 };
     const LENGTH: u64 = 1 << 30;

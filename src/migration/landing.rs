@@ -20,14 +20,15 @@ use super::{
     incoming::Event,
     inquiry::Inquiry,
     link::Deadline,
-    messages::Options,
     return_path::{self, ReturnPath},
     statistics::Statistics,
 };
 use crate::{
+    control::Options,
     fabric::{FabricError, Listener, pending::Place},
     memory::Region,
-    stream::{Inlet, Landing, PAGE, PushError, Records, StreamBlock},
+    ram::PAGE,
+    stream::{Inlet, Landing, PushError, Records, StreamBlock},
     threads::{self, Lost},
     wire::{Message, RegisterResult},
 };

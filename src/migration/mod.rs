@@ -24,9 +24,7 @@ mod inquiry;
 mod intake;
 mod keys;
 mod landing;
-pub mod lines;
 mod link;
-pub mod messages;
 mod orphan;
 mod outgoing;
 mod pacing;
@@ -48,11 +46,11 @@ use std::{
     time::{Duration, Instant},
 };
 
+use crate::control::Report;
 use control::Reports;
 use error::{MigrationError, Result};
 use link::Link;
 pub use link::WINDOW;
-use messages::Report;
 use statistics::Statistics;
 use tracing::warn;
 

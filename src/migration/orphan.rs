@@ -21,8 +21,8 @@ use rustix::{
 use serde_json::{Value, json};
 use tracing::{debug, warn};
 
-use super::messages::{Command, QmpSocket};
 use crate::{
+    control::{Command, QmpSocket},
     patience::Patience,
     qemu,
     qmp::{ITEM_MAX, envelope::FromQemu},

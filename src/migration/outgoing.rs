@@ -29,7 +29,6 @@ use super::{
     error::MigrationError,
     intake, lifetime,
     link::Link,
-    messages::{Address, Agreed, Options, Order, QmpSocket, Report},
     return_path::ToQemu,
     statistics::Statistics,
     streams::Streams,
@@ -37,6 +36,8 @@ use super::{
     writer::Writer,
 };
 use crate::{
+    address::Address,
+    control::{Agreed, Options, Order, QmpSocket, Report},
     fabric::{Fabric, FabricError},
     patience::Patience,
     threads::{self, Lost},

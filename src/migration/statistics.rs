@@ -8,8 +8,8 @@ use std::{
     time::Instant,
 };
 
-use super::{link::Link, messages::Progress};
-use crate::fabric::Pinned;
+use super::link::Link;
+use crate::{control::Progress, fabric::Pinned};
 
 /// Figures of one migration. Each counter has one writer; readers may see them a moment apart.
 pub struct Statistics {

@@ -15,13 +15,13 @@ use super::{
     error::MigrationError,
     keys::{Keys, Known},
     link::Link,
-    messages::{Options, ROM_MAX},
 };
 use crate::{
+    control::Options,
     fabric::{FabricError, RemoteKey},
-    memory::CHUNK,
     patience::Patience,
-    stream::{BlockRange, StreamBlock, Travel},
+    ram::{BlockRange, CHUNK, ROM_MAX, Transfer},
+    stream::StreamBlock,
     wire::{Message, RamBlockEntry, RegisterResult},
 };
 
@@ -70,7 +70,7 @@ impl Targets {
     ///
     /// # Errors
     /// It is not the list that the migration was prepared for.
-    pub fn name(&mut self, blocks: &[StreamBlock]) -> Result<Vec<Travel>> {
+    pub fn name(&mut self, blocks: &[StreamBlock]) -> Result<Vec<Transfer>> {
         if let Some(unnamed) = &self.unnamed {
             self.blocks = in_order(blocks, unnamed);
         }
@@ -101,7 +101,7 @@ impl Targets {
             indices.push(index);
             let travel = agreed.travel();
             debug!(block = block.name, ?travel, "a RAM block");
-            if travel == Travel::InStream && agreed.length > ROM_MAX {
+            if travel == Transfer::InStream && agreed.length > ROM_MAX {
                 let block = &block.name;
                 warn!(
                     "RAM block '{block}' is not shared at the destination: its pages take the stream"

@@ -9,21 +9,24 @@ use std::{
 use rustix::thread::{CpuSet, sched_setaffinity};
 
 #[cfg(feature = "verbs")]
-use super::link::WINDOW;
 use super::{
     Block, Result,
     control::{Orders, Reports},
     error::MigrationError,
     incoming,
     inquiry::Inquiry,
-    messages::{self, FabricKind, Options, Order, Report},
+    link::WINDOW,
     outgoing,
     streams::Streams,
 };
+use crate::control::{self, FabricKind, Options, Order, Report};
 #[cfg(feature = "verbs")]
-use crate::fabric::verbs::{self, Timeouts, Verbs};
 use crate::{
-    fabric::{Fabric, tcp::Tcp},
+    fabric::{
+        Fabric,
+        tcp::Tcp,
+        verbs::{self, Timeouts, Verbs},
+    },
     memory::Region,
     threads::{self, Lost},
 };
@@ -54,7 +57,7 @@ pub fn run(control: UnixStream) -> std::io::Result<()> {
             reason: error.to_string(),
             guest_never_ran: true,
             by_qemu: false,
-            progress: messages::Progress::default(),
+            progress: control::Progress::default(),
         });
     }
     // A relay that was busy till now.
@@ -187,12 +190,12 @@ fn forward<E: Send + 'static>(
 
 /// Give the blocks their memory.
 fn take_blocks(
-    blocks: Vec<messages::Block>,
+    blocks: Vec<control::Block>,
     mut fds: impl Iterator<Item = OwnedFd>,
 ) -> Result<Vec<Block>> {
     blocks
         .into_iter()
-        .map(|messages::Block { name, length, file_offset, read_whole, .. }| {
+        .map(|control::Block { name, length, file_offset, read_whole, .. }| {
             let region = match file_offset {
                 Some(offset) => {
                     let lacks = || MigrationError::Aborted(format!("No file for block '{name}'"));

@@ -11,7 +11,8 @@ use super::{
 };
 use crate::{
     memory::Region,
-    stream::{BlockRange, StreamBlock, Travel},
+    ram::{BlockRange, Transfer},
+    stream::StreamBlock,
     wire::Message,
 };
 
@@ -54,7 +55,7 @@ impl Writer {
     ///
     /// # Errors
     /// It is not the list that the migration was prepared for.
-    pub fn name(&self, blocks: &[StreamBlock]) -> Result<Vec<Travel>> {
+    pub fn name(&self, blocks: &[StreamBlock]) -> Result<Vec<Transfer>> {
         self.targets().name(blocks)
     }
 

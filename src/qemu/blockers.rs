@@ -8,9 +8,9 @@ use super::{
     devices::{self, Device},
 };
 use crate::{
-    migration::messages::FabricKind,
+    control::FabricKind,
     qmp::{Execute, QmpError},
-    stream::Travel,
+    ram::Transfer,
 };
 
 /// One thing that would.
@@ -80,7 +80,7 @@ async fn encoding(
     fabric: FabricKind,
 ) -> Result<Option<Blocker>, QmpError> {
     let staged = blocks.iter().find_map(|block| match block.travel(fabric) {
-        (Travel::Staged, why) => Some((&block.name, why.unwrap_or_default())),
+        (Transfer::Staged, why) => Some((&block.name, why.unwrap_or_default())),
         _ => None,
     });
     let Some((name, why)) = staged else { return Ok(None) };

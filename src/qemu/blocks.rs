@@ -10,9 +10,9 @@ use super::{
     ramblock_text::{self, Row},
 };
 use crate::{
-    migration::messages::{FabricKind, ROM_MAX},
+    control::FabricKind,
     qmp::{Execute, QmpError, monitor_line},
-    stream::Travel,
+    ram::{ROM_MAX, Transfer},
     text,
 };
 
@@ -43,13 +43,13 @@ impl RamBlock {
     ///
     /// Memory that is not shared is staged too if it is written at the destination. Until the
     /// destination has said so, that is expected of all that is too long for a ROM.
-    pub fn travel(&self, fabric: FabricKind) -> (Travel, Option<&str>) {
+    pub fn travel(&self, fabric: FabricKind) -> (Transfer, Option<&str>) {
         match (&self.backing, &self.discards) {
-            (None, _) if self.length > ROM_MAX => (Travel::Staged, self.why_not.as_deref()),
-            (None, _) => (Travel::InStream, self.why_not.as_deref()),
+            (None, _) if self.length > ROM_MAX => (Transfer::Staged, self.why_not.as_deref()),
+            (None, _) => (Transfer::InStream, self.why_not.as_deref()),
             // What was pinned would not be what the guest has after that.
-            (Some(_), Some(why)) if fabric.pins() => (Travel::Staged, Some(why)),
-            (Some(_), _) => (Travel::Mapped, None),
+            (Some(_), Some(why)) if fabric.pins() => (Transfer::Staged, Some(why)),
+            (Some(_), _) => (Transfer::Mapped, None),
         }
     }
 }

@@ -3,7 +3,7 @@
 use serde_json::{Map, Value};
 
 use super::QmpError;
-use crate::{migration::messages::Address, text};
+use crate::{address::Address, text};
 
 /// What a `migrate` or `migrate-incoming` asks for.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -20,7 +20,7 @@ use tracing::{debug, warn};
 
 use super::{migrations::IN_PROGRESS, session::Qemu, worker::Orders};
 use crate::{
-    migration::messages::{Command, Order},
+    control::{Command, Order},
     qemu::cleans_up,
     qmp::{
         Execute, QmpError,

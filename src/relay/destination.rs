@@ -18,7 +18,8 @@ use super::{
     worker::{self, Worker},
 };
 use crate::{
-    migration::messages::{Address, Order, Report},
+    address::Address,
+    control::{Order, Report},
     qemu::blockers,
     qmp::{Execute as _, QmpError},
 };

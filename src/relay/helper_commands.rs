@@ -11,10 +11,10 @@ use super::{
     },
 };
 use crate::{
-    migration::messages::FabricKind,
+    control::FabricKind,
     qemu::{blockers, blocks::RamBlock},
     qmp::{Execute as _, QmpError},
-    stream::Travel,
+    ram::Transfer,
 };
 
 async fn find_blocks(context: &Context) -> Result<Vec<RamBlock>, QmpError> {
@@ -34,9 +34,9 @@ pub async fn query_helper(context: &Context) -> Result<Value, QmpError> {
         let reason = reason.map(str::to_owned);
         RdmaHelperBlock {
             travel: match travel {
-                Travel::Mapped => RdmaTravel::mapped,
-                Travel::Staged => RdmaTravel::staged,
-                Travel::InStream => RdmaTravel::in_stream,
+                Transfer::Mapped => RdmaTravel::mapped,
+                Transfer::Staged => RdmaTravel::staged,
+                Transfer::InStream => RdmaTravel::in_stream,
             },
             name: block.name,
             length: block.length,

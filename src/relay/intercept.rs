@@ -4,7 +4,7 @@ use serde_json::{Map, Value, json};
 
 use super::{introspection, migrations::IN_PROGRESS, view::Side};
 use crate::{
-    migration::messages::Address,
+    address::Address,
     qmp::{
         QmpError, Version,
         envelope::Command,

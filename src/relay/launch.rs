@@ -29,8 +29,8 @@ use super::{
     started::{Start, StartDoor, StartMemory, StartMonitor, Started},
 };
 use crate::{
+    control::lines::line,
     memory::inherited,
-    migration::lines::line,
     qemu::argv::{Endpoint, Invocation, Memory, Monitor, Plan},
     qmp::{QmpError, socket},
 };

@@ -19,7 +19,7 @@ use super::{
     source::Source,
     view::{Phase, Side, View},
 };
-use crate::{migration::messages::Address, qmp::QmpError};
+use crate::{address::Address, qmp::QmpError};
 
 /// Events and lines that may wait for a migration's task, or for a monitor.
 const QUEUE: usize = 256;

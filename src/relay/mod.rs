@@ -39,15 +39,15 @@ use tracing::{info, warn};
 
 use crate::{
     confinement::{Room, confine},
+    control::{self, FabricKind, Options, QmpSocket},
     fabric,
-    memory::{CHUNK, CHUNK_MAX},
-    migration::messages::{self, FabricKind, Options, QmpSocket},
     patience::Patience,
     qemu::{
         QemuError, Version, blockers,
         blocks::{self, OwnMemory, RamBlock},
     },
     qmp::{Execute as _, QmpError, envelope},
+    ram::{CHUNK, CHUNK_MAX},
 };
 use door::{Door, ServedSocket};
 use migrations::Migrations;
@@ -79,7 +79,7 @@ impl FabricChoice {
     /// What carries a migration that starts now.
     pub fn kind(self) -> FabricKind {
         match self {
-            Self::Auto => FabricKind::auto(),
+            Self::Auto => fabric::auto(),
             Self::Tcp => FabricKind::Tcp,
             Self::Verbs => FabricKind::Verbs,
         }
@@ -326,8 +326,8 @@ impl Output {
 }
 
 /// The blocks of an order.
-fn listed(blocks: &[RamBlock]) -> Vec<messages::Block> {
-    let listed = |block: &RamBlock| messages::Block {
+fn listed(blocks: &[RamBlock]) -> Vec<control::Block> {
+    let listed = |block: &RamBlock| control::Block {
         name: block.name.clone(),
         length: block.length,
         page_size: block.page_size,

@@ -26,10 +26,9 @@ use super::{
     worker::Worker,
 };
 use crate::{
-    migration::{
-        messages::{Address, Order, Progress, Report},
-        return_path,
-    },
+    address::Address,
+    control::{Order, Progress, Report},
+    migration::return_path,
     qmp::{Execute as _, QmpError},
     threads,
 };

@@ -34,8 +34,9 @@ use super::{
     worker,
 };
 use crate::{
+    address::Address,
     confinement::{Room, confine},
-    migration::{lines::Lines, messages::Address},
+    control::lines::Lines,
     qemu::blocks::OwnMemory,
     qmp::{Execute as _, QmpError, socket},
 };

@@ -8,10 +8,7 @@ use qapi::qmp::MigrationStats;
 use serde_json::{Value, json};
 
 use super::schema::{RDMA_MIGRATION_THROUGHPUT, RdmaCapabilityState, RdmaFabric};
-use crate::{
-    migration::messages::{Address, Progress},
-    qmp::envelope,
-};
+use crate::{address::Address, control::Progress, qmp::envelope};
 
 /// Where a migration stands.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

@@ -23,10 +23,7 @@ use tracing::warn;
 
 use super::view::Side;
 use crate::{
-    migration::{
-        lines::line,
-        messages::{FabricKind, LINE_MAX, Order, Report},
-    },
+    control::{FabricKind, LINE_MAX, Order, Report, lines::line},
     patience::Patience,
     qemu::blocks::RamBlock,
     qmp::socket,

@@ -19,6 +19,6 @@ mod tests;
 
 pub use error::{PushError, StreamError};
 pub use landing::{Inlet, Landing};
-pub use parser::{PAGE, StreamBlock};
+pub use parser::StreamBlock;
 pub use records::Records;
-pub use rewriter::{BlockRange, ChannelPage, Extent, Limits, Outlet, Rewriter, Travel};
+pub use rewriter::{ChannelPage, Extent, Limits, Outlet, Rewriter};

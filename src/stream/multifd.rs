@@ -12,7 +12,7 @@ use zerocopy::{
     byteorder::big_endian::{U32, U64},
 };
 
-use super::parser::PAGE;
+use crate::ram::PAGE;
 
 /// Bytes of the init packet.
 pub const INIT_SIZE: usize = size_of::<RawInit>();

@@ -8,11 +8,11 @@ use super::{
     error::{PushError, StreamError},
     fields::{FIELD_MAX, Fields},
 };
-use crate::{text, wire::BLOCKS_MAX};
+use crate::{
+    ram::{BLOCKS_MAX, PAGE},
+    text,
+};
 use sections::section;
-
-/// The target's page size: 4 KiB on x86.
-pub const PAGE: u64 = 4096;
 
 /// Longest item that has to be seen whole, in bytes: a record's or a command's head with a name.
 const ITEM_MAX: usize = 2048;

@@ -1,6 +1,7 @@
 //! RAM records, for memory that has to reach QEMU by its stream.
 
-use super::parser::{PAGE, flag};
+use super::parser::flag;
+use crate::ram::PAGE;
 
 /// Makes the records of one block's pages.
 #[derive(Debug)]

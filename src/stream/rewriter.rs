@@ -3,35 +3,14 @@
 use super::{
     error::{PushError, StreamError},
     global_state::GlobalState,
-    parser::{Item, PAGE, Parser, Payload, StreamBlock, Taker, flag},
+    parser::{Item, Parser, Payload, StreamBlock, Taker, flag},
 };
+use crate::ram::{BlockRange, PAGE, Transfer};
 
 /// Most bytes of in-stream records that are held back while writes are under way.
 const HELD_MAX: usize = 256 << 10;
 
-/// How a RAM block's pages travel.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Travel {
-    /// Written to the destination's memory from the shared mapping; their records are taken out.
-    Mapped,
-    /// Written to the destination's memory from their records, which are taken out.
-    Staged,
-    /// As records in the stream.
-    InStream,
-}
-
-/// A range of a RAM block.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct BlockRange {
-    /// Index in the stream's block list.
-    pub block: u32,
-    /// Offset in the block in bytes.
-    pub offset: u64,
-    /// Bytes.
-    pub length: u64,
-}
-
-/// A page from a multifd channel whose block is not [`Travel::Mapped`].
+/// A page from a multifd channel whose block is not [`Transfer::Mapped`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ChannelPage {
     /// Index in the stream's block list.
@@ -81,7 +60,7 @@ pub trait Outlet {
     ///
     /// # Errors
     /// The outlet's own; any ends the stream. So for the other calls.
-    fn ram_blocks(&mut self, blocks: &[StreamBlock]) -> Result<Vec<Travel>, Self::Error>;
+    fn ram_blocks(&mut self, blocks: &[StreamBlock]) -> Result<Vec<Transfer>, Self::Error>;
 
     /// Bytes to forward; to be gathered as the outlet likes.
     ///
@@ -265,7 +244,7 @@ enum Meeting {
 #[derive(Debug)]
 struct State {
     limits: Limits,
-    travels: Vec<Travel>,
+    travels: Vec<Transfer>,
     run: Option<Run>,
     /// Bytes of the last staged page that have not come yet.
     awaited: usize,
@@ -408,22 +387,22 @@ impl<O: Outlet> Rewriting<'_, O> {
         self.flush_run()?;
         for ChannelPage { block, offset, content } in self.out.synchronise()? {
             match (self.travel(block), content) {
-                (Travel::InStream, Some(content)) => {
+                (Transfer::InStream, Some(content)) => {
                     let word = offset | flag::PAGE | flag::CONTINUE;
                     self.record_head(&word.to_be_bytes(), block, blocks)?;
                     self.in_stream(&*content)?;
                 }
-                (Travel::InStream, None) => {
+                (Transfer::InStream, None) => {
                     let word = offset | flag::ZERO | flag::CONTINUE;
                     self.record_head(&word.to_be_bytes(), block, blocks)?;
                     self.in_stream(&[0])?;
                 }
-                (Travel::Staged, Some(content)) => {
+                (Transfer::Staged, Some(content)) => {
                     self.page(Source::Records, block, offset)?;
                     self.out.stage(&*content)?;
                 }
-                (Travel::Mapped, Some(_)) => self.page(Source::Memory, block, offset)?,
-                (Travel::Mapped | Travel::Staged, None) => {
+                (Transfer::Mapped, Some(_)) => self.page(Source::Memory, block, offset)?,
+                (Transfer::Mapped | Transfer::Staged, None) => {
                     self.page(Source::Zero, block, offset)?
                 }
             }
@@ -432,8 +411,8 @@ impl<O: Outlet> Rewriting<'_, O> {
     }
 
     /// How a block's pages travel.
-    fn travel(&self, block: u32) -> Travel {
-        self.state.travels.get(block as usize).copied().unwrap_or(Travel::InStream)
+    fn travel(&self, block: u32) -> Transfer {
+        self.state.travels.get(block as usize).copied().unwrap_or(Transfer::InStream)
     }
 
     fn take_item(
@@ -458,19 +437,19 @@ impl<O: Outlet> Rewriting<'_, O> {
                 self.close_hook()?;
             }
             Item::Page { block, offset, .. } => match self.travel(block) {
-                Travel::Mapped => {
+                Transfer::Mapped => {
                     self.page(Source::Memory, block, offset)?;
                     return Ok(Payload::Drop);
                 }
-                Travel::Staged => {
+                Transfer::Staged => {
                     self.page(Source::Records, block, offset)?;
                     self.state.awaited = PAGE as usize;
                 }
-                Travel::InStream => self.record_head(raw, block, blocks)?,
+                Transfer::InStream => self.record_head(raw, block, blocks)?,
             },
             Item::Zero { block, offset } => match self.travel(block) {
-                Travel::Mapped | Travel::Staged => self.page(Source::Zero, block, offset)?,
-                Travel::InStream => self.record_head(raw, block, blocks)?,
+                Transfer::Mapped | Transfer::Staged => self.page(Source::Zero, block, offset)?,
+                Transfer::InStream => self.record_head(raw, block, blocks)?,
             },
             Item::Hook => {}
             // It is none of the destination's business.
@@ -507,12 +486,12 @@ impl<O: Outlet> Taker for Rewriting<'_, O> {
                 return Err(PushError::Stream(StreamError::Unsupported("RDMA of QEMU's own")));
             }
             // Only QEMU can decode them, and it would race with what is written.
-            Item::Page { block, plain: false, .. } if self.travel(block) == Travel::Staged => {
+            Item::Page { block, plain: false, .. } if self.travel(block) == Transfer::Staged => {
                 let what = "XBZRLE or compression for memory that is sent from it";
                 return Err(PushError::Stream(StreamError::Unsupported(what)));
             }
             // QEMU decides by itself which blocks to announce, and the relay whether it may.
-            Item::Announced { block, .. } if self.travel(block) != Travel::Mapped => {
+            Item::Announced { block, .. } if self.travel(block) != Transfer::Mapped => {
                 let what = "x-shared-ram-external for memory that is not sent from it";
                 return Err(PushError::Stream(StreamError::Unsupported(what)));
             }

@@ -10,6 +10,7 @@ use std::{collections::VecDeque, convert::Infallible};
 use proptest::prelude::*;
 
 use super::*;
+use crate::ram::{BlockRange, Transfer};
 
 /// What an outlet was asked, stream bytes joined.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -60,12 +61,12 @@ impl Recorder {
 impl Outlet for Recorder {
     type Error = Infallible;
 
-    fn ram_blocks(&mut self, blocks: &[StreamBlock]) -> Result<Vec<Travel>, Infallible> {
+    fn ram_blocks(&mut self, blocks: &[StreamBlock]) -> Result<Vec<Transfer>, Infallible> {
         self.blocks(blocks);
         let travel = |block: &StreamBlock| match &block.name.as_str() {
-            name if self.in_stream.contains(name) => Travel::InStream,
-            name if self.staged.contains(name) => Travel::Staged,
-            _ => Travel::Mapped,
+            name if self.in_stream.contains(name) => Transfer::InStream,
+            name if self.staged.contains(name) => Transfer::Staged,
+            _ => Transfer::Mapped,
         };
         Ok(blocks.iter().map(travel).collect())
     }

@@ -5,9 +5,10 @@ use std::{
     ops::Range,
 };
 
-use super::{BLOCKS_MAX, Compress, ListedBlock, Register, WireError};
+use super::{Compress, ListedBlock, Register, WireError};
+use crate::ram::BLOCKS_MAX;
 
-use crate::memory::CHUNK;
+use crate::ram::CHUNK;
 
 /// Find each block of `source` among `own`, the destination's.
 ///
@@ -200,7 +201,7 @@ mod tests {
 
     use super::*;
 
-    use crate::memory::CHUNK_MAX;
+    use crate::ram::CHUNK_MAX;
 
     const TIB: u64 = 1 << 40;
 

@@ -7,8 +7,8 @@ use zerocopy::{
     byteorder::big_endian::{U32, U64},
 };
 
-use super::{BLOCKS_MAX, MESSAGE_MAX, REQUESTS_MAX, WireError};
-use crate::text;
+use super::{MESSAGE_MAX, REQUESTS_MAX, WireError};
+use crate::{ram::BLOCKS_MAX, text};
 
 /// Bytes of a message's header.
 pub const HEADER_SIZE: usize = size_of::<Header>();

@@ -21,8 +21,7 @@ pub use private_data::{Extension, PrivateData, VERSION};
 /// Bytes of a control buffer, header included: the longest message (RDMA_CONTROL_MAX_BUFFER).
 pub const MESSAGE_MAX: usize = 512 << 10;
 
-/// Most RAM blocks: what one RAM_BLOCKS_RESULT can name.
-pub const BLOCKS_MAX: usize = PAYLOAD_MAX / 32;
+const _: () = assert!(crate::ram::BLOCKS_MAX == PAYLOAD_MAX / 32);
 
 /// Most requests in one REGISTER_REQUEST (RDMA_CONTROL_MAX_COMMANDS_PER_MESSAGE).
 pub const REQUESTS_MAX: u32 = 4096;

@@ -158,7 +158,7 @@ fn the_longest_list_of_blocks_fits_into_a_message() {
         remote_rkey: 3.into(),
         padding: 0.into(),
     };
-    let result = Message::RamBlocksResult(vec![entry; BLOCKS_MAX]);
+    let result = Message::RamBlocksResult(vec![entry; crate::ram::BLOCKS_MAX]);
     let mut scratch = Vec::new();
     let (header, payload) = result.encode(&mut scratch);
     let bytes = [&header, payload].concat();

@@ -5,10 +5,12 @@
 use std::{io::Write as _, os::unix::net::UnixStream};
 
 use libfuzzer_sys::fuzz_target;
-use qemu_rdma_helper::migration::{
-    control::Orders,
-    lines::{self, Lines},
-    messages::{Order, Report},
+use qemu_rdma_helper::{
+    control::{
+        Order, Report,
+        lines::{self, Lines},
+    },
+    migration::control::Orders,
 };
 use serde::{Serialize, de::DeserializeOwned};
 

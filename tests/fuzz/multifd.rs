@@ -2,9 +2,9 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use qemu_rdma_helper::stream::{
-    PAGE,
-    multifd::{self, INIT_SIZE, PACKET_SIZE, PAGES_MAX, Packet},
+use qemu_rdma_helper::{
+    ram::PAGE,
+    stream::multifd::{self, INIT_SIZE, PACKET_SIZE, PAGES_MAX, Packet},
 };
 
 const CHUNK: u64 = 1 << 20;

@@ -5,8 +5,9 @@
 use std::convert::Infallible;
 
 use libfuzzer_sys::fuzz_target;
-use qemu_rdma_helper::stream::{
-    BlockRange, Extent, Inlet, Landing, Limits, Outlet, Rewriter, StreamBlock, Travel,
+use qemu_rdma_helper::{
+    ram::{BlockRange, Transfer},
+    stream::{Extent, Inlet, Landing, Limits, Outlet, Rewriter, StreamBlock},
 };
 
 #[derive(Default)]
@@ -48,12 +49,12 @@ impl Source {
 impl Outlet for Source {
     type Error = Infallible;
 
-    fn ram_blocks(&mut self, blocks: &[StreamBlock]) -> Result<Vec<Travel>, Infallible> {
+    fn ram_blocks(&mut self, blocks: &[StreamBlock]) -> Result<Vec<Transfer>, Infallible> {
         self.blocks = blocks.to_vec();
         let travel = |index: usize| match self.travels >> (index % 4) & 0x11 {
-            0 => Travel::Mapped,
-            0x10 => Travel::Staged,
-            _ => Travel::InStream,
+            0 => Transfer::Mapped,
+            0x10 => Transfer::Staged,
+            _ => Transfer::InStream,
         };
         Ok((0..blocks.len()).map(travel).collect())
     }

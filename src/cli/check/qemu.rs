@@ -3,16 +3,16 @@
 use std::path::Path;
 
 use qemu_rdma_helper::{
+    control::FabricKind,
     fabric::{Finding, Guest},
-    migration::messages::FabricKind,
     qemu::{
         Process, Version,
         blockers::{self, Blocker},
         blocks::{self, RamBlock},
     },
     qmp::Execute as _,
+    ram::Transfer,
     relay::FabricChoice,
-    stream::Travel,
 };
 use serde_json::Value;
 
@@ -111,9 +111,9 @@ fn describe(block: &RamBlock, fabric: FabricKind) -> Finding {
     let (travel, why) = block.travel(fabric);
     let path = block.backing.as_ref().map(|backing| backing.path.as_str());
     let how = match travel {
-        Travel::Mapped => format!("written from {}", path.unwrap_or_default()),
-        Travel::Staged => format!("written from the stream ({})", why.unwrap_or_default()),
-        Travel::InStream => format!("in the stream ({})", why.unwrap_or_default()),
+        Transfer::Mapped => format!("written from {}", path.unwrap_or_default()),
+        Transfer::Staged => format!("written from the stream ({})", why.unwrap_or_default()),
+        Transfer::InStream => format!("in the stream ({})", why.unwrap_or_default()),
     };
     Finding::good(format!("RAM block '{}', {} KiB: {how}", block.name, block.length >> 10))
 }
@@ -130,13 +130,13 @@ async fn guest(
     let leaves = status["status"] != "inmigrate";
     let travels = |block: &RamBlock, wanted| block.travel(FabricKind::Verbs).0 == wanted;
     let is_registered = |block: &&RamBlock| match leaves {
-        true => travels(block, Travel::Mapped),
+        true => travels(block, Transfer::Mapped),
         false => block.backing.is_some(),
     };
     Ok(Guest {
         blocks: blocks.iter().filter(is_registered).map(|block| block.length).collect(),
         pin_all: blockers::is_on(&capabilities, "rdma-pin-all"),
         pin_limit,
-        staged: leaves && blocks.iter().any(|block| travels(block, Travel::Staged)),
+        staged: leaves && blocks.iter().any(|block| travels(block, Transfer::Staged)),
     })
 }

@@ -23,8 +23,9 @@ use super::{
 };
 use crate::{
     fabric::{Connection, FabricError, Guard, Handle, Poster, Receiver, Result},
-    memory::{CHUNK, Region},
+    memory::Region,
     patience::Patience,
+    ram::CHUNK,
 };
 
 /// Most bytes of writes in flight, through all connections together. It bounds what QEMU believes

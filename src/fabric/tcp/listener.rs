@@ -14,12 +14,12 @@ use tracing::{debug, info, warn};
 
 use super::{Tcp, connection::TcpConnection, frame, resolve};
 use crate::{
+    address::Address,
     fabric::{
         Connection, FabricError, Handle, Listener, Request, Result,
         pending::{GRACE, Limits, Newcomer, Pending, Place},
         session::{Kind, Opened, Sessions, Trailer},
     },
-    migration::messages::Address,
     refusals::Refusals,
     threads::{self, Lost},
 };

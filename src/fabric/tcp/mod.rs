@@ -25,7 +25,7 @@ use super::{
     Connection, Fabric, FabricError, Finding, Listener, Result, resolve,
     session::{Kind, Trailer},
 };
-use crate::{migration::messages::Address, patience::SLICE};
+use crate::{address::Address, patience::SLICE};
 
 /// The `tcp` fabric.
 #[derive(Debug, Clone)]

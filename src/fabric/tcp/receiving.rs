@@ -18,8 +18,9 @@ use super::{
 };
 use crate::{
     fabric::{FabricError, Guard, MESSAGE_MAX, Receiver, RemoteKey, Result},
-    memory::{CHUNK, Pipe, Region, Room},
+    memory::{Pipe, Region, Room},
     patience::persist,
+    ram::CHUNK,
     threads,
 };
 

@@ -18,9 +18,10 @@ use super::{
     frame::{self, Header},
 };
 use crate::{
+    address::Address,
     fabric::{Connection, Fabric as _, FabricError, Listener, MESSAGE_MAX, RemoteKey},
-    memory::{CHUNK, Region},
-    migration::messages::Address,
+    memory::Region,
+    ram::CHUNK,
 };
 
 const SIZE: u64 = 8 << 20;

@@ -23,11 +23,11 @@ use super::{
     route::no_device,
 };
 use crate::{
+    address::Address,
     fabric::{
         Connection, FabricError, Handle, Listener, Request, Result, resolve,
         session::{ESTABLISHING, Kind, Opened, Session, Sessions, Trailer},
     },
-    migration::messages::Address,
     refusals::Refusals,
 };
 

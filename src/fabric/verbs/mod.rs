@@ -36,7 +36,7 @@ use super::{
     Connection, Fabric, FabricError, Listener, Result, resolve,
     session::{Kind, Trailer},
 };
-use crate::migration::messages::Address;
+use crate::address::Address;
 
 /// How long things may take.
 #[derive(Debug, Clone, Copy)]

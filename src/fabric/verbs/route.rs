@@ -13,8 +13,8 @@ use super::{
     preflight::probe,
 };
 use crate::{
+    address::Address,
     fabric::{self, FabricError, Result},
-    migration::messages::Address,
 };
 
 /// Resolve `candidate`, one of the addresses of `address`, and the route to it.

@@ -28,8 +28,9 @@ use super::{
 };
 use crate::{
     fabric::{FabricError, Pinned, Poster, RemoteKey, Result},
-    memory::{CHUNK, Ranges, Region},
+    memory::{Ranges, Region},
     patience::{Found, await_enough},
+    ram::CHUNK,
 };
 
 /// Work requests that may be outstanding at a queue pair (QEMU's RDMA_SIGNALED_SEND_MAX).

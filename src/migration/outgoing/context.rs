@@ -14,6 +14,8 @@ use tracing::{debug, info, warn};
 
 use super::Event;
 use crate::{
+    address::Address,
+    control::{Command, Options, Order, QmpSocket, Report},
     fabric::Fabric,
     memory::Region,
     migration::{
@@ -21,7 +23,6 @@ use crate::{
         commitment::Commitment,
         control::Reports,
         link::Link,
-        messages::{Address, Command, Options, Order, QmpSocket, Report},
         orphan::Orphan,
         pacing::Pacer,
         return_path::{self, ToQemu},

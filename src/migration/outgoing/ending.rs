@@ -6,8 +6,9 @@ use tracing::warn;
 
 use super::{Event, Outgoing};
 use crate::{
+    control::Order,
     fabric::FabricError,
-    migration::{Verdict, error::MigrationError, link::Link, messages::Order, patience_of},
+    migration::{Verdict, error::MigrationError, link::Link, patience_of},
     patience::Patience,
     threads,
 };

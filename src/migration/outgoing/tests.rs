@@ -7,11 +7,9 @@ use std::{
 
 use super::*;
 use crate::{
+    control::{Command, FabricKind},
     fabric::tcp::Tcp,
-    migration::{
-        idle_link,
-        messages::{Command, FabricKind},
-    },
+    migration::idle_link,
 };
 
 fn context(past_ram: bool) -> (Context, Receiver<Event>) {
@@ -24,7 +22,7 @@ fn context(past_ram: bool) -> (Context, Receiver<Event>) {
         connections: 1,
         channels: 0,
         pin_limit: None,
-        chunk_size: crate::memory::CHUNK,
+        chunk_size: crate::ram::CHUNK,
         cpus: Vec::new(),
         fabric: FabricKind::Tcp,
     };

@@ -21,7 +21,7 @@ pub use monitor::{Endpoint, Monitor};
 use options::Options;
 
 use crate::{
-    migration::messages::Address,
+    address::Address,
     qmp::{
         QmpError,
         uri::{self, Target},

@@ -10,7 +10,7 @@ use super::{
     QmpError, Version,
     uri::{self, Target},
 };
-use crate::migration::messages::Address;
+use crate::address::Address;
 use grammar::Arguments;
 pub use grammar::number;
 pub use text::{error_text, with_values};

@@ -9,19 +9,18 @@ use tracing::{info, warn};
 
 use super::{Source, WORKER_DIED, generic, is_under_way};
 use crate::{
-    migration::{
-        messages::{Address, Agreed, Order, Report},
-        streams::Streams,
-    },
+    address::Address,
+    control::{Agreed, Order, Report},
+    migration::streams::Streams,
     qemu::{Version, blockers, blocks::RamBlock},
     qmp::{Execute as _, QmpError},
+    ram::Transfer,
     relay::{
         QemuEvent, listed,
         migrations::IN_PROGRESS,
         view::{Phase, Side},
         worker::{self, Worker},
     },
-    stream::Travel,
     threads::Lost,
 };
 
@@ -101,7 +100,7 @@ impl Source {
         blockers::refuse(&blockers::find(&mut qemu, &blocks, options.fabric).await?)?;
         // The worker gets the memory that it may read, and no other.
         for block in &mut blocks {
-            if block.travel(options.fabric).0 != Travel::Mapped {
+            if block.travel(options.fabric).0 != Transfer::Mapped {
                 block.backing = None;
             }
         }

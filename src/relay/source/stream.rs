@@ -17,7 +17,8 @@ use tracing::{debug, info};
 
 use super::{FDNAME, Source, door::QemusDoor, generic, is_under_way, pace::Pacing};
 use crate::{
-    migration::{messages::Order, streams::Streams},
+    control::Order,
+    migration::streams::Streams,
     qemu::{Version, blockers},
     qmp::{Execute as _, QmpError},
     relay::{

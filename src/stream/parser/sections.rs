@@ -1,11 +1,12 @@
 //! What is around RAM: sections' heads, commands, and the state that QEMU sends before RAM.
 
-use super::{
-    super::{
+use super::{Found, Item, Parser, Ram, State, shown};
+use crate::{
+    ram::PAGE,
+    stream::{
         error::StreamError,
         fields::{FIELD_MAX, Fields},
     },
-    Found, Item, PAGE, Parser, Ram, State, shown,
 };
 
 /// Section types (QEMU_VM_* of `migration/savevm.h`).

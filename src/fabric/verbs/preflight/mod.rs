@@ -15,8 +15,8 @@ use super::{
     route::{self, Route},
 };
 use crate::{
+    address::Address,
     fabric::{self, Finding, Question, Result},
-    migration::messages::Address,
 };
 
 /// How long a route may take to be found.

@@ -10,7 +10,7 @@ use super::super::{
 };
 use crate::{
     fabric::{Guest, MESSAGE_MAX},
-    memory::{CHUNK, RANGE_MAX},
+    ram::{CHUNK, RANGE_MAX},
 };
 
 /// Of one connection: buffers to send, buffers to receive, the ring of staged pages.

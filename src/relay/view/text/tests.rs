@@ -1,7 +1,7 @@
 use serde_json::json;
 
 use super::*;
-use crate::{migration::messages::Progress, relay::view::Phase};
+use crate::{control::Progress, relay::view::Phase};
 
 /// What QEMU said, and `query-migrate` at the same moment: one a line.
 const RECORDED: &str = include_str!("../../../../tests/data/info-migrate.jsonl");

@@ -8,7 +8,7 @@ use std::{collections::VecDeque, io, os::fd::OwnedFd};
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use super::messages::LINE_MAX;
+use super::LINE_MAX;
 
 /// Most descriptors that wait for their line: those of one for each block that can be named, and of
 /// as many channels as QEMU can have.

@@ -1,38 +1,20 @@
 //! What the relay and a worker tell each other: one JSON object a line over a socketpair. Orders are
-//! in [`lines`](super::lines) that have descriptors.
+//! in [`lines`] that have descriptors.
+
+pub mod lines;
 
 use std::{path::PathBuf, time::Duration};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::{fabric, text};
+use crate::{address::Address, text};
 
 /// Longest line that either side accepts, in bytes.
 ///
 /// The longest is [`Order::Outgoing`] with its block list: 16383 blocks (what one
 /// RAM_BLOCKS_RESULT can name) of some 350 bytes.
 pub const LINE_MAX: usize = 8 << 20;
-
-/// Where the other helper listens, or where this one does.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct Address {
-    /// Host name or address, without brackets.
-    pub host: String,
-    /// Port.
-    pub port: u16,
-}
-
-impl std::fmt::Display for Address {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        if self.host.contains(':') {
-            write!(f, "[{}]:{}", self.host, self.port)
-        } else {
-            write!(f, "{}:{}", self.host, self.port)
-        }
-    }
-}
 
 /// One RAM block of the attached QEMU.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -52,10 +34,6 @@ pub struct Block {
     pub read_whole: bool,
 }
 
-/// QEMU resizes some of its ROMs when it loads a guest. None is nearly as long as this, in bytes:
-/// what is longer is the guest's memory.
-pub const ROM_MAX: u64 = 64 << 20;
-
 /// What carries RAM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -67,15 +45,6 @@ pub enum FabricKind {
 }
 
 impl FabricKind {
-    /// RDMA where this host and this build can do it, else TCP.
-    pub fn auto() -> Self {
-        if cfg!(feature = "verbs") && !fabric::devices().is_empty() {
-            Self::Verbs
-        } else {
-            Self::Tcp
-        }
-    }
-
     /// Memory that it reads or writes is pinned: pages that are discarded and come back are others.
     pub fn pins(self) -> bool {
         self == Self::Verbs
