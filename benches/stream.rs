@@ -17,7 +17,7 @@ use qemu_rdma_helper::{
 };
 use streams::{PAGE, Stream};
 
-/// Bytes that are fed at once, as by `migration/intake.rs`.
+/// Bytes that are fed at once, as by `worker/source/stream_reader.rs`.
 const READ: usize = 256 << 10;
 
 /// Pages of the streams that are made to measure: 256 MiB.

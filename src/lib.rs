@@ -1,8 +1,8 @@
 //! Live migration of an unmodified QEMU over RDMA, by a helper process that speaks QMP.
 //!
 //! The rooms, from the user inwards: [`relay`] is the long-lived process that management talks to;
-//! [`qmp`] and [`qemu`] are how it speaks to and what it knows of the attached QEMU; [`migration`]
-//! is the worker of one migration, which reads QEMU's [`stream`], speaks the [`wire`] protocol, and
+//! [`qmp`] and [`qemu`] are how it speaks to and what it knows of the attached QEMU; [`worker`]
+//! is the process of one migration, which reads QEMU's [`stream`], speaks the [`wire`] protocol, and
 //! moves guest [`memory`] over a [`fabric`].
 #![deny(unsafe_code)]
 
@@ -11,8 +11,8 @@ pub mod confinement;
 pub mod control;
 pub mod fabric;
 pub mod memory;
-pub mod migration;
 mod patience;
+mod proto;
 pub mod qemu;
 pub mod qmp;
 pub mod ram;
@@ -22,3 +22,4 @@ pub mod stream;
 pub mod text;
 mod threads;
 pub mod wire;
+pub mod worker;

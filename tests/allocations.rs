@@ -23,9 +23,9 @@ use qemu_rdma_helper::{
     address::Address,
     control::{Block, FabricKind, Options, Order, Report},
     memory::Region,
-    migration::worker,
     qmp::socket,
     stream::multifd::{INIT_SIZE, PACKET_SIZE},
+    worker::process,
 };
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use streams::{PAGE, Stream};
@@ -105,7 +105,7 @@ impl Worker {
     /// Start one; its state machine is on an exempt thread, because it reports by the clock.
     fn start(order: &Order, fds: &[OwnedFd]) -> Self {
         let (orders, control) = UnixStream::pair().unwrap();
-        let thread = exempt(move || worker::run(control).unwrap());
+        let thread = exempt(move || process::run(control).unwrap());
         let reports = BufReader::new(orders.try_clone().unwrap());
         let worker = Self { thread, orders, reports };
         worker.order(order, fds);

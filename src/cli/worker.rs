@@ -5,7 +5,7 @@ use std::os::fd::AsFd as _;
 use anyhow::Context as _;
 use qemu_rdma_helper::{
     confinement::{Room, confine},
-    migration,
+    worker,
 };
 use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
 use tracing::warn;
@@ -45,7 +45,7 @@ pub fn run(args: &Args) -> anyhow::Result<u8> {
     });
     let control = std::io::stdin().as_fd().try_clone_to_owned();
     let control = control.context("No socket to the relay on standard input")?;
-    migration::worker::run(control.into()).context("The worker is started by the relay only")?;
+    worker::process::run(control.into()).context("The worker is started by the relay only")?;
     Ok(super::DONE)
 }
 

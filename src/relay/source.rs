@@ -28,9 +28,9 @@ use super::{
 use crate::{
     address::Address,
     control::{Order, Progress, Report},
-    migration::return_path,
     qmp::{Execute as _, QmpError},
     threads,
+    worker::return_path,
 };
 
 /// How often QEMU's state is asked for while something is expected of it.

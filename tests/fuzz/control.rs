@@ -10,7 +10,7 @@ use qemu_rdma_helper::{
         Order, Report,
         lines::{self, Lines},
     },
-    migration::control::Orders,
+    worker::relay_socket::Orders,
 };
 use serde::{Serialize, de::DeserializeOwned};
 

@@ -11,7 +11,6 @@ use super::{Source, WORKER_DIED, generic, is_under_way};
 use crate::{
     address::Address,
     control::{Agreed, Order, Report},
-    migration::streams::Streams,
     qemu::{Version, blockers, blocks::RamBlock},
     qmp::{Execute as _, QmpError},
     ram::Transfer,
@@ -22,6 +21,7 @@ use crate::{
         worker::{self, Worker},
     },
     threads::Lost,
+    worker::qemu_sockets::Streams,
 };
 
 /// How long connecting and comparing block lists may take in all; the worker's own bounds are

@@ -8,13 +8,13 @@ use tracing::warn;
 
 use super::{ANSWER, END, Ended, NOTICE, POLL, Source, UNDER_WAY};
 use crate::{
-    migration::streams::Streams,
     qmp::{Execute as _, QmpError, envelope},
     relay::{
         Output,
         view::{Guest, Phase},
         worker::Worker,
     },
+    worker::qemu_sockets::Streams,
 };
 
 /// How long the worker may take to read the end of a stream that QEMU has written.

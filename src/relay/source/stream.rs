@@ -18,7 +18,6 @@ use tracing::{debug, info};
 use super::{FDNAME, Source, door::QemusDoor, generic, is_under_way, pace::Pacing};
 use crate::{
     control::Order,
-    migration::streams::Streams,
     qemu::{Version, blockers},
     qmp::{Execute as _, QmpError},
     relay::{
@@ -28,6 +27,7 @@ use crate::{
         view::{Guest, Phase},
         worker::{self, Worker},
     },
+    worker::qemu_sockets::Streams,
 };
 
 /// How long QEMU may take to connect all of its channels.

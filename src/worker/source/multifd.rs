@@ -15,11 +15,9 @@ use std::{
 };
 
 use super::{
-    Result,
-    error::MigrationError,
-    outgoing::Event,
-    rounds::{Met, Rounds},
-    writer::Writer,
+    Event,
+    multifd_sync::{Met, Rounds},
+    ram_writer::Writer,
 };
 use crate::{
     ram::{BlockRange, CHUNK, PAGE, Transfer},
@@ -28,6 +26,7 @@ use crate::{
         multifd::{self, INIT_SIZE, PACKET_SIZE, PAGES_MAX, Packet},
     },
     threads,
+    worker::{Result, error::MigrationError},
 };
 
 /// Bytes of dropped content that are read at once: they should stay in the cache.

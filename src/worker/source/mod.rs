@@ -2,6 +2,15 @@
 
 mod context;
 mod ending;
+mod handshake;
+mod multifd;
+mod multifd_sync;
+mod ram_writer;
+mod rate_limit;
+mod remote_blocks;
+mod reply_reader;
+mod stream_reader;
+mod takeover;
 #[cfg(test)]
 mod tests;
 
@@ -19,21 +28,14 @@ use tracing::{debug, info, warn};
 use self::{
     context::{Context, Way, say_lost},
     ending::Ending,
+    handshake::Agreement,
+    multifd::Channels,
+    ram_writer::Writer,
+    remote_blocks::Targets,
 };
 use super::{
-    Block, Result, Verdict,
-    agreement::{self, Agreement},
-    answers,
-    channels::Channels,
-    control::Reports,
-    error::MigrationError,
-    intake, lifetime,
-    link::Link,
-    return_path::ToQemu,
-    statistics::Statistics,
-    streams::Streams,
-    targets::Targets,
-    writer::Writer,
+    Block, Result, Verdict, error::MigrationError, lifetime, link::Link, qemu_sockets::Streams,
+    relay_socket::Reports, return_path::ToQemu, statistics::Statistics,
 };
 use crate::{
     address::Address,
@@ -121,7 +123,7 @@ pub fn run(
         events: sender.clone(),
     };
     let connect =
-        move || agreement::connect(&*way.fabric, &way.address, blocks, &way.options, &set_up);
+        move || handshake::connect(&*way.fabric, &way.address, blocks, &way.options, &set_up);
     threads::start("connect", connect, move |agreed| {
         // The receiver is gone only when the migration has ended otherwise.
         let _ = sender.send(Event::Agreed(agreed.unwrap_or_else(|lost| Err(lost.into()))));
@@ -284,7 +286,7 @@ impl Outgoing {
         let (answers, answered) = mpsc::sync_channel(2);
         let lost = events.clone();
         let receive =
-            move || answers::receive(receiver, &answering, &return_path, &answers, &events);
+            move || reply_reader::receive(receiver, &answering, &return_path, &answers, &events);
         threads::start("answers", receive, move |end| say_lost(end, &lost));
         let (events, way) = (context.events.clone(), context.way.clone());
         let statistics = context.statistics.clone();
@@ -301,9 +303,15 @@ impl Outgoing {
         let take = move || {
             let main = &qemu.main;
             let (taken, rest) = match way.open_return_path(writer.link(), &to_qemu, &events) {
-                Ok(()) => {
-                    intake::take(main, &to_qemu, channels, &writer, &statistics, &events, pass_ram)
-                }
+                Ok(()) => stream_reader::take(
+                    main,
+                    &to_qemu,
+                    channels,
+                    &writer,
+                    &statistics,
+                    &events,
+                    pass_ram,
+                ),
                 Err(error) => (Err(error), None),
             };
             let end = taken.is_ok().then(|| writer.link());

@@ -1,29 +1,23 @@
-//! Before anything moves: versions, and that both sides have the same RAM blocks. The source's half,
-//! and what both share; the destination's is `acceptance`.
+//! Before anything moves: the source connects, names its RAM blocks and learns where they go.
 
 use std::{ops::Range, sync::Arc, time::Duration};
 
-use super::{
-    Block, Result,
-    coverage::Coverage,
-    error::MigrationError,
-    link::{Link, LinkReceiver, WINDOW},
-    statistics::Statistics,
-};
 use crate::{
     address::Address,
-    control::{FabricKind, Options},
+    control::Options,
     fabric::{Connection, Fabric, RemoteKey},
     memory::Region,
+    proto::coverage::Coverage,
     ram::{ROM_MAX, Transfer},
-    wire::{
-        Compress, Extension, ListedBlock, Message, PrivateData, RamBlockEntry, Register, WireError,
-        credit::Flow,
+    wire::{Compress, Message, PrivateData, RamBlockEntry, Register, credit::Flow},
+    worker::{
+        Block, Result,
+        error::MigrationError,
+        handshake::{TIMEOUT, check_chunk, check_limit, extension, listed, ours, unexpected},
+        link::{Link, LinkReceiver},
+        statistics::Statistics,
     },
 };
-
-/// How long each side waits for the other's next step of the agreement.
-pub(super) const TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long a stock QEMU may take to let the return path in (it waits as long itself).
 const RETURN_PATH: Duration = Duration::from_secs(5);
@@ -219,41 +213,6 @@ impl AgreedBlock {
     }
 }
 
-pub(super) fn listed(blocks: &[Block]) -> Vec<ListedBlock> {
-    let listed = |block: &Block| ListedBlock { name: block.name.clone(), length: block.length };
-    blocks.iter().map(listed).collect()
-}
-
-/// What this side offers another helper.
-pub(super) fn ours(options: &Options) -> Extension {
-    let mib = |bytes: u64| u32::try_from(bytes >> 20).unwrap_or(u32::MAX).max(1);
-    Extension {
-        version: Extension::VERSION,
-        window: WINDOW,
-        pin_limit: options.pin_limit.map_or(0, mib),
-    }
-}
-
-/// A helper's extension; `None` for a stock QEMU, which speaks only RDMA.
-pub(super) fn extension(
-    private_data: &PrivateData,
-    options: &Options,
-) -> Result<Option<Extension>> {
-    match private_data.extension {
-        Some(extension) => Ok(Some(extension)),
-        None if options.fabric == FabricKind::Verbs => Ok(None),
-        None => Err(no_helper()),
-    }
-}
-
-fn no_helper() -> MigrationError {
-    MigrationError::Incompatible(
-        "The peer is no helper (it lacks the protocol's extension); start \
-         'qemu-rdma-helper attach' beside its QEMU"
-            .into(),
-    )
-}
-
 /// The source: connect, name the blocks, learn where they go.
 ///
 /// # Errors
@@ -293,44 +252,6 @@ pub fn connect(
             Err(error)
         }
     }
-}
-
-/// A stock destination registers memory by chunks, and so does this end.
-pub(super) fn check_chunk(options: &Options) -> Result<()> {
-    match options.pin_limit {
-        Some(limit) if !options.pin_all && limit < options.chunk_size => {
-            Err(MigrationError::Incompatible(format!(
-                "Parameter x-rdma-chunk-size lets a stock QEMU pin {} MiB at a time, and --pin-limit \
-                 allows {} MiB; raise it, or set the parameter to less at both ends",
-                options.chunk_size >> 20,
-                limit >> 20
-            )))
-        }
-        _ => Ok(()),
-    }
-}
-
-/// With pin-all the limit has to hold all of the blocks that are written.
-pub(super) fn check_limit(
-    blocks: &[Block],
-    pin_all: bool,
-    limit: Option<u64>,
-    options: &Options,
-) -> Result<()> {
-    let Some(limit) = limit.filter(|_| pin_all && options.fabric == FabricKind::Verbs) else {
-        return Ok(());
-    };
-    let written = blocks.iter().filter_map(|block| block.region.as_ref());
-    let total: u64 = written.map(|region| region.length()).sum();
-    if total <= limit {
-        return Ok(());
-    }
-    Err(MigrationError::Incompatible(format!(
-        "rdma-pin-all pins {} MiB of guest RAM and --pin-limit allows {} MiB; raise it, or turn \
-         rdma-pin-all off",
-        total.div_ceil(1 << 20),
-        limit >> 20
-    )))
 }
 
 /// A stock destination: another connection, for the return path.
@@ -421,18 +342,4 @@ fn agreed(
     let Block { name, length, read_whole, .. } = block;
     let coverage = read_whole.then(|| Coverage::new(length));
     Ok(AgreedBlock { name, length, target, coverage, index, base })
-}
-
-/// A message that is out of turn.
-pub fn unexpected(message: &Message<'_>, wanted: &str) -> MigrationError {
-    MigrationError::Peer(format!("{} where {wanted} belongs", message.name()))
-}
-
-impl From<WireError> for MigrationError {
-    fn from(error: WireError) -> Self {
-        match error {
-            WireError::Incompatible(text) => Self::Incompatible(text),
-            other => Self::Peer(other.to_string()),
-        }
-    }
 }

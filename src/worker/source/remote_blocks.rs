@@ -9,20 +9,16 @@ use std::{
 
 use tracing::{debug, warn};
 
-use super::{
-    Block, Result,
-    agreement::{AgreedBlock, Source, SourceBlocks},
-    error::MigrationError,
-    keys::{Keys, Known},
-    link::Link,
-};
+use super::handshake::{AgreedBlock, Source, SourceBlocks};
 use crate::{
     control::Options,
     fabric::{FabricError, RemoteKey},
     patience::Patience,
+    proto::rkeys::{Keys, Known},
     ram::{BlockRange, CHUNK, ROM_MAX, Transfer},
     stream::StreamBlock,
     wire::{Message, RamBlockEntry, RegisterResult},
+    worker::{Block, Result, error::MigrationError, link::Link},
 };
 
 /// What the destination answers to a request.

@@ -5,15 +5,13 @@ use std::sync::{
     atomic::{AtomicBool, AtomicU64, Ordering},
 };
 
-use super::{
-    Result, agreement::Source, error::MigrationError, link::Link, pacing::Pacer,
-    statistics::Statistics, targets::Targets,
-};
+use super::{handshake::Source, rate_limit::Pacer, remote_blocks::Targets};
 use crate::{
     memory::Region,
     ram::{BlockRange, Transfer},
     stream::StreamBlock,
     wire::Message,
+    worker::{Result, error::MigrationError, link::Link, statistics::Statistics},
 };
 
 /// Shared by the threads that take QEMU's stream and its channels.

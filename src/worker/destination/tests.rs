@@ -3,7 +3,7 @@
 use std::{sync::mpsc, time::Instant};
 
 use super::*;
-use crate::{fabric::FabricError, migration::idle_link};
+use crate::{fabric::FabricError, worker::idle_link};
 
 fn context(past_ram: bool) -> (Context, Receiver<Event>) {
     let ((qemu, _), (socket, _)) = (UnixStream::pair().unwrap(), UnixStream::pair().unwrap());

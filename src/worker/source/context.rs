@@ -12,26 +12,24 @@ use std::{
 
 use tracing::{debug, info, warn};
 
-use super::Event;
+use super::{Event, handshake, rate_limit::Pacer, reply_reader, takeover::Orphan};
 use crate::{
     address::Address,
     control::{Command, Options, Order, QmpSocket, Report},
     fabric::Fabric,
     memory::Region,
-    migration::{
-        LastWords, Result, agreement, answers,
-        commitment::Commitment,
-        control::Reports,
-        link::Link,
-        orphan::Orphan,
-        pacing::Pacer,
-        return_path::{self, ToQemu},
-        statistics::Statistics,
-        streams::Streams,
-    },
     patience::Patience,
+    proto::switchover::Commitment,
     threads::{self, Lost},
     wire::credit::Flow,
+    worker::{
+        LastWords, Result,
+        link::Link,
+        qemu_sockets::Streams,
+        relay_socket::Reports,
+        return_path::{self, ToQemu},
+        statistics::Statistics,
+    },
 };
 
 /// How long reading what QEMU has written may take, when nothing more comes.
@@ -58,14 +56,15 @@ impl Way {
         }
         link.await_ready()?;
         let (connection, stall) = (
-            agreement::connect_again(&*self.fabric, &self.address, &self.options)?,
+            handshake::connect_again(&*self.fabric, &self.address, &self.options)?,
             self.options.stall_timeout(),
         );
         let (return_path, receiver) = Link::stock(connection, Flow::LockstepAhead, stall);
         link.accompany(&return_path);
         let (qemu, events) = (qemu.clone(), events.clone());
         let lost = events.clone();
-        let receive = move || answers::receive_return_path(receiver, &return_path, &qemu, &events);
+        let receive =
+            move || reply_reader::receive_return_path(receiver, &return_path, &qemu, &events);
         threads::start("return path", receive, move |end| say_lost(end, &lost));
         Ok(())
     }

@@ -11,13 +11,12 @@ use rustix::thread::{CpuSet, sched_setaffinity};
 #[cfg(feature = "verbs")]
 use super::{
     Block, Result,
-    control::{Orders, Reports},
+    destination::{self, inquiry::Inquiry},
     error::MigrationError,
-    incoming,
-    inquiry::Inquiry,
     link::WINDOW,
-    outgoing,
-    streams::Streams,
+    qemu_sockets::Streams,
+    relay_socket::{Orders, Reports},
+    source,
 };
 use crate::control::{self, FabricKind, Options, Order, Report};
 #[cfg(feature = "verbs")]
@@ -78,18 +77,18 @@ fn start(order: Order, fds: Vec<OwnedFd>, orders: Orders, reports: &Arc<Reports>
             let fabric = fabric(&options)?;
             let (sender, events) = mpsc::channel();
             let order = |order, fds| match order {
-                Order::Take => outgoing::Event::Take(Streams::new(fds)),
-                Order::Leave { reason } => outgoing::Event::RelayGone(reason),
-                order => outgoing::Event::Order(order),
+                Order::Take => source::Event::Take(Streams::new(fds)),
+                Order::Leave { reason } => source::Event::RelayGone(reason),
+                order => source::Event::Order(order),
             };
             let order = move |next, fds| Some(order(next, fds));
             let gone = |lost: Option<Lost>| {
                 let gone = "The source's helper is gone; start it again there, and migrate again";
                 let reason = lost.map_or_else(|| gone.into(), |lost| lost.to_string());
-                outgoing::Event::RelayGone(reason)
+                source::Event::RelayGone(reason)
             };
             forward(orders, sender.clone(), order, gone);
-            outgoing::run(fabric, address, blocks, options, qemu_qmp, reports, (sender, events));
+            source::run(fabric, address, blocks, options, qemu_qmp, reports, (sender, events));
         }
         Order::Incoming { address, options } => {
             keep_to(&options.cpus)?;
@@ -107,15 +106,15 @@ fn start(order: Order, fds: Vec<OwnedFd>, orders: Orders, reports: &Arc<Reports>
                     asked.answer(number, Err(MigrationError::Aborted(reason)));
                     None
                 }
-                order => Some(incoming::Event::Order(order)),
+                order => Some(destination::Event::Order(order)),
             };
             let asked = inquiry.clone();
             let gone = move |lost| {
                 asked.end();
-                incoming::Event::RelayGone(lost)
+                destination::Event::RelayGone(lost)
             };
             forward(orders, sender.clone(), order, gone);
-            incoming::run(&*fabric, &address, inquiry, options, qemu, reports, (sender, events));
+            destination::run(&*fabric, &address, inquiry, options, qemu, reports, (sender, events));
         }
         _ => return Err(misuse("it begins no migration")),
     }

@@ -5,7 +5,7 @@
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
-use super::Result;
+use crate::worker::Result;
 
 /// The meetings of so many threads.
 #[derive(Debug)]
@@ -87,7 +87,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::migration::error::MigrationError;
+    use crate::worker::error::MigrationError;
 
     #[test]
     fn nobody_is_ahead_of_a_meeting() {

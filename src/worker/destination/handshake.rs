@@ -3,14 +3,9 @@
 use std::{collections::HashMap, ops::Range, sync::Arc};
 
 use super::{
-    Block, Result,
-    agreement::{TIMEOUT, check_limit, extension, listed, ours, unexpected},
-    error::MigrationError,
     inquiry::Inquiry,
-    landing::Context,
-    link::{Link, LinkReceiver},
+    receiver::Context,
     seat::{Claim, Seat},
-    statistics::Statistics,
 };
 use crate::{
     control::Options,
@@ -22,6 +17,13 @@ use crate::{
         ListedBlock, Message, PrivateData, RamBlockEntry, Register,
         blocks::{self, BlockTable},
         credit::Flow,
+    },
+    worker::{
+        Block, Result,
+        error::MigrationError,
+        handshake::{TIMEOUT, check_limit, extension, listed, ours, unexpected},
+        link::{Link, LinkReceiver},
+        statistics::Statistics,
     },
 };
 

@@ -478,7 +478,7 @@ mod tests {
     use std::{cell::Cell, thread, time::Instant};
 
     use super::*;
-    use crate::migration::idle_link;
+    use crate::worker::idle_link;
 
     /// And is no burden meanwhile.
     #[test]

@@ -2,15 +2,17 @@
 
 use std::sync::mpsc::{Sender, SyncSender};
 
-use super::{
-    Result, agreement,
-    error::MigrationError,
-    link::{Link, LinkReceiver},
-    outgoing::Event,
-    return_path::{ToQemu, WholeMessages, says_done},
-    targets::Answer,
+use super::{Event, remote_blocks::Answer};
+use crate::{
+    wire::Message,
+    worker::{
+        Result,
+        error::MigrationError,
+        handshake::unexpected,
+        link::{Link, LinkReceiver},
+        return_path::{ToQemu, WholeMessages, says_done},
+    },
 };
-use crate::wire::Message;
 
 /// Receive until the connection ends.
 pub fn receive(
@@ -98,7 +100,7 @@ fn receive_one(
             text: "The destination failed and did not say why; see its log".into(),
             guest_never_ran: false,
         }),
-        other => Err(agreement::unexpected(&other, "an answer")),
+        other => Err(unexpected(&other, "an answer")),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use crate::{fabric::FabricError, memory::RegionError, threads::Lost};
+use crate::{fabric::FabricError, memory::RegionError, threads::Lost, wire::WireError};
 
 /// Why a migration failed, from the worker's view.
 #[derive(Debug, thiserror::Error)]
@@ -46,3 +46,12 @@ pub enum MigrationError {
 
 /// Result of a step of a migration.
 pub type Result<T> = std::result::Result<T, MigrationError>;
+
+impl From<WireError> for MigrationError {
+    fn from(error: WireError) -> Self {
+        match error {
+            WireError::Incompatible(text) => Self::Incompatible(text),
+            other => Self::Peer(other.to_string()),
+        }
+    }
+}

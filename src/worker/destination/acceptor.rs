@@ -16,12 +16,9 @@ use std::{
 use tracing::{debug, info, warn};
 
 use super::{
-    Result,
-    acceptance::{self, Accepted},
-    error::MigrationError,
-    incoming::Event,
-    landing::{Context, say_failure},
-    return_path::ReturnPath,
+    Event,
+    handshake::{self, Accepted},
+    receiver::{Context, say_failure},
     seat::Seat,
 };
 use crate::{
@@ -33,6 +30,7 @@ use crate::{
     refusals::Refusals,
     threads,
     wire::PrivateData,
+    worker::{Result, error::MigrationError, return_path::ReturnPath},
 };
 
 /// Sources that may be pending. On RDMA the buffers of each are 12 MiB of pinned memory; who stands in line
@@ -171,7 +169,7 @@ impl Hall {
         };
         // Before it is let in: a stock QEMU connects again as soon as it is.
         let return_path = stock.then(|| self.expect_return_path(peer.ip()));
-        let mut accepted = acceptance::accept(request, &self.context, &place, &self.seat)?;
+        let mut accepted = handshake::accept(request, &self.context, &place, &self.seat)?;
         let link = accepted.link.clone();
         if let Some(return_path) = &return_path {
             return_path.belongs_to(&link);
@@ -225,7 +223,7 @@ impl Hall {
                 let peer = request.peer();
                 // It is expected as long as its source is there.
                 let Some(return_path) = opened.upgrade() else { break };
-                match acceptance::accept_again(request) {
+                match handshake::accept_again(request) {
                     Ok(connection) => {
                         return_path.open(connection, stall);
                         break;

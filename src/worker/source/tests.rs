@@ -9,7 +9,7 @@ use super::*;
 use crate::{
     control::{Command, FabricKind},
     fabric::tcp::Tcp,
-    migration::idle_link,
+    worker::idle_link,
 };
 
 fn context(past_ram: bool) -> (Context, Receiver<Event>) {
@@ -314,7 +314,7 @@ fn orders_count_behind_the_verdict() {
 #[test]
 fn no_state_waits_and_none_lies_before_the_stream() {
     let agreement = |(link, receiver)| {
-        let blocks = agreement::SourceBlocks::Agreed(Vec::new());
+        let blocks = handshake::SourceBlocks::Agreed(Vec::new());
         Box::new(Agreement { link, receiver, blocks, pin_limit: None, any_time: true })
     };
     for agreed in [false, true] {

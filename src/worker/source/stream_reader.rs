@@ -14,21 +14,14 @@ use rustix::{
     net::{RecvFlags, recv},
 };
 
-use super::{
-    Result,
-    announced::{Acknowledgement, Extents},
-    channels::Channels,
-    error::MigrationError,
-    outgoing::Event,
-    return_path::ToQemu,
-    statistics::Statistics,
-    writer::Writer,
-};
+use super::{Event, multifd::Channels, ram_writer::Writer};
 use crate::{
     fabric::FabricError,
+    proto::ram_ack::{Acknowledgement, Extents},
     ram::{BlockRange, Transfer},
     stream::{ChannelPage, Extent, Limits, Outlet, PushError, Rewriter, StreamBlock},
     wire::{Message, PAYLOAD_MAX},
+    worker::{Result, error::MigrationError, return_path::ToQemu, statistics::Statistics},
 };
 
 /// Bytes asked of QEMU's socket at once. The payload of RAM records is read and dropped, so it
@@ -315,12 +308,13 @@ mod tests {
     use super::*;
     use crate::{
         control::{FabricKind, Options},
-        migration::{
-            Block,
-            agreement::{AgreedBlock, SourceBlocks},
-            idle_link,
-            pacing::Pacer,
-            targets::Targets,
+        worker::{
+            Block, idle_link,
+            source::{
+                handshake::{AgreedBlock, SourceBlocks},
+                rate_limit::Pacer,
+                remote_blocks::Targets,
+            },
         },
     };
 
@@ -405,7 +399,7 @@ mod tests {
     }
 
     /// Of a guest with that block.
-    fn writer(link: Arc<crate::migration::link::Link>, statistics: &Arc<Statistics>) -> Writer {
+    fn writer(link: Arc<crate::worker::link::Link>, statistics: &Arc<Statistics>) -> Writer {
         let rom = Block { name: "rom".into(), length: 8192, region: None, read_whole: true };
         let blocks = SourceBlocks::Agreed(vec![AgreedBlock::unplaced(&rom, 0)]);
         let targets = Targets::new(blocks, mpsc::channel().1, None, options());

@@ -10,8 +10,10 @@ use std::{
     time::Duration,
 };
 
-use super::{Block, Result, control::Reports, error::MigrationError};
-use crate::control::Report;
+use crate::{
+    control::Report,
+    worker::{Block, Result, error::MigrationError, relay_socket::Reports},
+};
 
 /// How long the relay may take. A source waits for its part of the agreement meanwhile.
 const PATIENCE: Duration = Duration::from_secs(5);

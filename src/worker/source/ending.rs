@@ -8,9 +8,9 @@ use super::{Event, Outgoing};
 use crate::{
     control::Order,
     fabric::FabricError,
-    migration::{Verdict, error::MigrationError, link::Link, patience_of},
     patience::Patience,
     threads,
+    worker::{Verdict, error::MigrationError, link::Link, patience_of},
 };
 
 /// How long to wait for the peer's own words after it closed the connection.

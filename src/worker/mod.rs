@@ -1,41 +1,24 @@
 //! The worker of one migration: stream, memory and fabric in a process that may die.
 //!
 //! Owns the order of events of a migration (`docs/architecture.md`, ordering rules). Knows nothing
-//! of QMP: the relay tells it what QEMU and the client said, in [`messages`]. One thread runs the
-//! state machine (`outgoing` or `incoming`); data threads take QEMU's stream and the peer's
+//! of QMP: the relay tells it what QEMU and the client said, in [`control`](crate::control). One thread runs the
+//! state machine (`source` or `destination`); data threads take QEMU's stream and the peer's
 //! messages, and tell it what happens, their own end above all (`threads`). The state machine itself
 //! waits for nobody but them: what may take the peer, QEMU or the relay its time is theirs to do.
-//! (For a place in the line of QEMU's monitor it may wait a second, when the relay is gone: `orphan`.)
+//! (For a place in the line of QEMU's monitor it may wait a second, when the relay is gone: `source/takeover.rs`.)
 
-mod acceptance;
-mod agreement;
-mod announced;
-mod answers;
-mod channels;
-mod commitment;
-pub mod control;
-mod coverage;
-mod door;
+mod destination;
 mod error;
+mod handshake;
 #[cfg(test)]
 mod idle_link;
-mod incoming;
-mod inquiry;
-mod intake;
-mod keys;
-mod landing;
 mod link;
-mod orphan;
-mod outgoing;
-mod pacing;
+pub mod process;
+pub(crate) mod qemu_sockets;
+pub mod relay_socket;
 pub(crate) mod return_path;
-mod rounds;
-mod seat;
+mod source;
 mod statistics;
-pub(crate) mod streams;
-mod targets;
-pub mod worker;
-mod writer;
 
 use std::{
     sync::{
@@ -47,10 +30,10 @@ use std::{
 };
 
 use crate::control::Report;
-use control::Reports;
 use error::{MigrationError, Result};
 use link::Link;
 pub use link::WINDOW;
+use relay_socket::Reports;
 use statistics::Statistics;
 use tracing::warn;
 

@@ -22,12 +22,15 @@ use rustix::{
 use tracing::debug;
 
 use super::{
-    Result, announced::RamAck, error::MigrationError, incoming::Event, landing::say_failure,
+    Result,
+    destination::{Event, receiver::say_failure},
+    error::MigrationError,
     link::Link,
 };
 use crate::{
     fabric::{Connection, FabricError},
     patience::Patience,
+    proto::ram_ack::RamAck,
     threads,
     wire::{Message, credit::Flow},
 };

@@ -11,26 +11,28 @@ use std::{
 use tracing::{info, warn};
 
 use super::{
-    Result,
-    acceptance::Accepted,
-    agreement,
-    commitment::Commitment,
-    door::{Door, Proven},
-    error::MigrationError,
-    incoming::Event,
+    Event,
+    acceptor::{Door, Proven},
+    handshake::Accepted,
     inquiry::Inquiry,
-    link::Deadline,
-    return_path::{self, ReturnPath},
-    statistics::Statistics,
 };
 use crate::{
     control::Options,
     fabric::{FabricError, Listener, pending::Place},
     memory::Region,
+    proto::switchover::Commitment,
     ram::PAGE,
     stream::{Inlet, Landing, PushError, Records, StreamBlock},
     threads::{self, Lost},
     wire::{Message, RegisterResult},
+    worker::{
+        Result,
+        error::MigrationError,
+        handshake,
+        link::Deadline,
+        return_path::{self, ReturnPath},
+        statistics::Statistics,
+    },
 };
 
 /// How long a source may take from its first message to the first bytes of its stream, even if nobody
@@ -230,7 +232,7 @@ impl<'a> Receiving<'a> {
                 let text = "The source failed and did not say why; see its log".to_owned();
                 return Err(MigrationError::PeerFailed { text, guest_never_ran: false });
             }
-            other => return Err(agreement::unexpected(&other, "another message")),
+            other => return Err(handshake::unexpected(&other, "another message")),
         }
         self.accepted.link.consumed()
     }

@@ -1,5 +1,10 @@
 //! The destination's side: a source is let in, RAM lands, QEMU gets the rest.
 
+mod acceptor;
+mod handshake;
+pub(super) mod inquiry;
+pub(super) mod receiver;
+mod seat;
 #[cfg(test)]
 mod tests;
 
@@ -16,15 +21,17 @@ use std::{
 
 use tracing::{debug, warn};
 
+use self::inquiry::Inquiry;
 use super::{
-    Result, Verdict, commitment::Commitment, control::Reports, error::MigrationError,
-    inquiry::Inquiry, landing, lifetime, link::Link, patience_of, statistics::Statistics,
+    Result, Verdict, error::MigrationError, lifetime, link::Link, patience_of,
+    relay_socket::Reports, statistics::Statistics,
 };
 use crate::{
     address::Address,
     control::{Agreed, Options, Order, Report},
     fabric::{Fabric, Handle},
     patience::Patience,
+    proto::switchover::Commitment,
     threads::{self, Lost},
     wire::Message,
 };
@@ -137,7 +144,7 @@ pub fn run(
         mute: Cell::new(false),
         events: sender.clone(),
     };
-    let serving = Arc::new(landing::Context {
+    let serving = Arc::new(receiver::Context {
         qemu,
         inquiry,
         options,
@@ -145,7 +152,7 @@ pub fn run(
         commitment: context.commitment.clone(),
         events: sender.clone(),
     });
-    let serve = move || landing::serve(listener, &serving);
+    let serve = move || receiver::serve(listener, &serving);
     threads::start("landing", serve, move |served| {
         if let Err(error) = served.unwrap_or_else(|lost| Err(lost.into())) {
             // The receiver is gone only when the migration has ended otherwise.
