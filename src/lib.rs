@@ -7,7 +7,6 @@
 #![deny(unsafe_code)]
 
 pub mod address;
-pub mod confinement;
 pub mod control;
 pub mod fabric;
 pub mod memory;
@@ -18,6 +17,7 @@ pub mod qmp;
 pub mod ram;
 mod refusals;
 pub mod relay;
+pub mod sandbox;
 pub mod stream;
 pub mod text;
 mod threads;

@@ -10,7 +10,7 @@ use std::{
     process::{Command, Stdio},
 };
 
-use qemu_rdma_helper::confinement::{Room, filter};
+use qemu_rdma_helper::sandbox::{Room, filter};
 use serde_json::json;
 use support::{Config, Helper, Pair, Qmp, wrapped::WrappedPair};
 

@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use qemu_rdma_helper::{memory, relay::started};
+use qemu_rdma_helper::{memory, relay::wrapped};
 
 /// The relay of a QEMU that `run` starts.
 #[derive(Debug, clap::Args)]
@@ -31,9 +31,9 @@ pub fn run(args: &Args) -> anyhow::Result<u8> {
     let _ = rustix::thread::set_name(c"rdma-relay");
     let control = io::stdin().as_fd().try_clone_to_owned();
     let control = control.context("No socket on standard input")?;
-    started::detach().context("Cannot leave management's process group")?;
+    wrapped::detach().context("Cannot leave management's process group")?;
     super::block_on(async {
-        started::run(control.into()).await.context("The relay can't serve")?;
+        wrapped::run(control.into()).await.context("The relay can't serve")?;
         Ok(super::DONE)
     })
 }

@@ -4,7 +4,7 @@ use std::os::fd::AsFd as _;
 
 use anyhow::Context as _;
 use qemu_rdma_helper::{
-    confinement::{Room, confine},
+    sandbox::{Room, confine},
     worker,
 };
 use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};

@@ -2,7 +2,7 @@
 //! becomes QEMU.
 //!
 //! So QEMU has the process id, the parent and the limits that management gave it, and no child of
-//! ours. The relay's own start is in [`started`](super::started).
+//! ours. The relay's own start is in [`started`](super::wrapped).
 
 use std::{
     convert::Infallible,
@@ -26,7 +26,7 @@ use tracing::{info, warn};
 
 use super::{
     Settings,
-    started::{Start, StartDoor, StartMemory, StartMonitor, Started},
+    wrapped::{Start, StartDoor, StartMemory, StartMonitor, Started},
 };
 use crate::{
     control::lines::line,

@@ -7,25 +7,14 @@
 //!
 //! It stands beside a running QEMU ([`attach`]), or is started with it ([`launch`]).
 
-mod borrowed;
-mod client;
-mod destination;
-mod door;
-mod helper_commands;
-mod intercept;
-mod introspection;
 pub mod launch;
-mod migrations;
-mod other_monitors;
+mod migration;
+mod monitor;
 mod process;
+mod qemu_session;
 pub mod schema;
-mod serve;
-mod session;
 mod socket_file;
-mod source;
-pub mod started;
-mod view;
-mod worker;
+pub mod wrapped;
 
 use std::{io, path::PathBuf, sync::Arc, time::Duration};
 
@@ -38,7 +27,6 @@ use tokio::{
 use tracing::{info, warn};
 
 use crate::{
-    confinement::{Room, confine},
     control::{self, FabricKind, Options, QmpSocket},
     fabric,
     patience::Patience,
@@ -48,11 +36,12 @@ use crate::{
     },
     qmp::{Execute as _, QmpError, envelope},
     ram::{CHUNK, CHUNK_MAX},
+    sandbox::{Room, confine},
 };
-use door::{Door, ServedSocket};
-use migrations::Migrations;
+use migration::slots::Migrations;
+use monitor::listener::{Door, ServedSocket};
 use process::Process;
-use session::{Qemu, Session};
+use qemu_session::{Qemu, Session};
 
 /// A worker that reports nothing for so long has hung, and how long the relay may be busy otherwise
 /// meanwhile: what is longer, it was stopped itself.
@@ -202,7 +191,7 @@ pub async fn attach(options: AttachOptions) -> Result<(), RelayError> {
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     info!(path = %qmp.display(), pid = context.pid, "serving QMP");
     look_at_version(&session.greeting);
-    let monitor = serve::Monitor::new(context, migrations.clone(), session.greeting);
+    let monitor = monitor::Monitor::new(context, migrations.clone(), session.greeting);
     if let Some(output) = outputs.pop() {
         monitor.run(Door::Listening(socket), session.said, output, ending.clone()).await;
     }

@@ -2,19 +2,19 @@
 
 use serde_json::{Value, json};
 
-use super::{
-    Context,
-    borrowed::{AsClientsSee, Borrowed},
-    schema::{
-        RdmaFabric, RdmaHelperBlock, RdmaHelperInfo, RdmaMigrateBlocker, RdmaTravel,
-        RdmaVersionInfo, RdmaVersionTriple,
-    },
-};
 use crate::{
     control::FabricKind,
     qemu::{blockers, blocks::RamBlock},
     qmp::{Execute as _, QmpError},
     ram::Transfer,
+    relay::{
+        Context,
+        migration::saved_settings::{AsClientsSee, Borrowed},
+        schema::{
+            RdmaFabric, RdmaHelperBlock, RdmaHelperInfo, RdmaMigrateBlocker, RdmaTravel,
+            RdmaVersionInfo, RdmaVersionTriple,
+        },
+    },
 };
 
 async fn find_blocks(context: &Context) -> Result<Vec<RamBlock>, QmpError> {

@@ -21,7 +21,7 @@ use tokio::{
 };
 use tracing::warn;
 
-use super::view::Side;
+use super::status::Side;
 use crate::{
     control::{FabricKind, LINE_MAX, Order, Report, lines::line},
     patience::Patience,

@@ -1,7 +1,6 @@
 //! The relay's side of an outgoing migration.
 
 mod connecting;
-mod door;
 mod failing;
 mod pace;
 mod stream;
@@ -17,18 +16,16 @@ use tracing::info;
 
 use self::{connecting::NotBegun, pace::Pacing};
 use super::{
-    Context, Output, QemuEvent,
-    borrowed::{Loan, Turn},
-    heartbeat,
-    migrations::Outputs,
-    session::Qemu,
-    view::{Guest, Phase, View, rate},
+    saved_settings::{Loan, Turn},
+    slots::Outputs,
+    status::{Guest, Phase, View, rate},
     worker::Worker,
 };
 use crate::{
     address::Address,
     control::{Order, Progress, Report},
     qmp::{Execute as _, QmpError},
+    relay::{Context, Output, QemuEvent, heartbeat, qemu_session::Qemu},
     threads,
     worker::return_path,
 };
@@ -113,7 +110,7 @@ fn is_under_way(state: &Value) -> bool {
 /// Has QEMU completed its migration? Its guest has left then, as far as it knows: it is in `postmigrate`,
 /// which a reset makes `prelaunch` (`main_loop_should_exit`, 7.2 to 11.1), and nothing that it is told keeps
 /// it from running.
-pub(super) async fn has_completed(qemu: &mut Qemu) -> Result<bool, QmpError> {
+pub async fn has_completed(qemu: &mut Qemu) -> Result<bool, QmpError> {
     let state = qemu.execute("query-migrate", Value::Null).await?;
     Ok(state["status"] == "completed")
 }

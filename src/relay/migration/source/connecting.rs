@@ -16,9 +16,11 @@ use crate::{
     ram::Transfer,
     relay::{
         QemuEvent, listed,
-        migrations::IN_PROGRESS,
-        view::{Phase, Side},
-        worker::{self, Worker},
+        migration::{
+            slots::IN_PROGRESS,
+            status::{Phase, Side},
+            worker::{self, Worker},
+        },
     },
     threads::Lost,
     worker::qemu_sockets::Streams,

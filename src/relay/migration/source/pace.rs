@@ -4,7 +4,7 @@ use serde_json::Value;
 use tokio::time::timeout;
 
 use super::{ANSWER, Source};
-use crate::{control::Order, qmp::Execute as _, relay::worker::Worker};
+use crate::{control::Order, qmp::Execute as _, relay::migration::worker::Worker};
 
 /// The slowest pace in bytes per second. Who waits for room in a channel holds QEMU's RCU lock, and a command
 /// that drains RCU, such as a refused `device_add`, its main loop until then: here the time of some packets.

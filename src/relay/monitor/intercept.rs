@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::{introspection, migrations::IN_PROGRESS, view::Side};
+use super::introspection;
 use crate::{
     address::Address,
     qmp::{
@@ -11,6 +11,7 @@ use crate::{
         hmp::{self, Line},
         uri::{self, Target},
     },
+    relay::migration::{slots::IN_PROGRESS, status::Side},
 };
 
 /// A command that is ours.

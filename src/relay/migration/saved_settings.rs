@@ -18,7 +18,7 @@ use tokio::{
 };
 use tracing::{debug, warn};
 
-use super::{migrations::IN_PROGRESS, session::Qemu, worker::Orders};
+use super::{slots::IN_PROGRESS, worker::Orders};
 use crate::{
     control::{Command, Order},
     qemu::cleans_up,
@@ -27,6 +27,7 @@ use crate::{
         hmp::{self, Setting},
         monitor_line,
     },
+    relay::qemu_session::Qemu,
 };
 
 /// How long QEMU's cleaning up is waited for, and how often it is looked for.

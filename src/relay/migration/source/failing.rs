@@ -11,8 +11,10 @@ use crate::{
     qmp::{Execute as _, QmpError, envelope},
     relay::{
         Output,
-        view::{Guest, Phase},
-        worker::Worker,
+        migration::{
+            status::{Guest, Phase},
+            worker::Worker,
+        },
     },
     worker::qemu_sockets::Streams,
 };

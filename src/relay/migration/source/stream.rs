@@ -15,17 +15,20 @@ use tokio::{
 };
 use tracing::{debug, info};
 
-use super::{FDNAME, Source, door::QemusDoor, generic, is_under_way, pace::Pacing};
+use super::{FDNAME, Source, generic, is_under_way, pace::Pacing};
 use crate::{
     control::Order,
     qemu::{Version, blockers},
     qmp::{Execute as _, QmpError},
     relay::{
         QemuEvent,
-        borrowed::Borrowed,
-        session::Qemu,
-        view::{Guest, Phase},
-        worker::{self, Worker},
+        migration::{
+            multifd_listener::QemusDoor,
+            saved_settings::Borrowed,
+            status::{Guest, Phase},
+            worker::{self, Worker},
+        },
+        qemu_session::Qemu,
     },
     worker::qemu_sockets::Streams,
 };

@@ -24,21 +24,18 @@ use tokio::{
 use tracing::{debug, error, warn};
 
 use super::{
-    Context, Settings,
-    door::Door,
-    look_at_version,
-    migrations::Migrations,
+    Context, Settings, look_at_version,
+    migration::{slots::Migrations, worker},
+    monitor::{Monitor, listener::Door},
     process::Process,
-    serve::Monitor,
-    session::{Qemu, Session},
-    worker,
+    qemu_session::{Qemu, Session},
 };
 use crate::{
     address::Address,
-    confinement::{Room, confine},
     control::lines::Lines,
     qemu::blocks::OwnMemory,
     qmp::{Execute as _, QmpError, socket},
+    sandbox::{Room, confine},
 };
 
 /// Name of a migration socket that nobody writes to.

@@ -14,7 +14,7 @@ use tokio::{
 };
 use tracing::debug;
 
-use super::socket_file::{Place, SocketFile};
+use crate::relay::socket_file::{Place, SocketFile};
 
 /// How long after a client that could not be let in the next one is.
 const PAUSE: Duration = Duration::from_secs(1);

@@ -13,13 +13,16 @@ use tokio::{
 };
 
 use super::{
-    Context, Output, QemuEvent,
-    borrowed::{Loan, Turn},
     destination::Destination,
+    saved_settings::{Loan, Turn},
     source::Source,
-    view::{Phase, Side, View},
+    status::{Phase, Side, View},
 };
-use crate::{address::Address, qmp::QmpError};
+use crate::{
+    address::Address,
+    qmp::QmpError,
+    relay::{Context, Output, QemuEvent},
+};
 
 /// Events and lines that may wait for a migration's task, or for a monitor.
 const QUEUE: usize = 256;

@@ -10,11 +10,9 @@ use tokio::{
 use tracing::{info, warn};
 
 use super::{
-    Context, QemuEvent,
-    borrowed::{AsClientsSee, Borrowed, Loan, Turn},
-    heartbeat, listed,
+    saved_settings::{AsClientsSee, Borrowed, Loan, Turn},
     source::{ANSWER, WORKER_DIED},
-    view::{Phase, Side, View},
+    status::{Phase, Side, View},
     worker::{self, Worker},
 };
 use crate::{
@@ -22,6 +20,7 @@ use crate::{
     control::{Order, Report},
     qemu::blockers,
     qmp::{Execute as _, QmpError},
+    relay::{Context, QemuEvent, heartbeat, listed},
 };
 
 /// Capabilities that stay what they are meanwhile. A QEMU that came to have multifd in the midst of a stream

@@ -1,7 +1,13 @@
 //! The relay's loop: QEMU's events, the client's commands, what migrations have to say.
 
-mod execute;
+pub mod client;
+mod commands;
+mod helper_commands;
+pub mod intercept;
+mod introspection;
+pub mod listener;
 mod negotiate;
+pub mod other_monitors;
 
 use std::{collections::VecDeque, io, os::fd::OwnedFd};
 
@@ -14,16 +20,19 @@ use tokio::{
 };
 use tracing::{debug, info, warn};
 
+use self::{
+    client::{Client, FromClient},
+    intercept::{Intercepted, intercept, refusal},
+    listener::Door,
+};
 use super::{
     Context, Output, QemuEvent,
-    borrowed::Borrowed,
-    client::{Client, FromClient},
-    door::Door,
-    intercept::{Intercepted, intercept, refusal},
-    migrations::{FAREWELL, Migrations},
-    other_monitors,
-    session::{self, Band, Said},
-    view::{Phase, Side},
+    migration::{
+        saved_settings::Borrowed,
+        slots::{FAREWELL, Migrations},
+        status::{Phase, Side},
+    },
+    qemu_session::{self, Band, Said},
 };
 use crate::qmp::{
     ITEM_MAX, QmpError, Version,
@@ -97,7 +106,7 @@ impl Monitor {
             context,
             migrations,
             version: Version::read(&greeting["QMP"]["version"]),
-            oob: session::offers_oob(&greeting),
+            oob: qemu_session::offers_oob(&greeting),
             greeting: format!("{greeting}\r\n").into_bytes(),
             client: None,
             client_number: 0,

@@ -7,8 +7,12 @@ use std::net::IpAddr;
 use qapi::qmp::MigrationStats;
 use serde_json::{Value, json};
 
-use super::schema::{RDMA_MIGRATION_THROUGHPUT, RdmaCapabilityState, RdmaFabric};
-use crate::{address::Address, control::Progress, qmp::envelope};
+use crate::{
+    address::Address,
+    control::Progress,
+    qmp::envelope,
+    relay::schema::{RDMA_MIGRATION_THROUGHPUT, RdmaCapabilityState, RdmaFabric},
+};
 
 /// Where a migration stands.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

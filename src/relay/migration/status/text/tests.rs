@@ -1,10 +1,10 @@
 use serde_json::json;
 
 use super::*;
-use crate::{control::Progress, relay::view::Phase};
+use crate::{control::Progress, relay::migration::status::Phase};
 
 /// What QEMU said, and `query-migrate` at the same moment: one a line.
-const RECORDED: &str = include_str!("../../../../tests/data/info-migrate.jsonl");
+const RECORDED: &str = include_str!("../../../../../tests/data/info-migrate.jsonl");
 
 const V7_2: Version = Version { major: 7, minor: 2, micro: 22 };
 const V11_1: Version = Version { major: 11, minor: 1, micro: 3 };

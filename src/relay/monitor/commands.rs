@@ -3,7 +3,11 @@
 use serde_json::{Map, Value, json};
 use tokio::task::JoinHandle;
 
-use super::Monitor;
+use super::{
+    Monitor, helper_commands,
+    intercept::{Intercepted, SaveOrLoad, Settings},
+    introspection,
+};
 use crate::{
     qmp::{
         Execute as _, QmpError, Version,
@@ -13,14 +17,13 @@ use crate::{
     },
     relay::{
         Context, QemuEvent,
-        borrowed::AsClientsSee,
-        helper_commands,
-        intercept::{Intercepted, SaveOrLoad, Settings},
-        introspection,
-        migrations::{IN_PROGRESS, Migrations, Reply},
-        session::{Band, Verbatim},
-        source::has_completed,
-        view::Side,
+        migration::{
+            saved_settings::AsClientsSee,
+            slots::{IN_PROGRESS, Migrations, Reply},
+            source::has_completed,
+            status::Side,
+        },
+        qemu_session::{Band, Verbatim},
     },
 };
 
