@@ -10,7 +10,7 @@ use std::{
     process::{Command, Stdio},
 };
 
-use qemu_rdma_helper::sandbox::{Room, filter};
+use qemu_rdma_helper::sandbox::{Role, filter};
 use serde_json::json;
 use support::{Config, Helper, Pair, Qmp, wrapped::WrappedPair};
 
@@ -30,13 +30,13 @@ for name, *numbers in calls:
     print(name, ctypes.get_errno() if result == -1 else 0, flush=True)
 "#;
 
-const ROOMS: [Room; 4] = [Room::Attached, Room::Started, Room::Source, Room::Destination];
+const ROOMS: [Role; 4] = [Role::Attached, Role::Started, Role::Source, Role::Destination];
 
 /// Whose filter it is, as far as it knows: nobody's.
 const OURSELVES: u32 = 0x7fff_fff0;
 
 /// Call by call: name and error.
-fn tried(room: Room, calls: &[(&str, i64, &[i64])]) -> Vec<(String, i32)> {
+fn tried(room: Role, calls: &[(&str, i64, &[i64])]) -> Vec<(String, i32)> {
     let program = filter(room, OURSELVES).unwrap();
     let code = program.iter().flat_map(|it| {
         let [code, k] = [it.code.to_ne_bytes().to_vec(), it.k.to_ne_bytes().to_vec()];
@@ -185,7 +185,7 @@ const ALLOWED: &[(&str, i64, &[i64])] = &[
 ];
 
 #[track_caller]
-fn assert_missing(room: Room, calls: &[(&str, i64, &[i64])]) {
+fn assert_missing(room: Role, calls: &[(&str, i64, &[i64])]) {
     let results = tried(room, calls);
     assert_eq!(results.len(), calls.len());
     let there: Vec<_> = results.iter().filter(|(_, error)| *error != libc::ENOSYS).collect();
@@ -193,7 +193,7 @@ fn assert_missing(room: Room, calls: &[(&str, i64, &[i64])]) {
 }
 
 #[track_caller]
-fn assert_there(room: Room, calls: &[(&str, i64, &[i64])]) {
+fn assert_there(room: Role, calls: &[(&str, i64, &[i64])]) {
     let results = tried(room, calls);
     assert_eq!(results.len(), calls.len());
     let missing: Vec<_> = results.iter().filter(|(_, error)| *error == libc::ENOSYS).collect();
@@ -211,11 +211,11 @@ fn no_forbidden_call_is_there() {
 
 #[test]
 fn a_worker_starts_no_process_and_makes_no_file() {
-    for room in [Room::Source, Room::Destination] {
+    for room in [Role::Source, Role::Destination] {
         assert_missing(room, RELAYS);
         assert_missing(room, NO_WORKERS);
     }
-    for room in [Room::Attached, Room::Started] {
+    for room in [Role::Attached, Role::Started] {
         assert_there(room, RELAYS);
     }
 }

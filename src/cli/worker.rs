@@ -4,7 +4,7 @@ use std::os::fd::AsFd as _;
 
 use anyhow::Context as _;
 use qemu_rdma_helper::{
-    sandbox::{Room, confine},
+    sandbox::{Role, confine},
     worker,
 };
 use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
@@ -40,8 +40,8 @@ pub fn run(args: &Args) -> anyhow::Result<u8> {
     leave_no_core();
     // Behind all that needs more than a migration does, and before there is a second thread.
     confine(match args.side {
-        Side::Source => Room::Source,
-        Side::Destination => Room::Destination,
+        Side::Source => Role::Source,
+        Side::Destination => Role::Destination,
     });
     let control = std::io::stdin().as_fd().try_clone_to_owned();
     let control = control.context("No socket to the relay on standard input")?;

@@ -3,24 +3,16 @@
 use serde_json::Value;
 
 use super::{
-    Version,
+    blocker::Blocker,
     blocks::RamBlock,
     devices::{self, Device},
+    version::Version,
 };
 use crate::{
     control::FabricKind,
     qmp::{Execute, QmpError},
     ram::Transfer,
 };
-
-/// One thing that would.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Blocker {
-    /// What it is.
-    pub reason: String,
-    /// What to do about it.
-    pub cure: String,
-}
 
 /// Capabilities that change what the stream contains or who sends RAM.
 const CAPABILITIES: [&str; 10] = [

@@ -5,8 +5,10 @@ use std::{io, os::fd::OwnedFd};
 use serde_json::{Value, json};
 
 use super::{
-    Process, QemuError, discards,
+    discards,
+    error::QemuError,
     maps::{self, FileMapping},
+    process::Process,
     ramblock_text::{self, Row},
 };
 use crate::{

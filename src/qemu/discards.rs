@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::{QemuError, blocks::RamBlock, devices};
+use super::{blocks::RamBlock, devices, error::QemuError};
 use crate::qmp::Execute;
 
 /// Note in each of `blocks` who may discard its pages: a balloon any of them, a virtio-mem device

@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use super::blockers::Blocker;
+use super::blocker::Blocker;
 pub use crate::qmp::Version;
 use crate::qmp::{Execute, QmpError};
 

@@ -31,12 +31,14 @@ use crate::{
     fabric,
     patience::Patience,
     qemu::{
-        QemuError, Version, blockers,
+        QemuError, Version,
+        blocker::Blocker,
+        blockers,
         blocks::{self, OwnMemory, RamBlock},
     },
     qmp::{Execute as _, QmpError, envelope},
     ram::{CHUNK, CHUNK_MAX},
-    sandbox::{Room, confine},
+    sandbox::{Role, confine},
 };
 use migration::slots::Migrations;
 use monitor::listener::{Door, ServedSocket};
@@ -166,7 +168,7 @@ pub enum RelayError {
 pub async fn attach(options: AttachOptions) -> Result<(), RelayError> {
     let AttachOptions { qemu_qmp, qmp, wait, settings, pid } = options;
     settings.fabric.check()?;
-    confine(Room::Attached);
+    confine(Role::Attached);
     let qemu_error = |source| RelayError::Qemu { path: qemu_qmp.clone(), source };
     let mut session = Session::connect(&qemu_qmp, wait).await.map_err(qemu_error)?;
     let process = match pid {
@@ -206,7 +208,7 @@ pub async fn attach(options: AttachOptions) -> Result<(), RelayError> {
 /// Say in the log what a QEMU that is newer than all that were tried deserves.
 fn look_at_version(greeting: &Value) {
     let version = Version::read(&greeting["QMP"]["version"]);
-    if let Some(blockers::Blocker { reason, cure }) = version.too_new() {
+    if let Some(Blocker { reason, cure }) = version.too_new() {
         warn!("{reason}; {cure}");
     }
 }

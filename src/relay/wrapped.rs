@@ -35,7 +35,7 @@ use crate::{
     control::lines::Lines,
     qemu::blocks::OwnMemory,
     qmp::{Execute as _, QmpError, socket},
-    sandbox::{Room, confine},
+    sandbox::{Role, confine},
 };
 
 /// Name of a migration socket that nobody writes to.
@@ -144,7 +144,7 @@ pub fn detach() -> io::Result<()> {
     rustix::process::setsid()?;
     // Hold no file system.
     std::env::set_current_dir("/")?;
-    confine(Room::Started);
+    confine(Role::Started);
     Ok(())
 }
 

@@ -1,7 +1,7 @@
 //! Which system calls are allowed.
 //!
 //! What tokio, the standard library, the C library and the RDMA libraries need, by what it is for.
-//! Not on it is whatever changes the machine or who we are, traces other processes, opens another room
+//! Not on it is whatever changes the machine or who we are, traces other processes, opens another role
 //! (namespaces, mounts), or gives the kernel more surface than a migration needs: io_uring, BPF,
 //! performance events, userfaultfd, keys, loading kernels and modules. Nor is clone3, whose flags can't
 //! be seen by a filter: the C library falls back to clone.
@@ -14,7 +14,7 @@
 
 use libc::c_long;
 
-use super::Room;
+use super::role::Role;
 
 /// When a call is allowed.
 #[derive(Debug, Clone, Copy)]
@@ -225,8 +225,8 @@ const RELAY: &[c_long] = &[
     libc::SYS_waitid,
 ];
 
-/// All that is allowed in `room` to the process `pid`.
-pub(super) fn of(room: Room, pid: u32) -> Vec<(c_long, Allowed)> {
+/// All that is allowed in `role` to the process `pid`.
+pub(super) fn of(role: Role, pid: u32) -> Vec<(c_long, Allowed)> {
     let common = [
         (libc::SYS_ioctl, Allowed::UnlessOneOf(1, TYPING)),
         (libc::SYS_prlimit64, Allowed::IfIs(0, OURSELVES)),
@@ -236,9 +236,9 @@ pub(super) fn of(room: Room, pid: u32) -> Vec<(c_long, Allowed)> {
     ];
     let always = |calls: &'static [c_long]| calls.iter().map(|call| (*call, Allowed::Always));
     let all = always(COMMON).chain(common);
-    match room {
-        Room::Source | Room::Destination => all.chain(workers(pid)).collect(),
-        Room::Attached | Room::Started => {
+    match role {
+        Role::Source | Role::Destination => all.chain(workers(pid)).collect(),
+        Role::Attached | Role::Started => {
             let clone = (libc::SYS_clone, Allowed::IfMasked(0, NAMESPACES, 0));
             all.chain(always(RELAY)).chain([clone]).collect()
         }

@@ -5,10 +5,11 @@
 //! guest is lost of that. The same holds for the numbers of another architecture, x32 among them.
 
 mod calls;
+mod role;
 
 use std::collections::BTreeMap;
 
-use rustix::thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities};
+use rustix::thread::{CapabilitySets, capabilities, set_capabilities};
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
     SeccompRule,
@@ -16,79 +17,32 @@ use seccompiler::{
 use tracing::warn;
 
 use calls::Allowed;
-
-/// What all keep, if it was there: `IPC_LOCK` lets a worker pin guest memory beyond its limit, and
-/// `SYS_RESOURCE` have pipes beyond its user's.
-const KEPT: CapabilitySet = CapabilitySet::IPC_LOCK.union(CapabilitySet::SYS_RESOURCE);
-
-/// Who is confined.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Room {
-    /// The relay beside a QEMU that it found running.
-    Attached,
-    /// The relay of a QEMU that was started behind it.
-    Started,
-    /// The worker of a source, which starts no process.
-    Source,
-    /// The worker of a destination; neither does it.
-    Destination,
-}
-
-impl Room {
-    /// Capabilities that are kept, if they were there. What leads to other processes and their files the
-    /// relay has alone: a worker reads what comes from the network, and gets descriptors.
-    fn capabilities(self) -> CapabilitySet {
-        match self {
-            // The memory of a QEMU that is another user's, or has more capabilities than we.
-            Self::Started => KEPT | CapabilitySet::SYS_PTRACE,
-            // QEMU's socket and files may be another user's.
-            Self::Attached => {
-                let files = CapabilitySet::DAC_OVERRIDE | CapabilitySet::DAC_READ_SEARCH;
-                KEPT | CapabilitySet::SYS_PTRACE | files | CapabilitySet::NET_BIND_SERVICE
-            }
-            // Without its relay it has to reach QEMU's socket itself.
-            Self::Source => KEPT | CapabilitySet::DAC_OVERRIDE,
-            // At any port.
-            Self::Destination => KEPT | CapabilitySet::NET_BIND_SERVICE,
-        }
-    }
-
-    /// What a process that is started from here may have without being root.
-    fn inherited(self) -> CapabilitySet {
-        match self {
-            Self::Attached | Self::Started => {
-                self.capabilities()
-                    & (Self::Source.capabilities() | Self::Destination.capabilities())
-            }
-            Self::Source | Self::Destination => CapabilitySet::empty(),
-        }
-    }
-}
+pub use role::Role;
 
 /// Give up what is not needed, for good. Called while there is one thread.
 ///
 /// What can't be given up is said and kept: a guest that starts is worth more. A Landlock domain is none
 /// of it: from within one, QEMU's process could not be looked into any more.
-pub fn confine(room: Room) {
-    if let Err(error) = drop_capabilities(room) {
+pub fn confine(role: Role) {
+    if let Err(error) = drop_capabilities(role) {
         warn!(%error, "capabilities could not be given up");
     }
     let denied =
-        filter(room, std::process::id()).and_then(|program| seccompiler::apply_filter(&program));
+        filter(role, std::process::id()).and_then(|program| seccompiler::apply_filter(&program));
     if let Err(error) = denied {
         warn!(%error, "system calls could not be given up");
     }
 }
 
-fn drop_capabilities(room: Room) -> rustix::io::Result<()> {
-    let (now, kept) = (capabilities(None)?, room.capabilities());
+fn drop_capabilities(role: Role) -> rustix::io::Result<()> {
+    let (now, kept) = (capabilities(None)?, role.capabilities());
     set_capabilities(
         None,
         CapabilitySets {
             effective: now.effective & kept,
             permitted: now.permitted & kept,
             // No ambient capability is left that is not in it (capabilities(7)).
-            inheritable: now.inheritable & room.inherited(),
+            inheritable: now.inheritable & role.inherited(),
         },
     )?;
     // No program gets more than the one that starts it.
@@ -99,10 +53,10 @@ fn drop_capabilities(room: Room) -> rustix::io::Result<()> {
 ///
 /// # Errors
 /// On a machine that the library does not know.
-pub fn filter(room: Room, pid: u32) -> Result<BpfProgram, seccompiler::Error> {
+pub fn filter(role: Role, pid: u32) -> Result<BpfProgram, seccompiler::Error> {
     let backend = seccompiler::Error::Backend;
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
-    for (call, allowed) in calls::of(room, pid) {
+    for (call, allowed) in calls::of(role, pid) {
         rules.insert(call, self::rules(allowed).map_err(backend)?);
     }
     let unknown = SeccompAction::Errno(libc::ENOSYS.cast_unsigned());

@@ -7,14 +7,22 @@ use zerocopy::{
     byteorder::big_endian::{U32, U64},
 };
 
-use super::{MESSAGE_MAX, REQUESTS_MAX, WireError};
+use super::error::WireError;
 use crate::{ram::BLOCKS_MAX, text};
 
 /// Bytes of a message's header.
 pub const HEADER_SIZE: usize = size_of::<Header>();
 
+/// Bytes of a control buffer, header included: the longest message (RDMA_CONTROL_MAX_BUFFER).
+pub const MESSAGE_MAX: usize = 512 << 10;
+
+/// Most requests in one REGISTER_REQUEST (RDMA_CONTROL_MAX_COMMANDS_PER_MESSAGE).
+pub const REQUESTS_MAX: u32 = 4096;
+
 /// Most bytes behind the header (RDMA_CONTROL_MAX_BUFFER - 16).
 pub const PAYLOAD_MAX: usize = MESSAGE_MAX - HEADER_SIZE;
+
+const _: () = assert!(BLOCKS_MAX == PAYLOAD_MAX / 32);
 
 /// Longest text of an [`Message::ErrorText`] in bytes.
 pub const TEXT_MAX: usize = 4096;

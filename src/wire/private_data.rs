@@ -5,7 +5,7 @@ use zerocopy::{
     byteorder::big_endian::{U16, U32},
 };
 
-use super::WireError;
+use super::error::WireError;
 
 /// The protocol version (RDMA_CONTROL_VERSION_CURRENT).
 pub const VERSION: u32 = 1;

@@ -7,7 +7,8 @@ use qemu_rdma_helper::{
     fabric::{Finding, Guest},
     qemu::{
         Process, Version,
-        blockers::{self, Blocker},
+        blocker::Blocker,
+        blockers,
         blocks::{self, RamBlock},
     },
     qmp::Execute as _,

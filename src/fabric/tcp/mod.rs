@@ -9,6 +9,7 @@ mod frame;
 mod listener;
 mod receiving;
 mod sending;
+mod shared;
 mod socket;
 #[cfg(test)]
 mod tests;

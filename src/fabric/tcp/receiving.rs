@@ -12,8 +12,8 @@ use rustix::net::{RecvFlags, recv};
 use zerocopy::FromBytes as _;
 
 use super::{
-    connection::{Shared, WINDOW, lock, of_memory},
     frame::{self, HEADER_SIZE, Header},
+    shared::{Shared, WINDOW, lock, of_memory},
     socket::Socket,
 };
 use crate::{

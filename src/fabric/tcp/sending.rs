@@ -3,8 +3,8 @@
 use std::{net::Shutdown, ops::Range, sync::Arc};
 
 use super::{
-    connection::{Shared, of_memory},
     frame::{self, Header},
+    shared::{Shared, of_memory},
     socket::{Socket, WriteError},
 };
 use crate::{

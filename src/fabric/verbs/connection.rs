@@ -13,7 +13,6 @@ use rustix::{
 };
 
 use super::{
-    Timeouts,
     cm::Id,
     cm::wait_for,
     marks::{self, Marks},
@@ -21,6 +20,7 @@ use super::{
     queue_pair::{Depth, QueuePair, Queues},
     received::Received,
     sending::{SEND_DEPTH, Shared, VerbsPoster, identity},
+    timeouts::Timeouts,
 };
 use crate::{
     fabric::{Connection, FabricError, Guard, Handle, Poster, Receiver, RemoteKey, Result},

@@ -19,6 +19,7 @@ mod received;
 mod ring;
 mod route;
 mod sending;
+mod timeouts;
 
 use std::{
     io,
@@ -27,6 +28,8 @@ use std::{
 };
 
 use rdma_sys::rdma_cm_event_type as kind;
+
+pub use timeouts::Timeouts;
 
 use self::{
     cm::{EventChannel, Id},
@@ -37,25 +40,6 @@ use super::{
     session::{Kind, Trailer},
 };
 use crate::address::Address;
-
-/// How long things may take.
-#[derive(Debug, Clone, Copy)]
-pub struct Timeouts {
-    /// Without any sign of life of the peer's device.
-    pub peer: Duration,
-}
-
-impl Timeouts {
-    /// Silence after which the peer is asked for a sign of life.
-    fn keep_alive(&self) -> Duration {
-        self.peer / 5
-    }
-
-    /// What is left of `peer` for the transport's retries.
-    fn acknowledgement(&self) -> Duration {
-        self.peer - self.keep_alive()
-    }
-}
 
 /// The `verbs` fabric.
 #[derive(Debug, Clone)]

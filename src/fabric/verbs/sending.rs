@@ -17,7 +17,6 @@ use rustix::{
 };
 
 use super::{
-    Timeouts,
     buffers::Buffers,
     cm::{wait_for, wait_through},
     device::Transport,
@@ -25,6 +24,7 @@ use super::{
     queue_pair::{Local, QueuePair},
     received::Received,
     ring::Ring,
+    timeouts::Timeouts,
 };
 use crate::{
     fabric::{FabricError, Pinned, Poster, RemoteKey, Result},

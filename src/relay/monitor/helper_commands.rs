@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 
 use crate::{
     control::FabricKind,
-    qemu::{blockers, blocks::RamBlock},
+    qemu::{blocker::Blocker, blockers, blocks::RamBlock},
     qmp::{Execute as _, QmpError},
     ram::Transfer,
     relay::{
@@ -81,8 +81,7 @@ pub async fn query_blockers(context: &Context, borrowed: &Borrowed) -> Result<Va
     let blocks = find_blocks(context).await?;
     let mut qemu = AsClientsSee { qemu: context.qemu.clone(), borrowed };
     let found = blockers::find(&mut qemu, &blocks, context.settings.fabric.kind()).await?;
-    let found = found
-        .into_iter()
-        .map(|blockers::Blocker { reason, cure }| RdmaMigrateBlocker { reason, cure });
+    let found =
+        found.into_iter().map(|Blocker { reason, cure }| RdmaMigrateBlocker { reason, cure });
     Ok(json!(found.collect::<Vec<_>>()))
 }

@@ -5,7 +5,6 @@ use std::{io, sync::Arc};
 use serde_json::Value;
 use tokio::net::UnixStream;
 
-use super::invalid;
 use crate::qmp::{
     ITEM_MAX,
     envelope::{FromQemu, Kind},
@@ -89,4 +88,8 @@ impl Lines {
             self.buffer.extend_from_slice(&piece[..received]);
         }
     }
+}
+
+pub(super) fn invalid(why: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, why)
 }

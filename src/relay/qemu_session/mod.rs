@@ -33,7 +33,7 @@ use crate::{
         socket,
     },
 };
-use lines::{Line, Lines, greeting};
+use lines::{Line, Lines, greeting, invalid};
 
 /// How long QEMU may take to greet.
 const GREETING: Duration = Duration::from_secs(5);
@@ -243,10 +243,6 @@ async fn negotiate(qemu: &mut Qemu) -> Result<(), QmpError> {
         qemu.execute("qmp_capabilities", enable).await?;
     }
     Ok(())
-}
-
-fn invalid(why: &str) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, why)
 }
 
 impl Qemu {

@@ -10,7 +10,7 @@ use std::{
 use zerocopy::FromBytes as _;
 
 use super::{
-    super::{connection::WINDOW, frame::HEADER_SIZE},
+    super::{shared::WINDOW, frame::HEADER_SIZE},
     *,
 };
 use crate::fabric::{
