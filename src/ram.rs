@@ -3,6 +3,9 @@
 /// The target's page size: 4 KiB on x86.
 pub const PAGE: u64 = 4096;
 
+/// A huge page, in bytes (`PMD_SIZE`).
+pub const HUGE_PAGE: u64 = 2 << 20;
+
 /// Bytes of a chunk, counted from its block's start (RDMA_REG_CHUNK_SHIFT 20). Ranges are whole
 /// chunks, save at the block's end, and no write crosses into another chunk. Those that stock QEMUs
 /// register may be larger since 11.1 (`x-rdma-chunk-size`).

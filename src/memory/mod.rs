@@ -4,21 +4,21 @@
 //! to it (`&[u8]`) ever exists: bytes move between a region and a socket or a buffer of ours, by
 //! system call on the file or by raw pointer on the mapping. Knows neither messages nor fabrics.
 
-mod holes;
 mod huge_pages;
+mod hugetlb;
 mod inherited;
-mod large_pages;
 mod mapping;
 mod peer;
 mod pipe;
+mod prefault;
 mod ranges;
 mod region;
-mod room;
 mod shortage;
+mod write_window;
 
 pub use inherited::{close_on_exec_from, inherited};
 pub use peer::peer_process;
 pub use pipe::Pipe;
 pub use ranges::Ranges;
 pub use region::{Region, RegionError};
-pub use room::Room;
+pub use write_window::WriteWindow;

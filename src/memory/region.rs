@@ -13,11 +13,13 @@ use rustix::{
 };
 
 use super::{
-    Pipe, Room, holes,
     huge_pages::HugePages,
-    large_pages::LargePages,
+    hugetlb::HugetlbMapping,
     mapping::Mapping,
+    pipe::Pipe,
+    prefault,
     shortage::{HUGETLBFS_MAGIC, explain},
+    write_window::WriteWindow,
 };
 
 /// Pages of guest RAM, in bytes.
@@ -64,7 +66,7 @@ enum Access {
     /// page, and `sendfile` copies nothing.
     File,
     /// Through a mapping: hugetlbfs has neither write(2) nor splice.
-    Mapping(HugePages),
+    Mapping(HugetlbMapping),
 }
 
 /// The memory of one RAM block.
@@ -78,7 +80,7 @@ pub struct Region {
     /// For devices; made when one asks.
     mapping: OnceLock<Mapping>,
     /// Of a block that is filled.
-    large_pages: OnceLock<Arc<LargePages>>,
+    huge_pages: OnceLock<Arc<HugePages>>,
 }
 
 impl Region {
@@ -99,15 +101,15 @@ impl Region {
         let file_system = fstatfs(&file).map_err(host("fstatfs"))?;
         let access = if file_system.f_type.cast_unsigned() == HUGETLBFS_MAGIC {
             let page = file_system.f_bsize.cast_unsigned();
-            let pages = HugePages::new(&file, offset, length, page);
+            let pages = HugetlbMapping::new(&file, offset, length, page);
             let name = || name.to_owned();
             let failed = |source| RegionError::Host { name: name(), call: "mmap", source };
             Access::Mapping(pages.map_err(failed)?)
         } else {
             Access::File
         };
-        let (name, mapping, large_pages) = (name.to_owned(), OnceLock::new(), OnceLock::new());
-        Ok(Self { name, file, offset, length, access, mapping, large_pages })
+        let (name, mapping, huge_pages) = (name.to_owned(), OnceLock::new(), OnceLock::new());
+        Ok(Self { name, file, offset, length, access, mapping, huge_pages })
     }
 
     /// Where `length` bytes at `offset` are mapped, as long as this exists, and how many bytes.
@@ -200,31 +202,30 @@ impl Region {
         Ok(sent)
     }
 
-    /// Make `room` for a write of `length` bytes at `offset`. Where it is long and fills memory that does
-    /// not exist yet, it gets large pages, which takes half of the time. What the block is given in
+    /// Prepare a write of `length` bytes at `offset`, for `window`. Where it is long and fills memory that does
+    /// not exist yet, it gets huge pages, which takes half of the time. What the block is given in
     /// that way and is not written is at most a 32nd of what is.
     ///
     /// It is no matter if there are none: the memory comes in small pages then.
-    pub fn make_room(&self, room: &mut Room, offset: u64, length: u64) {
+    pub fn prepare_write(&self, window: &mut WriteWindow, offset: u64, length: u64) {
         let end = offset.checked_add(length);
         if matches!(self.access, Access::Mapping(_)) || end.is_none_or(|end| end > self.length) {
-            room.leave();
+            window.leave();
             return;
         }
-        let large_pages =
-            self.large_pages.get_or_init(|| LargePages::new(self.offset + self.length));
-        large_pages.make_room(room, &self.file, self.offset, self.offset + offset, length);
+        let huge_pages = self.huge_pages.get_or_init(|| HugePages::new(self.offset + self.length));
+        huge_pages.prepare_write(window, &self.file, self.offset, self.offset + offset, length);
     }
 
-    /// Make large pages of zeroes of what does not exist yet, as long as somebody `wants` them, for one
+    /// Make huge pages of zeroes of what does not exist yet, as long as somebody `wants` them, for one
     /// who reads all from the start: it would be allocated anyway, and in small pages takes longer.
     pub fn fill_holes(&self, wants: impl Fn() -> bool) {
         if matches!(self.access, Access::File) {
-            holes::fill(&self.file, self.offset..self.offset + self.length, wants);
+            prefault::fill(&self.file, self.offset..self.offset + self.length, wants);
         }
     }
 
-    /// Receive some of `length` bytes from a stream socket to `offset`, in `room` where that is;
+    /// Receive some of `length` bytes from a stream socket to `offset`, in `window` where that is;
     /// returns how many, 0 at the socket's end.
     ///
     /// # Errors
@@ -233,13 +234,13 @@ impl Region {
         &self,
         socket: BorrowedFd<'_>,
         pipe: &mut Pipe,
-        room: &Room,
+        window: &WriteWindow,
         offset: u64,
         length: usize,
     ) -> io::Result<usize> {
         let at = self.at(offset, length)?;
         let received = match &self.access {
-            Access::File => room
+            Access::File => window
                 .receive_from(socket, at, length)
                 .unwrap_or_else(|| pipe.splice(socket, self.file.as_fd(), at, length)),
             Access::Mapping(pages) => pages
@@ -409,13 +410,14 @@ mod tests {
         while sent < 8192 {
             sent += from.send_to(here.as_fd(), 4096 + sent as u64, 8192 - sent).unwrap();
         }
-        let mut room = Room::default();
+        let mut window = WriteWindow::default();
         let mut pipe = Pipe::new().unwrap();
         let mut landed = 0;
         while landed < 8192 {
             let at = landed as u64;
-            to.make_room(&mut room, at, 8192);
-            landed += to.receive_from(there.as_fd(), &mut pipe, &room, at, 8192 - landed).unwrap();
+            to.prepare_write(&mut window, at, 8192);
+            landed +=
+                to.receive_from(there.as_fd(), &mut pipe, &window, at, 8192 - landed).unwrap();
         }
         let mut bytes = vec![0; 3 * 4096];
         pread(&to.file, &mut bytes, 8192).unwrap();

@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     fabric::{FabricError, Guard, MESSAGE_MAX, Receiver, RemoteKey, Result},
-    memory::{Pipe, Region, Room},
+    memory::{Pipe, Region, WriteWindow},
     patience::persist,
     ram::CHUNK,
     threads,
@@ -136,7 +136,7 @@ pub(super) struct Incoming {
     /// Which one.
     index: usize,
     pipe: Pipe,
-    room: Room,
+    window: WriteWindow,
     /// Bytes read ahead: `next..end` are not used yet.
     ahead: Box<[u8]>,
     next: usize,
@@ -158,7 +158,7 @@ impl Incoming {
             shared: shared.clone(),
             index,
             pipe: Pipe::new()?,
-            room: Room::new(shared.sockets.len()),
+            window: WriteWindow::new(shared.sockets.len()),
             ahead: vec![0; READ_AHEAD].into_boxed_slice(),
             next: 0,
             end: 0,
@@ -259,15 +259,15 @@ impl Incoming {
 
     /// Receive the part of a write of `length` bytes that goes from `at` to `end`.
     fn land_piece(&mut self, region: &Region, mut at: u64, end: u64, length: u64) -> Result<()> {
-        region.make_room(&mut self.room, at, end - at);
+        region.prepare_write(&mut self.window, at, end - at);
         while at < end {
             let left = usize::try_from(end - at).unwrap_or(usize::MAX);
             let landed = if length <= BUFFERED_MAX || self.next < self.end {
                 self.land_copied(region, at, left)?
             } else {
                 let stream = self.shared.sockets[self.index].stream.as_fd();
-                let (pipe, room) = (&mut self.pipe, &self.room);
-                let receive = || region.receive_from(stream, pipe, room, at, left);
+                let (pipe, window) = (&mut self.pipe, &self.window);
+                let receive = || region.receive_from(stream, pipe, window, at, left);
                 persist(|| None, receive).map_err(|error| self.shared.failure_at(region, error))?
             };
             if landed == 0 {

@@ -232,7 +232,7 @@ impl Targets {
                 Known::Asked => self.take_key(link)?,
                 Known::Nothing => {
                     let range = self.keys.wanted(index, offset, length);
-                    self.make_room(link, range.end - range.start)?;
+                    self.prepare_write(link, range.end - range.start)?;
                     self.ask(link, index, range)?;
                 }
             }
@@ -251,7 +251,7 @@ impl Targets {
     }
 
     /// Release ranges until `bytes` more fit into the limit.
-    fn make_room(&mut self, link: &Link, bytes: u64) -> Result<()> {
+    fn prepare_write(&mut self, link: &Link, bytes: u64) -> Result<()> {
         while !self.keys.fit(bytes) {
             // What was asked for, and what is on its way, first.
             while self.keys.waits() {

@@ -10,7 +10,7 @@ use std::{
 use zerocopy::FromBytes as _;
 
 use super::{
-    super::{shared::WINDOW, frame::HEADER_SIZE},
+    super::{frame::HEADER_SIZE, shared::WINDOW},
     *,
 };
 use crate::fabric::{

@@ -8,7 +8,8 @@ use std::{ops::Range, os::fd::OwnedFd};
 use rustix::fs::{SeekFrom, seek};
 use tracing::debug;
 
-use super::large_pages::{LARGE, make};
+use super::huge_pages::make;
+use crate::ram::HUGE_PAGE;
 
 /// Pages that are asked for together: each request waits for all processors once, however many it is
 /// for. Until it is answered they count as the process's memory.
@@ -25,17 +26,17 @@ const GRANTED_FOR_REFUSED: u64 = 4;
 /// begun at the part's start.
 pub(super) fn fill(file: &OwnedFd, part: Range<u64>, wants: impl Fn() -> bool) {
     let (mut granted, mut refused) = (0, 0);
-    let mut at = part.start.next_multiple_of(LARGE).saturating_add(LEAD);
-    while at + LARGE <= part.end && wants() {
-        let pages = (hole(file, at..part.end) / LARGE).min(TOGETHER);
+    let mut at = part.start.next_multiple_of(HUGE_PAGE).saturating_add(LEAD);
+    while at + HUGE_PAGE <= part.end && wants() {
+        let pages = (hole(file, at..part.end) / HUGE_PAGE).min(TOGETHER);
         if pages == 0 {
-            at += LARGE;
+            at += HUGE_PAGE;
             continue;
         }
         match make(file, at, pages) {
             Ok(()) => {
                 granted += 1;
-                at += pages * LARGE;
+                at += pages * HUGE_PAGE;
             }
             Err(error) => {
                 refused += 1;
@@ -61,19 +62,19 @@ fn hole(file: &OwnedFd, part: Range<u64>) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory::large_pages::tests::{KERNEL_HAS_THEM, allocated, block};
+    use crate::memory::huge_pages::tests::{KERNEL_HAS_THEM, allocated, block};
 
     #[test]
     fn holes_become_large_pages_and_the_rest_stays() {
         let length = 512 << 20;
-        let (region, file) = block(LARGE / 2, length);
-        let (data, small) = (LEAD + 9 * LARGE, 4096);
+        let (region, file) = block(HUGE_PAGE / 2, length);
+        let (data, small) = (LEAD + 9 * HUGE_PAGE, 4096);
         region.write_at(&vec![7; small as usize], data).unwrap();
         region.fill_holes(|| false);
         assert_eq!(allocated(&file), small);
         region.fill_holes(|| true);
         // Without the lead, half a page at each end, and the page with data.
-        let most = length - LEAD - 2 * LARGE + small;
+        let most = length - LEAD - 2 * HUGE_PAGE + small;
         let allocated = allocated(&file);
         assert!(allocated <= most, "{allocated} of {most}");
         assert_eq!(allocated >= most / 2, *KERNEL_HAS_THEM, "{allocated} of {most}");
@@ -87,7 +88,7 @@ mod tests {
 
     #[test]
     fn a_short_block_is_left_alone() {
-        let (region, file) = block(0, LEAD + LARGE - 1);
+        let (region, file) = block(0, LEAD + HUGE_PAGE - 1);
         region.fill_holes(|| true);
         assert_eq!(allocated(&file), 0);
     }

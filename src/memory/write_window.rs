@@ -6,10 +6,8 @@ use std::{
     sync::Arc,
 };
 
-use super::{
-    large_pages::{LARGE, LargePages},
-    mapping::Mapping,
-};
+use super::mapping::Mapping;
+use crate::ram::HUGE_PAGE;
 
 /// Large pages that one connection maps at once, and all of them together: what is mapped counts as the
 /// process's memory. To map each for each write of a part of it was a quarter of the landing.
@@ -17,9 +15,9 @@ const WINDOW_MAX: u64 = 4;
 const WINDOWS_MAX: u64 = 16;
 
 /// The place of one connection's writes, one after another; see
-/// [`Region::make_room`](super::Region::make_room).
+/// [`Region::prepare_write`](super::Region::prepare_write).
 #[derive(Debug)]
-pub struct Room {
+pub struct WriteWindow {
     /// Length of a window in bytes.
     length: u64,
     window: Option<Window>,
@@ -27,25 +25,35 @@ pub struct Room {
     page: Option<u64>,
 }
 
+/// Tells blocks apart, whatever becomes of their addresses and descriptors.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Identity(Arc<()>);
+
+impl Identity {
+    fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
 /// A part of a block's file that is mapped. Only large pages of it are touched.
 #[derive(Debug)]
 struct Window {
-    of: Arc<LargePages>,
+    of: Identity,
     start: u64,
     mapping: Mapping,
 }
 
-impl Default for Room {
+impl Default for WriteWindow {
     fn default() -> Self {
         Self::new(1)
     }
 }
 
-impl Room {
+impl WriteWindow {
     /// For each of so many connections.
     pub fn new(connections: usize) -> Self {
         let pages = (WINDOWS_MAX / connections.max(1) as u64).clamp(1, WINDOW_MAX);
-        Self { length: pages * LARGE, window: None, page: None }
+        Self { length: pages * HUGE_PAGE, window: None, page: None }
     }
 
     /// Receive some of `length` bytes to `at` of the file, if that is in the page.
@@ -56,26 +64,22 @@ impl Room {
         length: usize,
     ) -> Option<io::Result<usize>> {
         let (page, window) = (self.page?, self.window.as_ref()?);
-        let left = (page + LARGE).checked_sub(at).filter(|left| (1..=LARGE).contains(left))?;
+        let left =
+            (page + HUGE_PAGE).checked_sub(at).filter(|left| (1..=HUGE_PAGE).contains(left))?;
         let within = at.checked_sub(window.start)?;
         Some(window.mapping.receive_from(socket, within, length.min(left as usize)))
     }
 
     /// The present write goes to the page at `start` of `file`.
-    pub(super) fn enter(
-        &mut self,
-        of: &Arc<LargePages>,
-        file: &OwnedFd,
-        start: u64,
-    ) -> io::Result<()> {
+    pub(super) fn enter(&mut self, of: &Identity, file: &OwnedFd, start: u64) -> io::Result<()> {
         self.page = None;
         let begin = start / self.length * self.length;
-        let is_it = |window: &Window| Arc::ptr_eq(&window.of, of) && window.start == begin;
+        let is_it = |window: &Window| window.of.is(of) && window.start == begin;
         if !self.window.as_ref().is_some_and(is_it) {
             // First: what is mapped should not be more for a moment.
             self.window = None;
             let mapping =
-                Mapping::aligned(file.as_fd(), begin, self.length as usize, LARGE as usize)?;
+                Mapping::aligned(file.as_fd(), begin, self.length as usize, HUGE_PAGE as usize)?;
             self.window = Some(Window { of: of.clone(), start: begin, mapping });
         }
         self.page = Some(start);
@@ -91,7 +95,7 @@ impl Room {
     pub(super) fn collapse(&self) -> io::Result<()> {
         match (self.page, &self.window) {
             (Some(page), Some(window)) => {
-                window.mapping.collapse(page - window.start, LARGE as usize)
+                window.mapping.collapse(page - window.start, HUGE_PAGE as usize)
             }
             _ => Err(io::ErrorKind::NotFound.into()),
         }
