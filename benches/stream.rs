@@ -13,7 +13,7 @@ use criterion::{BenchmarkGroup, Criterion, Throughput};
 use processor_time::{ProcessorTime, group};
 use qemu_rdma_helper::{
     ram::{BlockRange, Transfer},
-    stream::{Limits, Outlet, Rewriter, StreamBlock},
+    stream::{Limits, RewriteSink, Rewriter, StreamBlock},
 };
 use streams::{PAGE, Stream};
 
@@ -26,7 +26,7 @@ const PAGES: u64 = 65536;
 /// Name of the guest's RAM; other blocks are ROMs.
 const RAM: &str = "pc.ram";
 
-/// Does as little as an outlet can.
+/// Does as little as an sink can.
 struct Counter {
     /// How the guest's RAM travels.
     travel: Transfer,
@@ -45,7 +45,7 @@ impl Counter {
     }
 }
 
-impl Outlet for Counter {
+impl RewriteSink for Counter {
     type Error = Infallible;
 
     fn ram_blocks(&mut self, blocks: &[StreamBlock]) -> Result<Vec<Transfer>, Infallible> {

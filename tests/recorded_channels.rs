@@ -17,7 +17,7 @@ use lzma_rust2::XzReader;
 use qemu_rdma_helper::{
     ram::{BlockRange, PAGE, Transfer},
     stream::{
-        ChannelPage, Inlet, Landing, Limits, Outlet, Rewriter, StreamBlock,
+        ChannelPage, ForwardSink, Forwarder, Limits, RewriteSink, Rewriter, StreamBlock,
         multifd::{self, INIT_SIZE, PACKET_SIZE, Packet},
     },
 };
@@ -104,7 +104,7 @@ struct Source {
     zero_in_stream: usize,
 }
 
-impl Outlet for Source {
+impl RewriteSink for Source {
     type Error = Infallible;
 
     fn ram_blocks(&mut self, blocks: &[StreamBlock]) -> Result<Vec<Transfer>, Infallible> {
@@ -173,7 +173,7 @@ impl Outlet for Source {
 #[derive(Default)]
 struct Destination(Vec<u8>);
 
-impl Inlet for Destination {
+impl ForwardSink for Destination {
     type Error = Infallible;
 
     fn ram_blocks(&mut self, _: &[StreamBlock]) -> Result<(), Infallible> {
@@ -210,7 +210,7 @@ impl Left {
     }
 }
 
-impl Outlet for Left {
+impl RewriteSink for Left {
     type Error = Infallible;
 
     fn ram_blocks(&mut self, blocks: &[StreamBlock]) -> Result<Vec<Transfer>, Infallible> {
@@ -268,7 +268,7 @@ fn every_page_that_qemu_counted_is_found() {
         let name = &recording.name;
         assert!(source.channels.iter().all(VecDeque::is_empty), "{name}: a meeting is missed");
         // What is not mapped and zero is in the stream as it is, where zero pages are there at all.
-        let mut landing = Landing::default();
+        let mut landing = Forwarder::default();
         let mut destination = Destination::default();
         for message in &source.messages {
             landing.push(message, &mut destination).unwrap();

@@ -16,7 +16,7 @@ use qemu_rdma_helper::{
         BlockRange,
         Transfer::{self, InStream, Mapped, Staged},
     },
-    stream::{Inlet, Landing, Limits, Outlet, Rewriter, StreamBlock},
+    stream::{ForwardSink, Forwarder, Limits, RewriteSink, Rewriter, StreamBlock},
 };
 use streams::PAGE;
 
@@ -123,7 +123,7 @@ impl Source {
     }
 }
 
-impl Outlet for Source {
+impl RewriteSink for Source {
     type Error = Infallible;
 
     fn ram_blocks(&mut self, blocks: &[StreamBlock]) -> Result<Vec<Transfer>, Infallible> {
@@ -185,7 +185,7 @@ struct Destination {
     ram_ends: usize,
 }
 
-impl Inlet for Destination {
+impl ForwardSink for Destination {
     type Error = Infallible;
 
     fn ram_blocks(&mut self, blocks: &[StreamBlock]) -> Result<(), Infallible> {
@@ -223,7 +223,7 @@ fn rewrite(stream: &[u8], pieces: usize, travel: Choice) -> Source {
 
 fn land(source: &Source) -> Destination {
     let mut destination = Destination::default();
-    let mut landing = Landing::default();
+    let mut landing = Forwarder::default();
     for message in &source.messages {
         landing.push(message, &mut destination).unwrap();
     }

@@ -7,7 +7,7 @@ use qemu_rdma_helper::{
     control::{Order, Report},
     fabric::Finding,
     qmp::{QmpError, envelope::FromQemu, uri},
-    stream::{Inlet, Landing, StreamBlock},
+    stream::{ForwardSink, Forwarder, StreamBlock},
     text,
     wire::{ListedBlock, Message},
 };
@@ -49,7 +49,7 @@ fn name_in_a_block_list(name: &str) -> Option<String> {
 #[derive(Default)]
 struct Names(String);
 
-impl Inlet for Names {
+impl ForwardSink for Names {
     type Error = std::convert::Infallible;
 
     fn ram_blocks(&mut self, blocks: &[StreamBlock]) -> Result<(), Self::Error> {
@@ -73,10 +73,10 @@ impl Inlet for Names {
 /// What a stream's reader says of it.
 fn read(stream: &[u8]) -> String {
     let mut names = Names::default();
-    match Landing::default().push(stream, &mut names) {
+    match Forwarder::default().push(stream, &mut names) {
         Ok(()) => names.0,
         Err(qemu_rdma_helper::stream::PushError::Stream(error)) => error.to_string(),
-        Err(qemu_rdma_helper::stream::PushError::Taker(never)) => match never {},
+        Err(qemu_rdma_helper::stream::PushError::Handler(never)) => match never {},
     }
 }
 

@@ -112,7 +112,7 @@ fn that_receives_on_another_connection() {
 
 #[test]
 fn that_lands_what_the_source_sends() {
-    fails("landing", false);
+    fails("receiver", false);
 }
 
 #[test]

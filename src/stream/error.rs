@@ -38,5 +38,5 @@ pub enum PushError<E> {
     Stream(StreamError),
     /// The taker's.
     #[error("{0}")]
-    Taker(E),
+    Handler(E),
 }

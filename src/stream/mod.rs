@@ -1,15 +1,15 @@
 //! QEMU's migration stream: read it, and rewrite it for a peer that gets RAM by other means.
 //!
 //! [`Rewriter`] is the source's side: it takes RAM records out and says what to write instead.
-//! [`Landing`] is the destination's: it passes the rest on to QEMU and knows where RAM ends. Both
+//! [`Forwarder`] is the destination's: it passes the rest on to QEMU and knows where RAM ends. Both
 //! are fed bytes cut anywhere, do no I/O, and stand on one grammar (`parser`). Precopy streams
 //! of QEMU 7.2 to 10.0 are understood (`migration/savevm.c`, `migration/ram.c`); whatever has no
 //! length that can be known is refused by name.
 
 mod error;
 mod fields;
+mod forwarder;
 mod global_state;
-mod landing;
 pub mod multifd;
 mod parser;
 mod records;
@@ -18,7 +18,7 @@ mod rewriter;
 mod tests;
 
 pub use error::{PushError, StreamError};
-pub use landing::{Inlet, Landing};
+pub use forwarder::{ForwardSink, Forwarder};
 pub use parser::StreamBlock;
 pub use records::Records;
-pub use rewriter::{ChannelPage, Extent, Limits, Outlet, Rewriter};
+pub use rewriter::{ChannelPage, Extent, Limits, RewriteSink, Rewriter};

@@ -41,7 +41,7 @@ pub struct StreamBlock {
     pub length: u64,
 }
 
-/// What a piece of the stream is. Its bytes come along; see [`Taker`].
+/// What a piece of the stream is. Its bytes come along; see [`ItemHandler`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Item {
     /// Framing, commands, configuration.
@@ -67,14 +67,14 @@ pub(super) enum Item {
 /// What becomes of a record's payload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Payload {
-    /// [`Taker::payload`] gets it.
+    /// [`ItemHandler::payload`] gets it.
     Take,
     /// It is skipped.
     Drop,
 }
 
 /// Takes what the parser finds.
-pub(super) trait Taker {
+pub(super) trait ItemHandler {
     type Error;
 
     /// An item; `raw` are its bytes without payload, `blocks` the block list so far.
@@ -187,7 +187,7 @@ impl Parser {
     }
 
     /// Parse all of `input`.
-    pub(super) fn push<T: Taker>(
+    pub(super) fn push<T: ItemHandler>(
         &mut self,
         mut input: &[u8],
         taker: &mut T,
@@ -244,7 +244,7 @@ impl Parser {
     }
 
     /// Hand an item over and move on.
-    fn apply<T: Taker>(
+    fn apply<T: ItemHandler>(
         &mut self,
         found: Found,
         raw: &[u8],

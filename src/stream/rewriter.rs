@@ -3,7 +3,7 @@
 use super::{
     error::{PushError, StreamError},
     global_state::GlobalState,
-    parser::{Item, Parser, Payload, StreamBlock, Taker, flag},
+    parser::{Item, ItemHandler, Parser, Payload, StreamBlock, flag},
 };
 use crate::ram::{BlockRange, PAGE, Transfer};
 
@@ -52,68 +52,68 @@ impl Limits {
 }
 
 /// Carries out what the rewriter finds, in the order of the calls.
-pub trait Outlet {
+pub trait RewriteSink {
     /// Why it can't.
     type Error;
 
     /// The block list is complete: say for each block how its pages travel.
     ///
     /// # Errors
-    /// The outlet's own; any ends the stream. So for the other calls.
+    /// The sink's own; any ends the stream. So for the other calls.
     fn ram_blocks(&mut self, blocks: &[StreamBlock]) -> Result<Vec<Transfer>, Self::Error>;
 
-    /// Bytes to forward; to be gathered as the outlet likes.
+    /// Bytes to forward; to be gathered as the sink likes.
     ///
     /// # Errors
-    /// The outlet's own.
+    /// The sink's own.
     fn stream(&mut self, bytes: &[u8]) -> Result<(), Self::Error>;
 
     /// The HOOK word was just forwarded: it must be the last of its QEMU_FILE message, and no
-    /// other may follow before [`Outlet::finished`] (specification, "RAM section").
+    /// other may follow before [`RewriteSink::finished`] (specification, "RAM section").
     ///
     /// # Errors
-    /// The outlet's own.
+    /// The sink's own.
     fn hook(&mut self) -> Result<(), Self::Error>;
 
     /// Write these pages from memory now: their records have been read.
     ///
     /// # Errors
-    /// The outlet's own.
+    /// The sink's own.
     fn write(&mut self, range: BlockRange) -> Result<(), Self::Error>;
 
-    /// The next bytes for [`Outlet::write_staged`], at most [`Limits::write`] before it is called.
+    /// The next bytes for [`RewriteSink::write_staged`], at most [`Limits::write`] before it is called.
     ///
     /// # Errors
-    /// The outlet's own.
+    /// The sink's own.
     fn stage(&mut self, bytes: &[u8]) -> Result<(), Self::Error>;
 
     /// Write these pages now. Their content is what was staged since the last call, no more and no
     /// less.
     ///
     /// # Errors
-    /// The outlet's own.
+    /// The sink's own.
     fn write_staged(&mut self, range: BlockRange) -> Result<(), Self::Error>;
 
     /// These pages are zero.
     ///
     /// # Errors
-    /// The outlet's own.
+    /// The sink's own.
     fn zero(&mut self, range: BlockRange) -> Result<(), Self::Error>;
 
     /// What does this range of a mapped block begin with? QEMU announced it without content, and
     /// thus without having looked whether anybody ever used it. To send all of it is never wrong.
     ///
     /// # Errors
-    /// The outlet's own.
+    /// The sink's own.
     fn extent(&mut self, range: BlockRange) -> Result<Extent, Self::Error> {
         Ok(Extent { hole: false, length: range.length })
     }
 
     /// So many bytes that QEMU announced without content have been handed over, by the last call
-    /// of [`Outlet::write`] or, if they are a `hole`, of [`Outlet::zero`].
+    /// of [`RewriteSink::write`] or, if they are a `hole`, of [`RewriteSink::zero`].
     ///
     /// # Errors
-    /// The outlet's own.
+    /// The sink's own.
     fn announced(&mut self, _bytes: u64, _hole: bool) -> Result<(), Self::Error> {
         Ok(())
     }
@@ -121,7 +121,7 @@ pub trait Outlet {
     /// All writes since the hook must land; then REGISTER_FINISHED.
     ///
     /// # Errors
-    /// The outlet's own.
+    /// The sink's own.
     fn finished(&mut self) -> Result<(), Self::Error>;
 
     /// Behind RAM: what the guest did before it was stopped, as in `query-status`.
@@ -132,7 +132,7 @@ pub trait Outlet {
     /// [`beside_channels`](Rewriter::beside_channels).
     ///
     /// # Errors
-    /// The outlet's own.
+    /// The sink's own.
     fn synchronise(&mut self) -> Result<Vec<ChannelPage>, Self::Error> {
         Ok(Vec::new())
     }
@@ -177,8 +177,8 @@ impl Rewriter {
     /// Take the next bytes of the stream, cut anywhere.
     ///
     /// # Errors
-    /// When they are malformed, or contain what can't be carried; or the outlet's.
-    pub fn push<O: Outlet>(
+    /// When they are malformed, or contain what can't be carried; or the sink's.
+    pub fn push<O: RewriteSink>(
         &mut self,
         input: &[u8],
         out: &mut O,
@@ -190,12 +190,12 @@ impl Rewriter {
     /// page is not whole stays: QEMU is about to send the rest.
     ///
     /// # Errors
-    /// The outlet's.
-    pub fn flush<O: Outlet>(&mut self, out: &mut O) -> Result<(), PushError<O::Error>> {
+    /// The sink's.
+    pub fn flush<O: RewriteSink>(&mut self, out: &mut O) -> Result<(), PushError<O::Error>> {
         if self.state.awaited > 0 {
             return Ok(());
         }
-        Rewriting { state: &mut self.state, out }.flush_run().map_err(PushError::Taker)
+        Rewriting { state: &mut self.state, out }.flush_run().map_err(PushError::Handler)
     }
 
     /// The last RAM section's records are behind us.
@@ -264,7 +264,7 @@ struct Rewriting<'a, O> {
     out: &'a mut O,
 }
 
-impl<O: Outlet> Rewriting<'_, O> {
+impl<O: RewriteSink> Rewriting<'_, O> {
     /// Join a page to the run, or begin a new one with it.
     fn page(&mut self, source: Source, block: u32, offset: u64) -> Result<(), O::Error> {
         self.join(Run { source, block, start: offset, end: offset + PAGE, announced: 0 })
@@ -472,7 +472,7 @@ impl<O: Outlet> Rewriting<'_, O> {
     }
 }
 
-impl<O: Outlet> Taker for Rewriting<'_, O> {
+impl<O: RewriteSink> ItemHandler for Rewriting<'_, O> {
     type Error = O::Error;
 
     fn item(
@@ -497,7 +497,7 @@ impl<O: Outlet> Taker for Rewriting<'_, O> {
             }
             _ => {}
         }
-        self.take_item(item, raw, blocks).map_err(PushError::Taker)
+        self.take_item(item, raw, blocks).map_err(PushError::Handler)
     }
 
     fn payload(&mut self, bytes: &[u8]) -> Result<(), PushError<O::Error>> {
@@ -508,6 +508,6 @@ impl<O: Outlet> Taker for Rewriting<'_, O> {
                 self.out.stage(bytes)
             }
         };
-        taken.map_err(PushError::Taker)
+        taken.map_err(PushError::Handler)
     }
 }

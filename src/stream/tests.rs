@@ -12,7 +12,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::ram::{BlockRange, Transfer};
 
-/// What an outlet was asked, stream bytes joined.
+/// What an sink was asked, stream bytes joined.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Asked {
     Blocks(Vec<(String, u64)>),
@@ -58,7 +58,7 @@ impl Recorder {
     }
 }
 
-impl Outlet for Recorder {
+impl RewriteSink for Recorder {
     type Error = Infallible;
 
     fn ram_blocks(&mut self, blocks: &[StreamBlock]) -> Result<Vec<Transfer>, Infallible> {
@@ -125,7 +125,7 @@ impl Outlet for Recorder {
     }
 }
 
-impl Inlet for Recorder {
+impl ForwardSink for Recorder {
     type Error = Infallible;
 
     fn ram_blocks(&mut self, blocks: &[StreamBlock]) -> Result<(), Infallible> {
@@ -356,13 +356,13 @@ fn many_in_stream_records_are_held_in_bounds() {
 fn the_landing_passes_all_but_the_hooks() {
     let recorder = rewrite(&sample(), &[]).unwrap();
     let mut landed = Recorder::default();
-    let mut landing = Landing::default();
+    let mut forwarder = Forwarder::default();
     for asked in &recorder.asked {
         if let Asked::Stream(bytes) = asked {
-            landing.push(bytes, &mut landed).unwrap();
+            forwarder.push(bytes, &mut landed).unwrap();
         }
     }
-    landing.finish().unwrap();
+    forwarder.finish().unwrap();
     let hooks = landed.asked.iter().filter(|asked| **asked == Asked::Hook).count();
     assert_eq!(hooks, 3);
     assert_eq!(landed.forwarded().len(), recorder.forwarded().len() - 3 * 8);
@@ -374,7 +374,7 @@ fn the_landing_passes_all_but_the_hooks() {
 #[test]
 fn bytes_behind_a_hook_are_refused() {
     let stream = Build::with_blocks(&[("pc.ram", 4096)]).part().word(0x80).end_of_section().0;
-    let error = Landing::default().push(&stream, &mut Recorder::default()).unwrap_err();
+    let error = Forwarder::default().push(&stream, &mut Recorder::default()).unwrap_err();
     assert!(error.to_string().contains("behind a HOOK"), "{error}");
 }
 
@@ -498,6 +498,6 @@ proptest! {
                 _ => {}
             }
         }
-        let _ = Landing::default().push(&stream, &mut Recorder::default());
+        let _ = Forwarder::default().push(&stream, &mut Recorder::default());
     }
 }

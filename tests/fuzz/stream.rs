@@ -7,7 +7,7 @@ use std::convert::Infallible;
 use libfuzzer_sys::fuzz_target;
 use qemu_rdma_helper::{
     ram::{BlockRange, Transfer},
-    stream::{Extent, Inlet, Landing, Limits, Outlet, Rewriter, StreamBlock},
+    stream::{Extent, ForwardSink, Forwarder, Limits, RewriteSink, Rewriter, StreamBlock},
 };
 
 #[derive(Default)]
@@ -46,7 +46,7 @@ impl Source {
     }
 }
 
-impl Outlet for Source {
+impl RewriteSink for Source {
     type Error = Infallible;
 
     fn ram_blocks(&mut self, blocks: &[StreamBlock]) -> Result<Vec<Transfer>, Infallible> {
@@ -119,7 +119,7 @@ struct Destination {
     ram_ends: usize,
 }
 
-impl Inlet for Destination {
+impl ForwardSink for Destination {
     type Error = Infallible;
 
     fn ram_blocks(&mut self, _: &[StreamBlock]) -> Result<(), Infallible> {
@@ -162,7 +162,7 @@ fuzz_target!(|input: &[u8]| {
         assert_eq!(source.staged, cut.staged);
         assert_eq!(source.messages.concat(), cut.messages.concat());
         let mut destination = Destination::default();
-        let mut landing = Landing::default();
+        let mut landing = Forwarder::default();
         for message in &source.messages {
             landing.push(message, &mut destination).unwrap();
         }
@@ -170,7 +170,7 @@ fuzz_target!(|input: &[u8]| {
         assert_eq!(destination.ram_ends, 1);
     }
     // Hostile bytes straight at the destination.
-    let mut landing = Landing::default();
+    let mut landing = Forwarder::default();
     let mut destination = Destination::default();
     if stream.chunks(usize::from(*size) + 1).all(|it| landing.push(it, &mut destination).is_ok()) {
         let _ = landing.finish();

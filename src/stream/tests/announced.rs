@@ -58,17 +58,17 @@ fn announced_pages_are_written_or_zero_and_counted() {
     ];
     assert_eq!(asked, expected.iter().collect::<Vec<_>>());
     // The destination's QEMU gets a stream that it knows.
-    let mut landing = Landing::default();
+    let mut forwarder = Forwarder::default();
     let mut hooks = 0;
     for asked in recorder.asked {
-        let mut inlet = Recorder::default();
+        let mut sink = Recorder::default();
         if let Asked::Stream(bytes) = asked {
-            landing.push(&bytes, &mut inlet).unwrap();
+            forwarder.push(&bytes, &mut sink).unwrap();
             hooks += 1;
         }
     }
     assert!(hooks > 3);
-    landing.finish().unwrap();
+    forwarder.finish().unwrap();
 }
 
 #[test]
@@ -102,7 +102,7 @@ fn only_what_is_mapped_can_be_announced() {
     let stream = start().announced(0, Some("pc.ram"), 1).0;
     assert!(rewrite_to(staged, &stream, &[]).is_err());
     // A destination's QEMU would take the content for granted.
-    assert!(Landing::default().push(&stream, &mut Recorder::default()).is_err());
+    assert!(Forwarder::default().push(&stream, &mut Recorder::default()).is_err());
 }
 
 proptest! {

@@ -153,7 +153,7 @@ pub fn run(
         events: sender.clone(),
     });
     let serve = move || receiver::serve(listener, &serving);
-    threads::start("landing", serve, move |served| {
+    threads::start("receiver", serve, move |served| {
         if let Err(error) = served.unwrap_or_else(|lost| Err(lost.into())) {
             // The receiver is gone only when the migration has ended otherwise.
             let _ = sender.send(Event::Served(Err(error)));

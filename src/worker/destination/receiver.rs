@@ -22,7 +22,7 @@ use crate::{
     memory::Region,
     proto::switchover::Commitment,
     ram::PAGE,
-    stream::{Inlet, Landing, PushError, Records, StreamBlock},
+    stream::{ForwardSink, Forwarder, PushError, Records, StreamBlock},
     threads::{self, Lost},
     wire::{Message, RegisterResult},
     worker::{
@@ -112,7 +112,7 @@ fn serve_one<'a>(door: &Door, context: &'a Context) -> Result<(Receiving<'a>, Re
 struct Receiving<'a> {
     accepted: Accepted,
     context: &'a Context,
-    parser: Landing,
+    parser: Forwarder,
     /// Between HOOK and REGISTER_FINISHED.
     hook_open: bool,
     /// QEMU was given something.
@@ -142,7 +142,7 @@ impl<'a> Receiving<'a> {
             context,
             place,
             return_path,
-            parser: Landing::default(),
+            parser: Forwarder::default(),
             hook_open: false,
             begun: false,
             ended: false,
@@ -264,7 +264,7 @@ impl<'a> Receiving<'a> {
         };
         self.parser.push(bytes, &mut feed).map_err(|error| match error {
             PushError::Stream(error) => MigrationError::Stream(error.to_string()),
-            PushError::Taker(error) => error,
+            PushError::Handler(error) => error,
         })?;
         self.hook_open = feed.hooked;
         let batch = std::mem::take(&mut feed.batch);
@@ -370,7 +370,7 @@ fn write(mut qemu: &UnixStream, batch: &mut Vec<u8>) -> Result<()> {
     Ok(())
 }
 
-impl Inlet for Feed<'_> {
+impl ForwardSink for Feed<'_> {
     type Error = MigrationError;
 
     fn ram_blocks(&mut self, blocks: &[StreamBlock]) -> Result<()> {

@@ -19,7 +19,7 @@ use crate::{
     fabric::FabricError,
     proto::ram_ack::{Acknowledgement, Extents},
     ram::{BlockRange, Transfer},
-    stream::{ChannelPage, Extent, Limits, Outlet, PushError, Rewriter, StreamBlock},
+    stream::{ChannelPage, Extent, Limits, PushError, RewriteSink, Rewriter, StreamBlock},
     wire::{Message, PAYLOAD_MAX},
     worker::{Result, error::MigrationError, return_path::ToQemu, statistics::Statistics},
 };
@@ -169,7 +169,7 @@ fn receive(qemu: &UnixStream, buffer: &mut [u8], flags: RecvFlags) -> rustix::io
 fn rewriting(error: PushError<MigrationError>) -> MigrationError {
     match error {
         PushError::Stream(error) => MigrationError::Stream(error.to_string()),
-        PushError::Taker(error) => error,
+        PushError::Handler(error) => error,
     }
 }
 
@@ -212,7 +212,7 @@ impl Drop for Outbound<'_> {
     }
 }
 
-impl Outlet for Outbound<'_> {
+impl RewriteSink for Outbound<'_> {
     type Error = MigrationError;
 
     fn ram_blocks(&mut self, blocks: &[StreamBlock]) -> Result<Vec<Transfer>> {

@@ -2,62 +2,62 @@
 
 use super::{
     error::{PushError, StreamError},
-    parser::{Item, Parser, Payload, StreamBlock, Taker},
+    parser::{Item, ItemHandler, Parser, Payload, StreamBlock},
 };
 
-/// Carries out what [`Landing`] finds, in the order of the calls.
-pub trait Inlet {
+/// Carries out what [`Forwarder`] finds, in the order of the calls.
+pub trait ForwardSink {
     /// Why it can't.
     type Error;
 
     /// The block list is complete.
     ///
     /// # Errors
-    /// The inlet's own; any ends the stream. So for the other calls.
+    /// The sink's own; any ends the stream. So for the other calls.
     fn ram_blocks(&mut self, blocks: &[StreamBlock]) -> Result<(), Self::Error>;
 
     /// Bytes for QEMU.
     ///
     /// # Errors
-    /// The inlet's own.
+    /// The sink's own.
     fn stream(&mut self, bytes: &[u8]) -> Result<(), Self::Error>;
 
     /// A HOOK: writes follow until REGISTER_FINISHED.
     ///
     /// # Errors
-    /// The inlet's own.
+    /// The sink's own.
     fn hook(&mut self) -> Result<(), Self::Error>;
 
     /// The last RAM section's records have all been passed on; its end has not.
     ///
     /// # Errors
-    /// The inlet's own.
+    /// The sink's own.
     fn ram_end(&mut self) -> Result<(), Self::Error>;
 }
 
-/// The destination's reader; feed it with [`Landing::push`].
+/// The destination's reader; feed it with [`Forwarder::push`].
 #[derive(Debug)]
-pub struct Landing {
+pub struct Forwarder {
     parser: Parser,
 }
 
-impl Default for Landing {
+impl Default for Forwarder {
     fn default() -> Self {
         Self { parser: Parser::new() }
     }
 }
 
-impl Landing {
+impl Forwarder {
     /// Take the bytes of a QEMU_FILE message.
     ///
     /// # Errors
-    /// When they are malformed, or a HOOK is not the message's last word; or the inlet's.
-    pub fn push<I: Inlet>(
+    /// When they are malformed, or a HOOK is not the message's last word; or the sink's.
+    pub fn push<I: ForwardSink>(
         &mut self,
         message: &[u8],
-        inlet: &mut I,
+        sink: &mut I,
     ) -> Result<(), PushError<I::Error>> {
-        self.parser.push(message, &mut Passing { inlet, hooked: false })
+        self.parser.push(message, &mut Passing { sink, hooked: false })
     }
 
     /// The source says that the stream is complete.
@@ -70,27 +70,27 @@ impl Landing {
 }
 
 struct Passing<'a, I> {
-    inlet: &'a mut I,
+    sink: &'a mut I,
     /// The message's last word must have been this HOOK.
     hooked: bool,
 }
 
-impl<I: Inlet> Passing<'_, I> {
+impl<I: ForwardSink> Passing<'_, I> {
     fn pass(&mut self, item: Item, raw: &[u8], blocks: &[StreamBlock]) -> Result<(), I::Error> {
         match item {
             Item::Hook => {
                 self.hooked = true;
-                return self.inlet.hook();
+                return self.sink.hook();
             }
-            Item::Eos { last: true } => self.inlet.ram_end()?,
+            Item::Eos { last: true } => self.sink.ram_end()?,
             _ => {}
         }
-        self.inlet.stream(raw)?;
-        if item == Item::BlocksEnd { self.inlet.ram_blocks(blocks) } else { Ok(()) }
+        self.sink.stream(raw)?;
+        if item == Item::BlocksEnd { self.sink.ram_blocks(blocks) } else { Ok(()) }
     }
 }
 
-impl<I: Inlet> Taker for Passing<'_, I> {
+impl<I: ForwardSink> ItemHandler for Passing<'_, I> {
     type Error = I::Error;
 
     fn item(
@@ -108,11 +108,11 @@ impl<I: Inlet> Taker for Passing<'_, I> {
             let why = "pages without content".to_owned();
             return Err(PushError::Stream(StreamError::Malformed { at: 0, why }));
         }
-        self.pass(item, raw, blocks).map_err(PushError::Taker)?;
+        self.pass(item, raw, blocks).map_err(PushError::Handler)?;
         Ok(Payload::Take)
     }
 
     fn payload(&mut self, bytes: &[u8]) -> Result<(), PushError<I::Error>> {
-        self.inlet.stream(bytes).map_err(PushError::Taker)
+        self.sink.stream(bytes).map_err(PushError::Handler)
     }
 }
