@@ -85,7 +85,7 @@ fn that_connects() {
 
 #[test]
 fn that_takes_the_sources_stream() {
-    fails("intake", true);
+    fails("stream reader", true);
 }
 
 #[test]
@@ -95,7 +95,7 @@ fn that_takes_a_channel() {
 
 #[test]
 fn that_hears_the_destinations_answers() {
-    fails("answers", true);
+    fails("reply reader", true);
 }
 
 #[test]
@@ -117,7 +117,7 @@ fn that_lands_what_the_source_sends() {
 
 #[test]
 fn that_lets_sources_in() {
-    fails("door", false);
+    fails("acceptor", false);
     fails("accept", false);
     fails("greeting", false);
     fails("source", false);
@@ -137,9 +137,9 @@ fn that_forwards_the_return_path() {
 /// What it does is a help, and no more.
 #[test]
 fn that_makes_large_pages() {
-    let mut pair = pair("holes", 0, true);
+    let mut pair = pair("prefault", 0, true);
     assert_eq!(migrate(&mut pair, 4096), "");
-    assert_panicked(&pair.source, "holes");
+    assert_panicked(&pair.source, "prefault");
     pair.verify();
 }
 

@@ -25,7 +25,7 @@ pub enum Known {
 
 /// The ranges, and how much of the guest's memory is pinned by them.
 #[derive(Debug)]
-pub struct Keys {
+pub struct RkeyCache {
     /// By block; without a key as long as that was only asked for.
     ranges: HashMap<usize, Ranges<Option<RemoteKey>>>,
     /// Answers come in this order.
@@ -40,7 +40,7 @@ pub struct Keys {
     largest: u64,
 }
 
-impl Keys {
+impl RkeyCache {
     /// Of `limit` bytes together at the most, though never less than one chunk of `chunk` bytes.
     pub fn new(limit: Option<u64>, chunk: u64) -> Self {
         let limit = limit.unwrap_or(u64::MAX).max(chunk);
@@ -147,7 +147,7 @@ mod tests {
     #[test]
     fn ranges_are_the_destinations_chunks() {
         for (chunk, sizes) in [(32 * CHUNK, [32, 64, 64, 64]), (CHUNK_MAX, [1024; 4])] {
-            let mut keys = Keys::new(None, chunk);
+            let mut keys = RkeyCache::new(None, chunk);
             let mut offset = 5 * CHUNK;
             for size in sizes {
                 let range = keys.wanted(0, offset, 8 * LENGTH);
@@ -160,7 +160,7 @@ mod tests {
 
     #[test]
     fn a_run_is_asked_for_before_it_is_needed() {
-        let mut keys = Keys::new(None, CHUNK);
+        let mut keys = RkeyCache::new(None, CHUNK);
         let (mut waited, mut offset) = (0, 0);
         while offset < LENGTH {
             if keys.get(0, offset) == Known::Nothing {
@@ -182,7 +182,7 @@ mod tests {
 
     #[test]
     fn single_chunks_are_no_run() {
-        let mut keys = Keys::new(None, CHUNK);
+        let mut keys = RkeyCache::new(None, CHUNK);
         for offset in [0, 64 * CHUNK, 128 * CHUNK] {
             let range = keys.wanted(0, offset, LENGTH);
             assert_eq!(range.end - range.start, CHUNK);
@@ -201,7 +201,7 @@ mod tests {
             offsets in prop::collection::vec((0..3_usize, 0..LENGTH), 1..300),
         ) {
             let limit = (limit * CHUNK).max(chunk);
-            let mut keys = Keys::new(Some(limit), chunk);
+            let mut keys = RkeyCache::new(Some(limit), chunk);
             for (index, offset) in offsets {
                 if keys.get(index, offset) == Known::Nothing {
                     let range = keys.wanted(index, offset, LENGTH);

@@ -11,12 +11,12 @@ const WITHDRAWN: u8 = 2;
 
 /// Decided by whoever comes first.
 #[derive(Debug, Default)]
-pub struct Commitment(AtomicU8);
+pub struct Switchover(AtomicU8);
 
-impl Commitment {
+impl Switchover {
     /// For the data thread, before the first byte behind the last RAM section goes on. False: the
     /// migration has failed, and the byte must not.
-    pub fn pass_ram(&self) -> bool {
+    pub fn try_commit(&self) -> bool {
         self.decide(PAST_RAM)
     }
 
@@ -50,13 +50,13 @@ mod tests {
 
     #[test]
     fn the_first_decides() {
-        let commitment = Commitment::default();
-        assert!(!commitment.is_past_ram());
-        assert!(commitment.pass_ram() && commitment.pass_ram());
-        assert!(!commitment.withdraw() && commitment.is_past_ram());
-        let commitment = Commitment::default();
-        assert!(!commitment.is_withdrawn());
-        assert!(commitment.withdraw() && commitment.withdraw() && commitment.is_withdrawn());
-        assert!(!commitment.pass_ram() && !commitment.is_past_ram());
+        let switchover = Switchover::default();
+        assert!(!switchover.is_past_ram());
+        assert!(switchover.try_commit() && switchover.try_commit());
+        assert!(!switchover.withdraw() && switchover.is_past_ram());
+        let switchover = Switchover::default();
+        assert!(!switchover.is_withdrawn());
+        assert!(switchover.withdraw() && switchover.withdraw() && switchover.is_withdrawn());
+        assert!(!switchover.try_commit() && !switchover.is_past_ram());
     }
 }

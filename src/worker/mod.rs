@@ -56,7 +56,7 @@ pub(crate) struct Block {
 }
 
 /// How a migration ended.
-enum Verdict {
+enum Outcome {
     Done,
     Failed {
         error: MigrationError,
@@ -66,7 +66,7 @@ enum Verdict {
     },
 }
 
-impl Verdict {
+impl Outcome {
     /// Failed. A peer that says that its guest never ran is believed.
     fn failed(
         error: MigrationError,
@@ -132,15 +132,15 @@ fn patience_of(limit: Duration) -> Option<Patience> {
 /// Feed a state machine with events until it gives its verdict, reporting figures all the while. Where a
 /// state waits for only so long, `patience` is what it has left, and `late` what happens when that is
 /// over: behind all that has happened before, and not because this process was stopped.
-fn lifetime<S, E>(
+fn run_state_machine<S, E>(
     mut state: S,
     events: &Receiver<E>,
     reports: &Reports,
     statistics: &Statistics,
     patience: impl Fn(&mut S) -> Option<&mut Patience>,
     late: impl Fn() -> E,
-    mut step: impl FnMut(S, E) -> std::result::Result<S, Verdict>,
-) -> Verdict {
+    mut step: impl FnMut(S, E) -> std::result::Result<S, Outcome>,
+) -> Outcome {
     let mut next_report = Instant::now();
     loop {
         if next_report <= Instant::now() {
@@ -157,7 +157,7 @@ fn lifetime<S, E>(
             }
             Err(RecvTimeoutError::Disconnected) => {
                 let error = MigrationError::Aborted("All threads of the worker ended".into());
-                return Verdict::failed(error, false, None);
+                return Outcome::failed(error, false, None);
             }
         };
         if let Some(event) = event {

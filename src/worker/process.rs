@@ -14,7 +14,7 @@ use super::{
     destination::{self, inquiry::Inquiry},
     error::MigrationError,
     link::WINDOW,
-    qemu_sockets::Streams,
+    qemu_sockets::QemuSockets,
     relay_socket::{Orders, Reports},
     source,
 };
@@ -77,7 +77,7 @@ fn start(order: Order, fds: Vec<OwnedFd>, orders: Orders, reports: &Arc<Reports>
             let fabric = fabric(&options)?;
             let (sender, events) = mpsc::channel();
             let order = |order, fds| match order {
-                Order::Take => source::Event::Take(Streams::new(fds)),
+                Order::Take => source::Event::Take(QemuSockets::new(fds)),
                 Order::Leave { reason } => source::Event::RelayGone(reason),
                 order => source::Event::Order(order),
             };

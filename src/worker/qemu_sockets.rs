@@ -22,14 +22,14 @@ const IDLE: Duration = Duration::from_secs(30);
 /// The stream, and QEMU's multifd channels if it was told to use any. QEMU does not notice the
 /// worker's end by itself, because the relay has them too: it decides what QEMU is told.
 #[derive(Debug)]
-pub struct Streams {
+pub struct QemuSockets {
     /// The stream, and the return path in the other direction.
     pub main: Arc<UnixStream>,
     /// The channels, in no order.
     pub channels: Vec<Arc<UnixStream>>,
 }
 
-impl Streams {
+impl QemuSockets {
     /// From descriptors, the stream's first; `None` if there are none.
     pub fn new(fds: Vec<OwnedFd>) -> Option<Self> {
         let mut sockets = fds.into_iter().map(|fd| Arc::new(UnixStream::from(fd)));

@@ -56,7 +56,7 @@ pub struct Proven {
 }
 
 /// Lets in who connects.
-pub struct Door {
+pub struct Acceptor {
     proven: Receiver<Result<Proven>>,
     /// Lines about those that get no further.
     pub refused: Arc<Refusals>,
@@ -83,7 +83,7 @@ struct Expected {
     open: SyncSender<Box<dyn Request>>,
 }
 
-impl Door {
+impl Acceptor {
     /// Accept on a thread of its own, until the listener is closed.
     pub fn open(mut listener: Box<dyn Listener>, context: &Arc<Context>) -> Self {
         let (sender, proven) = mpsc::channel();
@@ -110,7 +110,7 @@ impl Door {
             }
         };
         let say = say_failure(&context.events, Event::Failed);
-        threads::start("door", accept, move |end| {
+        threads::start("acceptor", accept, move |end| {
             say(end);
             // Not before: who waits for a source would take that for a peer's end.
             drop(sender);

@@ -23,15 +23,15 @@ use tracing::{debug, warn};
 
 use self::inquiry::Inquiry;
 use super::{
-    Result, Verdict, error::MigrationError, lifetime, link::Link, patience_of,
-    relay_socket::Reports, statistics::Statistics,
+    Outcome, Result, error::MigrationError, link::Link, patience_of, relay_socket::Reports,
+    run_state_machine, statistics::Statistics,
 };
 use crate::{
     address::Address,
     control::{Agreed, Options, Order, Report},
     fabric::{Fabric, Handle},
     patience::Patience,
-    proto::switchover::Commitment,
+    proto::switchover::Switchover,
     threads::{self, Lost},
     wire::Message,
 };
@@ -96,14 +96,14 @@ enum Incoming {
     /// never do so.
     Telling(Arc<Link>, Option<Patience>),
     /// It is over.
-    Ended(Verdict),
+    Ended(Outcome),
 }
 
 /// What all states need.
 struct Context {
     qemu: Arc<UnixStream>,
     reports: Arc<Reports>,
-    commitment: Arc<Commitment>,
+    switchover: Arc<Switchover>,
     listening: Handle,
     /// The source sends nothing more.
     sent: Cell<bool>,
@@ -128,7 +128,7 @@ pub fn run(
     let listener = match fabric.listen(address) {
         Ok(listener) => listener,
         Err(error) => {
-            Verdict::failed(error.into(), true, None).tell(&reports, &statistics);
+            Outcome::failed(error.into(), true, None).tell(&reports, &statistics);
             return;
         }
     };
@@ -137,7 +137,7 @@ pub fn run(
     let context = Context {
         qemu: qemu.clone(),
         reports: reports.clone(),
-        commitment: Arc::default(),
+        switchover: Arc::default(),
         listening: listener.handle(),
         sent: Cell::new(false),
         closed: Cell::new(false),
@@ -149,7 +149,7 @@ pub fn run(
         inquiry,
         options,
         statistics: statistics.clone(),
-        commitment: context.commitment.clone(),
+        switchover: context.switchover.clone(),
         events: sender.clone(),
     });
     let serve = move || receiver::serve(listener, &serving);
@@ -165,7 +165,7 @@ pub fn run(
     };
     let start = Incoming::Listening(Vec::new());
     let (patience, late) = (Incoming::patience, || Event::Late);
-    let verdict = lifetime(start, &events, &reports, &statistics, patience, late, step);
+    let verdict = run_state_machine(start, &events, &reports, &statistics, patience, late, step);
     let Some(words) = verdict.tell(&reports, &statistics) else { return };
     // It fails only when QEMU has closed its end.
     let _ = context.qemu.shutdown(Shutdown::Both);
@@ -238,14 +238,14 @@ impl Incoming {
                 Self::Judging { link, error, patience: patience_of(RELAY_VERDICT) }
             }
             (Self::Receiving(link), Event::ReturnPathLost(error))
-                if context.commitment.is_past_ram() =>
+                if context.switchover.is_past_ram() =>
             {
                 // QEMU may get the guest without it. The source's QEMU ends its stream only when it hears
                 // something there.
                 context.reports.send(&Report::StreamEnded);
                 Self::Judging { link, error, patience: None }
             }
-            (state, Event::Failed(error)) if context.commitment.is_past_ram() => {
+            (state, Event::Failed(error)) if context.switchover.is_past_ram() => {
                 warn!(%error, "QEMU's verdict is awaited");
                 state
             }
@@ -282,7 +282,7 @@ impl Incoming {
                 self.fail(MigrationError::Aborted(reason), guest_never_ran, context)
             }
             // The relay goes on asking QEMU for its verdict as long as it can.
-            Order::Abort { .. } if context.commitment.is_past_ram() => self,
+            Order::Abort { .. } if context.switchover.is_past_ram() => self,
             Order::Abort { reason } => self.fail_here(MigrationError::Aborted(reason), context),
             order => {
                 debug!(?order, "an order that means nothing to a destination");
@@ -304,7 +304,7 @@ impl Incoming {
                 Self::Loading(link).fail(error, guest_never_ran, context)
             }
             Event::RelayGone(_) | Event::Late => {
-                let never_ran = context.commitment.withdraw();
+                let never_ran = context.switchover.withdraw();
                 Self::Loading(link).fail(of_ours(error), never_ran, context)
             }
             _ => Self::Judging { link, error, patience },
@@ -318,7 +318,7 @@ impl Incoming {
         let reason = lost.map_or_else(|| gone.to_owned(), |lost| lost.to_string());
         let error = MigrationError::Aborted(reason);
         match self {
-            Self::Receiving(link) if !context.commitment.withdraw() => Self::Orphaned(link, error),
+            Self::Receiving(link) if !context.switchover.withdraw() => Self::Orphaned(link, error),
             Self::Loading(_) => self.fail(error, false, context),
             state => state.fail_here(error, context),
         }
@@ -368,7 +368,7 @@ impl Incoming {
 
     fn done(link: &Link) -> Self {
         link.close();
-        Self::Ended(Verdict::Done)
+        Self::Ended(Outcome::Done)
     }
 
     /// Of sources that have agreed.
@@ -386,20 +386,20 @@ impl Incoming {
     /// End as failed for a reason of the worker's own, or let QEMU decide.
     fn fail_here(self, error: MigrationError, context: &Context) -> Self {
         match self {
-            Self::Receiving(link) | Self::Loading(link) if !context.commitment.withdraw() => {
+            Self::Receiving(link) | Self::Loading(link) if !context.switchover.withdraw() => {
                 // A QEMU that lacks a part of the stream fails now. It may have closed its end.
                 let _ = context.qemu.shutdown(Shutdown::Write);
                 context.reports.send(&Report::StreamEnded);
                 Self::Judging { link, error, patience: None }
             }
-            state => state.fail(error, context.commitment.withdraw(), context),
+            state => state.fail(error, context.switchover.withdraw(), context),
         }
     }
 
     /// End as failed.
     fn fail(self, error: MigrationError, never_ran: bool, context: &Context) -> Self {
         context.listening.close();
-        Self::Ended(Verdict::failed(error, never_ran, self.links()))
+        Self::Ended(Outcome::failed(error, never_ran, self.links()))
     }
 }
 

@@ -12,7 +12,7 @@ use tracing::{info, warn};
 
 use super::{
     Event,
-    acceptor::{Door, Proven},
+    acceptor::{Acceptor, Proven},
     handshake::Accepted,
     inquiry::Inquiry,
 };
@@ -20,7 +20,7 @@ use crate::{
     control::Options,
     fabric::{FabricError, Listener, pending::Place},
     memory::Region,
-    proto::switchover::Commitment,
+    proto::switchover::Switchover,
     ram::PAGE,
     stream::{ForwardSink, Forwarder, PushError, Records, StreamBlock},
     threads::{self, Lost},
@@ -53,7 +53,7 @@ pub struct Context {
     /// Counters.
     pub statistics: Arc<Statistics>,
     /// Whether QEMU may get what is behind RAM.
-    pub commitment: Arc<Commitment>,
+    pub switchover: Arc<Switchover>,
     /// Where to say what happens.
     pub events: Sender<Event>,
 }
@@ -75,7 +75,7 @@ pub fn say_failure(
 /// Serve sources until one has begun to send its stream, then that one to its end; says how it ended, and
 /// when the source has closed.
 pub fn serve(listener: Box<dyn Listener>, context: &Arc<Context>) -> Result<()> {
-    let door = Door::open(listener, context);
+    let door = Acceptor::open(listener, context);
     let (mut receiving, served) = serve_one(&door, context)?;
     // The receiver is gone only when the migration has ended otherwise.
     let _ = context.events.send(Event::Served(served));
@@ -87,7 +87,7 @@ pub fn serve(listener: Box<dyn Listener>, context: &Arc<Context>) -> Result<()> 
 /// Serve the first source that begins to send its stream; how did that end?
 ///
 /// Whoever fails before that has changed nothing that matters: the next one is waited for.
-fn serve_one<'a>(door: &Door, context: &'a Context) -> Result<(Receiving<'a>, Result<()>)> {
+fn serve_one<'a>(door: &Acceptor, context: &'a Context) -> Result<(Receiving<'a>, Result<()>)> {
     loop {
         let Proven { accepted, first, peer, place, return_path } = door.next()?;
         let link = accepted.link.clone();
@@ -162,7 +162,7 @@ impl<'a> Receiving<'a> {
                 Err(MigrationError::Fabric(FabricError::Closed)) if self.ended => return Ok(()),
                 // All that a stock source says at its stream's end.
                 Err(MigrationError::Fabric(FabricError::Closed))
-                    if link.is_stock() && self.context.commitment.is_past_ram() =>
+                    if link.is_stock() && self.context.switchover.is_past_ram() =>
                 {
                     self.end();
                     return Ok(());
@@ -239,7 +239,7 @@ impl<'a> Receiving<'a> {
 
     /// May a message be about RAM now? Between helpers always, until RAM has ended.
     fn takes_ram(&self) -> bool {
-        self.hook_open || self.accepted.any_time && !self.context.commitment.is_past_ram()
+        self.hook_open || self.accepted.any_time && !self.context.switchover.is_past_ram()
     }
 
     /// The memory of a block that the source may write.
@@ -298,7 +298,7 @@ impl<'a> Receiving<'a> {
             return Ok(());
         }
         match write(&self.context.qemu, &mut batch) {
-            Err(error @ MigrationError::Qemu(_)) if self.context.commitment.is_past_ram() => {
+            Err(error @ MigrationError::Qemu(_)) if self.context.switchover.is_past_ram() => {
                 self.left = true;
                 info!(%error, "what is left of the stream is dropped");
                 // The receiver is gone only when the migration has ended otherwise.
@@ -405,7 +405,7 @@ impl ForwardSink for Feed<'_> {
         // on the guest may come to run, and nobody writes its memory from outside any more.
         self.receiving.receiver.revoke();
         self.hand_over_stand_ins()?;
-        if self.context.commitment.pass_ram() {
+        if self.context.switchover.try_commit() {
             self.receiving.link.be_patient();
             Ok(())
         } else {

@@ -11,14 +11,14 @@ fn context(past_ram: bool) -> (Context, Receiver<Event>) {
     let context = Context {
         qemu: Arc::new(qemu),
         reports: Arc::new(Reports::new(socket)),
-        commitment: Arc::default(),
+        switchover: Arc::default(),
         listening: Handle::new(|| {}),
         sent: Cell::new(false),
         closed: Cell::new(false),
         mute: Cell::new(false),
         events,
     };
-    assert!(!past_ram || context.commitment.pass_ram());
+    assert!(!past_ram || context.switchover.try_commit());
     (context, received)
 }
 
@@ -90,7 +90,7 @@ fn no_state_waits_and_none_lies() {
                 let next = state.handle(event, &context);
                 let pair = format!("{state_name}, {event_name}, past RAM: {past_ram}");
                 assert!(begun.elapsed() < Duration::from_secs(1), "{pair}");
-                if let Incoming::Ended(Verdict::Failed { guest_never_ran, .. }) = next {
+                if let Incoming::Ended(Outcome::Failed { guest_never_ran, .. }) = next {
                     assert!(!(guest_never_ran && past_ram), "{pair}");
                 }
             }
@@ -114,7 +114,7 @@ fn what_qemu_has_completed_stays_so() {
             let (state_name, state) = completed(&link).swap_remove(state);
             let (event_name, event) = all_events().swap_remove(event);
             let next = state.handle(event, &context);
-            let failed = matches!(next, Incoming::Ended(Verdict::Failed { .. }));
+            let failed = matches!(next, Incoming::Ended(Outcome::Failed { .. }));
             assert!(!failed, "{state_name}, {event_name}");
         }
     }
@@ -133,7 +133,7 @@ fn the_source_hears_qemus_verdict_whatever_has_failed() {
         let reason = "it failed".to_owned();
         let failed = Order::QemuFailed { reason, guest_never_ran: true };
         let state = state.handle(Event::Order(failed), &context);
-        let Incoming::Ended(Verdict::Failed { error, guest_never_ran: true, links }) = state else {
+        let Incoming::Ended(Outcome::Failed { error, guest_never_ran: true, links }) = state else {
             panic!()
         };
         assert!(matches!(error, MigrationError::Aborted(_)) && links.len() == 1);
@@ -150,7 +150,7 @@ fn a_source_that_is_told_is_waited_for() {
     let mut state = Incoming::confirm(link.clone(), &context);
     assert!(matches!(state, Incoming::Telling(..)) && state.patience().is_none());
     let state = state.handle(Event::Closed, &context);
-    assert!(matches!(state, Incoming::Ended(Verdict::Done)));
+    assert!(matches!(state, Incoming::Ended(Outcome::Done)));
     let (link, _receiver) = idle_link::stock();
     let mut state = Incoming::confirm(link, &self::context(true).0);
     assert!(matches!(state, Incoming::Completed(_)) && state.patience().is_none());
@@ -159,7 +159,7 @@ fn a_source_that_is_told_is_waited_for() {
     let mut state = Incoming::confirm(link, &context);
     assert!(matches!(state, Incoming::Telling(..)) && state.patience().is_some());
     let state = state.handle(Event::Late, &context);
-    assert!(matches!(state, Incoming::Ended(Verdict::Done)));
+    assert!(matches!(state, Incoming::Ended(Outcome::Done)));
 }
 
 /// QEMU needs no more of the stream and completes; the source hears that when it has sent all.
@@ -176,7 +176,7 @@ fn the_source_is_told_when_it_listens() {
     let state = state.handle(Event::Told(Ok(())), &context);
     assert!(matches!(state, Incoming::Telling(..)));
     let state = state.handle(Event::Served(Ok(())), &context);
-    assert!(matches!(state, Incoming::Ended(Verdict::Done)));
+    assert!(matches!(state, Incoming::Ended(Outcome::Done)));
 }
 
 /// Without its return path the source's QEMU never ends its stream.
@@ -210,7 +210,7 @@ fn no_state_waits_and_none_lies_before_a_source() {
             assert!(begun.elapsed() < Duration::from_secs(1), "{name}");
             match next {
                 Incoming::Listening(_) => {}
-                Incoming::Ended(Verdict::Failed { guest_never_ran, .. }) => {
+                Incoming::Ended(Outcome::Failed { guest_never_ran, .. }) => {
                     count += 1;
                     // The relay knows better than the worker.
                     assert!(guest_never_ran || name == "QemuFailed", "{name}");
@@ -238,7 +238,7 @@ fn it_ends_with_the_last_source_that_takes_leave() {
     let state = state.handle(went(&first), &context);
     assert!(matches!(&state, Incoming::Listening(agreed) if agreed.len() == 1));
     let state = state.handle(went(&second), &context);
-    let Incoming::Ended(Verdict::Failed { error, guest_never_ran: true, .. }) = state else {
+    let Incoming::Ended(Outcome::Failed { error, guest_never_ran: true, .. }) = state else {
         panic!("it goes on")
     };
     assert_eq!(error.to_string(), "it was cancelled");

@@ -12,20 +12,20 @@ use std::{
 
 use tracing::{debug, info, warn};
 
-use super::{Event, handshake, rate_limit::Pacer, reply_reader, takeover::Orphan};
+use super::{Event, handshake, rate_limit::RateLimit, reply_reader, takeover::Takeover};
 use crate::{
     address::Address,
     control::{Command, Options, Order, QmpSocket, Report},
     fabric::Fabric,
     memory::Region,
     patience::Patience,
-    proto::switchover::Commitment,
+    proto::switchover::Switchover,
     threads::{self, Lost},
     wire::credit::Flow,
     worker::{
         LastWords, Result,
         link::Link,
-        qemu_sockets::Streams,
+        qemu_sockets::QemuSockets,
         relay_socket::Reports,
         return_path::{self, ToQemu},
         statistics::Statistics,
@@ -82,7 +82,7 @@ pub fn say_lost(end: std::result::Result<(), Lost>, events: &Sender<Event>) {
 pub struct Context {
     pub way: Arc<Way>,
     /// QEMU's sockets, once it was asked to migrate.
-    pub qemu: OnceCell<Arc<Streams>>,
+    pub qemu: OnceCell<Arc<QemuSockets>>,
     /// What sets QEMU back to what it was before.
     pub give_back: RefCell<Vec<Command>>,
     /// QEMU's QMP socket, for when the relay is gone.
@@ -90,7 +90,7 @@ pub struct Context {
     /// The relay is gone.
     pub is_alone: Cell<bool>,
     /// What is in its place.
-    pub orphan: Cell<Option<Orphan>>,
+    pub takeover: Cell<Option<Takeover>>,
     /// The guest runs, but for the switchover.
     pub guest_runs: Cell<bool>,
     /// It ran until the switchover, as QEMU knows it.
@@ -103,8 +103,8 @@ pub struct Context {
     pub cancelled: Cell<bool>,
     pub reports: Arc<Reports>,
     pub statistics: Arc<Statistics>,
-    pub commitment: Arc<Commitment>,
-    pub pacer: Arc<Pacer>,
+    pub switchover: Arc<Switchover>,
+    pub rate_limit: Arc<RateLimit>,
     /// The memory that QEMU reads, all of it, where it does not announce it.
     pub read: Vec<Arc<Region>>,
     pub events: Sender<Event>,
@@ -115,7 +115,7 @@ impl Context {
     fn become_orphan(&self) {
         // A relay that can't reach QEMU says so, and then it goes.
         if !self.is_alone.replace(true) {
-            self.orphan.set(Some(Orphan::new(self.qmp.as_ref())));
+            self.takeover.set(Some(Takeover::new(self.qmp.as_ref())));
         }
     }
 
@@ -200,11 +200,11 @@ impl Context {
     }
 
     /// Before the first byte behind RAM leaves: the relay must know. False: the migration has failed.
-    pub fn pass_ram(&self, link: &Arc<Link>) -> impl FnOnce() -> bool + Send + 'static {
-        let (commitment, reports) = (self.commitment.clone(), self.reports.clone());
+    pub fn try_commit(&self, link: &Arc<Link>) -> impl FnOnce() -> bool + Send + 'static {
+        let (switchover, reports) = (self.switchover.clone(), self.reports.clone());
         let link = link.clone();
         move || {
-            let passed = commitment.pass_ram();
+            let passed = switchover.try_commit();
             if passed {
                 link.be_patient();
                 reports.deliver(&Report::PastRam);
@@ -238,13 +238,13 @@ impl Context {
     /// Do what the relay would, if it is gone; on a thread, because neither QEMU nor the peer should
     /// wait for the other.
     pub fn stand_in(&self, never_ran: bool, events: &Receiver<Event>) -> Option<JoinHandle<()>> {
-        let (orphan, give_back) = (self.orphan.take()?, self.give_back.take());
+        let (takeover, give_back) = (self.takeover.take()?, self.give_back.take());
         if self.qemu.get().is_none() && give_back.is_empty() {
             return None;
         }
         let guest_runs = never_ran && self.guest_is_to_run(events);
-        let finish = move || orphan.finish(&give_back, never_ran, guest_runs);
+        let finish = move || takeover.finish(&give_back, never_ran, guest_runs);
         // What it could not do was said, or is by its panic.
-        threads::finish("orphan", finish)
+        threads::finish("takeover", finish)
     }
 }

@@ -10,7 +10,7 @@ use crate::{
     fabric::FabricError,
     patience::Patience,
     threads,
-    worker::{Verdict, error::MigrationError, link::Link, patience_of},
+    worker::{Outcome, error::MigrationError, link::Link, patience_of},
 };
 
 /// How long to wait for the peer's own words after it closed the connection.
@@ -116,7 +116,7 @@ impl Ending {
         if let Some(link) = self.link {
             link.close();
         }
-        Outgoing::Ended(Verdict::Done)
+        Outgoing::Ended(Outcome::Done)
     }
 
     /// The destination failed too. Its own reason counts where the end of the connection is all that is
@@ -132,7 +132,7 @@ impl Ending {
 
     fn ended(self) -> Outgoing {
         let error = self.known.unwrap_or(self.error);
-        Outgoing::Ended(Verdict::failed(error, self.guest_never_ran, self.link))
+        Outgoing::Ended(Outcome::failed(error, self.guest_never_ran, self.link))
     }
 }
 

@@ -29,13 +29,13 @@ use self::{
     context::{Context, Way, say_lost},
     ending::Ending,
     handshake::Agreement,
-    multifd::Channels,
-    ram_writer::Writer,
-    remote_blocks::Targets,
+    multifd::MultifdChannels,
+    ram_writer::RamWriter,
+    remote_blocks::RemoteBlocks,
 };
 use super::{
-    Block, Result, Verdict, error::MigrationError, lifetime, link::Link, qemu_sockets::Streams,
-    relay_socket::Reports, return_path::ToQemu, statistics::Statistics,
+    Block, Outcome, Result, error::MigrationError, link::Link, qemu_sockets::QemuSockets,
+    relay_socket::Reports, return_path::ToQemu, run_state_machine, statistics::Statistics,
 };
 use crate::{
     address::Address,
@@ -55,7 +55,7 @@ pub enum Event {
     /// Connected, and the block lists agree; or not.
     Agreed(Result<Agreement>),
     /// From the relay: QEMU's sockets; `None` if there were none.
-    Take(Option<Streams>),
+    Take(Option<QemuSockets>),
     /// What the guest did before the switchover, as QEMU tells the destination.
     GuestBefore(String),
     /// QEMU's stream was read to its end, as far as that can be.
@@ -85,7 +85,7 @@ enum Outgoing {
     /// It has failed, unless somebody knows better.
     Ending(Ending),
     /// It is over.
-    Ended(Verdict),
+    Ended(Outcome),
 }
 
 /// Run one to its end. `qmp` is QEMU's QMP socket, which is the relay's as long as there is one.
@@ -109,7 +109,7 @@ pub fn run(
         give_back: RefCell::default(),
         qmp,
         is_alone: Cell::new(false),
-        orphan: Cell::default(),
+        takeover: Cell::default(),
         guest_runs: Cell::new(true),
         guest_ran: Cell::new(None),
         stream_read: Cell::new(false),
@@ -117,8 +117,8 @@ pub fn run(
         cancelled: Cell::new(false),
         reports: reports.clone(),
         statistics: statistics.clone(),
-        commitment: Arc::default(),
-        pacer: Arc::default(),
+        switchover: Arc::default(),
+        rate_limit: Arc::default(),
         read,
         events: sender.clone(),
     };
@@ -133,12 +133,12 @@ pub fn run(
         state => Ok(state),
     };
     let (start, patience, late) = (Outgoing::Connecting, Outgoing::patience, || Event::Late);
-    let verdict = lifetime(start, &events, &reports, &statistics, patience, late, step);
+    let verdict = run_state_machine(start, &events, &reports, &statistics, patience, late, step);
     if context.is_alone.get() {
         // Nobody else will say it.
         match &verdict {
-            Verdict::Done => info!("migration completed"),
-            Verdict::Failed { error, guest_never_ran, .. } => {
+            Outcome::Done => info!("migration completed"),
+            Outcome::Failed { error, guest_never_ran, .. } => {
                 warn!(reason = %error, guest_never_ran, "migration failed");
             }
         }
@@ -172,7 +172,7 @@ impl Outgoing {
 
     fn handle(self, event: Event, context: &Context) -> Self {
         context.note(&event);
-        let is_past_ram = context.commitment.is_past_ram();
+        let is_past_ram = context.switchover.is_past_ram();
         match (self, event) {
             (Self::Ending(ending), event) => ending.handle(event, is_past_ram),
             (Self::Connecting, Event::Agreed(Ok(agreement))) => {
@@ -187,7 +187,7 @@ impl Outgoing {
                 Self::Agreed(Box::new(agreement))
             }
             (Self::Connecting, Event::Agreed(Err(error))) => {
-                Self::Ended(Verdict::failed(error, true, None))
+                Self::Ended(Outcome::failed(error, true, None))
             }
             (Self::Agreed(agreement), Event::Take(Some(streams))) => {
                 Self::start(*agreement, streams, context)
@@ -216,13 +216,13 @@ impl Outgoing {
                 Event::PeerFailed(MigrationError::Fabric(FabricError::Closed)),
             ) if link.is_stock() => Self::done(&link),
             (state, Event::PeerFailed(error)) => {
-                let never_ran = context.commitment.withdraw();
+                let never_ran = context.switchover.withdraw();
                 Self::Ending(Ending::unheard(error, never_ran, state.link()))
             }
             // The guest may come to run at the destination: what was begun goes on, so that QEMU gets to
             // know how it ends.
             (state, Event::RelayGone(reason) | Event::Order(Order::Abort { reason }))
-                if !context.commitment.withdraw() =>
+                if !context.switchover.withdraw() =>
             {
                 info!(reason, "the destination's verdict is awaited");
                 state
@@ -237,7 +237,7 @@ impl Outgoing {
                 }
             }
             (state, Event::Order(Order::Pace { rate })) => {
-                context.pacer.set(rate);
+                context.rate_limit.set(rate);
                 state
             }
             // They are noted.
@@ -264,7 +264,7 @@ impl Outgoing {
     /// The destination has the guest.
     fn done(link: &Link) -> Self {
         link.close();
-        Self::Ended(Verdict::Done)
+        Self::Ended(Outcome::Done)
     }
 
     fn link(self) -> Option<Arc<Link>> {
@@ -276,7 +276,7 @@ impl Outgoing {
     }
 
     /// Take QEMU's stream.
-    fn start(agreement: Agreement, streams: Streams, context: &Context) -> Self {
+    fn start(agreement: Agreement, streams: QemuSockets, context: &Context) -> Self {
         let Agreement { link, receiver, blocks, pin_limit, .. } = agreement;
         let (answering, events) = (link.clone(), context.events.clone());
         let qemu = context.qemu.get_or_init(|| Arc::new(streams)).clone();
@@ -287,17 +287,17 @@ impl Outgoing {
         let lost = events.clone();
         let receive =
             move || reply_reader::receive(receiver, &answering, &return_path, &answers, &events);
-        threads::start("answers", receive, move |end| say_lost(end, &lost));
+        threads::start("reply reader", receive, move |end| say_lost(end, &lost));
         let (events, way) = (context.events.clone(), context.way.clone());
         let statistics = context.statistics.clone();
-        let targets = Targets::new(blocks, answered, pin_limit, way.options.clone());
-        let (pacer, counted) = (context.pacer.clone(), statistics.clone());
-        let writer = Arc::new(Writer::new(link.clone(), targets, pacer, counted));
-        let pass_ram = context.pass_ram(&link);
+        let remote_blocks = RemoteBlocks::new(blocks, answered, pin_limit, way.options.clone());
+        let (rate_limit, counted) = (context.rate_limit.clone(), statistics.clone());
+        let writer = Arc::new(RamWriter::new(link.clone(), remote_blocks, rate_limit, counted));
+        let try_commit = context.try_commit(&link);
         let channels = (!qemu.channels.is_empty()).then(|| {
             // Who has channels reads memory by itself.
             fill_holes(context, &writer);
-            Channels::start(&qemu.channels, writer.clone(), &events)
+            MultifdChannels::start(&qemu.channels, writer.clone(), &events)
         });
         let lost = events.clone();
         let take = move || {
@@ -310,7 +310,7 @@ impl Outgoing {
                     &writer,
                     &statistics,
                     &events,
-                    pass_ram,
+                    try_commit,
                 ),
                 Err(error) => (Err(error), None),
             };
@@ -330,7 +330,7 @@ impl Outgoing {
             }
             let _ = events.send(Event::StreamRead);
         };
-        threads::start("intake", take, move |end| {
+        threads::start("stream reader", take, move |end| {
             if let Err(error) = end {
                 // As above.
                 let _ = lost.send(Event::StreamTaken(Err(error.into())));
@@ -342,19 +342,19 @@ impl Outgoing {
     /// Fail for a reason of this side's.
     fn fail(self, error: MigrationError, context: &Context) -> Self {
         // At once: what comes in the meantime must not make the guest run there.
-        let never_ran = context.commitment.withdraw();
+        let never_ran = context.switchover.withdraw();
         Self::Ending(Ending::of_ours(error, never_ran, self.link()))
     }
 }
 
 /// Make large pages of the holes that QEMU reads, as long as something of it is written.
-fn fill_holes(context: &Context, writer: &Arc<Writer>) {
-    let (read, commitment) = (context.read.clone(), context.commitment.clone());
+fn fill_holes(context: &Context, writer: &Arc<RamWriter>) {
+    let (read, switchover) = (context.read.clone(), context.switchover.clone());
     let writer = Arc::downgrade(writer);
-    let wants = move || writer.strong_count() > 0 && !commitment.is_withdrawn();
+    let wants = move || writer.strong_count() > 0 && !switchover.is_withdrawn();
     let fill = move || read.iter().for_each(|region| region.fill_holes(&wants));
     let events = context.events.clone();
-    threads::start("holes", fill, move |end| {
+    threads::start("prefault", fill, move |end| {
         // The receiver is gone only when the migration has ended otherwise.
         let _ = events.send(Event::HolesFilled(end));
     });

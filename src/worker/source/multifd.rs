@@ -16,8 +16,8 @@ use std::{
 
 use super::{
     Event,
-    multifd_sync::{Met, Rounds},
-    ram_writer::Writer,
+    multifd_sync::{Met, SyncBarrier},
+    ram_writer::RamWriter,
 };
 use crate::{
     ram::{BlockRange, CHUNK, PAGE, Transfer},
@@ -33,9 +33,9 @@ use crate::{
 const READ: usize = 128 << 10;
 
 /// What the threads share with the one that takes the stream.
-pub struct Channels {
-    writer: Arc<Writer>,
-    rounds: Rounds,
+pub struct MultifdChannels {
+    writer: Arc<RamWriter>,
+    barrier: SyncBarrier,
     blocks: OnceLock<Blocks>,
     others: Mutex<Others>,
     /// A channel's thread has failed, and said why.
@@ -60,16 +60,16 @@ struct Blocks {
     others_max: usize,
 }
 
-impl Channels {
+impl MultifdChannels {
     /// Take these channels, each on a thread of its own; the first failure is said to `events`.
     pub fn start(
         channels: &[Arc<UnixStream>],
-        writer: Arc<Writer>,
+        writer: Arc<RamWriter>,
         events: &Sender<Event>,
     ) -> Arc<Self> {
         let shared = Arc::new(Self {
             writer,
-            rounds: Rounds::new(channels.len() + 1),
+            barrier: SyncBarrier::new(channels.len() + 1),
             blocks: OnceLock::new(),
             others: Mutex::default(),
             failed: AtomicBool::new(false),
@@ -85,7 +85,7 @@ impl Channels {
                     shared.failed.store(true, Relaxed);
                 }
                 // Whoever waits for it at a meeting waits in vain.
-                shared.rounds.end();
+                shared.barrier.end();
             });
         }
         shared
@@ -108,7 +108,7 @@ impl Channels {
     ///
     /// # Errors
     /// When a channel has ended, or what was written can't land.
-    pub fn meet(&self) -> Result<Vec<ChannelPage>> {
+    pub fn wait(&self) -> Result<Vec<ChannelPage>> {
         match self.come_together()? {
             Met::All => Ok(std::mem::take(&mut self.others().met)),
             // The end of the meetings, behind which this is read, came behind it.
@@ -122,7 +122,7 @@ impl Channels {
     }
 
     fn come_together(&self) -> Result<Met> {
-        self.rounds.meet(|| {
+        self.barrier.wait(|| {
             self.writer.settle()?;
             let mut others = self.others();
             others.met = std::mem::take(&mut others.coming);
@@ -136,14 +136,14 @@ impl Channels {
 
     /// The stream has ended, or failed.
     pub fn end(&self) {
-        self.rounds.end();
+        self.barrier.end();
     }
 }
 
 /// One of them.
 struct Channel<'a> {
     socket: &'a UnixStream,
-    shared: &'a Channels,
+    shared: &'a MultifdChannels,
 }
 
 impl Channel<'_> {

@@ -1,15 +1,15 @@
-//! Where the threads that take QEMU's stream and its multifd channels meet.
+//! The barrier at which the threads of QEMU's stream and of its multifd channels wait for each other.
 //!
-//! QEMU sends no page twice between two such points, and through any channel behind one. So nothing
-//! that belongs before it may be written behind it.
+//! Between two sync points QEMU sends no page twice; after one it may send any page through any channel. So what
+//! was sent before a sync point must be written before anything that was sent after it.
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 use crate::worker::Result;
 
-/// The meetings of so many threads.
+/// A barrier for a fixed number of threads, which can be broken.
 #[derive(Debug)]
-pub struct Rounds {
+pub struct SyncBarrier {
     parties: usize,
     state: Mutex<State>,
     changed: Condvar,
@@ -17,15 +17,15 @@ pub struct Rounds {
 
 #[derive(Debug, Default)]
 struct State {
-    /// Who has come to the next meeting.
+    /// Threads that wait now.
     waiting: usize,
-    /// Meetings that took place.
+    /// How often all have come.
     met: u64,
-    /// There will be no other.
+    /// It is broken: a thread has ended.
     ended: bool,
 }
 
-/// What came of a meeting.
+/// How a wait ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Met {
     /// All came.
@@ -34,7 +34,7 @@ pub enum Met {
     Never,
 }
 
-impl Rounds {
+impl SyncBarrier {
     /// Of `parties` threads.
     pub fn new(parties: usize) -> Self {
         Self { parties, state: Mutex::default(), changed: Condvar::new() }
@@ -44,12 +44,12 @@ impl Rounds {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Wait for all others. The last one to come does `between` before any goes on.
+    /// Wait for all other threads. The last one to come runs `between` before any goes on.
     ///
     /// # Errors
-    /// What `between` says; there is no meeting any more then. Who gets it says so, and then
-    /// [`ends`](Self::end) it for those who wait.
-    pub fn meet(&self, between: impl FnOnce() -> Result<()>) -> Result<Met> {
+    /// Propagates the error of `between`. The barrier is then broken: the caller must call
+    /// [`end`](Self::end) to release the waiters.
+    pub fn wait(&self, between: impl FnOnce() -> Result<()>) -> Result<Met> {
         let mut state = self.state();
         if state.ended {
             return Ok(Met::Never);
@@ -91,14 +91,14 @@ mod tests {
 
     #[test]
     fn nobody_is_ahead_of_a_meeting() {
-        let rounds = Rounds::new(4);
+        let barrier = SyncBarrier::new(4);
         let (arrived, meetings) = (AtomicU32::new(0), AtomicU32::new(0));
         thread::scope(|scope| {
             for _ in 0..4 {
                 scope.spawn(|| {
                     for round in 1..=100 {
                         arrived.fetch_add(1, Ordering::SeqCst);
-                        let met = rounds.meet(|| {
+                        let met = barrier.wait(|| {
                             assert_eq!(arrived.load(Ordering::SeqCst), 4 * round);
                             meetings.fetch_add(1, Ordering::SeqCst);
                             Ok(())
@@ -113,21 +113,21 @@ mod tests {
 
     #[test]
     fn whoever_leaves_lets_the_others_go() {
-        let rounds = Rounds::new(2);
+        let barrier = SyncBarrier::new(2);
         thread::scope(|scope| {
-            let waiting = scope.spawn(|| rounds.meet(|| Ok(())).unwrap());
-            rounds.end();
+            let waiting = scope.spawn(|| barrier.wait(|| Ok(())).unwrap());
+            barrier.end();
             assert_eq!(waiting.join().unwrap(), Met::Never);
         });
-        assert_eq!(rounds.meet(|| Ok(())).unwrap(), Met::Never);
+        assert_eq!(barrier.wait(|| Ok(())).unwrap(), Met::Never);
     }
 
     #[test]
     fn a_failure_between_ends_it() {
-        let rounds = Rounds::new(2);
+        let barrier = SyncBarrier::new(2);
         let meet = || {
-            let met = rounds.meet(|| Err(MigrationError::Peer("gone".into())));
-            met.inspect_err(|_| rounds.end())
+            let met = barrier.wait(|| Err(MigrationError::Peer("gone".into())));
+            met.inspect_err(|_| barrier.end())
         };
         thread::scope(|scope| {
             let other = scope.spawn(meet);
@@ -136,6 +136,6 @@ mod tests {
             let alone = met.iter().flatten().all(|met| *met == Met::Never);
             assert!(failed == 1 && alone, "{met:?}");
         });
-        assert_eq!(rounds.meet(|| Ok(())).unwrap(), Met::Never);
+        assert_eq!(barrier.wait(|| Ok(())).unwrap(), Met::Never);
     }
 }

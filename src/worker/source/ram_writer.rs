@@ -5,7 +5,7 @@ use std::sync::{
     atomic::{AtomicBool, AtomicU64, Ordering},
 };
 
-use super::{handshake::Source, rate_limit::Pacer, remote_blocks::Targets};
+use super::{handshake::Source, rate_limit::RateLimit, remote_blocks::RemoteBlocks};
 use crate::{
     memory::Region,
     ram::{BlockRange, Transfer},
@@ -15,33 +15,40 @@ use crate::{
 };
 
 /// Shared by the threads that take QEMU's stream and its channels.
-pub struct Writer {
+pub struct RamWriter {
     link: Arc<Link>,
-    pacer: Arc<Pacer>,
+    rate_limit: Arc<RateLimit>,
     statistics: Arc<Statistics>,
     /// Taken once for a run of pages. Held while it is written where keys come and go: else another
     /// thread might give the run's key back.
-    targets: Mutex<Targets>,
+    remote_blocks: Mutex<RemoteBlocks>,
     /// There were zero ranges since the last [`Self::settle`].
     zeros: AtomicBool,
     /// Bytes that had been posted then.
     settled: AtomicU64,
 }
 
-impl Writer {
-    /// To the blocks that `targets` knows.
+impl RamWriter {
+    /// To the blocks that `remote_blocks` knows.
     pub fn new(
         link: Arc<Link>,
-        targets: Targets,
-        pacer: Arc<Pacer>,
+        remote_blocks: RemoteBlocks,
+        rate_limit: Arc<RateLimit>,
         statistics: Arc<Statistics>,
     ) -> Self {
         let (zeros, settled) = (AtomicBool::new(false), AtomicU64::new(0));
-        Self { link, pacer, statistics, targets: Mutex::new(targets), zeros, settled }
+        Self {
+            link,
+            rate_limit,
+            statistics,
+            remote_blocks: Mutex::new(remote_blocks),
+            zeros,
+            settled,
+        }
     }
 
-    fn targets(&self) -> MutexGuard<'_, Targets> {
-        self.targets.lock().unwrap_or_else(PoisonError::into_inner)
+    fn remote_blocks(&self) -> MutexGuard<'_, RemoteBlocks> {
+        self.remote_blocks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The connection.
@@ -49,20 +56,20 @@ impl Writer {
         &self.link
     }
 
-    /// The stream's block list is complete; see [`Targets::name`].
+    /// The stream's block list is complete; see [`RemoteBlocks::name`].
     ///
     /// # Errors
     /// It is not the list that the migration was prepared for.
     pub fn name(&self, blocks: &[StreamBlock]) -> Result<Vec<Transfer>> {
-        self.targets().name(blocks)
+        self.remote_blocks().name(blocks)
     }
 
-    /// Behind the block list; see [`Targets::exchange`].
+    /// Behind the block list; see [`RemoteBlocks::exchange`].
     ///
     /// # Errors
     /// When the destination does not have the same blocks.
     pub fn exchange(&self) -> Result<()> {
-        self.targets().exchange(&self.link)
+        self.remote_blocks().exchange(&self.link)
     }
 
     /// The memory of a mapped block.
@@ -70,8 +77,8 @@ impl Writer {
     /// # Errors
     /// When it is not mapped.
     pub fn region(&self, block: u32) -> Result<Arc<Region>> {
-        let targets = self.targets();
-        targets.block(block)?.region().cloned().ok_or_else(|| not_mapped(block))
+        let remote_blocks = self.remote_blocks();
+        remote_blocks.block(block)?.region().cloned().ok_or_else(|| not_mapped(block))
     }
 
     /// Write a run of pages from memory.
@@ -82,7 +89,7 @@ impl Writer {
         let BlockRange { block, mut offset, length } = range;
         let end = offset.saturating_add(length);
         while offset < end {
-            let length = self.pacer.take(end - offset);
+            let length = self.rate_limit.take(end - offset);
             self.write_piece(BlockRange { block, offset, length })?;
             offset += length;
         }
@@ -91,12 +98,12 @@ impl Writer {
     }
 
     fn write_piece(&self, range: BlockRange) -> Result<()> {
-        let mut targets = self.targets();
-        let (source, remote) = targets.key(&self.link, range.block, range.offset)?;
+        let mut remote_blocks = self.remote_blocks();
+        let (source, remote) = remote_blocks.key(&self.link, range.block, range.offset)?;
         let Source::Mapped(region) = source else { return Err(not_mapped(range.block)) };
         let region = region.clone();
-        targets.cover(range)?;
-        let _held = (!targets.keys_stay()).then_some(targets);
+        remote_blocks.cover(range)?;
+        let _held = (!remote_blocks.rkeys_stay()).then_some(remote_blocks);
         self.link.write(&region, range.offset, range.length, remote)
     }
 
@@ -107,11 +114,11 @@ impl Writer {
     pub fn write_staged(&self, range: BlockRange, mut bytes: &[u8]) -> Result<()> {
         let mut offset = range.offset;
         while !bytes.is_empty() {
-            let piece = self.pacer.take(bytes.len() as u64) as usize;
+            let piece = self.rate_limit.take(bytes.len() as u64) as usize;
             let (now, rest) = bytes.split_at(piece.min(bytes.len()));
-            let mut targets = self.targets();
-            let (_, remote) = targets.key(&self.link, range.block, offset)?;
-            targets.cover(BlockRange { offset, length: now.len() as u64, ..range })?;
+            let mut remote_blocks = self.remote_blocks();
+            let (_, remote) = remote_blocks.key(&self.link, range.block, offset)?;
+            remote_blocks.cover(BlockRange { offset, length: now.len() as u64, ..range })?;
             self.link.write_bytes(now, offset, remote)?;
             offset += now.len() as u64;
             bytes = rest;
@@ -125,10 +132,10 @@ impl Writer {
     /// # Errors
     /// When the connection is lost.
     pub fn zero(&self, range: BlockRange) -> Result<()> {
-        let mut targets = self.targets();
-        let message = targets.block(range.block)?.compress(range.offset, range.length);
-        targets.cover(range)?;
-        drop(targets);
+        let mut remote_blocks = self.remote_blocks();
+        let message = remote_blocks.block(range.block)?.compress(range.offset, range.length);
+        remote_blocks.cover(range)?;
+        drop(remote_blocks);
         self.link.send(&message)?;
         self.zeros.store(true, Ordering::SeqCst);
         self.statistics.zero_bytes.fetch_add(range.length, Ordering::Relaxed);
@@ -155,12 +162,12 @@ impl Writer {
         Ok(())
     }
 
-    /// Behind the last RAM section; see [`Targets::check_coverage`].
+    /// Behind the last RAM section; see [`RemoteBlocks::check_coverage`].
     ///
     /// # Errors
     /// Some memory was not sent.
     pub fn check_coverage(&self) -> Result<()> {
-        self.targets().check_coverage()
+        self.remote_blocks().check_coverage()
     }
 
     /// Let the figures be seen.

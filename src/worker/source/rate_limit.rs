@@ -20,7 +20,7 @@ const PAGE: u64 = 4096;
 
 /// Lets through so many bytes a second.
 #[derive(Debug)]
-pub struct Pacer {
+pub struct RateLimit {
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -33,14 +33,14 @@ struct State {
     next: Instant,
 }
 
-impl Default for Pacer {
+impl Default for RateLimit {
     fn default() -> Self {
         let state = State { rate: None, next: Instant::now() };
         Self { state: Mutex::new(state), changed: Condvar::new() }
     }
 }
 
-impl Pacer {
+impl RateLimit {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -173,10 +173,10 @@ mod tests {
 
     #[test]
     fn without_a_limit_all_goes_at_once() {
-        let pacer = Pacer::default();
-        assert_eq!(pacer.take(u64::MAX), u64::MAX);
-        pacer.set(Some(1 << 20));
-        assert_eq!(pacer.take(1 << 20), 4096);
+        let rate_limit = RateLimit::default();
+        assert_eq!(rate_limit.take(u64::MAX), u64::MAX);
+        rate_limit.set(Some(1 << 20));
+        assert_eq!(rate_limit.take(1 << 20), 4096);
     }
 
     /// A low limit that is raised is over at once, and not when the last page has been paid for.
@@ -200,13 +200,13 @@ mod tests {
 
     #[test]
     fn whoever_waits_notices_that_the_limit_is_lifted() {
-        let pacer = Pacer::default();
-        pacer.set(Some(1));
+        let rate_limit = RateLimit::default();
+        rate_limit.set(Some(1));
         // Its next is due in an hour.
-        assert_eq!(pacer.take(4096), 4096);
+        assert_eq!(rate_limit.take(4096), 4096);
         std::thread::scope(|scope| {
-            let waiting = scope.spawn(|| pacer.take(8192));
-            pacer.set(None);
+            let waiting = scope.spawn(|| rate_limit.take(8192));
+            rate_limit.set(None);
             assert_eq!(waiting.join().unwrap(), 8192);
         });
     }

@@ -14,7 +14,7 @@ use crate::{
     control::Options,
     fabric::{FabricError, RemoteKey},
     patience::Patience,
-    proto::rkeys::{Keys, Known},
+    proto::rkeys::{Known, RkeyCache},
     ram::{BlockRange, CHUNK, ROM_MAX, Transfer},
     stream::StreamBlock,
     wire::{Message, RamBlockEntry, RegisterResult},
@@ -31,8 +31,8 @@ pub enum Answer {
     Unregistered,
 }
 
-/// The blocks, and the keys to them that are known.
-pub struct Targets {
+/// The blocks, and the rkeys to them that are known.
+pub struct RemoteBlocks {
     blocks: Vec<AgreedBlock>,
     /// Own blocks that a stock destination has not been asked for yet.
     unnamed: Option<Vec<Block>>,
@@ -41,11 +41,11 @@ pub struct Targets {
     /// As they arrive, in the order of the questions.
     answers: Receiver<Answer>,
     /// By index in `blocks`.
-    keys: Keys,
+    rkeys: RkeyCache,
     options: Options,
 }
 
-impl Targets {
+impl RemoteBlocks {
     /// Before the stream.
     pub fn new(
         blocks: SourceBlocks,
@@ -58,8 +58,8 @@ impl Targets {
             SourceBlocks::Agreed(blocks) => (blocks, None, CHUNK),
             SourceBlocks::Unnamed(blocks) => (Vec::new(), Some(blocks), options.chunk_size),
         };
-        let keys = Keys::new(pin_limit, chunk);
-        Self { blocks, unnamed, by_stream: Vec::new(), answers, keys, options }
+        let rkeys = RkeyCache::new(pin_limit, chunk);
+        Self { blocks, unnamed, by_stream: Vec::new(), answers, rkeys, options }
     }
 
     /// The stream's block list is complete: how does each block travel?
@@ -181,7 +181,7 @@ impl Targets {
     }
 
     /// A key that was got once is good for the whole migration.
-    pub fn keys_stay(&self) -> bool {
+    pub fn rkeys_stay(&self) -> bool {
         self.options.whole_keys()
     }
 
@@ -212,7 +212,7 @@ impl Targets {
         }
         let length = block.length;
         let key = self.range_key(link, index, offset, length)?;
-        if let Some(next) = self.keys.ahead(index, offset, length) {
+        if let Some(next) = self.rkeys.ahead(index, offset, length) {
             self.ask(link, index, next)?;
         }
         Ok(key)
@@ -227,11 +227,11 @@ impl Targets {
         length: u64,
     ) -> Result<RemoteKey> {
         loop {
-            match self.keys.get(index, offset) {
+            match self.rkeys.get(index, offset) {
                 Known::Key(key) => return Ok(key),
                 Known::Asked => self.take_key(link)?,
                 Known::Nothing => {
-                    let range = self.keys.wanted(index, offset, length);
+                    let range = self.rkeys.wanted(index, offset, length);
                     self.prepare_write(link, range.end - range.start)?;
                     self.ask(link, index, range)?;
                 }
@@ -242,25 +242,25 @@ impl Targets {
     /// Ask for a range; this side gets it ready meanwhile.
     fn ask(&mut self, link: &Link, index: usize, range: Range<u64>) -> Result<()> {
         let block = &self.blocks[index];
-        link.send(&block.register(&range, self.keys.chunk()))?;
+        link.send(&block.register(&range, self.rkeys.chunk()))?;
         if let Some(region) = block.region() {
             link.pin(region, range.clone())?;
         }
-        self.keys.ask(index, range);
+        self.rkeys.ask(index, range);
         Ok(())
     }
 
     /// Release ranges until `bytes` more fit into the limit.
     fn prepare_write(&mut self, link: &Link, bytes: u64) -> Result<()> {
-        while !self.keys.fit(bytes) {
+        while !self.rkeys.fit(bytes) {
             // What was asked for, and what is on its way, first.
-            while self.keys.waits() {
+            while self.rkeys.waits() {
                 self.take_key(link)?;
             }
             link.drain()?;
-            let Some((index, range)) = self.keys.release() else { return Ok(()) };
+            let Some((index, range)) = self.rkeys.release() else { return Ok(()) };
             let block = &self.blocks[index];
-            link.send(&block.unregister(&range, self.keys.chunk()))?;
+            link.send(&block.unregister(&range, self.rkeys.chunk()))?;
             let Answer::Unregistered = self.answer(link, Duration::ZERO)? else {
                 return Err(MigrationError::Peer("no UNREGISTER_FINISHED".into()));
             };
@@ -277,7 +277,7 @@ impl Targets {
             return Err(MigrationError::Peer("no REGISTER_RESULT".into()));
         };
         let key = RemoteKey { address: result.host_addr.get(), rkey: result.rkey.get() };
-        if self.keys.answer(key) {
+        if self.rkeys.answer(key) {
             Ok(())
         } else {
             Err(MigrationError::Peer("a REGISTER_RESULT that nobody asked for".into()))

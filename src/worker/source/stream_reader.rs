@@ -14,7 +14,7 @@ use rustix::{
     net::{RecvFlags, recv},
 };
 
-use super::{Event, multifd::Channels, ram_writer::Writer};
+use super::{Event, multifd::MultifdChannels, ram_writer::RamWriter};
 use crate::{
     fabric::FabricError,
     proto::ram_ack::{Acknowledgement, Extents},
@@ -31,17 +31,17 @@ const READ: usize = 256 << 10;
 /// Stream bytes that are gathered before they are sent.
 const BATCH: usize = 128 << 10;
 
-/// Take QEMU's stream to its end. `pass_ram` is asked before the first byte behind the last RAM
+/// Take QEMU's stream to its end. `try_commit` is asked before the first byte behind the last RAM
 /// section leaves; false ends the stream there. `return_path` is QEMU's. Of a stream that is not taken to its
 /// end there is a rest.
 pub fn take(
     qemu: &UnixStream,
     return_path: &ToQemu,
-    channels: Option<Arc<Channels>>,
-    writer: &Writer,
+    channels: Option<Arc<MultifdChannels>>,
+    writer: &RamWriter,
     statistics: &Statistics,
     events: &Sender<Event>,
-    pass_ram: impl FnOnce() -> bool,
+    try_commit: impl FnOnce() -> bool,
 ) -> (Result<()>, Option<Rest>) {
     let limits = Limits::default();
     let mut rewriter = match channels {
@@ -61,7 +61,7 @@ pub fn take(
         acknowledgement: Acknowledgement::default(),
     };
     let mut piece = Piece { buffer: vec![0; READ], received: 0 };
-    match take_all(qemu, &mut rewriter, &mut outbound, &mut piece, pass_ram) {
+    match take_all(qemu, &mut rewriter, &mut outbound, &mut piece, try_commit) {
         Err(error) => (Err(error), Some(Rest { rewriter, piece })),
         Ok(()) => {
             let early =
@@ -110,9 +110,9 @@ fn take_all(
     rewriter: &mut Rewriter,
     outbound: &mut Outbound<'_>,
     piece: &mut Piece,
-    pass_ram: impl FnOnce() -> bool,
+    try_commit: impl FnOnce() -> bool,
 ) -> Result<()> {
-    let (writer, mut pass_ram) = (outbound.writer, Some(pass_ram));
+    let (writer, mut try_commit) = (outbound.writer, Some(try_commit));
     let Piece { buffer, received } = piece;
     loop {
         *received = 0;
@@ -132,7 +132,7 @@ fn take_all(
         }
         rewriter.push(&buffer[..*received], outbound).map_err(rewriting)?;
         if rewriter.ram_ended()
-            && let Some(pass_ram) = pass_ram.take()
+            && let Some(try_commit) = try_commit.take()
         {
             if outbound.channels.is_some() {
                 writer.settle()?;
@@ -141,7 +141,7 @@ fn take_all(
             // on its way there: what proves that the last writes have landed, for example.
             writer.link().drain()?;
             writer.check_coverage()?;
-            if !pass_ram() {
+            if !try_commit() {
                 return Err(MigrationError::Aborted("The migration has failed already".into()));
             }
         }
@@ -175,10 +175,10 @@ fn rewriting(error: PushError<MigrationError>) -> MigrationError {
 
 /// Where the rewritten stream goes.
 struct Outbound<'a> {
-    writer: &'a Writer,
+    writer: &'a RamWriter,
     return_path: &'a ToQemu,
     /// QEMU's multifd channels, if it has any.
-    channels: Option<Arc<Channels>>,
+    channels: Option<Arc<MultifdChannels>>,
     statistics: &'a Statistics,
     events: &'a Sender<Event>,
     /// Messages up to the end of the last RAM section, if the destination must have dealt with them
@@ -297,7 +297,7 @@ impl RewriteSink for Outbound<'_> {
     }
 
     fn synchronise(&mut self) -> Result<Vec<ChannelPage>> {
-        self.channels.as_ref().map_or(Ok(Vec::new()), |channels| channels.meet())
+        self.channels.as_ref().map_or(Ok(Vec::new()), |channels| channels.wait())
     }
 }
 
@@ -312,8 +312,8 @@ mod tests {
             Block, idle_link,
             source::{
                 handshake::{AgreedBlock, SourceBlocks},
-                rate_limit::Pacer,
-                remote_blocks::Targets,
+                rate_limit::RateLimit,
+                remote_blocks::RemoteBlocks,
             },
         },
     };
@@ -369,19 +369,27 @@ mod tests {
     fn a_reset_before_the_end_of_ram_is_no_end() {
         for stream in [&b""[..], b"QEVM\0\0\0\x03", b"QEVM\0\0\0\x03\x07\0\0\0\x02p"] {
             let (link, _receiver) = idle_link::link();
-            let targets =
-                Targets::new(SourceBlocks::Agreed(Vec::new()), mpsc::channel().1, None, options());
+            let remote_blocks = RemoteBlocks::new(
+                SourceBlocks::Agreed(Vec::new()),
+                mpsc::channel().1,
+                None,
+                options(),
+            );
             let statistics = Statistics::new("tcp");
-            let writer =
-                Writer::new(link.clone(), targets, Arc::<Pacer>::default(), statistics.clone());
+            let writer = RamWriter::new(
+                link.clone(),
+                remote_blocks,
+                Arc::<RateLimit>::default(),
+                statistics.clone(),
+            );
             let (qemu, mut theirs) = sockets();
             theirs.write_all(stream).unwrap();
             drop(theirs);
             let qemu = Arc::new(qemu);
             let to_qemu = ToQemu::new(qemu.clone());
-            let pass_ram = || panic!("RAM has not ended");
+            let try_commit = || panic!("RAM has not ended");
             let taken =
-                take(&qemu, &to_qemu, None, &writer, &statistics, &mpsc::channel().0, pass_ram);
+                take(&qemu, &to_qemu, None, &writer, &statistics, &mpsc::channel().0, try_commit);
             let error = taken.0.unwrap_err().to_string();
             assert!(error.contains("ended its migration stream early"), "{error}");
             link.close();
@@ -399,11 +407,11 @@ mod tests {
     }
 
     /// Of a guest with that block.
-    fn writer(link: Arc<crate::worker::link::Link>, statistics: &Arc<Statistics>) -> Writer {
+    fn writer(link: Arc<crate::worker::link::Link>, statistics: &Arc<Statistics>) -> RamWriter {
         let rom = Block { name: "rom".into(), length: 8192, region: None, read_whole: true };
         let blocks = SourceBlocks::Agreed(vec![AgreedBlock::unplaced(&rom, 0)]);
-        let targets = Targets::new(blocks, mpsc::channel().1, None, options());
-        Writer::new(link, targets, Arc::<Pacer>::default(), statistics.clone())
+        let remote_blocks = RemoteBlocks::new(blocks, mpsc::channel().1, None, options());
+        RamWriter::new(link, remote_blocks, Arc::<RateLimit>::default(), statistics.clone())
     }
 
     /// A migration that failed before that was read: QEMU has completed, and its guest is not to run.
@@ -441,12 +449,12 @@ mod tests {
         let qemu = Arc::new(ours);
         let to_qemu = ToQemu::new(qemu.clone());
         let mut before = Vec::new();
-        let pass_ram = || {
+        let try_commit = || {
             before.clone_from(&asked.lock().unwrap());
             true
         };
         let events = mpsc::channel().0;
-        take(&qemu, &to_qemu, None, &writer, &statistics, &events, pass_ram).0.unwrap();
+        take(&qemu, &to_qemu, None, &writer, &statistics, &events, try_commit).0.unwrap();
         let proof = before.iter().rposition(|it| *it == "send behind writes").unwrap();
         assert_eq!(before[proof + 1..], ["drain"], "{before:?}");
         assert_eq!(asked.lock().unwrap().last(), Some(&"send"));

@@ -45,7 +45,7 @@ fn patience((limit, pause): (Duration, Duration)) -> Patience {
 
 /// In the place of the relay.
 #[derive(Debug)]
-pub enum Orphan {
+pub enum Takeover {
     /// In line, or served.
     Session(Session),
     /// There was no place in the line of this socket.
@@ -54,7 +54,7 @@ pub enum Orphan {
     Cut,
 }
 
-impl Orphan {
+impl Takeover {
     /// Get in line at QEMU's QMP socket, if it has one that others than the relay can reach: QEMU serves
     /// one client at a time, and no helper that is started again before this one. Without a session
     /// QEMU finds out by itself what it can.

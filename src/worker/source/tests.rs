@@ -34,7 +34,7 @@ fn context(past_ram: bool) -> (Context, Receiver<Event>) {
         give_back: RefCell::default(),
         qmp: None,
         is_alone: Cell::new(false),
-        orphan: Cell::default(),
+        takeover: Cell::default(),
         guest_runs: Cell::new(true),
         guest_ran: Cell::new(None),
         stream_read: Cell::new(false),
@@ -42,12 +42,12 @@ fn context(past_ram: bool) -> (Context, Receiver<Event>) {
         cancelled: Cell::new(false),
         reports: Arc::new(Reports::new(UnixStream::pair().unwrap().0)),
         statistics: Statistics::new("tcp"),
-        commitment: Arc::default(),
-        pacer: Arc::default(),
+        switchover: Arc::default(),
+        rate_limit: Arc::default(),
         read: Vec::new(),
         events,
     };
-    assert!(!past_ram || context.commitment.pass_ram());
+    assert!(!past_ram || context.switchover.try_commit());
     (context, received)
 }
 
@@ -148,7 +148,7 @@ fn no_state_waits_and_none_lies() {
                 let begun = Instant::now();
                 let next = ended(state.handle(event, &context), &context, &events);
                 assert!(begun.elapsed() < Duration::from_secs(1), "{name}");
-                if let Outgoing::Ended(Verdict::Failed { guest_never_ran, .. }) = next {
+                if let Outgoing::Ended(Outcome::Failed { guest_never_ran, .. }) = next {
                     assert_eq!(guest_never_ran, !past_ram, "{name}");
                 }
             }
@@ -165,7 +165,7 @@ fn an_acknowledgement_is_never_lost() {
         |pair, next| {
             // There it has said otherwise, or its time was over.
             let is_other = pair.ends_with("PeerFailed: told") || pair.contains("cut, Late");
-            let is_done = matches!(next, Outgoing::Ended(Verdict::Done));
+            let is_done = matches!(next, Outgoing::Ended(Outcome::Done));
             assert!(is_done || is_other, "{pair}");
         },
     );
@@ -179,7 +179,7 @@ fn that_the_guest_never_ran_is_never_lost() {
         Event::PeerFailed(MigrationError::PeerFailed { text, guest_never_ran: true })
     };
     pairs(told, |pair, next| {
-        let Outgoing::Ended(Verdict::Failed { error, guest_never_ran, .. }) = next else {
+        let Outgoing::Ended(Outcome::Failed { error, guest_never_ran, .. }) = next else {
             panic!("{pair}")
         };
         // It has said otherwise, or its time was over.
@@ -218,7 +218,7 @@ fn what_fails_here_behind_ram_waits_for_the_verdict() {
         let mut state = state.handle(Event::Order(cancel), &context);
         assert!(matches!(state, Outgoing::Ending(_)) && state.patience().is_some());
         let next = ended(state, &context, &events);
-        assert!(matches!(next, Outgoing::Ended(Verdict::Failed { guest_never_ran: false, .. })));
+        assert!(matches!(next, Outgoing::Ended(Outcome::Failed { guest_never_ran: false, .. })));
         link.close();
     }
 }
@@ -238,15 +238,15 @@ fn who_is_told_to_end_behind_ram_goes_on() {
         let state = state.handle(event(), &context);
         let Outgoing::Confirming(_) = state else { panic!() };
         let state = state.handle(Event::Acknowledged, &context);
-        assert!(matches!(state, Outgoing::Ended(Verdict::Done)));
+        assert!(matches!(state, Outgoing::Ended(Outcome::Done)));
         // Before that it fails, and nothing more goes there.
         let (context, events) = self::context(false);
         let state = Outgoing::Streaming(link.clone()).handle(event(), &context);
         let state = ended(state, &context, &events);
-        let Outgoing::Ended(Verdict::Failed { guest_never_ran: true, .. }) = state else {
+        let Outgoing::Ended(Outcome::Failed { guest_never_ran: true, .. }) = state else {
             panic!()
         };
-        assert!(!context.commitment.pass_ram());
+        assert!(!context.switchover.try_commit());
         link.close();
     }
 }
@@ -258,7 +258,7 @@ fn a_stock_destination_that_closes_has_the_guest() {
     let (link, _receiver) = idle_link::stock();
     let (context, events) = context(true);
     let streaming = || Outgoing::Streaming(link.clone());
-    let done = |state| matches!(ended(state, &context, &events), Outgoing::Ended(Verdict::Done));
+    let done = |state| matches!(ended(state, &context, &events), Outgoing::Ended(Outcome::Done));
     assert!(done(streaming().handle(Event::Acknowledged, &context)));
     context.events.send(Event::Acknowledged).unwrap();
     assert!(done(streaming().handle(Event::PeerFailed(cut()), &context)));
@@ -279,7 +279,7 @@ fn nobody_confirms_what_was_not_sent() {
     let (context, events) = context(false);
     let next = Outgoing::Streaming(link).handle(Event::Acknowledged, &context);
     let next = ended(next, &context, &events);
-    let Outgoing::Ended(Verdict::Failed { guest_never_ran: true, .. }) = next else { panic!() };
+    let Outgoing::Ended(Outcome::Failed { guest_never_ran: true, .. }) = next else { panic!() };
 }
 
 /// A relay that dies while it sets QEMU back leaves that to us, even before QEMU has migrated.
@@ -329,7 +329,7 @@ fn no_state_waits_and_none_lies_before_the_stream() {
             let next = state.handle(event, &context);
             assert!(begun.elapsed() < Duration::from_secs(1), "{name}");
             match next {
-                Outgoing::Ended(Verdict::Failed { guest_never_ran, .. }) => {
+                Outgoing::Ended(Outcome::Failed { guest_never_ran, .. }) => {
                     assert!(guest_never_ran, "{name}");
                 }
                 // It waits for no more than what has come already.

@@ -23,7 +23,7 @@ use crate::{
         },
     },
     threads::Lost,
-    worker::qemu_sockets::Streams,
+    worker::qemu_sockets::QemuSockets,
 };
 
 /// How long connecting and comparing block lists may take in all; the worker's own bounds are
@@ -128,7 +128,7 @@ impl Source {
         &mut self,
         worker: &mut Worker,
         accepted: Accepted,
-    ) -> Result<Streams, NotBegun> {
+    ) -> Result<QemuSockets, NotBegun> {
         let Accepted { address, order, blocks, patience } = accepted;
         let fds = worker::block_fds(&blocks);
         let agreed = async {

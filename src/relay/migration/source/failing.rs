@@ -16,7 +16,7 @@ use crate::{
             worker::Worker,
         },
     },
-    worker::qemu_sockets::Streams,
+    worker::qemu_sockets::QemuSockets,
 };
 
 /// How long the worker may take to read the end of a stream that QEMU has written.
@@ -27,7 +27,7 @@ impl Source {
     /// waits at pre-switchover fails the migration and leaves the guest stopped for good
     /// (`multifd_send_set_error` sets the state, and nobody wakes the thread that waits; 10.0). So is one
     /// that a client has cancelled.
-    pub(super) async fn break_off(&self, streams: &Streams) {
+    pub(super) async fn break_off(&self, streams: &QemuSockets) {
         if !streams.channels.is_empty() || self.view.borrow().cancels {
             // One that holds its lock while it writes to nobody does not answer.
             let _ = timeout(ANSWER, self.cancel_at_qemu()).await;

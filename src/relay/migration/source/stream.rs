@@ -30,7 +30,7 @@ use crate::{
         },
         qemu_session::Qemu,
     },
-    worker::qemu_sockets::Streams,
+    worker::qemu_sockets::QemuSockets,
 };
 
 /// How long QEMU may take to connect all of its channels.
@@ -58,7 +58,7 @@ impl Source {
         worker: &mut Worker,
         announces: bool,
         channels: u16,
-    ) -> Result<Streams, QmpError> {
+    ) -> Result<QemuSockets, QmpError> {
         let mut qemu = self.qemu();
         // From here on clients wait with settings: what is seen now is what QEMU migrates by.
         let loan = self.loan.clone();
@@ -106,7 +106,11 @@ impl Source {
         if view.guest == Guest::Suspended && view.takes_return_path { &[RETURN_PATH] } else { &[] }
     }
 
-    async fn with_one_socket(&self, qemu: &Qemu, worker: &mut Worker) -> Result<Streams, QmpError> {
+    async fn with_one_socket(
+        &self,
+        qemu: &Qemu,
+        worker: &mut Worker,
+    ) -> Result<QemuSockets, QmpError> {
         let (ours, theirs) = worker::migration_socket().map_err(generic)?;
         worker.begin(&Order::Take, &[ours.as_fd()]).await.map_err(generic)?;
         qemu.execute_with("getfd", json!({ "fdname": FDNAME }), vec![theirs]).await?;
@@ -114,7 +118,7 @@ impl Source {
         match qemu.execute("migrate", json!({ "uri": format!("fd:{FDNAME}") })).await {
             Ok(_) => {
                 self.view.send_modify(|view| view.phase = Phase::Running);
-                Ok(Streams { main: Arc::new(ours.into()), channels: Vec::new() })
+                Ok(QemuSockets { main: Arc::new(ours.into()), channels: Vec::new() })
             }
             Err(error) => {
                 // QEMU keeps what it did not use.
@@ -170,7 +174,7 @@ impl Source {
         door: QemusDoor,
         channels: u16,
         borrowed: RwLockWriteGuard<'_, Borrowed>,
-    ) -> Result<Streams, QmpError> {
+    ) -> Result<QemuSockets, QmpError> {
         qemu.execute("migrate", json!({ "uri": door.uri() })).await?;
         self.view.send_modify(|view| view.phase = Phase::Running);
         let taken = self.take_channels(worker, &door, channels).await;
@@ -179,7 +183,7 @@ impl Source {
         match taken {
             Ok(streams) => Ok(streams),
             Err((reason, sockets)) => {
-                if let Some(streams) = Streams::new(sockets) {
+                if let Some(streams) = QemuSockets::new(sockets) {
                     self.break_off(&streams).await;
                 }
                 // QEMU notices what it can't connect to.
@@ -196,7 +200,7 @@ impl Source {
         worker: &mut Worker,
         door: &QemusDoor,
         channels: u16,
-    ) -> Result<Streams, (String, Vec<OwnedFd>)> {
+    ) -> Result<QemuSockets, (String, Vec<OwnedFd>)> {
         let mut sockets = Vec::new();
         if let Err(reason) = self.let_in(door, usize::from(channels) + 1, &mut sockets).await {
             return Err((reason, sockets));
@@ -204,7 +208,7 @@ impl Source {
         let fds: Vec<_> = sockets.iter().map(|socket| socket.as_fd()).collect();
         info!("QEMU sends through {channels} channels");
         match worker.begin(&Order::Take, &fds).await {
-            Ok(()) => Streams::new(sockets).ok_or(("QEMU did not connect".into(), Vec::new())),
+            Ok(()) => QemuSockets::new(sockets).ok_or(("QEMU did not connect".into(), Vec::new())),
             Err(error) => Err((error.to_string(), sockets)),
         }
     }
