@@ -13,7 +13,7 @@ use std::{
 use qemu_rdma_helper::{
     address::Address,
     fabric::{
-        Connection, Fabric as _, FabricError, Handle, Poster, Receiver,
+        Connection, Fabric as _, FabricError, Handle, RecvHalf, SendHalf,
         verbs::{Timeouts, Verbs},
     },
     memory::Region,
@@ -28,8 +28,8 @@ fn verbs(lanes: u16) -> Verbs {
 
 /// One end of a connection.
 struct End {
-    poster: Arc<dyn Poster>,
-    receiver: Box<dyn Receiver>,
+    poster: Arc<dyn SendHalf>,
+    receiver: Box<dyn RecvHalf>,
     handle: Handle,
 }
 

@@ -9,7 +9,7 @@ use std::{sync::Arc, thread, time::Duration};
 use qemu_rdma_helper::{
     address::Address,
     fabric::{
-        Connection, Fabric as _, Poster, Receiver, RemoteKey,
+        Connection, Fabric as _, RecvHalf, RemoteKey, SendHalf,
         verbs::{Timeouts, Verbs},
     },
     memory::Region,
@@ -47,8 +47,8 @@ fn message_of_length(kind: u32, repeat: u32, length: u32, payload: &[u8]) -> Vec
 
 /// A peer that a test plays.
 struct Peer {
-    poster: Arc<dyn Poster>,
-    receiver: Box<dyn Receiver>,
+    poster: Arc<dyn SendHalf>,
+    receiver: Box<dyn RecvHalf>,
 }
 
 impl Peer {

@@ -4,12 +4,12 @@
 //! memory is registered, and writes go from a local range to a remote address under a key, with
 //! completions. What the messages mean is not its business.
 //!
-//! A connection is used by several threads: any may send through its [`Poster`], one owns its
-//! [`Receiver`], and a [`Handle`] ends it from anywhere.
+//! A connection is used by several threads: any may send through its [`SendHalf`], one owns its
+//! [`RecvHalf`], and a [`Handle`] ends it from anywhere.
 
+mod connection_group;
 pub mod pending;
 mod preflight;
-mod session;
 pub mod tcp;
 #[cfg(feature = "verbs")]
 pub mod verbs;
@@ -270,7 +270,7 @@ pub trait Request: Send {
 /// An established connection.
 pub trait Connection: Send {
     /// Take the two halves.
-    fn split(self: Box<Self>) -> (Arc<dyn Poster>, Box<dyn Receiver>);
+    fn split(self: Box<Self>) -> (Arc<dyn SendHalf>, Box<dyn RecvHalf>);
 
     /// Ends the connection from any thread.
     fn handle(&self) -> Handle;
@@ -289,9 +289,9 @@ pub struct Pinned {
 ///
 /// Messages arrive in their order. So do writes of one kind to one chunk of a region
 /// ([`CHUNK`](crate::ram::CHUNK)), which no write leaves, if the device [keeps
-/// it](Poster::orders_writes). Between all else order holds only where [`Poster::drain`] and
-/// [`Poster::send_behind_writes`] make it.
-pub trait Poster: Send + Sync {
+/// it](SendHalf::orders_writes). Between all else order holds only where [`SendHalf::drain`] and
+/// [`SendHalf::send_behind_writes`] make it.
+pub trait SendHalf: Send + Sync {
     /// Send one control message, header and payload, at most [`MESSAGE_MAX`] bytes together.
     /// It may overtake writes that were posted before, and be overtaken by later ones.
     ///
@@ -300,7 +300,7 @@ pub trait Poster: Send + Sync {
     fn send(&self, header: &[u8], payload: &[u8]) -> Result<()>;
 
     /// Send one that proves something of writes: the peer's [`Receiver::await_writes`] returns when those
-    /// have landed that [`Poster::drain`] has waited for. Where a device writes, also when those have that
+    /// have landed that [`SendHalf::drain`] has waited for. Where a device writes, also when those have that
     /// were posted and not waited for; over tcp the proof is `drain`'s alone. So whoever relies on it
     /// drains first, while nobody else writes. A message that is sent so beside others' writes, as the end
     /// of a section is beside channels, proves nothing of them.
@@ -334,7 +334,7 @@ pub trait Poster: Send + Sync {
     fn write_bytes(&self, bytes: &[u8], offset: u64, remote: RemoteKey) -> Result<()>;
 
     /// Get `range` of `region` ready to be written from, where the fabric pins memory: only then
-    /// may [`Poster::write`] name bytes of it. No write crosses the ends of a range, and ranges do
+    /// may [`SendHalf::write`] name bytes of it. No write crosses the ends of a range, and ranges do
     /// not overlap.
     ///
     /// # Errors
@@ -348,7 +348,7 @@ pub trait Poster: Send + Sync {
     fn pinned(&self) -> Pinned;
 
     /// Wait until nothing is to be done here for any write that was posted before: its memory may
-    /// be released. Whether it has landed only the peer knows, see [`Poster::send_behind_writes`]. Nor does
+    /// be released. Whether it has landed only the peer knows, see [`SendHalf::send_behind_writes`]. Nor does
     /// what that sent beside a message need the peer any more: it may end access to its memory.
     ///
     /// # Errors
@@ -375,14 +375,14 @@ pub trait Poster: Send + Sync {
 
 /// The half that receives. Over tcp the peer's writes of the first connection land while
 /// [`Receiver::receive`] waits.
-pub trait Receiver: Send {
+pub trait RecvHalf: Send {
     /// The next control message, header and payload, at most [`MESSAGE_MAX`] bytes.
     ///
     /// # Errors
     /// [`FabricError::Closed`] at the peer's orderly end; any error ends the connection.
     fn receive(&mut self, message: &mut Vec<u8>) -> Result<()>;
 
-    /// The message that was received last was sent by [`Poster::send_behind_writes`]: wait until the
+    /// The message that was received last was sent by [`SendHalf::send_behind_writes`]: wait until the
     /// writes before it have landed. To be called for each such message.
     ///
     /// # Errors

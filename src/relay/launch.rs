@@ -26,7 +26,7 @@ use tracing::{info, warn};
 
 use super::{
     Settings,
-    wrapped::{Start, StartDoor, StartMemory, StartMonitor, Started},
+    wrapped::{Start, StartListener, StartMemory, StartMonitor, Started},
 };
 use crate::{
     control::lines::line,
@@ -123,30 +123,31 @@ pub fn launch(launch: Launch) -> Result<Infallible, LaunchError> {
     become_qemu(&binary, arguments, kept)
 }
 
-/// A session between QEMU and the relay, and the door to it.
+/// A session between QEMU and the relay, and the listener to it.
 struct Session {
     /// The relay's end.
     relay: OwnedFd,
     /// QEMU's end, and its number there.
     qemu: OwnedFd,
     number: RawFd,
-    door: StartDoor,
+    listener: StartListener,
     door_fd: Option<OwnedFd>,
 }
 
 impl Session {
     fn make(monitor: &Monitor) -> Result<Self, LaunchError> {
         let place = || monitor.endpoint.to_string();
-        let made = door(&monitor.endpoint).and_then(|door| Ok((door, UnixStream::pair()?)));
-        let ((door, door_fd), (relay, qemu)) =
+        let made =
+            listener(&monitor.endpoint).and_then(|listener| Ok((listener, UnixStream::pair()?)));
+        let ((listener, door_fd), (relay, qemu)) =
             made.map_err(|source| LaunchError::Monitor { place: place(), source })?;
         let number = monitor.fd().unwrap_or(qemu.as_raw_fd());
-        Ok(Self { relay: relay.into(), qemu: qemu.into(), number, door, door_fd })
+        Ok(Self { relay: relay.into(), qemu: qemu.into(), number, listener, door_fd })
     }
 }
 
 /// Where management comes in, in QEMU's place.
-fn door(endpoint: &Endpoint) -> io::Result<(StartDoor, Option<OwnedFd>)> {
+fn listener(endpoint: &Endpoint) -> io::Result<(StartListener, Option<OwnedFd>)> {
     Ok(match endpoint {
         Endpoint::Listen { path, wait } => {
             let path = std::path::absolute(path)?;
@@ -156,20 +157,20 @@ fn door(endpoint: &Endpoint) -> io::Result<(StartDoor, Option<OwnedFd>)> {
                 _ => {}
             }
             let listener = UnixListener::bind(&path)?;
-            (StartDoor::Listening { path: Some(path), wait: *wait }, Some(listener.into()))
+            (StartListener::Listening { path: Some(path), wait: *wait }, Some(listener.into()))
         }
         Endpoint::Listening { fd, wait } => {
-            (StartDoor::Listening { path: None, wait: *wait }, Some(inherited(*fd)?))
+            (StartListener::Listening { path: None, wait: *wait }, Some(inherited(*fd)?))
         }
         Endpoint::Connect { path, reconnect: Some(every) } => {
             let path = std::path::absolute(path)?;
-            (StartDoor::Connecting { path, every: *every }, None)
+            (StartListener::Connecting { path, every: *every }, None)
         }
         Endpoint::Connect { path, reconnect: None } => {
-            (StartDoor::Connected, Some(UnixStream::connect(path)?.into()))
+            (StartListener::Connected, Some(UnixStream::connect(path)?.into()))
         }
-        Endpoint::Connected { fd } => (StartDoor::Connected, Some(inherited(*fd)?)),
-        Endpoint::Nobody => (StartDoor::Closed, None),
+        Endpoint::Connected { fd } => (StartListener::Connected, Some(inherited(*fd)?)),
+        Endpoint::Nobody => (StartListener::Closed, None),
     })
 }
 
@@ -202,7 +203,7 @@ fn start_relay(
     });
     let start = Start {
         settings,
-        monitors: sessions.iter().map(|s| StartMonitor { door: s.door.clone() }).collect(),
+        monitors: sessions.iter().map(|s| StartMonitor { listener: s.listener.clone() }).collect(),
         memory: memory_listed.collect(),
         incoming: plan.incoming.clone(),
         background: plan.background,
@@ -231,7 +232,8 @@ fn start_relay(
     let line = line(&start, fds.len()).map_err(relay)?;
     socket::send_all(&ours, &line, &fds).map_err(relay)?;
     // Whoever asked QEMU to wait for management waits here.
-    let waits = |session: &Session| matches!(session.door, StartDoor::Listening { wait: true, .. });
+    let waits =
+        |session: &Session| matches!(session.listener, StartListener::Listening { wait: true, .. });
     let patience = (!sessions.iter().any(waits)).then_some(START);
     ours.set_read_timeout(patience).map_err(relay)?;
     let mut answer = String::new();

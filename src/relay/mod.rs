@@ -41,7 +41,7 @@ use crate::{
     sandbox::{Role, confine},
 };
 use migration::slots::Migrations;
-use monitor::listener::{Door, ServedSocket};
+use monitor::listener::{MonitorListener, ServedSocket};
 use process::Process;
 use qemu_session::{Qemu, Session};
 
@@ -195,7 +195,7 @@ pub async fn attach(options: AttachOptions) -> Result<(), RelayError> {
     look_at_version(&session.greeting);
     let monitor = monitor::Monitor::new(context, migrations.clone(), session.greeting);
     if let Some(output) = outputs.pop() {
-        monitor.run(Door::Listening(socket), session.said, output, ending.clone()).await;
+        monitor.run(MonitorListener::Listening(socket), session.said, output, ending.clone()).await;
     }
     let reason = *ending.borrow();
     if reason.is_none() {

@@ -26,7 +26,7 @@ use tracing::{debug, error, warn};
 use super::{
     Context, Settings, look_at_version,
     migration::{slots::Migrations, worker},
-    monitor::{Monitor, listener::Door},
+    monitor::{Monitor, listener::MonitorListener},
     process::Process,
     qemu_session::{Qemu, Session},
 };
@@ -66,7 +66,7 @@ const SIGNALS_KEPT: [libc::c_int; 14] = [
 ];
 
 /// What the relay is told, as a line of JSON. Descriptors come with it: for each monitor its
-/// session with QEMU, then what its door is made of; then the memory.
+/// session with QEMU, then what its listener is made of; then the memory.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Start {
@@ -87,13 +87,13 @@ pub struct Start {
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct StartMonitor {
     /// Where clients come in.
-    pub door: StartDoor,
+    pub listener: StartListener,
 }
 
 /// Where clients come in.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
-pub enum StartDoor {
+pub enum StartListener {
     /// At this socket, which comes along.
     Listening {
         /// Its path, if it is to be removed at the end.
@@ -192,7 +192,7 @@ async fn closed(control: &UnixStream) {
 /// What an order has become.
 struct Prepared {
     settings: Settings,
-    monitors: Vec<(UnixStream, Door)>,
+    monitors: Vec<(UnixStream, MonitorListener)>,
     memory: Vec<OwnMemory>,
     incoming: Option<Address>,
     background: bool,
@@ -206,19 +206,19 @@ async fn prepare(start: Start, fds: Vec<OwnedFd>) -> io::Result<Prepared> {
         let session = StdUnixStream::from(next()?);
         session.set_nonblocking(true)?;
         rustix::net::sockopt::set_socket_passcred(&session, true)?;
-        let door = match monitor.door {
-            StartDoor::Listening { path, wait } => {
-                let mut door = Door::listening(next()?.into(), path)?;
+        let listener = match monitor.listener {
+            StartListener::Listening { path, wait } => {
+                let mut listener = MonitorListener::listening(next()?.into(), path)?;
                 if wait {
-                    door.wait().await?;
+                    listener.wait().await?;
                 }
-                door
+                listener
             }
-            StartDoor::Connected => Door::connected(next()?.into())?,
-            StartDoor::Connecting { path, every } => Door::connecting(path, every),
-            StartDoor::Closed => Door::closed(),
+            StartListener::Connected => MonitorListener::connected(next()?.into())?,
+            StartListener::Connecting { path, every } => MonitorListener::connecting(path, every),
+            StartListener::Closed => MonitorListener::closed(),
         };
-        monitors.push((UnixStream::from_std(session)?, door));
+        monitors.push((UnixStream::from_std(session)?, listener));
     }
     let mut memory = Vec::new();
     for StartMemory { id, path } in start.memory {
@@ -255,9 +255,9 @@ async fn answer(control: &UnixStream, answer: &Started) -> io::Result<()> {
 async fn serve(prepared: Prepared) -> io::Result<()> {
     let Prepared { settings, monitors, memory, incoming, background } = prepared;
     let mut sessions = Vec::new();
-    for (stream, door) in monitors {
+    for (stream, listener) in monitors {
         match Session::begin(stream).await? {
-            Some(session) => sessions.push((session, door)),
+            Some(session) => sessions.push((session, listener)),
             // It refused its arguments, or never came.
             None => return Ok(()),
         }
@@ -292,10 +292,10 @@ async fn serve(prepared: Prepared) -> io::Result<()> {
     // Only QEMU's end is a reason to end.
     let (_tell, ending) = watch::channel(None);
     let mut running = JoinSet::new();
-    for ((session, door), output) in sessions.into_iter().zip(outputs) {
+    for ((session, listener), output) in sessions.into_iter().zip(outputs) {
         session.end_with(process.clone());
         let monitor = Monitor::new(context(&session.qemu), migrations.clone(), session.greeting);
-        running.spawn(monitor.run(door, session.said, output, ending.clone()));
+        running.spawn(monitor.run(listener, session.said, output, ending.clone()));
     }
     running.join_all().await;
     migrations.end(None).await;

@@ -8,7 +8,9 @@ use std::{
 
 use super::link::{Link, LinkReceiver};
 use crate::{
-    fabric::{Connection, FabricError, Guard, Handle, Pinned, Poster, Receiver, RemoteKey, Result},
+    fabric::{
+        Connection, FabricError, Guard, Handle, Pinned, RecvHalf, RemoteKey, Result, SendHalf,
+    },
     memory::Region,
     wire::credit::Flow,
 };
@@ -29,7 +31,7 @@ pub(super) fn stock() -> (Arc<Link>, LinkReceiver) {
     Link::stock(Box::new(Idle::default()), Flow::LockstepAhead, Duration::from_secs(60))
 }
 
-/// What a poster was asked, in its order.
+/// What a send_half was asked, in its order.
 pub(super) type Asked = Arc<Mutex<Vec<&'static str>>>;
 
 /// Both ends of one to a peer that takes all.
@@ -62,7 +64,7 @@ impl Idle {
 }
 
 impl Connection for Idle {
-    fn split(self: Box<Self>) -> (Arc<dyn Poster>, Box<dyn Receiver>) {
+    fn split(self: Box<Self>) -> (Arc<dyn SendHalf>, Box<dyn RecvHalf>) {
         (Arc::new(self.as_ref().clone()), self)
     }
 
@@ -75,7 +77,7 @@ impl Connection for Idle {
     }
 }
 
-impl Poster for Idle {
+impl SendHalf for Idle {
     fn send(&self, _: &[u8], _: &[u8]) -> Result<()> {
         self.ask("send")
     }
@@ -125,7 +127,7 @@ impl Poster for Idle {
     }
 }
 
-impl Receiver for Idle {
+impl RecvHalf for Idle {
     fn receive(&mut self, _: &mut Vec<u8>) -> Result<()> {
         Err(self.wait())
     }

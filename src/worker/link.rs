@@ -12,7 +12,7 @@ use std::{
 
 use super::{Result, error::MigrationError};
 use crate::{
-    fabric::{Connection, FabricError, Guard, Handle, Pinned, Poster, Receiver, RemoteKey},
+    fabric::{Connection, FabricError, Guard, Handle, Pinned, RecvHalf, RemoteKey, SendHalf},
     memory::Region,
     patience::Patience,
     threads::{self, Lost},
@@ -34,7 +34,7 @@ const PIECE: u64 = 1 << 30;
 
 /// The sending side of a connection, shared by the threads of a worker.
 pub struct Link {
-    poster: Arc<dyn Poster>,
+    send_half: Arc<dyn SendHalf>,
     handle: Handle,
     /// What the peer granted.
     granted: Mutex<credit::Sender>,
@@ -80,7 +80,7 @@ pub struct Deadline {
 
 /// The receiving side. When it goes, nothing can be waited for any more.
 pub struct LinkReceiver {
-    receiver: Box<dyn Receiver>,
+    receiver: Box<dyn RecvHalf>,
     link: Arc<Link>,
 }
 
@@ -126,9 +126,9 @@ impl Link {
         stock: bool,
     ) -> (Arc<Self>, LinkReceiver) {
         let handle = connection.handle();
-        let (poster, receiver) = connection.split();
+        let (send_half, receiver) = connection.split();
         let link = Self {
-            poster,
+            send_half,
             handle,
             granted: Mutex::new(credit::Sender::new(sending)),
             changed: Condvar::new(),
@@ -177,8 +177,8 @@ impl Link {
         let mut scratch = Vec::new();
         let (header, payload) = message.encode(&mut scratch);
         let sent = match message.follows_writes() {
-            true => self.poster.send_behind_writes(&header, payload),
-            false => self.poster.send(&header, payload),
+            true => self.send_half.send_behind_writes(&header, payload),
+            false => self.send_half.send(&header, payload),
         };
         Ok(sent?)
     }
@@ -280,7 +280,7 @@ impl Link {
         grant.map_or(Ok(()), |repeat| self.send(&Message::Ready(repeat)))
     }
 
-    /// Write RAM; see [`Poster::write`].
+    /// Write RAM; see [`SendHalf::write`].
     ///
     /// # Errors
     /// When the connection is lost.
@@ -291,23 +291,23 @@ impl Link {
         length: u64,
         to: RemoteKey,
     ) -> Result<()> {
-        Ok(self.poster.write(region, offset, length, to)?)
+        Ok(self.send_half.write(region, offset, length, to)?)
     }
 
-    /// Write bytes to RAM; see [`Poster::write_bytes`].
+    /// Write bytes to RAM; see [`SendHalf::write_bytes`].
     ///
     /// # Errors
     /// When the connection is lost.
     pub fn write_bytes(&self, bytes: &[u8], offset: u64, to: RemoteKey) -> Result<()> {
-        Ok(self.poster.write_bytes(bytes, offset, to)?)
+        Ok(self.send_half.write_bytes(bytes, offset, to)?)
     }
 
-    /// Get a range of a region ready to be written from; see [`Poster::pin`].
+    /// Get a range of a region ready to be written from; see [`SendHalf::pin`].
     ///
     /// # Errors
     /// When the device can't register it.
     pub fn pin(&self, region: &Arc<Region>, range: Range<u64>) -> Result<()> {
-        Ok(self.poster.pin(region, range)?)
+        Ok(self.send_half.pin(region, range)?)
     }
 
     /// Get all of a region ready, piece by piece, so that its progress is seen.
@@ -321,19 +321,19 @@ impl Link {
             .try_for_each(|piece| self.pin(region, piece))
     }
 
-    /// Release a range; see [`Poster::unpin`].
+    /// Release a range; see [`SendHalf::unpin`].
     pub fn unpin(&self, region: &Arc<Region>, range: Range<u64>) {
-        self.poster.unpin(region, range);
+        self.send_half.unpin(region, range);
     }
 
     /// Connections that carry RAM.
     pub fn connections(&self) -> u32 {
-        self.poster.connections()
+        self.send_half.connections()
     }
 
     /// Guest memory that is pinned on this side.
     pub fn pinned(&self) -> Pinned {
-        self.poster.pinned()
+        self.send_half.pinned()
     }
 
     /// How long a transfer that is due may make no progress.
@@ -341,33 +341,33 @@ impl Link {
         self.stall_timeout
     }
 
-    /// What is written again has to wait for the peer's word; see [`Poster::orders_writes`].
+    /// What is written again has to wait for the peer's word; see [`SendHalf::orders_writes`].
     pub fn orders_writes(&self) -> bool {
-        self.poster.orders_writes()
+        self.send_half.orders_writes()
     }
 
     /// The guest may come to run at the destination: from here on a peer that takes its time is no
     /// failure any more, as long as the connection stands. Its QEMU may need it to load a device.
     pub fn be_patient(&self) {
         self.patient.store(true, Ordering::Relaxed);
-        self.poster.be_patient();
+        self.send_half.be_patient();
         if let Some(companion) = &*lock(&self.companion) {
             companion.be_patient();
         }
     }
 
-    /// Wait until all writes have left; see [`Poster::drain`].
+    /// Wait until all writes have left; see [`SendHalf::drain`].
     ///
     /// # Errors
     /// When the connection is lost.
     pub fn drain(&self) -> Result<()> {
-        Ok(self.poster.drain()?)
+        Ok(self.send_half.drain()?)
     }
 
     /// Bytes of writes that were posted, and that have landed.
     pub fn written(&self) -> (u64, u64) {
-        let landed = self.poster.landed();
-        (self.poster.posted(), landed)
+        let landed = self.send_half.landed();
+        (self.send_half.posted(), landed)
     }
 
     /// Tell the peer that the migration has failed here. It notices the end of the connection in any case.
@@ -397,7 +397,7 @@ impl Link {
         };
         if let Some(text) = text {
             self.tell(text, guest_never_ran);
-            self.poster.finish();
+            self.send_half.finish();
         }
         self.close();
     }
@@ -441,12 +441,12 @@ impl LinkReceiver {
         self.receiver.landed()
     }
 
-    /// Ask before the peer's first write lands; see [`Receiver::guard`].
+    /// Ask before the peer's first write lands; see [`RecvHalf::guard`].
     pub fn guard(&mut self, may_land: Guard) {
         self.receiver.guard(may_land);
     }
 
-    /// Name a region to the peer; see [`Receiver::announce`].
+    /// Name a region to the peer; see [`RecvHalf::announce`].
     ///
     /// # Errors
     /// When it can't be mapped.
@@ -454,7 +454,7 @@ impl LinkReceiver {
         Ok(self.receiver.announce(region)?)
     }
 
-    /// Let the peer write into `range` of `region`; see [`Receiver::register`].
+    /// Let the peer write into `range` of `region`; see [`RecvHalf::register`].
     ///
     /// # Errors
     /// When the device can't register it.
@@ -462,7 +462,7 @@ impl LinkReceiver {
         Ok(self.receiver.register(region, range)?)
     }
 
-    /// Withdraw the peer's access to a range; see [`Receiver::unregister`].
+    /// Withdraw the peer's access to a range; see [`RecvHalf::unregister`].
     pub fn unregister(&mut self, region: &Arc<Region>, range: Range<u64>) {
         self.receiver.unregister(region, range);
     }

@@ -3,13 +3,13 @@
 use std::{io, iter, net::TcpStream, sync::Arc, time::Duration};
 
 use super::{
-    receiving::{Incoming, TcpReceiver},
-    sending::TcpPoster,
+    receiving::{Incoming, TcpRecvHalf},
+    sending::TcpSendHalf,
     set_options,
     shared::Shared,
     socket::Socket,
 };
-use crate::fabric::{Connection, FabricError, Handle, Poster, Receiver, Result};
+use crate::fabric::{Connection, FabricError, Handle, RecvHalf, Result, SendHalf};
 
 /// A link before its halves go to their threads.
 pub(super) struct TcpConnection {
@@ -40,10 +40,10 @@ impl TcpConnection {
 }
 
 impl Connection for TcpConnection {
-    fn split(self: Box<Self>) -> (Arc<dyn Poster>, Box<dyn Receiver>) {
+    fn split(self: Box<Self>) -> (Arc<dyn SendHalf>, Box<dyn RecvHalf>) {
         let Self { shared, first, others } = *self;
-        let receiver = TcpReceiver::begin(shared.clone(), first, others);
-        (Arc::new(TcpPoster { shared }), Box::new(receiver))
+        let receiver = TcpRecvHalf::begin(shared.clone(), first, others);
+        (Arc::new(TcpSendHalf { shared }), Box::new(receiver))
     }
 
     fn handle(&self) -> Handle {

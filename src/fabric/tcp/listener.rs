@@ -17,8 +17,8 @@ use crate::{
     address::Address,
     fabric::{
         Connection, FabricError, Handle, Listener, Request, Result,
+        connection_group::{ConnectionGroups, Kind, Opened, Trailer},
         pending::{GRACE, Limits, Newcomer, Pending, Place},
-        session::{Kind, Opened, Sessions, Trailer},
     },
     refusals::Refusals,
     threads::{self, Lost},
@@ -165,7 +165,7 @@ fn ends(stream: &TcpStream) -> std::io::Result<Handle> {
 struct Reception {
     fabric: Tcp,
     greeting: Arc<Pending>,
-    sessions: Arc<Sessions<TcpStream>>,
+    sessions: Arc<ConnectionGroups<TcpStream>>,
     requests: Sender<Result<Greeted>>,
     refused: Arc<Refusals>,
 }
@@ -216,7 +216,7 @@ struct TcpRequest {
     /// Connections that it gets beside this one.
     further: u16,
     stall_timeout: Duration,
-    sessions: Arc<Sessions<TcpStream>>,
+    sessions: Arc<ConnectionGroups<TcpStream>>,
     opened: Opened,
 }
 

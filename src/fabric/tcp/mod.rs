@@ -23,8 +23,9 @@ use std::{
 use rustix::net::sockopt;
 
 use super::{
-    Connection, Fabric, FabricError, Finding, Listener, Result, resolve,
-    session::{Kind, Trailer},
+    Connection, Fabric, FabricError, Finding, Listener, Result,
+    connection_group::{Kind, Trailer},
+    resolve,
 };
 use crate::{address::Address, patience::SLICE};
 

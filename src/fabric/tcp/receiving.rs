@@ -17,7 +17,7 @@ use super::{
     socket::Socket,
 };
 use crate::{
-    fabric::{FabricError, Guard, MESSAGE_MAX, Receiver, RemoteKey, Result},
+    fabric::{FabricError, Guard, MESSAGE_MAX, RecvHalf, RemoteKey, Result},
     memory::{Pipe, Region, WriteWindow},
     patience::persist,
     ram::CHUNK,
@@ -36,14 +36,14 @@ const READ_AHEAD: usize = 64 << 10;
 const BUFFERED_MAX: u64 = READ_AHEAD as u64;
 
 /// The half that receives.
-pub(super) struct TcpReceiver {
+pub(super) struct TcpRecvHalf {
     shared: Arc<Shared>,
     first: Incoming,
     /// Those that receive from the other connections.
     others: Vec<JoinHandle<()>>,
 }
 
-impl TcpReceiver {
+impl TcpRecvHalf {
     /// Receive from all but the first connection on threads of their own.
     pub(super) fn begin(shared: Arc<Shared>, first: Incoming, others: Vec<Incoming>) -> Self {
         let take = |other: Incoming| {
@@ -63,7 +63,7 @@ impl TcpReceiver {
     }
 }
 
-impl Receiver for TcpReceiver {
+impl RecvHalf for TcpRecvHalf {
     fn receive(&mut self, message: &mut Vec<u8>) -> Result<()> {
         let result = self.first.next_message(message);
         result.map_err(|error| {
@@ -122,7 +122,7 @@ impl Receiver for TcpReceiver {
     }
 }
 
-impl Drop for TcpReceiver {
+impl Drop for TcpRecvHalf {
     /// Nobody hears any more what has landed: who waits for that has to know.
     fn drop(&mut self) {
         self.shared.end_ram();

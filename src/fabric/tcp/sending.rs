@@ -8,12 +8,12 @@ use super::{
     socket::{Socket, WriteError},
 };
 use crate::{
-    fabric::{Pinned, Poster, RemoteKey, Result},
+    fabric::{Pinned, RemoteKey, Result, SendHalf},
     memory::Region,
 };
 
 /// Posts messages and writes.
-pub(super) struct TcpPoster {
+pub(super) struct TcpSendHalf {
     pub(super) shared: Arc<Shared>,
 }
 
@@ -22,7 +22,7 @@ fn write_header(offset: u64, length: u64, remote: RemoteKey) -> Header {
     Header::new(frame::WRITE, remote.rkey, remote.address.wrapping_add(offset), length)
 }
 
-impl Poster for TcpPoster {
+impl SendHalf for TcpSendHalf {
     fn send(&self, header: &[u8], payload: &[u8]) -> Result<()> {
         let length = (header.len() + payload.len()) as u64;
         let frame = Header::new(frame::SEND, 0, 0, length);

@@ -75,7 +75,7 @@ fn writes_land_before_the_message_that_follows() {
     let (source, destination) = pair();
     let (from, from_file) = region("from");
     let (to, to_file) = region("to");
-    let (source, (poster, mut source_receiver)) = (source.handle(), source.split());
+    let (source, (send_half, mut source_receiver)) = (source.handle(), source.split());
     let (_answers, mut receiver) = destination.split();
     let key = receiver.announce(&to).unwrap();
     for page in [0_u64, 3, 4, 700, 2047] {
@@ -94,20 +94,20 @@ fn writes_land_before_the_message_that_follows() {
     });
     let acknowledged = thread::spawn(move || source_receiver.receive(&mut Vec::new()));
     for (offset, length) in [(0, 4096), (3 * 4096, 8192), (700 * 4096, 4096)] {
-        poster.write(&from, offset, length, key).unwrap();
+        send_half.write(&from, offset, length, key).unwrap();
     }
     for chunk in 4..8 {
-        poster.write(&from, chunk * CHUNK, CHUNK, key).unwrap();
+        send_half.write(&from, chunk * CHUNK, CHUNK, key).unwrap();
     }
     // Bytes that are in no region, over what was written before; they may change at once.
     let mut staged = vec![0x77; 1 << 20];
-    poster.write_bytes(&staged, 5 << 20, key).unwrap();
+    send_half.write_bytes(&staged, 5 << 20, key).unwrap();
     staged.fill(0x11);
-    poster.write_bytes(&staged[..4096], 2 << 20, key).unwrap();
+    send_half.write_bytes(&staged[..4096], 2 << 20, key).unwrap();
     staged.fill(0);
-    poster.send(b"head", b"payload").unwrap();
-    poster.drain().unwrap();
-    assert_eq!(poster.landed(), (5 << 20) + 5 * 4096);
+    send_half.send(b"head", b"payload").unwrap();
+    send_half.drain().unwrap();
+    assert_eq!(send_half.landed(), (5 << 20) + 5 * 4096);
     source.close();
     assert!(acknowledged.join().unwrap().is_err());
     let (message, bytes) = landing.join().unwrap();
@@ -189,8 +189,8 @@ fn refuses_writes_outside_what_is_registered() {
         let (source, destination) = pair();
         let (from, _) = region("from");
         let (to, _) = region("to");
-        let (poster, _receiver) = source.split();
-        poster.write(&from, offset, length, key).unwrap();
+        let (send_half, _receiver) = source.split();
+        send_half.write(&from, offset, length, key).unwrap();
         let (_poster, mut receiver) = destination.split();
         receiver.announce(&to).unwrap();
         let error = receiver.receive(&mut Vec::new()).unwrap_err();
@@ -221,15 +221,15 @@ fn last_words_are_not_taken_for_ram() {
     let (source, destination) = pair();
     let (from, from_file) = region("from");
     let (to, to_file) = region("to");
-    let (poster, _receiver) = source.split();
+    let (send_half, _receiver) = source.split();
     let (_answers, mut receiver) = destination.split();
     let key = receiver.announce(&to).unwrap();
     from_file.write_all_at(&[7; 4096], 0).unwrap();
     from_file.set_len(4096).unwrap();
-    let error = poster.write(&from, 0, CHUNK, key).unwrap_err();
+    let error = send_half.write(&from, 0, CHUNK, key).unwrap_err();
     assert!(matches!(error, FabricError::Memory { .. }), "{error}");
     let words = b"the file of RAM block 'from' was truncated";
-    assert!(poster.send(words, &[]).is_err());
+    assert!(send_half.send(words, &[]).is_err());
     assert!(matches!(receiver.receive(&mut Vec::new()), Err(FabricError::Closed)));
     let mut landed = vec![1; 8192];
     to_file.read_exact_at(&mut landed, 0).unwrap();
@@ -296,11 +296,11 @@ fn a_peer_that_takes_nothing_is_lost_after_the_stall_timeout() {
     let (source, _silent) = pair_of(fabric, &tcp());
     let (from, _) = region("from");
     from.write_at(&vec![1; SIZE as usize], 0).unwrap();
-    let (poster, _receiver) = source.split();
+    let (send_half, _receiver) = source.split();
     let key = RemoteKey { address: 0, rkey: 1 };
-    let error = (0..64).find_map(|_| poster.write(&from, 0, CHUNK, key).err()).unwrap();
+    let error = (0..64).find_map(|_| send_half.write(&from, 0, CHUNK, key).err()).unwrap();
     assert!(matches!(error, FabricError::Stalled(_)), "{error}");
-    let error = poster.write_bytes(&[1; 4096], 0, key).unwrap_err();
+    let error = send_half.write_bytes(&[1; 4096], 0, key).unwrap_err();
     assert!(matches!(error, FabricError::Stalled(_)), "{error}");
 }
 
@@ -310,14 +310,14 @@ fn a_peer_that_takes_nothing_is_waited_for_by_the_patient() {
     const LIMIT: Duration = Duration::from_secs(1);
     const FRAMES: u32 = 40;
     let (source, silent) = pair_of(Tcp { stall_timeout: LIMIT, connections: 1 }, &tcp());
-    let (poster, _receiver) = source.split();
-    let sending = poster.clone();
+    let (send_half, _receiver) = source.split();
+    let sending = send_half.clone();
     let sending = thread::spawn(move || {
         (0..FRAMES).try_for_each(|_| sending.send(&[7; 8], &vec![7; MESSAGE_MAX - 8]))
     });
     // All buffers on the way are full in a moment.
     thread::park_timeout(LIMIT / 2);
-    poster.be_patient();
+    send_half.be_patient();
     thread::park_timeout(LIMIT * 4);
     assert!(!sending.is_finished(), "{:?}", sending.join());
     let (_poster, mut receiver) = silent.split();

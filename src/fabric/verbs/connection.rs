@@ -19,11 +19,11 @@ use super::{
     objects::{Access, Completion, CompletionQueue, MemoryRegion, ProtectionDomain},
     queue_pair::{Depth, QueuePair, Queues},
     received::Received,
-    sending::{SEND_DEPTH, Shared, VerbsPoster, identity},
+    sending::{SEND_DEPTH, Shared, VerbsSendHalf, identity},
     timeouts::Timeouts,
 };
 use crate::{
-    fabric::{Connection, FabricError, Guard, Handle, Poster, Receiver, RemoteKey, Result},
+    fabric::{Connection, FabricError, Guard, Handle, RecvHalf, RemoteKey, Result, SendHalf},
     memory::Region,
 };
 
@@ -107,9 +107,9 @@ impl Opening {
 }
 
 impl Connection for VerbsConnection {
-    fn split(self: Box<Self>) -> (Arc<dyn Poster>, Box<dyn Receiver>) {
-        let poster = VerbsPoster { shared: self.shared.clone() };
-        let receiver = VerbsReceiver {
+    fn split(self: Box<Self>) -> (Arc<dyn SendHalf>, Box<dyn RecvHalf>) {
+        let send_half = VerbsSendHalf { shared: self.shared.clone() };
+        let receiver = VerbsRecvHalf {
             marks: Marks::new(self.shared.pairs.len()),
             lost: None,
             waiting: VecDeque::new(),
@@ -117,7 +117,7 @@ impl Connection for VerbsConnection {
             registered: HashMap::new(),
             disconnected: false,
         };
-        (Arc::new(poster), Box::new(receiver))
+        (Arc::new(send_half), Box::new(receiver))
     }
 
     fn handle(&self) -> Handle {
@@ -127,7 +127,7 @@ impl Connection for VerbsConnection {
 }
 
 /// The half that receives.
-struct VerbsReceiver {
+struct VerbsRecvHalf {
     shared: Arc<Shared>,
     /// What the peer may write, by region and range.
     registered: HashMap<(usize, u64, u64), MemoryRegion>,
@@ -139,7 +139,7 @@ struct VerbsReceiver {
     disconnected: bool,
 }
 
-impl Receiver for VerbsReceiver {
+impl RecvHalf for VerbsRecvHalf {
     fn receive(&mut self, message: &mut Vec<u8>) -> Result<()> {
         self.next_message(message).map_err(|error| self.failed(error))
     }
@@ -187,7 +187,7 @@ impl Receiver for VerbsReceiver {
     }
 }
 
-impl VerbsReceiver {
+impl VerbsRecvHalf {
     /// End the connection because of `error`; why did it really end?
     fn failed(&self, error: FabricError) -> FabricError {
         // What failed may have been a request, and what came here its consequence.

@@ -25,8 +25,11 @@ use super::{
 use crate::{
     address::Address,
     fabric::{
-        Connection, FabricError, Handle, Listener, Request, Result, resolve,
-        session::{ESTABLISHING, Kind, Opened, Session, Sessions, Trailer},
+        Connection, FabricError, Handle, Listener, Request, Result,
+        connection_group::{
+            ConnectionGroup, ConnectionGroups, ESTABLISHING, Kind, Opened, Trailer,
+        },
+        resolve,
     },
     refusals::Refusals,
 };
@@ -37,7 +40,7 @@ pub(super) struct VerbsListener {
     fabric: Verbs,
     id: Id,
     stop: Arc<Stop>,
-    sessions: Arc<Sessions<Id>>,
+    sessions: Arc<ConnectionGroups<Id>>,
     refused: Refusals,
 }
 
@@ -161,7 +164,7 @@ struct VerbsRequest {
     /// Further queue pairs that it gets.
     lanes: u16,
     fabric: Verbs,
-    sessions: Arc<Sessions<Id>>,
+    sessions: Arc<ConnectionGroups<Id>>,
     opened: Opened,
     stop: Arc<Stop>,
 }
@@ -216,7 +219,7 @@ fn establish(id: &Id, private_data: &[u8], deadline: Instant, stop: &Stop) -> Re
 
 impl VerbsRequest {
     /// The peer connects its further queue pairs, one after the other.
-    fn take_lanes(&self, opening: &mut Opening, session: &Session<Id>) -> Result<()> {
+    fn take_lanes(&self, opening: &mut Opening, session: &ConnectionGroup<Id>) -> Result<()> {
         for lane in 1..=self.lanes {
             let id = session.next(lane)?;
             id.set_peer_timeout(self.fabric.timeouts.acknowledgement())?;

@@ -36,8 +36,9 @@ use self::{
     connection::Opening,
 };
 use super::{
-    Connection, Fabric, FabricError, Listener, Result, resolve,
-    session::{Kind, Trailer},
+    Connection, Fabric, FabricError, Listener, Result,
+    connection_group::{Kind, Trailer},
+    resolve,
 };
 use crate::address::Address;
 

@@ -27,7 +27,7 @@ use super::{
     timeouts::Timeouts,
 };
 use crate::{
-    fabric::{FabricError, Pinned, Poster, RemoteKey, Result},
+    fabric::{FabricError, Pinned, RemoteKey, Result, SendHalf},
     memory::{Ranges, Region},
     patience::{Found, await_enough},
     ram::CHUNK,
@@ -431,11 +431,11 @@ impl Shared {
 }
 
 /// The half that sends.
-pub(super) struct VerbsPoster {
+pub(super) struct VerbsSendHalf {
     pub(super) shared: Arc<Shared>,
 }
 
-impl Poster for VerbsPoster {
+impl SendHalf for VerbsSendHalf {
     fn send(&self, header: &[u8], payload: &[u8]) -> Result<()> {
         let shared = &*self.shared;
         shared.post_message(&mut lock(&shared.sending), header, payload)

@@ -30,7 +30,7 @@ const CHARDEV: &str = "qemu-rdma-helper-probe";
 
 /// A socket that QEMU can reach, and whoever else connects is not let in. Its name is gone when this
 /// is dropped.
-pub struct QemusDoor {
+pub struct MultifdListener {
     /// Goes first: while the socket is there, its file's number is no other's.
     _file: Option<SocketFile>,
     listener: UnixListener,
@@ -38,7 +38,7 @@ pub struct QemusDoor {
     pid: u32,
 }
 
-impl QemusDoor {
+impl MultifdListener {
     /// Make one. QEMU may be another user, see other directories, or be confined to some: so it is
     /// asked to connect, as a chardev. `None` if there is no place.
     pub async fn open(context: &Context) -> Option<Self> {
@@ -47,16 +47,16 @@ impl QemusDoor {
         let beside_qmp = context.qemu_qmp.as_ref().and_then(|qmp| qmp.path.parent());
         let others = [beside_qmp.map(Path::to_owned), Some(std::env::temp_dir())];
         for directory in own.into_iter().chain(others.into_iter().flatten()) {
-            let door = match Self::bind(&directory, context.pid) {
-                Ok(door) => door,
+            let listener = match Self::bind(&directory, context.pid) {
+                Ok(listener) => listener,
                 Err(error) => {
                     debug!(%error, directory = %directory.display(), "no socket for QEMU here");
                     continue;
                 }
             };
-            match door.is_reached_by(&mut context.qemu.clone()).await {
-                Ok(()) => return Some(door),
-                Err(error) => debug!(%error, path = %door.path.display(), "QEMU can't connect"),
+            match listener.is_reached_by(&mut context.qemu.clone()).await {
+                Ok(()) => return Some(listener),
+                Err(error) => debug!(%error, path = %listener.path.display(), "QEMU can't connect"),
             }
         }
         info!("there is no place for a socket that QEMU can reach: RAM comes through one socket");

@@ -20,7 +20,7 @@ use crate::relay::socket_file::{Place, SocketFile};
 const PAUSE: Duration = Duration::from_secs(1);
 
 /// Where clients come from, one at a time.
-pub enum Door {
+pub enum MonitorListener {
     /// They connect to a socket.
     Listening(ServedSocket),
     /// There is one, and no other will be.
@@ -36,7 +36,7 @@ pub enum Door {
     },
 }
 
-impl Door {
+impl MonitorListener {
     /// Nobody comes.
     pub fn closed() -> Self {
         Self::Connected(None)

@@ -23,7 +23,7 @@ use tracing::{debug, info, warn};
 use self::{
     client::{Client, FromClient},
     intercept::{Intercepted, intercept, refusal},
-    listener::Door,
+    listener::MonitorListener,
 };
 use super::{
     Context, Output, QemuEvent,
@@ -120,7 +120,7 @@ impl Monitor {
     /// Serve until QEMU is gone or there is a reason to end.
     pub(super) async fn run(
         mut self,
-        mut door: Door,
+        mut listener: MonitorListener,
         mut said: mpsc::Receiver<Said>,
         mut output: mpsc::Receiver<Output>,
         mut ending: watch::Receiver<Option<&'static str>>,
@@ -144,7 +144,7 @@ impl Monitor {
                     // What it has left in the queue nobody will see done.
                     None => (self.client, self.queue) = (None, VecDeque::new()),
                 },
-                accepted = next_client(&mut door, hung_up) => match accepted {
+                accepted = next_client(&mut listener, hung_up) => match accepted {
                     Ok(stream) => self.accept(stream),
                     Err(error) => warn!(%error, "a client could not connect"),
                 },
@@ -152,7 +152,7 @@ impl Monitor {
             }
         };
         // Whoever comes now is not for us.
-        drop(door);
+        drop(listener);
         self.end(reason).await;
     }
 
@@ -497,13 +497,13 @@ async fn answered(current: &mut Option<Current>) -> Result<Vec<u8>, JoinError> {
 
 /// The next client, once the one before has gone, whether its command is answered or not.
 async fn next_client(
-    door: &mut Door,
+    listener: &mut MonitorListener,
     hung_up: Option<impl Future<Output = ()>>,
 ) -> io::Result<UnixStream> {
     if let Some(hung_up) = hung_up {
         hung_up.await;
     }
-    door.client().await
+    listener.client().await
 }
 
 /// The client's next command; `None` when the client is gone. While one is not answered, none is

@@ -75,8 +75,8 @@ pub fn say_failure(
 /// Serve sources until one has begun to send its stream, then that one to its end; says how it ended, and
 /// when the source has closed.
 pub fn serve(listener: Box<dyn Listener>, context: &Arc<Context>) -> Result<()> {
-    let door = Acceptor::open(listener, context);
-    let (mut receiving, served) = serve_one(&door, context)?;
+    let acceptor = Acceptor::open(listener, context);
+    let (mut receiving, served) = serve_one(&acceptor, context)?;
     // The receiver is gone only when the migration has ended otherwise.
     let _ = context.events.send(Event::Served(served));
     receiving.await_close();
@@ -87,9 +87,9 @@ pub fn serve(listener: Box<dyn Listener>, context: &Arc<Context>) -> Result<()> 
 /// Serve the first source that begins to send its stream; how did that end?
 ///
 /// Whoever fails before that has changed nothing that matters: the next one is waited for.
-fn serve_one<'a>(door: &Acceptor, context: &'a Context) -> Result<(Receiving<'a>, Result<()>)> {
+fn serve_one<'a>(acceptor: &Acceptor, context: &'a Context) -> Result<(Receiving<'a>, Result<()>)> {
     loop {
-        let Proven { accepted, first, peer, place, return_path } = door.next()?;
+        let Proven { accepted, first, peer, place, return_path } = acceptor.next()?;
         let link = accepted.link.clone();
         context.statistics.follow(&link);
         context.statistics.set_up();
@@ -97,7 +97,7 @@ fn serve_one<'a>(door: &Acceptor, context: &'a Context) -> Result<(Receiving<'a>
         match receiving.run(&first) {
             Err(error) if !receiving.begun => {
                 link.end(&error, true);
-                door.refused.say(|left_out| {
+                acceptor.refused.say(|left_out| {
                     warn!(%peer, %error, left_out, "the source went before it sent anything");
                 });
                 let why = receiving.accepted.took_leave(&error).then(|| error.to_string());

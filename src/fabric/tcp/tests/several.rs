@@ -14,12 +14,12 @@ use super::{
     *,
 };
 use crate::fabric::{
-    Poster, Receiver,
-    session::{Kind, Trailer},
+    RecvHalf, SendHalf,
+    connection_group::{Kind, Trailer},
 };
 
 /// A destination that receives until its source is gone.
-fn receiving(mut receiver: Box<dyn Receiver>) -> thread::JoinHandle<FabricError> {
+fn receiving(mut receiver: Box<dyn RecvHalf>) -> thread::JoinHandle<FabricError> {
     thread::spawn(move || receiver.receive(&mut Vec::new()).unwrap_err())
 }
 
@@ -42,12 +42,12 @@ fn filled(name: &str) -> (Arc<Region>, std::fs::File) {
 }
 
 /// Each chunk in pieces of `piece` bytes, all chunks at once.
-fn write_all(poster: &Arc<dyn Poster>, from: &Arc<Region>, key: RemoteKey, piece: u64) {
+fn write_all(send_half: &Arc<dyn SendHalf>, from: &Arc<Region>, key: RemoteKey, piece: u64) {
     thread::scope(|scope| {
         for chunk in 0..SIZE / CHUNK {
             scope.spawn(move || {
                 for offset in (chunk * CHUNK..(chunk + 1) * CHUNK).step_by(piece as usize) {
-                    poster.write(from, offset, piece, key).unwrap();
+                    send_half.write(from, offset, piece, key).unwrap();
                 }
             });
         }
@@ -63,9 +63,9 @@ fn both_sides_use_as_many_as_both_have() {
         let (from, from_file) = filled("from");
         let (to, to_file) = region("to");
         let end = source.handle();
-        let (poster, mut answers) = source.split();
+        let (send_half, mut answers) = source.split();
         let (other, mut receiver) = destination.split();
-        assert_eq!((poster.connections(), other.connections()), (expected, expected));
+        assert_eq!((send_half.connections(), other.connections()), (expected, expected));
         let key = receiver.announce(&to).unwrap();
         let received = thread::spawn(move || {
             let ended = receiver.receive(&mut Vec::new());
@@ -73,10 +73,10 @@ fn both_sides_use_as_many_as_both_have() {
         });
         let answering = thread::spawn(move || answers.receive(&mut Vec::new()));
         for piece in [4096, 64 << 10, CHUNK] {
-            write_all(&poster, &from, key, piece);
+            write_all(&send_half, &from, key, piece);
         }
-        poster.drain().unwrap();
-        assert_eq!((poster.posted(), poster.landed()), (3 * SIZE, 3 * SIZE));
+        send_half.drain().unwrap();
+        assert_eq!((send_half.posted(), send_half.landed()), (3 * SIZE, 3 * SIZE));
         assert!(content(&from_file) == content(&to_file), "what landed is not what was written");
         end.close();
         assert!(answering.join().unwrap().is_err());
@@ -91,7 +91,7 @@ fn both_sides_use_as_many_as_both_have() {
 fn an_older_write_never_lands_after_a_newer_one() {
     let (source, destination) = pair_of(with(4), &with(4));
     let (to, to_file) = region("to");
-    let (poster, answers) = source.split();
+    let (send_half, answers) = source.split();
     let (_other, mut receiver) = destination.split();
     let key = receiver.announce(&to).unwrap();
     let (_received, _answered) = (receiving(receiver), receiving(answers));
@@ -99,10 +99,10 @@ fn an_older_write_never_lands_after_a_newer_one() {
         for chunk in 0..SIZE / CHUNK {
             // Short ones overtake long ones, where they can.
             let length = if round % 2 == 0 { 4096 } else { CHUNK as usize };
-            poster.write_bytes(&vec![round; length], chunk * CHUNK, key).unwrap();
+            send_half.write_bytes(&vec![round; length], chunk * CHUNK, key).unwrap();
         }
     }
-    poster.drain().unwrap();
+    send_half.drain().unwrap();
     let bytes = content(&to_file);
     for chunk in bytes.chunks(CHUNK as usize) {
         assert_eq!((chunk[0], chunk[4095], chunk[4096]), (20, 20, 19));
@@ -178,7 +178,7 @@ fn next_frame(stream: &mut TcpStream) -> Option<Header> {
 fn a_chunk_belongs_to_one_connection_and_messages_to_the_first() {
     let (played, source) = Played::accept(with(3));
     let end = source.handle();
-    let (poster, _answers) = source.split();
+    let (send_half, _answers) = source.split();
     let (frames, seen) = mpsc::channel();
     for (index, mut stream) in played.0.into_iter().enumerate() {
         let frames = frames.clone();
@@ -192,12 +192,12 @@ fn a_chunk_belongs_to_one_connection_and_messages_to_the_first() {
     let (from, _) = filled("from");
     let key = RemoteKey { address: 0, rkey: 1 };
     for offset in (0..SIZE).step_by(CHUNK as usize / 2) {
-        poster.write(&from, offset, 4096, key).unwrap();
-        poster.write_bytes(&[1; 4096], offset + 4096, key).unwrap();
-        poster.send(b"message", &[]).unwrap();
+        send_half.write(&from, offset, 4096, key).unwrap();
+        send_half.write_bytes(&[1; 4096], offset + 4096, key).unwrap();
+        send_half.send(b"message", &[]).unwrap();
     }
     // What was sent is read to its end.
-    poster.finish();
+    send_half.finish();
     end.close();
     let mut owners = HashMap::<u64, HashSet<usize>>::new();
     for (index, header) in seen {
@@ -220,7 +220,7 @@ fn the_window_bounds_all_connections_together() {
     let fabric = Tcp { stall_timeout: Duration::from_millis(300), connections: 4 };
     let (played, source) = Played::accept(fabric);
     let end = source.handle();
-    let (poster, _answers) = source.split();
+    let (send_half, _answers) = source.split();
     // The peer takes everything and says nothing.
     let takers: Vec<_> = (played.0.into_iter())
         .map(|mut stream| {
@@ -235,10 +235,10 @@ fn the_window_bounds_all_connections_together() {
     let key = RemoteKey { address: 0, rkey: 1 };
     thread::scope(|scope| {
         for thread in 0..SIZE / CHUNK {
-            let (poster, from) = (&poster, &from);
+            let (send_half, from) = (&send_half, &from);
             scope.spawn(move || {
                 let error = (0..100)
-                    .find_map(|_| poster.write(from, thread * CHUNK, CHUNK, key).err())
+                    .find_map(|_| send_half.write(from, thread * CHUNK, CHUNK, key).err())
                     .unwrap();
                 assert!(matches!(error, FabricError::Stalled(_)), "{error}");
             });
@@ -256,17 +256,17 @@ fn a_connection_that_rests_is_no_stall() {
     let (source, destination) = pair_of(fabric.clone(), &fabric);
     let (from, _) = filled("from");
     let (to, _) = region("to");
-    let (poster, answers) = source.split();
+    let (send_half, answers) = source.split();
     let (_other, mut receiver) = destination.split();
     let key = receiver.announce(&to).unwrap();
     let (_received, _answered) = (receiving(receiver), receiving(answers));
     let begun = Instant::now();
     while begun.elapsed() < Duration::from_secs(1) {
-        poster.write(&from, 0, CHUNK, key).unwrap();
-        poster.drain().unwrap();
+        send_half.write(&from, 0, CHUNK, key).unwrap();
+        send_half.drain().unwrap();
     }
-    poster.write(&from, CHUNK, CHUNK, key).unwrap();
-    poster.drain().unwrap();
+    send_half.write(&from, CHUNK, CHUNK, key).unwrap();
+    send_half.drain().unwrap();
 }
 
 /// With half a write on the way, and one behind it, on another connection.
@@ -340,7 +340,7 @@ fn messages_go_on_after_revocation() {
     let (source, destination) = pair_of(with(4), &with(4));
     let (from, _) = filled("from");
     let (to, _) = region("to");
-    let (poster, mut answers) = source.split();
+    let (send_half, mut answers) = source.split();
     let (other, mut receiver) = destination.split();
     let key = receiver.announce(&to).unwrap();
     let mut message = Vec::new();
@@ -353,21 +353,21 @@ fn messages_go_on_after_revocation() {
         receiver.receive(&mut message).unwrap();
         (message, receiver)
     });
-    write_all(&poster, &from, key, CHUNK);
-    poster.drain().unwrap();
-    poster.send(b"RAM is over", &[]).unwrap();
+    write_all(&send_half, &from, key, CHUNK);
+    send_half.drain().unwrap();
+    send_half.send(b"RAM is over", &[]).unwrap();
     let (message, mut receiver) = receiving.join().unwrap();
     assert_eq!(message, b"RAM is over");
     receiver.revoke();
     other.send(b"well received", &[]).unwrap();
     let (message, _answers) = answered.join().unwrap();
     assert_eq!(message, b"well received");
-    poster.send(b"the end", &[]).unwrap();
+    send_half.send(b"the end", &[]).unwrap();
     let mut message = Vec::new();
     receiver.receive(&mut message).unwrap();
     assert_eq!(message, b"the end");
     // Who writes once more is told.
-    let write = || poster.write(&from, CHUNK, CHUNK, key).and_then(|()| poster.drain());
+    let write = || send_half.write(&from, CHUNK, CHUNK, key).and_then(|()| send_half.drain());
     let error = (0..8).find_map(|_| write().err()).unwrap();
     assert!(matches!(error, FabricError::Closed), "{error}");
 }
@@ -387,7 +387,7 @@ fn what_breaks_on_one_connection_ends_the_link_and_says_why() {
         let mut listener = listening(&with(2));
         let (mut played, destination) = Played::connect(&mut *listener, 2);
         let (to, _) = region("to");
-        let (poster, mut receiver) = destination.split();
+        let (send_half, mut receiver) = destination.split();
         receiver.announce(&to).unwrap();
         played.send(1, header, &vec![1; length]);
         if length == 100 {
@@ -396,7 +396,7 @@ fn what_breaks_on_one_connection_ends_the_link_and_says_why() {
         let error = receiver.receive(&mut Vec::new()).unwrap_err();
         assert!(error.to_string().contains(expected), "{error}");
         // The peer still gets to know.
-        poster.send(b"last words", &[]).unwrap();
+        send_half.send(b"last words", &[]).unwrap();
         assert_eq!(next_frame(&mut played.0[0]).unwrap().kind.get(), frame::SEND);
     }
 }
@@ -406,14 +406,14 @@ fn what_breaks_on_one_connection_ends_the_link_and_says_why() {
 fn a_connection_that_is_lost_under_writes_ends_the_link() {
     let (mut played, source) = Played::accept(with(2));
     let (from, _) = filled("from");
-    let (poster, mut answers) = source.split();
+    let (send_half, mut answers) = source.split();
     let key = RemoteKey { address: 0, rkey: 1 };
-    poster.write(&from, CHUNK, 4096, key).unwrap();
+    send_half.write(&from, CHUNK, 4096, key).unwrap();
     assert_eq!(next_frame(&mut played.0[1]).unwrap().kind.get(), frame::WRITE);
     drop(played.0.pop());
     let error = answers.receive(&mut Vec::new()).unwrap_err();
     assert!(matches!(error, FabricError::Closed), "{error}");
-    let error = poster.drain().unwrap_err();
+    let error = send_half.drain().unwrap_err();
     assert!(matches!(error, FabricError::Closed), "{error}");
 }
 

@@ -23,7 +23,7 @@ use crate::{
     relay::{
         QemuEvent,
         migration::{
-            multifd_listener::QemusDoor,
+            multifd_listener::MultifdListener,
             saved_settings::Borrowed,
             status::{Guest, Phase},
             worker::{self, Worker},
@@ -82,13 +82,15 @@ impl Source {
         let capabilities = self.waits_for_destination();
         if channels > 0
             && Version::ask(&mut qemu).await?.multifd_is_tried()
-            && let Some(door) = QemusDoor::open(&self.context).await
+            && let Some(listener) = MultifdListener::open(&self.context).await
         {
             let capabilities = [capabilities, &["multifd"]].concat();
             let parameters = json!({ "multifd-channels": channels, "multifd-compression": "none" });
             // Multifd is the helper's choice: management sees what it has set itself.
             match self.borrow(&mut borrowed, worker, &capabilities, parameters).await {
-                Ok(()) => return self.with_channels(qemu, worker, door, channels, borrowed).await,
+                Ok(()) => {
+                    return self.with_channels(qemu, worker, listener, channels, borrowed).await;
+                }
                 Err(error) => {
                     debug!(%error, "QEMU has no multifd channels now");
                     borrowed.give_back(&mut qemu).await?;
@@ -171,13 +173,13 @@ impl Source {
         &mut self,
         mut qemu: Qemu,
         worker: &mut Worker,
-        door: QemusDoor,
+        listener: MultifdListener,
         channels: u16,
         borrowed: RwLockWriteGuard<'_, Borrowed>,
     ) -> Result<QemuSockets, QmpError> {
-        qemu.execute("migrate", json!({ "uri": door.uri() })).await?;
+        qemu.execute("migrate", json!({ "uri": listener.uri() })).await?;
         self.view.send_modify(|view| view.phase = Phase::Running);
-        let taken = self.take_channels(worker, &door, channels).await;
+        let taken = self.take_channels(worker, &listener, channels).await;
         // QEMU looked at settings until it had connected.
         drop(borrowed);
         match taken {
@@ -187,7 +189,7 @@ impl Source {
                     self.break_off(&streams).await;
                 }
                 // QEMU notices what it can't connect to.
-                drop(door);
+                drop(listener);
                 Err(QmpError::generic(reason))
             }
         }
@@ -198,11 +200,11 @@ impl Source {
     async fn take_channels(
         &mut self,
         worker: &mut Worker,
-        door: &QemusDoor,
+        listener: &MultifdListener,
         channels: u16,
     ) -> Result<QemuSockets, (String, Vec<OwnedFd>)> {
         let mut sockets = Vec::new();
-        if let Err(reason) = self.let_in(door, usize::from(channels) + 1, &mut sockets).await {
+        if let Err(reason) = self.let_in(listener, usize::from(channels) + 1, &mut sockets).await {
             return Err((reason, sockets));
         }
         let fds: Vec<_> = sockets.iter().map(|socket| socket.as_fd()).collect();
@@ -216,14 +218,14 @@ impl Source {
     /// Let QEMU connect so many times.
     async fn let_in(
         &mut self,
-        door: &QemusDoor,
+        listener: &MultifdListener,
         count: usize,
         sockets: &mut Vec<OwnedFd>,
     ) -> Result<(), String> {
         let deadline = Instant::now() + CONNECTED;
         while sockets.len() < count {
             tokio::select! {
-                accepted = timeout_at(deadline, door.accept()) => {
+                accepted = timeout_at(deadline, listener.accept()) => {
                     let late = |_| "QEMU did not connect its multifd channels in time".to_owned();
                     let said = |error: io::Error| format!("QEMU can't be let in: {error}");
                     sockets.push(accepted.map_err(late)?.map_err(said)?);

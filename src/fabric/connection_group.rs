@@ -21,14 +21,14 @@ use zerocopy::{
     byteorder::big_endian::{U16, U32, U64},
 };
 
-use crate::fabric::{FabricError, PRIVATE_DATA_MAX, Result};
+use super::{FabricError, PRIVATE_DATA_MAX, Result};
 
 /// What the further ones are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {
     /// Connections of the tcp fabric.
     Connections,
-    /// Queue pairs that have buffers for marks ([`super::Poster::send_behind_writes`]). Helpers that
+    /// Queue pairs that have buffers for marks ([`super::SendHalf::send_behind_writes`]). Helpers that
     /// know of no marks have another word for theirs, and so get none.
     #[cfg(feature = "verbs")]
     QueuePairs,
@@ -91,26 +91,31 @@ impl Trailer {
 }
 
 /// Connections that wait for further ones, by the number that those name.
-pub(super) struct Sessions<T>(Mutex<HashMap<u64, SyncSender<(u16, T)>>>);
+pub(super) struct ConnectionGroups<T>(Mutex<HashMap<u64, SyncSender<(u16, T)>>>);
 
-impl<T> Default for Sessions<T> {
+impl<T> Default for ConnectionGroups<T> {
     fn default() -> Self {
         Self(Mutex::default())
     }
 }
 
-impl<T> Sessions<T> {
+impl<T> ConnectionGroups<T> {
     fn lock(&self) -> MutexGuard<'_, HashMap<u64, SyncSender<(u16, T)>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Expect `lanes` further connections, until the session is dropped.
-    pub(super) fn open(self: &Arc<Self>, lanes: u16) -> Session<T> {
+    pub(super) fn open(self: &Arc<Self>, lanes: u16) -> ConnectionGroup<T> {
         // Keyed from the system's randomness (std's RandomState): nobody guesses it.
         let number = RandomState::new().build_hasher().finish();
         let (lane, arrived) = sync_channel(lanes.into());
         self.lock().insert(number, lane);
-        Session { sessions: self.clone(), number, arrived, deadline: Instant::now() + ESTABLISHING }
+        ConnectionGroup {
+            sessions: self.clone(),
+            number,
+            arrived,
+            deadline: Instant::now() + ESTABLISHING,
+        }
     }
 
     /// Expect no more for this one.
@@ -127,14 +132,14 @@ impl<T> Sessions<T> {
 }
 
 /// A connection that waits for its further ones.
-pub(super) struct Session<T> {
-    sessions: Arc<Sessions<T>>,
+pub(super) struct ConnectionGroup<T> {
+    sessions: Arc<ConnectionGroups<T>>,
     number: u64,
     arrived: Receiver<(u16, T)>,
     deadline: Instant,
 }
 
-impl<T> Session<T> {
+impl<T> ConnectionGroup<T> {
     /// What the further ones have to name.
     pub(super) fn number(&self) -> u64 {
         self.number
@@ -160,7 +165,7 @@ impl<T> Session<T> {
     }
 }
 
-impl<T> Drop for Session<T> {
+impl<T> Drop for ConnectionGroup<T> {
     fn drop(&mut self) {
         self.sessions.close(self.number);
     }
@@ -172,12 +177,12 @@ pub(super) struct Opened(Arc<AtomicU64>);
 
 impl Opened {
     /// It is this one.
-    pub(super) fn set<T>(&self, session: &Session<T>) {
+    pub(super) fn set<T>(&self, session: &ConnectionGroup<T>) {
         self.0.store(session.number, Ordering::SeqCst);
     }
 
     /// End the waiting for its further connections.
-    pub(super) fn close<T>(&self, sessions: &Sessions<T>) {
+    pub(super) fn close<T>(&self, sessions: &ConnectionGroups<T>) {
         sessions.close(self.0.load(Ordering::SeqCst));
     }
 }
@@ -213,7 +218,7 @@ mod tests {
 
     #[test]
     fn only_what_belongs_to_a_session_gets_in() {
-        let sessions = Arc::new(Sessions::default());
+        let sessions = Arc::new(ConnectionGroups::default());
         let session = sessions.open(2);
         let lane = |lane, number| Trailer::new(Kind::Connections, 0, lane, number);
         assert!(!sessions.add(&lane(1, session.number() ^ 1), "a stranger"));
