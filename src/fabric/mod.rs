@@ -299,7 +299,7 @@ pub trait SendHalf: Send + Sync {
     /// When the connection is lost.
     fn send(&self, header: &[u8], payload: &[u8]) -> Result<()>;
 
-    /// Send one that proves something of writes: the peer's [`Receiver::await_writes`] returns when those
+    /// Send one that proves something of writes: the peer's [`RecvHalf::await_writes`] returns when those
     /// have landed that [`SendHalf::drain`] has waited for. Where a device writes, also when those have that
     /// were posted and not waited for; over tcp the proof is `drain`'s alone. So whoever relies on it
     /// drains first, while nobody else writes. A message that is sent so beside others' writes, as the end
@@ -374,7 +374,7 @@ pub trait SendHalf: Send + Sync {
 }
 
 /// The half that receives. Over tcp the peer's writes of the first connection land while
-/// [`Receiver::receive`] waits.
+/// [`RecvHalf::receive`] waits.
 pub trait RecvHalf: Send {
     /// The next control message, header and payload, at most [`MESSAGE_MAX`] bytes.
     ///
@@ -386,7 +386,7 @@ pub trait RecvHalf: Send {
     /// writes before it have landed. To be called for each such message.
     ///
     /// # Errors
-    /// As for [`Receiver::receive`].
+    /// As for [`RecvHalf::receive`].
     fn await_writes(&mut self) -> Result<()>;
 
     /// Bytes of the peer's writes that have landed here; 0 where a device does it unseen.
@@ -397,7 +397,7 @@ pub trait RecvHalf: Send {
     fn guard(&mut self, may_land: Guard);
 
     /// Name `region` to the peer: where its first byte is, and the key to all of it where the
-    /// fabric need not pin it. Else the key is 0 until [`Receiver::register`].
+    /// fabric need not pin it. Else the key is 0 until [`RecvHalf::register`].
     ///
     /// # Errors
     /// When it can't be mapped.

@@ -1,6 +1,6 @@
 //! The ranges of the destination's blocks that the source may write, and when to ask for more.
 //!
-//! Decides only; [`crate::worker::source::remote_blocks`] asks and waits.
+//! Decides only; the source's `remote_blocks` asks and waits.
 
 use std::{
     collections::{HashMap, VecDeque},

@@ -9,23 +9,20 @@ use std::{
 use rustix::thread::{CpuSet, sched_setaffinity};
 
 #[cfg(feature = "verbs")]
+use super::link::WINDOW;
 use super::{
     Block, Result,
     destination::{self, inquiry::Inquiry},
     error::MigrationError,
-    link::WINDOW,
     qemu_sockets::QemuSockets,
     relay_socket::{Orders, Reports},
     source,
 };
-use crate::control::{self, FabricKind, Options, Order, Report};
 #[cfg(feature = "verbs")]
+use crate::fabric::verbs::{self, Timeouts, Verbs};
 use crate::{
-    fabric::{
-        Fabric,
-        tcp::Tcp,
-        verbs::{self, Timeouts, Verbs},
-    },
+    control::{self, FabricKind, Options, Order, Report},
+    fabric::{Fabric, tcp::Tcp},
     memory::Region,
     threads::{self, Lost},
 };
