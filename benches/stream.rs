@@ -26,7 +26,7 @@ const PAGES: u64 = 65536;
 /// Name of the guest's RAM; other blocks are ROMs.
 const RAM: &str = "pc.ram";
 
-/// Does as little as an sink can.
+/// Does as little as a sink can.
 struct Counter {
     /// How the guest's RAM travels.
     travel: Transfer,

@@ -131,7 +131,7 @@ struct Session {
     qemu: OwnedFd,
     number: RawFd,
     listener: StartListener,
-    door_fd: Option<OwnedFd>,
+    listener_fd: Option<OwnedFd>,
 }
 
 impl Session {
@@ -139,10 +139,10 @@ impl Session {
         let place = || monitor.endpoint.to_string();
         let made =
             listener(&monitor.endpoint).and_then(|listener| Ok((listener, UnixStream::pair()?)));
-        let ((listener, door_fd), (relay, qemu)) =
+        let ((listener, listener_fd), (relay, qemu)) =
             made.map_err(|source| LaunchError::Monitor { place: place(), source })?;
         let number = monitor.fd().unwrap_or(qemu.as_raw_fd());
-        Ok(Self { relay: relay.into(), qemu: qemu.into(), number, listener, door_fd })
+        Ok(Self { relay: relay.into(), qemu: qemu.into(), number, listener, listener_fd })
     }
 }
 
@@ -211,7 +211,7 @@ fn start_relay(
     let mut fds: Vec<BorrowedFd<'_>> = Vec::new();
     for session in sessions {
         fds.push(session.relay.as_fd());
-        fds.extend(session.door_fd.as_ref().map(|fd| fd.as_fd()));
+        fds.extend(session.listener_fd.as_ref().map(|fd| fd.as_fd()));
     }
     fds.extend(memory.iter().map(|fd| fd.as_fd()));
     let (ours, theirs) = UnixStream::pair().map_err(relay)?;

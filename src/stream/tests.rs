@@ -12,7 +12,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::ram::{BlockRange, Transfer};
 
-/// What an sink was asked, stream bytes joined.
+/// What a sink was asked, stream bytes joined.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Asked {
     Blocks(Vec<(String, u64)>),

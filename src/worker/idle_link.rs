@@ -31,7 +31,7 @@ pub(super) fn stock() -> (Arc<Link>, LinkReceiver) {
     Link::stock(Box::new(Idle::default()), Flow::LockstepAhead, Duration::from_secs(60))
 }
 
-/// What a send_half was asked, in its order.
+/// What a sending half was asked, in its order.
 pub(super) type Asked = Arc<Mutex<Vec<&'static str>>>;
 
 /// Both ends of one to a peer that takes all.

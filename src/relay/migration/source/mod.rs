@@ -107,9 +107,8 @@ fn is_under_way(state: &Value) -> bool {
     state["status"].as_str().is_some_and(|status| UNDER_WAY.contains(&status))
 }
 
-/// Has QEMU completed its migration? Its guest has left then, as far as it knows: it is in `postmigrate`,
-/// which a reset makes `prelaunch` (`main_loop_should_exit`, 7.2 to 11.1), and nothing that it is told keeps
-/// it from running.
+/// Has QEMU completed its migration? Its guest is in `postmigrate` then. A reset makes that `prelaunch`
+/// (`main_loop_should_exit`, 7.2 to 11.1), and QEMU takes `cont` in both.
 pub async fn has_completed(qemu: &mut Qemu) -> Result<bool, QmpError> {
     let state = qemu.execute("query-migrate", Value::Null).await?;
     Ok(state["status"] == "completed")
