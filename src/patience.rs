@@ -31,7 +31,17 @@ impl Patience {
 
     /// The same, for one who may be busy for so long between two looks at it.
     pub fn in_slices(limit: Duration, most: Duration) -> Self {
-        Self { left: limit, most, since: Instant::now() }
+        Self::from(limit, most, Instant::now())
+    }
+
+    /// The same from `now`, for callers that have no clock.
+    pub fn from(limit: Duration, most: Duration, now: Instant) -> Self {
+        Self { left: limit, most, since: now }
+    }
+
+    /// When the present slice ends.
+    pub fn next(&self) -> Instant {
+        self.since + self.slice()
     }
 
     /// How long to wait now.
@@ -44,7 +54,8 @@ impl Patience {
         self.lasts_at(Instant::now())
     }
 
-    fn lasts_at(&mut self, now: Instant) -> bool {
+    /// The same by the caller's clock.
+    pub fn lasts_at(&mut self, now: Instant) -> bool {
         let waited = now.saturating_duration_since(self.since).min(self.most);
         self.left = self.left.saturating_sub(waited);
         self.since = now;

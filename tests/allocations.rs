@@ -286,7 +286,7 @@ fn allocations(mib: u64, mapped: bool, intake: Intake) -> u64 {
         fds.push(channel.into());
         exempt(move || send_channel(qemu, length))
     });
-    source.order(&Order::Take, &fds);
+    source.order(&Order::StartStream, &fds);
     match sender {
         None => send_stream(qemu, length, is_zero),
         Some(sender) => {

@@ -10,7 +10,7 @@ use qemu_rdma_helper::{
     fabric::{self, Finding, Question, Severity},
     qmp::uri::{self, Target},
     relay::FabricChoice,
-    worker,
+    wire::credit::WINDOW,
 };
 
 use self::qemu::Attached;
@@ -60,7 +60,7 @@ pub async fn run(args: Args) -> anyhow::Result<u8> {
         address: args.address.as_ref(),
         guest: attached.as_ref().and_then(|attached| attached.guest.as_ref()),
         helper: helper.map(|helper| helper.pid),
-        window: worker::WINDOW,
+        window: WINDOW,
         lanes: helper.map_or(CONNECTIONS, |helper| helper.connections),
     };
     let mut findings = look(&question, choice);

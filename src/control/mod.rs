@@ -132,31 +132,31 @@ pub enum Order {
     },
     /// Source, after [`Report::Agreed`]: take QEMU's stream. Descriptors: the worker's end of its
     /// socket, then those of QEMU's multifd channels, if it is to use any.
-    Take,
+    StartStream,
     /// Source: what a worker whose relay is gone has to set QEMU back with. Sent before QEMU is set to
     /// anything, and whenever it changes.
-    GiveBack {
+    SetRestore {
         /// The commands; none when it is done.
         commands: Vec<Command>,
     },
     /// Source: whether the guest runs, but for the switchover. One that does is to run again after a
     /// failure that QEMU took for a success.
-    Guest {
+    SetGuestRunning {
         /// It does.
         runs: bool,
     },
     /// Source: the relay can't reach QEMU any more. The worker does what is left to do, as if the relay
     /// itself were gone.
-    Leave {
+    Detach {
         /// Why, for the peer.
         #[serde(deserialize_with = "text::deserialize")]
         reason: String,
     },
     /// Source: the relay has done all that there is to do behind QEMU's migration. A worker that has
     /// taken its stream waits for it.
-    Over,
+    Finish,
     /// Source: write no more RAM than this.
-    Pace {
+    SetRateLimit {
         /// Bytes per second; `None`: any number.
         rate: Option<u64>,
     },

@@ -6,6 +6,10 @@
 
 use super::WireError;
 
+/// Buffers for control messages that a helper offers: enough that zero ranges and stream bytes
+/// need no round trip, 8 MiB of them at the most.
+pub const WINDOW: u16 = 16;
+
 /// How the two sides of a connection grant credits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Flow {

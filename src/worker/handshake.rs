@@ -3,10 +3,11 @@
 
 use std::time::Duration;
 
-use super::{Block, Result, error::MigrationError, link::WINDOW};
+use super::block::Block;
 use crate::{
     control::{FabricKind, Options},
-    wire::{Extension, ListedBlock, Message, PrivateData},
+    proto::error::{MigrationError, Result},
+    wire::{Extension, ListedBlock, Message, PrivateData, credit::WINDOW},
 };
 
 /// How long each side waits for the other's next step of the agreement.

@@ -26,11 +26,6 @@ pub(super) fn link_of(stall_timeout: Duration) -> (Arc<Link>, LinkReceiver) {
     Link::new(Box::new(Idle::default()), flow, flow, stall_timeout)
 }
 
-/// The same of a stock peer.
-pub(super) fn stock() -> (Arc<Link>, LinkReceiver) {
-    Link::stock(Box::new(Idle::default()), Flow::LockstepAhead, Duration::from_secs(60))
-}
-
 /// What a sending half was asked, in its order.
 pub(super) type Asked = Arc<Mutex<Vec<&'static str>>>;
 

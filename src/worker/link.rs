@@ -7,24 +7,23 @@ use std::{
         atomic::{AtomicBool, Ordering},
         mpsc,
     },
+    thread::JoinHandle,
     time::Duration,
 };
 
-use super::{Result, error::MigrationError};
+use tracing::warn;
+
 use crate::{
     fabric::{Connection, FabricError, Guard, Handle, Pinned, RecvHalf, RemoteKey, SendHalf},
     memory::Region,
     patience::Patience,
+    proto::error::{MigrationError, Result},
     threads::{self, Lost},
     wire::{
         Message,
         credit::{self, Flow},
     },
 };
-
-/// Buffers for control messages that a helper offers: enough that zero ranges and stream bytes
-/// need no round trip, 8 MiB of them at the most.
-pub const WINDOW: u16 = 16;
 
 /// How long the peer may take to hear why a migration has failed.
 const LAST_WORDS: Duration = Duration::from_secs(3);
@@ -409,6 +408,29 @@ impl Link {
             companion.close();
         }
     }
+}
+
+/// Tell peers why a migration has failed, on a thread that the process should outlive, and end their
+/// connections; then do `after`.
+pub fn end_all(
+    links: Vec<Arc<Link>>,
+    error: MigrationError,
+    guest_never_ran: bool,
+    after: impl FnOnce() + Send + 'static,
+) -> Option<JoinHandle<()>> {
+    let untold = links.clone();
+    let end = move || {
+        for link in links {
+            link.end(&error, guest_never_ran);
+        }
+    };
+    threads::start("last words", end, move |ended| {
+        if let Err(lost) = ended {
+            warn!(%lost, "the peer may not know why");
+            untold.iter().for_each(|link| link.close());
+        }
+        after();
+    })
 }
 
 impl LinkReceiver {

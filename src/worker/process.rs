@@ -8,23 +8,28 @@ use std::{
 
 use rustix::thread::{CpuSet, sched_setaffinity};
 
-#[cfg(feature = "verbs")]
-use super::link::WINDOW;
 use super::{
-    Block, Result,
+    block::Block,
     destination::{self, inquiry::Inquiry},
-    error::MigrationError,
     qemu_sockets::QemuSockets,
     relay_socket::{Orders, Reports},
     source,
 };
-#[cfg(feature = "verbs")]
-use crate::fabric::verbs::{self, Timeouts, Verbs};
 use crate::{
     control::{self, FabricKind, Options, Order, Report},
     fabric::{Fabric, tcp::Tcp},
     memory::Region,
+    proto::{
+        destination::Event as DestinationEvent,
+        error::{MigrationError, Result},
+        source::Event as SourceEvent,
+    },
     threads::{self, Lost},
+};
+#[cfg(feature = "verbs")]
+use crate::{
+    fabric::verbs::{self, Timeouts, Verbs},
+    wire::credit::WINDOW,
 };
 
 impl Options {
@@ -74,15 +79,15 @@ fn start(order: Order, fds: Vec<OwnedFd>, orders: Orders, reports: &Arc<Reports>
             let fabric = fabric(&options)?;
             let (sender, events) = mpsc::channel();
             let order = |order, fds| match order {
-                Order::Take => source::Event::Take(QemuSockets::new(fds)),
-                Order::Leave { reason } => source::Event::RelayGone(reason),
-                order => source::Event::Order(order),
+                Order::StartStream => source::Input::Sockets(QemuSockets::new(fds)),
+                Order::Detach { reason } => SourceEvent::RelayGone(reason).into(),
+                order => SourceEvent::Order(order).into(),
             };
             let order = move |next, fds| Some(order(next, fds));
             let gone = |lost: Option<Lost>| {
                 let gone = "The source's helper is gone; start it again there, and migrate again";
                 let reason = lost.map_or_else(|| gone.into(), |lost| lost.to_string());
-                source::Event::RelayGone(reason)
+                source::Input::from(SourceEvent::RelayGone(reason))
             };
             forward(orders, sender.clone(), order, gone);
             source::run(fabric, address, blocks, options, qemu_qmp, reports, (sender, events));
@@ -103,12 +108,12 @@ fn start(order: Order, fds: Vec<OwnedFd>, orders: Orders, reports: &Arc<Reports>
                     asked.answer(number, Err(MigrationError::Aborted(reason)));
                     None
                 }
-                order => Some(destination::Event::Order(order)),
+                order => Some(destination::Input::from(DestinationEvent::Order(order))),
             };
             let asked = inquiry.clone();
-            let gone = move |lost| {
+            let gone = move |lost: Option<Lost>| {
                 asked.end();
-                destination::Event::RelayGone(lost)
+                DestinationEvent::RelayGone(lost.map(|lost| lost.to_string())).into()
             };
             forward(orders, sender.clone(), order, gone);
             destination::run(&*fabric, &address, inquiry, options, qemu, reports, (sender, events));

@@ -81,6 +81,11 @@ impl Reports {
         self.push(&mut backlog);
     }
 
+    /// Send what a busy relay has not taken, as far as it does now.
+    pub fn resend(&self) {
+        self.push(&mut self.backlog.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
     /// Send one, and wait until the relay has taken it, and all before it. Not for the state machine.
     pub fn deliver(&self, report: &Report) {
         self.send(report);

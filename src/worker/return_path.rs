@@ -10,29 +10,18 @@ use std::{
     },
     net::Shutdown,
     os::unix::net::UnixStream,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc::Sender},
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
-};
-
-use rustix::{
-    io::{Errno, retry_on_intr},
-    net::{RecvFlags, recv},
 };
 
 use tracing::debug;
 
-use super::{
-    Result,
-    destination::{Event, receiver::say_failure},
-    error::MigrationError,
-    link::Link,
-};
 use crate::{
-    fabric::{Connection, FabricError},
     patience::Patience,
-    proto::ram_ack::RamAck,
-    threads,
-    wire::{Message, credit::Flow},
+    proto::{
+        error::{MigrationError, Result},
+        ram_ack::RamAck,
+    },
 };
 
 /// Longest data of a message in bytes (the buffer of QEMU's reader).
@@ -49,110 +38,6 @@ const SHUT: [u8; 8] = [0, 1, 0, 4, 0, 0, 0, 0];
 
 /// How long QEMU may take to write the rest of its stream.
 const REST: Duration = Duration::from_secs(15);
-
-/// The destination's side: forward until QEMU closes its end, or the connection is lost: whoever
-/// feeds QEMU notices that.
-///
-/// # Errors
-/// When it can't be, although both are there.
-pub fn forward(qemu: &UnixStream, link: &Link) -> Result<()> {
-    let mut buffer = [0; 4096];
-    loop {
-        let received = match retry_on_intr(|| recv(qemu, &mut buffer[..], RecvFlags::empty())) {
-            // QEMU may have closed it with bytes unread.
-            Ok((0, _)) | Err(Errno::CONNRESET) => return Ok(()),
-            Ok((received, _)) => received,
-            Err(errno) => return Err(MigrationError::QemuSocket(errno.into())),
-        };
-        match link.send(&Message::QemuFile(&buffer[..received])) {
-            Err(MigrationError::Fabric(FabricError::Closed)) => return Ok(()),
-            sent => sent?,
-        }
-    }
-}
-
-/// The destination's side towards a stock source: a second connection, which may come before or after
-/// the source begins, or not at all. What QEMU says is forwarded when both are there.
-pub struct ReturnPath {
-    qemu: Arc<UnixStream>,
-    events: Sender<Event>,
-    ends: Mutex<Ends>,
-}
-
-#[derive(Default)]
-struct Ends {
-    main: Option<Arc<Link>>,
-    link: Option<Arc<Link>>,
-    begun: bool,
-}
-
-impl ReturnPath {
-    /// From this QEMU; `events` are told if it is lost.
-    pub fn new(qemu: Arc<UnixStream>, events: Sender<Event>) -> Arc<Self> {
-        Arc::new(Self { qemu, events, ends: Mutex::default() })
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Ends> {
-        self.ends.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Its source's first connection, together with which it ends.
-    pub fn belongs_to(&self, main: &Arc<Link>) {
-        let mut ends = self.lock();
-        if let Some(link) = &ends.link {
-            main.accompany(link);
-        }
-        ends.main = Some(main.clone());
-    }
-
-    /// The second connection is there; its READYs are taken on a thread of its own.
-    pub fn open(&self, connection: Box<dyn Connection>, stall: Duration) {
-        let (link, mut receiver) = Link::stock(connection, Flow::LockstepAhead, stall);
-        let answering = link.clone();
-        let receive = move || {
-            let mut buffer = Vec::new();
-            while let Ok(message) = receiver.next(&answering, &mut buffer) {
-                debug!(?message, "a message on the return path");
-            }
-            Ok(())
-        };
-        let say = say_failure(&self.events, Event::ReturnPathLost);
-        threads::start("return path", receive, say);
-        let mut ends = self.lock();
-        if let Some(main) = &ends.main {
-            main.accompany(&link);
-        }
-        if ends.begun {
-            self.forward(&link);
-        }
-        ends.link = Some(link);
-    }
-
-    /// Its source begins.
-    pub fn begin(&self) {
-        let mut ends = self.lock();
-        ends.begun = true;
-        if let Some(link) = &ends.link {
-            self.forward(link);
-        }
-    }
-
-    fn forward(&self, link: &Arc<Link>) {
-        debug!("the return path is open");
-        let (qemu, link) = (self.qemu.clone(), link.clone());
-        let say = say_failure(&self.events, Event::ReturnPathLost);
-        threads::start("return path", move || forward(&qemu, &link), say);
-    }
-}
-
-impl Drop for ReturnPath {
-    fn drop(&mut self) {
-        let ends = self.lock();
-        if let Some(link) = ends.link.as_ref().filter(|_| !ends.begun) {
-            link.close();
-        }
-    }
-}
 
 /// The source's side: hands on whole messages only, so that QEMU can be told the end at any time.
 #[derive(Debug, Default)]

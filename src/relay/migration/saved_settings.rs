@@ -228,7 +228,7 @@ impl Borrowed {
     async fn tell_worker(&self) {
         if let Some(worker) = &self.worker {
             // One that is gone gives nothing back.
-            let _ = worker.send(&Order::GiveBack { commands: self.commands() }, &[]).await;
+            let _ = worker.send(&Order::SetRestore { commands: self.commands() }, &[]).await;
         }
     }
 

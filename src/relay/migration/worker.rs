@@ -165,14 +165,14 @@ impl Worker {
     /// Leave what is to be done at QEMU to it, because nothing of that can be done here.
     pub async fn leave(mut self, reason: String) {
         // It may have ended already; and if not, it goes on by itself.
-        let _ = self.orders.send(&Order::Leave { reason }, &[]).await;
+        let _ = self.orders.send(&Order::Detach { reason }, &[]).await;
         let _ = timeout(LAST_WORDS, self.child.wait()).await;
     }
 
     /// Wait until it has told the peer what there is to tell; kill it if that takes too long.
     pub async fn finish(mut self) {
         // It may have ended already.
-        let _ = self.orders.send(&Order::Over, &[]).await;
+        let _ = self.orders.send(&Order::Finish, &[]).await;
         if timeout(LAST_WORDS, self.child.wait()).await.is_err() {
             self.kill().await;
         }

@@ -16,9 +16,10 @@ use std::{
 use tracing::{debug, info, warn};
 
 use super::{
-    Event,
+    context::Context,
     handshake::{self, Accepted},
-    receiver::{Context, say_failure},
+    input::{Input, say_failure},
+    return_path::ReturnPath,
     seat::Seat,
 };
 use crate::{
@@ -27,10 +28,13 @@ use crate::{
         FabricError, Listener, Request,
         pending::{GRACE, Limits, Newcomer, Pending, Place},
     },
+    proto::{
+        destination::Event,
+        error::{MigrationError, Result},
+    },
     refusals::Refusals,
     threads,
     wire::PrivateData,
-    worker::{Result, error::MigrationError, return_path::ReturnPath},
 };
 
 /// Sources that may be pending. On RDMA the buffers of each are 12 MiB of pinned memory; who stands in line
@@ -178,8 +182,7 @@ impl Hall {
             true => info!(%peer, left_out, "a stock QEMU connected"),
             false => info!(%peer, left_out, "a source connected, and the block lists agree"),
         });
-        // The receiver is gone only when the migration has ended.
-        let _ = self.context.events.send(Event::Agreed(link.clone()));
+        self.context.events.send(Input::Agreed(link.clone()));
         match first_message(&mut accepted) {
             Ok(first) => {
                 // It fails only when another source is served.
@@ -189,7 +192,7 @@ impl Hall {
             Err(error) => {
                 let why = accepted.took_leave(&error).then(|| error.to_string());
                 link.end(&error, true);
-                let _ = self.context.events.send(Event::Withdrawn(link, why));
+                self.context.events.send(Input::Withdrawn(link, why));
                 Err(error)
             }
         }

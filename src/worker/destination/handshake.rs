@@ -3,14 +3,15 @@
 use std::{collections::HashMap, ops::Range, sync::Arc};
 
 use super::{
+    context::Context,
     inquiry::Inquiry,
-    receiver::Context,
     seat::{Claim, Seat},
 };
 use crate::{
     control::Options,
     fabric::{Connection, Handle, RemoteKey, Request, pending::Place},
     memory::{Ranges, Region},
+    proto::error::{MigrationError, Result},
     ram::{BLOCKS_MAX, CHUNK, RANGE_MAX, ROM_MAX},
     stream::StreamBlock,
     wire::{
@@ -19,8 +20,7 @@ use crate::{
         credit::Flow,
     },
     worker::{
-        Block, Result,
-        error::MigrationError,
+        block::Block,
         handshake::{TIMEOUT, check_limit, extension, listed, ours, unexpected},
         link::{Link, LinkReceiver},
         statistics::Statistics,

@@ -12,7 +12,8 @@ use std::{
 
 use crate::{
     control::Report,
-    worker::{Block, Result, error::MigrationError, relay_socket::Reports},
+    proto::error::{MigrationError, Result},
+    worker::{block::Block, relay_socket::Reports},
 };
 
 /// How long the relay may take. A source waits for its part of the agreement meanwhile.

@@ -4,35 +4,31 @@ use std::{
     io::Write as _,
     net::Shutdown,
     os::unix::net::UnixStream,
-    sync::{Arc, atomic::Ordering::Relaxed, mpsc::Sender},
+    sync::{Arc, atomic::Ordering::Relaxed},
     time::Duration,
 };
 
 use tracing::{info, warn};
 
 use super::{
-    Event,
     acceptor::{Acceptor, Proven},
+    context::Context,
     handshake::Accepted,
-    inquiry::Inquiry,
+    input::{Input, say_failure},
+    return_path::{self, ReturnPath},
 };
 use crate::{
-    control::Options,
     fabric::{FabricError, Listener, pending::Place},
     memory::Region,
-    proto::switchover::Switchover,
+    proto::{
+        destination::Event,
+        error::{MigrationError, Result},
+    },
     ram::PAGE,
     stream::{ForwardSink, Forwarder, PushError, Records, StreamBlock},
-    threads::{self, Lost},
+    threads,
     wire::{Message, RegisterResult},
-    worker::{
-        Result,
-        error::MigrationError,
-        handshake,
-        link::Deadline,
-        return_path::{self, ReturnPath},
-        statistics::Statistics,
-    },
+    worker::{handshake, link::Deadline},
 };
 
 /// How long a source may take from its first message to the first bytes of its stream, even if nobody
@@ -42,45 +38,14 @@ const BEGINNING: Duration = Duration::from_secs(60);
 /// Bytes of records that are gathered before QEMU gets them.
 const BATCH: usize = 256 << 10;
 
-/// What the thread needs.
-pub struct Context {
-    /// QEMU's migration socket.
-    pub qemu: Arc<UnixStream>,
-    /// Asks for the destination's blocks.
-    pub inquiry: Arc<Inquiry>,
-    /// Options.
-    pub options: Options,
-    /// Counters.
-    pub statistics: Arc<Statistics>,
-    /// Whether QEMU may get what is behind RAM.
-    pub switchover: Arc<Switchover>,
-    /// Where to say what happens.
-    pub events: Sender<Event>,
-}
-
-/// What a thread that waits for the source or QEMU says at its end, if it failed or was lost.
-pub fn say_failure(
-    events: &Sender<Event>,
-    failed: fn(MigrationError) -> Event,
-) -> impl FnOnce(std::result::Result<Result<()>, Lost>) + Send + 'static {
-    let events = events.clone();
-    move |end| {
-        if let Err(error) = end.unwrap_or_else(|lost| Err(lost.into())) {
-            // The receiver is gone only when the migration has ended otherwise.
-            let _ = events.send(failed(error));
-        }
-    }
-}
-
 /// Serve sources until one has begun to send its stream, then that one to its end; says how it ended, and
 /// when the source has closed.
 pub fn serve(listener: Box<dyn Listener>, context: &Arc<Context>) -> Result<()> {
     let acceptor = Acceptor::open(listener, context);
     let (mut receiving, served) = serve_one(&acceptor, context)?;
-    // The receiver is gone only when the migration has ended otherwise.
-    let _ = context.events.send(Event::Served(served));
+    context.events.send(Event::Served(served));
     receiving.await_close();
-    let _ = context.events.send(Event::Closed);
+    context.events.send(Event::Closed);
     Ok(())
 }
 
@@ -101,7 +66,7 @@ fn serve_one<'a>(acceptor: &Acceptor, context: &'a Context) -> Result<(Receiving
                     warn!(%peer, %error, left_out, "the source went before it sent anything");
                 });
                 let why = receiving.accepted.took_leave(&error).then(|| error.to_string());
-                let _ = context.events.send(Event::Withdrawn(link, why));
+                context.events.send(Input::Withdrawn(link, why));
             }
             other => return Ok((receiving, other)),
         }
@@ -127,6 +92,8 @@ struct Receiving<'a> {
     ended: bool,
     /// QEMU takes no more of the stream, and may have loaded the guest.
     left: bool,
+    /// QEMU may have got what follows RAM.
+    past_ram: bool,
 }
 
 impl<'a> Receiving<'a> {
@@ -147,6 +114,7 @@ impl<'a> Receiving<'a> {
             begun: false,
             ended: false,
             left: false,
+            past_ram: false,
         }
     }
 
@@ -162,7 +130,7 @@ impl<'a> Receiving<'a> {
                 Err(MigrationError::Fabric(FabricError::Closed)) if self.ended => return Ok(()),
                 // All that a stock source says at its stream's end.
                 Err(MigrationError::Fabric(FabricError::Closed))
-                    if link.is_stock() && self.context.switchover.is_past_ram() =>
+                    if link.is_stock() && self.past_ram =>
                 {
                     self.end();
                     return Ok(());
@@ -239,7 +207,7 @@ impl<'a> Receiving<'a> {
 
     /// May a message be about RAM now? Between helpers always, until RAM has ended.
     fn takes_ram(&self) -> bool {
-        self.hook_open || self.accepted.any_time && !self.context.switchover.is_past_ram()
+        self.hook_open || self.accepted.any_time && !self.past_ram
     }
 
     /// The memory of a block that the source may write.
@@ -260,9 +228,12 @@ impl<'a> Receiving<'a> {
             receiving: &mut self.accepted,
             context: self.context,
             hooked: false,
+            past_ram: self.past_ram,
             batch: Vec::new(),
         };
-        self.parser.push(bytes, &mut feed).map_err(|error| match error {
+        let pushed = self.parser.push(bytes, &mut feed);
+        self.past_ram = feed.past_ram;
+        pushed.map_err(|error| match error {
             PushError::Stream(error) => MigrationError::Stream(error.to_string()),
             PushError::Handler(error) => error,
         })?;
@@ -280,7 +251,7 @@ impl<'a> Receiving<'a> {
         self.accepted.claim.begin();
         self.place.leave_only();
         let link = self.accepted.link.clone();
-        let _ = self.context.events.send(Event::Begun(link.clone()));
+        self.context.events.send(Input::Begun(link.clone()));
         match &self.return_path {
             Some(return_path) => return_path.begin(),
             None => {
@@ -298,11 +269,10 @@ impl<'a> Receiving<'a> {
             return Ok(());
         }
         match write(&self.context.qemu, &mut batch) {
-            Err(error @ MigrationError::Qemu(_)) if self.context.switchover.is_past_ram() => {
+            Err(error @ MigrationError::Qemu(_)) if self.past_ram => {
                 self.left = true;
                 info!(%error, "what is left of the stream is dropped");
-                // The receiver is gone only when the migration has ended otherwise.
-                let _ = self.context.events.send(Event::QemuLeft(error));
+                self.context.events.send(Event::QemuLeft(error));
                 Ok(())
             }
             written => written,
@@ -326,7 +296,7 @@ impl<'a> Receiving<'a> {
         // have closed its end already.
         let _ = self.context.qemu.shutdown(Shutdown::Write);
         self.ended = true;
-        let _ = self.context.events.send(Event::StreamEnded);
+        self.context.events.send(Event::StreamEnded);
     }
 }
 
@@ -335,6 +305,7 @@ struct Feed<'a> {
     receiving: &'a mut Accepted,
     context: &'a Context,
     hooked: bool,
+    past_ram: bool,
     batch: Vec<u8>,
 }
 
@@ -405,7 +376,8 @@ impl ForwardSink for Feed<'_> {
         // on the guest may come to run, and nobody writes its memory from outside any more.
         self.receiving.receiver.revoke();
         self.hand_over_stand_ins()?;
-        if self.context.switchover.try_commit() {
+        self.past_ram = self.context.events.may_pass_ram();
+        if self.past_ram {
             self.receiving.link.be_patient();
             Ok(())
         } else {

@@ -7,12 +7,14 @@ use crate::{
     control::Options,
     fabric::{Connection, Fabric, RemoteKey},
     memory::Region,
-    proto::coverage::Coverage,
+    proto::{
+        coverage::Coverage,
+        error::{MigrationError, Result},
+    },
     ram::{ROM_MAX, Transfer},
     wire::{Compress, Message, PrivateData, RamBlockEntry, Register, credit::Flow},
     worker::{
-        Block, Result,
-        error::MigrationError,
+        block::Block,
         handshake::{TIMEOUT, check_chunk, check_limit, extension, listed, ours, unexpected},
         link::{Link, LinkReceiver},
         statistics::Statistics,

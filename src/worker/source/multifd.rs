@@ -10,23 +10,26 @@ use std::{
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, Ordering::Relaxed},
-        mpsc::Sender,
     },
 };
 
 use super::{
-    Event,
+    input::Input,
     multifd_sync::{Met, SyncBarrier},
     ram_writer::RamWriter,
 };
 use crate::{
+    proto::{
+        error::{MigrationError, Result},
+        source::Event,
+    },
     ram::{BlockRange, CHUNK, PAGE, Transfer},
     stream::{
         ChannelPage, StreamBlock,
         multifd::{self, INIT_SIZE, PACKET_SIZE, PAGES_MAX, Packet},
     },
     threads,
-    worker::{Result, error::MigrationError},
+    worker::drive::Events,
 };
 
 /// Bytes of dropped content that are read at once: they should stay in the cache.
@@ -65,7 +68,7 @@ impl MultifdChannels {
     pub fn start(
         channels: &[Arc<UnixStream>],
         writer: Arc<RamWriter>,
-        events: &Sender<Event>,
+        events: &Events<Input>,
     ) -> Arc<Self> {
         let shared = Arc::new(Self {
             writer,
@@ -80,8 +83,7 @@ impl MultifdChannels {
             let take = move || Channel { socket: &channel, shared: &taking }.take();
             threads::start("channel", take, move |taken| {
                 if let Err(error) = taken.unwrap_or_else(|lost| Err(lost.into())) {
-                    // The receiver is gone only when the migration has ended otherwise.
-                    let _ = events.send(Event::StreamTaken(Err(error)));
+                    events.send(Event::StreamTaken(Err(error)));
                     shared.failed.store(true, Relaxed);
                 }
                 // Whoever waits for it at a meeting waits in vain.

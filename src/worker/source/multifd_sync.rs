@@ -5,7 +5,7 @@
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
-use crate::worker::Result;
+use crate::proto::error::Result;
 
 /// A barrier for a fixed number of threads, which can be broken.
 #[derive(Debug)]
@@ -87,7 +87,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::worker::error::MigrationError;
+    use crate::proto::error::MigrationError;
 
     #[test]
     fn nobody_is_ahead_of_a_meeting() {

@@ -8,10 +8,11 @@ use std::sync::{
 use super::{handshake::Source, rate_limit::RateLimit, remote_blocks::RemoteBlocks};
 use crate::{
     memory::Region,
+    proto::error::{MigrationError, Result},
     ram::{BlockRange, Transfer},
     stream::StreamBlock,
     wire::Message,
-    worker::{Result, error::MigrationError, link::Link, statistics::Statistics},
+    worker::{link::Link, statistics::Statistics},
 };
 
 /// Shared by the threads that take QEMU's stream and its channels.

@@ -14,11 +14,14 @@ use crate::{
     control::Options,
     fabric::{FabricError, RemoteKey},
     patience::Patience,
-    proto::rkeys::{Known, RkeyCache},
+    proto::{
+        error::{MigrationError, Result},
+        rkeys::{Known, RkeyCache},
+    },
     ram::{BlockRange, CHUNK, ROM_MAX, Transfer},
     stream::StreamBlock,
     wire::{Message, RamBlockEntry, RegisterResult},
-    worker::{Block, Result, error::MigrationError, link::Link},
+    worker::{block::Block, link::Link},
 };
 
 /// What the destination answers to a request.

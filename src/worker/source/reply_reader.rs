@@ -1,13 +1,16 @@
 //! What comes back from the destination: credits, QEMU's return path, and the verdict.
 
-use std::sync::mpsc::{Sender, SyncSender};
+use std::sync::mpsc::SyncSender;
 
-use super::{Event, remote_blocks::Answer};
+use super::{input::Input, remote_blocks::Answer};
 use crate::{
+    proto::{
+        error::{MigrationError, Result},
+        source::Event,
+    },
     wire::Message,
     worker::{
-        Result,
-        error::MigrationError,
+        drive::Events,
         handshake::unexpected,
         link::{Link, LinkReceiver},
         return_path::{ToQemu, WholeMessages, says_done},
@@ -20,19 +23,18 @@ pub fn receive(
     link: &Link,
     qemu: &ToQemu,
     answers: &SyncSender<Answer>,
-    events: &Sender<Event>,
+    events: &Events<Input>,
 ) {
     let mut buffer = Vec::new();
     let mut return_path = WholeMessages::default();
     let error = loop {
         match receive_one(&mut receiver, link, qemu, answers, &mut return_path, &mut buffer) {
             Ok(false) => {}
-            // The receiver is gone only when the migration has ended.
-            Ok(true) => drop(events.send(Event::Acknowledged)),
+            Ok(true) => events.send(Event::Acknowledged),
             Err(error) => break error,
         }
     };
-    let _ = events.send(Event::PeerFailed(error));
+    events.send(Event::PeerFailed(error));
 }
 
 /// There is room for as many as are asked for at a time.
@@ -49,7 +51,7 @@ pub fn receive_return_path(
     mut receiver: LinkReceiver,
     link: &Link,
     qemu: &ToQemu,
-    events: &Sender<Event>,
+    events: &Events<Input>,
 ) {
     let mut buffer = Vec::new();
     let mut return_path = WholeMessages::default();
@@ -60,13 +62,11 @@ pub fn receive_return_path(
         };
         let whole = match received {
             Ok(whole) => whole,
-            // The receiver is gone only when the migration has ended.
-            Err(error) => return drop(events.send(Event::PeerFailed(error))),
+            Err(error) => return events.send(Event::PeerFailed(error)),
         };
         qemu.send(&whole);
         if says_done(&whole) {
-            // The receiver is gone only when the migration has ended.
-            let _ = events.send(Event::Acknowledged);
+            events.send(Event::Acknowledged);
         }
         if link.consumed().is_err() {
             return;
@@ -138,7 +138,8 @@ mod tests {
         let (qemu, mut read) = UnixStream::pair().unwrap();
         let (events, received) = mpsc::channel();
         let receiving = thread::spawn(move || {
-            receive_return_path(receiver, &link, &ToQemu::new(Arc::new(qemu)), &events);
+            let to_qemu = ToQemu::new(Arc::new(qemu));
+            receive_return_path(receiver, &link, &to_qemu, &Events::new(events));
         });
         let credits = peer.clone();
         let taking = thread::spawn(move || taking.next(&credits, &mut Vec::new()).is_err());
@@ -152,7 +153,7 @@ mod tests {
                 assert!(received.try_recv().is_err());
             }
         }
-        assert!(matches!(received.recv().unwrap(), Event::Acknowledged));
+        assert!(matches!(received.recv().unwrap(), Input::Event(Event::Acknowledged)));
         peer.close();
         receiving.join().unwrap();
         assert!(taking.join().unwrap());

@@ -5,7 +5,7 @@
 
 use std::{
     os::unix::net::UnixStream,
-    sync::{Arc, atomic::Ordering::Relaxed, mpsc::Sender},
+    sync::{Arc, atomic::Ordering::Relaxed},
 };
 
 use rustix::{
@@ -14,14 +14,18 @@ use rustix::{
     net::{RecvFlags, recv},
 };
 
-use super::{Event, multifd::MultifdChannels, ram_writer::RamWriter};
+use super::{input::Input, multifd::MultifdChannels, ram_writer::RamWriter};
 use crate::{
     fabric::FabricError,
-    proto::ram_ack::{Acknowledgement, Extents},
+    proto::{
+        error::{MigrationError, Result},
+        ram_ack::{Acknowledgement, Extents},
+        source::Event,
+    },
     ram::{BlockRange, Transfer},
     stream::{ChannelPage, Extent, Limits, PushError, RewriteSink, Rewriter, StreamBlock},
     wire::{Message, PAYLOAD_MAX},
-    worker::{Result, error::MigrationError, return_path::ToQemu, statistics::Statistics},
+    worker::{drive::Events, return_path::ToQemu, statistics::Statistics},
 };
 
 /// Bytes asked of QEMU's socket at once. The payload of RAM records is read and dropped, so it
@@ -40,7 +44,7 @@ pub fn take(
     channels: Option<Arc<MultifdChannels>>,
     writer: &RamWriter,
     statistics: &Statistics,
-    events: &Sender<Event>,
+    events: &Events<Input>,
     try_commit: impl FnOnce() -> bool,
 ) -> (Result<()>, Option<Rest>) {
     let limits = Limits::default();
@@ -180,7 +184,7 @@ struct Outbound<'a> {
     /// QEMU's multifd channels, if it has any.
     channels: Option<Arc<MultifdChannels>>,
     statistics: &'a Statistics,
-    events: &'a Sender<Event>,
+    events: &'a Events<Input>,
     /// Messages up to the end of the last RAM section, if the destination must have dealt with them
     /// before anything is written again.
     unsettled: Option<u64>,
@@ -292,8 +296,7 @@ impl RewriteSink for Outbound<'_> {
     }
 
     fn guest_before(&mut self, status: String) {
-        // The receiver is gone only when the migration has ended.
-        let _ = self.events.send(Event::GuestBefore(status));
+        self.events.send(Event::GuestBefore(status));
     }
 
     fn synchronise(&mut self) -> Result<Vec<ChannelPage>> {
@@ -309,7 +312,8 @@ mod tests {
     use crate::{
         control::{FabricKind, Options},
         worker::{
-            Block, idle_link,
+            block::Block,
+            idle_link,
             source::{
                 handshake::{AgreedBlock, SourceBlocks},
                 rate_limit::RateLimit,
@@ -388,8 +392,15 @@ mod tests {
             let qemu = Arc::new(qemu);
             let to_qemu = ToQemu::new(qemu.clone());
             let try_commit = || panic!("RAM has not ended");
-            let taken =
-                take(&qemu, &to_qemu, None, &writer, &statistics, &mpsc::channel().0, try_commit);
+            let taken = take(
+                &qemu,
+                &to_qemu,
+                None,
+                &writer,
+                &statistics,
+                &Events::new(mpsc::channel().0),
+                try_commit,
+            );
             let error = taken.0.unwrap_err().to_string();
             assert!(error.contains("ended its migration stream early"), "{error}");
             link.close();
@@ -424,7 +435,7 @@ mod tests {
         theirs.write_all(&stream()).unwrap();
         let qemu = Arc::new(ours);
         let to_qemu = ToQemu::new(qemu.clone());
-        let events = mpsc::channel().0;
+        let events = Events::new(mpsc::channel().0);
         let (taken, rest) = take(&qemu, &to_qemu, None, &writer, &statistics, &events, || false);
         assert!(matches!(taken, Err(MigrationError::Aborted(_))));
         let reading = std::thread::spawn(move || rest.unwrap().guest_before(&qemu));
@@ -453,7 +464,7 @@ mod tests {
             before.clone_from(&asked.lock().unwrap());
             true
         };
-        let events = mpsc::channel().0;
+        let events = Events::new(mpsc::channel().0);
         take(&qemu, &to_qemu, None, &writer, &statistics, &events, try_commit).0.unwrap();
         let proof = before.iter().rposition(|it| *it == "send behind writes").unwrap();
         assert_eq!(before[proof + 1..], ["drain"], "{before:?}");

@@ -7,7 +7,8 @@ use std::{
         Read as _, Write as _,
     },
     os::unix::net::UnixStream,
-    thread,
+    sync::mpsc::{self, Sender},
+    thread::{self, JoinHandle},
     time::Duration,
 };
 
@@ -26,6 +27,7 @@ use crate::{
     patience::Patience,
     qemu,
     qmp::{ITEM_MAX, envelope::FromQemu},
+    threads,
 };
 
 /// How long QEMU may take for all that there is to do: its monitor waits while it flushes its disks.
@@ -43,9 +45,59 @@ fn patience((limit, pause): (Duration, Duration)) -> Patience {
     Patience::in_slices(limit, pause * 5)
 }
 
-/// In the place of the relay.
+/// What is left to do at QEMU when the migration is over.
 #[derive(Debug)]
-pub enum Takeover {
+pub struct Plan {
+    /// What sets QEMU back to what it was before.
+    pub restore: Vec<Command>,
+    /// The guest never ran at the destination.
+    pub guest_never_ran: bool,
+    /// It is to run again if QEMU takes its migration for complete.
+    pub guest_runs: bool,
+}
+
+/// The thread that acts in the place of the relay: in QEMU's line from the start, and at work when the
+/// migration is over.
+#[derive(Debug)]
+pub struct Takeover {
+    qmp: Option<QmpSocket>,
+    plan: Sender<Plan>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Takeover {
+    /// Get in line at QEMU's QMP socket `qmp`.
+    pub fn start(qmp: Option<QmpSocket>) -> Self {
+        let (sender, plan) = mpsc::channel();
+        let socket = qmp.clone();
+        let take_over = move || {
+            let place = Place::take(socket.as_ref());
+            // Nothing is left to do where that comes to nothing.
+            if let Ok(plan) = plan.recv() {
+                place.carry_out(&plan);
+            }
+        };
+        // What it could not do was said, or is by its panic.
+        let thread = threads::start("takeover", take_over, drop);
+        Self { qmp, plan: sender, thread }
+    }
+
+    /// The migration is over. Returns the thread that carries out the plan, which the process should
+    /// outlive.
+    pub fn carry_out(&mut self, plan: Plan) -> Option<JoinHandle<()>> {
+        if let Some(thread) = self.thread.take() {
+            // It is gone only if it has panicked.
+            let _ = self.plan.send(plan);
+            return Some(thread);
+        }
+        let qmp = self.qmp.clone();
+        threads::finish("takeover", move || Place::take(qmp.as_ref()).carry_out(&plan))
+    }
+}
+
+/// In QEMU's line.
+#[derive(Debug)]
+enum Place {
     /// In line, or served.
     Session(Session),
     /// There was no place in the line of this socket.
@@ -54,11 +106,11 @@ pub enum Takeover {
     Cut,
 }
 
-impl Takeover {
+impl Place {
     /// Get in line at QEMU's QMP socket, if it has one that others than the relay can reach: QEMU serves
     /// one client at a time, and no helper that is started again before this one. Without a session
     /// QEMU finds out by itself what it can.
-    pub fn new(qmp: Option<&QmpSocket>) -> Self {
+    fn take(qmp: Option<&QmpSocket>) -> Self {
         let Some(qmp) = qmp else { return Self::Cut };
         match Session::connect(qmp, patience(LINE)) {
             Ok(session) => Self::Session(session),
@@ -74,10 +126,10 @@ impl Takeover {
         }
     }
 
-    /// The migration is over: see to it that it is at QEMU too, and set QEMU back. If the guest
-    /// `never_ran` at the destination, and runs, it is to run on.
-    pub fn finish(self, give_back: &[Command], never_ran: bool, guest_runs: bool) {
-        if give_back.is_empty() && !never_ran {
+    /// See to it that the migration is over at QEMU too, and set QEMU back. A guest that never ran at the
+    /// destination is to run on, if it did.
+    fn carry_out(self, plan: &Plan) {
+        if plan.restore.is_empty() && !plan.guest_never_ran {
             return;
         }
         let session = match self {
@@ -90,7 +142,7 @@ impl Takeover {
         };
         let done = session.and_then(|mut session| {
             session.patience = Patience::new(PATIENCE);
-            session.finish(give_back, never_ran, guest_runs)
+            session.carry_out(plan)
         });
         if let Err(error) = done {
             warn!(%error, "QEMU stays as the migration left it");
@@ -100,7 +152,7 @@ impl Takeover {
 
 /// With QEMU.
 #[derive(Debug)]
-pub struct Session {
+struct Session {
     stream: BufReader<UnixStream>,
     /// How long QEMU may take to answer.
     patience: Patience,
@@ -127,16 +179,11 @@ impl Session {
         Ok(Self { stream: BufReader::new(socket.into()), patience })
     }
 
-    fn finish(
-        mut self,
-        give_back: &[Command],
-        never_ran: bool,
-        guest_runs: bool,
-    ) -> io::Result<()> {
+    fn carry_out(mut self, plan: &Plan) -> io::Result<()> {
         // The greeting.
         self.line()?;
         self.execute("qmp_capabilities", &Value::Null)?;
-        if never_ran {
+        if plan.guest_never_ran {
             // QEMU does not notice at pre-switchover that the stream has ended, and may come to wait there
             // without writing anything more. Of a migration that has ended it thinks no more.
             self.execute("migrate_cancel", &Value::Null)?;
@@ -144,7 +191,7 @@ impl Session {
         let is_clean = self.await_clean_up()?;
         // What fails keeps nothing else from being done.
         let mut done = Ok(());
-        if never_ran && guest_runs {
+        if plan.guest_never_ran && plan.guest_runs {
             // QEMU may have taken a failure for a success; and been reset since.
             let guest = self.execute("query-status", &Value::Null)?;
             if ["postmigrate", "prelaunch"].iter().any(|left| guest["status"] == *left) {
@@ -155,7 +202,7 @@ impl Session {
             return done.and(Err(ErrorKind::TimedOut.into()));
         }
         // Where QEMU refuses one, it migrates: a channel more than there is would be its end.
-        let mut commands = give_back.iter();
+        let mut commands = plan.restore.iter();
         let given = commands.try_for_each(|Command { execute, arguments }| {
             self.execute(execute, arguments).map(drop)
         });

@@ -338,7 +338,7 @@ impl Source {
     async fn set_guest(&self, guest: Guest, worker: &mut Worker) {
         let changed = |view: &mut View| std::mem::replace(&mut view.guest, guest) != guest;
         if self.view.send_if_modified(changed) {
-            worker.order(&Order::Guest { runs: guest == Guest::Runs }).await;
+            worker.order(&Order::SetGuestRunning { runs: guest == Guest::Runs }).await;
         }
     }
 

@@ -25,7 +25,7 @@ impl Pacing {
     pub(super) async fn lift(&mut self, worker: &mut Worker) {
         if matches!(self, Self::At(_)) {
             *self = Self::Lifted;
-            worker.order(&Order::Pace { rate: None }).await;
+            worker.order(&Order::SetRateLimit { rate: None }).await;
         }
     }
 
@@ -36,7 +36,7 @@ impl Pacing {
         let rate = Some(max_bandwidth).filter(|rate| *rate >= 10);
         let rate = rate.map(|rate| rate.max(SLOWEST));
         if std::mem::replace(now, rate) != rate {
-            worker.order(&Order::Pace { rate }).await;
+            worker.order(&Order::SetRateLimit { rate }).await;
         }
     }
 

@@ -114,7 +114,7 @@ impl Source {
         worker: &mut Worker,
     ) -> Result<QemuSockets, QmpError> {
         let (ours, theirs) = worker::migration_socket().map_err(generic)?;
-        worker.begin(&Order::Take, &[ours.as_fd()]).await.map_err(generic)?;
+        worker.begin(&Order::StartStream, &[ours.as_fd()]).await.map_err(generic)?;
         qemu.execute_with("getfd", json!({ "fdname": FDNAME }), vec![theirs]).await?;
         let mut qemu = qemu.clone();
         match qemu.execute("migrate", json!({ "uri": format!("fd:{FDNAME}") })).await {
@@ -209,7 +209,7 @@ impl Source {
         }
         let fds: Vec<_> = sockets.iter().map(|socket| socket.as_fd()).collect();
         info!("QEMU sends through {channels} channels");
-        match worker.begin(&Order::Take, &fds).await {
+        match worker.begin(&Order::StartStream, &fds).await {
             Ok(()) => QemuSockets::new(sockets).ok_or(("QEMU did not connect".into(), Vec::new())),
             Err(error) => Err((error.to_string(), sockets)),
         }
