@@ -10,7 +10,7 @@ use tokio::{
 use tracing::{info, warn};
 
 use super::{
-    saved_settings::{AsClientsSee, Borrowed, Loan, Turn},
+    saved_settings::{AsClientsSee, Borrowed, HELD_PARAMETERS, Loan, Turn},
     source::{ANSWER, WORKER_DIED},
     status::{Phase, Side, View},
     worker::{self, Worker},
@@ -119,7 +119,7 @@ impl Destination {
             let mut borrowed = self.loan.write().await;
             blockers::refuse(&blockers::settings(&mut qemu).await?)?;
             borrowed.settle(&mut qemu).await?;
-            *borrowed = Borrowed::from(&mut qemu, &HELD, &[], None).await?;
+            *borrowed = Borrowed::from(&mut qemu, &HELD, &HELD_PARAMETERS, None).await?;
             self.turn = borrowed.turn();
         }
         // What they are then is asked when a source comes. That it can be is known now.

@@ -37,6 +37,11 @@ const POLL: Duration = Duration::from_millis(20);
 /// How long a QEMU is left alone that refused to be set back.
 const REFUSED: Duration = Duration::from_secs(1);
 
+/// Parameters that must stay what they were when the migration began, at either end: in another mode QEMU
+/// leaves out memory that is shared, at any time (`migrate_ram_is_ignored`, 11.1). A destination that gets a
+/// page of such memory crashes, or says that it should not be migrated.
+pub const HELD_PARAMETERS: [&str; 1] = ["mode"];
+
 /// What no version of QEMU has a parameter for. Where it is named, nothing is set.
 const NOTHING: &str = "qemu-rdma-helper";
 

@@ -24,7 +24,7 @@ use crate::{
         QemuEvent,
         migration::{
             multifd_listener::MultifdListener,
-            saved_settings::Borrowed,
+            saved_settings::{Borrowed, HELD_PARAMETERS},
             status::{Guest, Phase},
             worker::{self, Worker},
         },
@@ -42,10 +42,6 @@ const ANNOUNCING: [&str; 2] = ["x-shared-ram-external", RETURN_PATH];
 
 /// By this QEMU waits for the destination before it takes its migration for complete.
 const RETURN_PATH: &str = "return-path";
-
-/// Parameters that must stay what they were when the migration began: in another mode QEMU leaves out
-/// memory that is shared, at any time (`migrate_ram_is_ignored`, 11.1).
-const HELD: [&str; 1] = ["mode"];
 
 impl Source {
     /// Ask QEMU to migrate, so that it `announces` shared memory or with so many channels, if it can.
@@ -149,7 +145,7 @@ impl Source {
     ) -> Result<(), QmpError> {
         let mut qemu = self.qemu();
         let names = parameters.as_object().into_iter().flatten().map(|(name, _)| name.as_str());
-        let names: Vec<_> = names.chain(HELD).collect();
+        let names: Vec<_> = names.chain(HELD_PARAMETERS).collect();
         let on: Vec<_> = capabilities.iter().map(|name| (*name, true)).collect();
         *borrowed = Borrowed::from(&mut qemu, &on, &names, Some(worker.orders())).await?;
         self.turn = borrowed.turn();
