@@ -11,7 +11,7 @@ pub mod control;
 pub mod fabric;
 pub mod memory;
 mod patience;
-mod proto;
+pub mod proto;
 pub mod qemu;
 pub mod qmp;
 pub mod ram;

@@ -39,6 +39,11 @@ impl Patience {
         Self { left: limit, most, since: now }
     }
 
+    /// What is left of it.
+    pub fn left(&self) -> Duration {
+        self.left
+    }
+
     /// When the present slice ends.
     pub fn next(&self) -> Instant {
         self.since + self.slice()

@@ -8,6 +8,7 @@ pub mod coverage;
 pub mod destination;
 pub mod error;
 pub mod ram_ack;
+pub mod relay;
 pub mod rkeys;
 pub mod source;
 pub mod switchover;

@@ -64,6 +64,8 @@ pub enum Event {
     Failed(MigrationError),
     /// QEMU's return path leads nowhere any more.
     ReturnPathLost(MigrationError),
+    /// QEMU has closed its end: it is done, or gone.
+    QemuClosed,
     /// The final acknowledgement is on its way, or can't be.
     Told(Result<()>),
     /// [`Machine::poll_timeout`] has passed.
@@ -163,6 +165,8 @@ struct Known {
     is_closed: bool,
     /// Its QEMU hears nothing of this one any more.
     is_mute: bool,
+    /// This one is done, or gone.
+    is_qemu_closed: bool,
 }
 
 impl Machine for Destination {
@@ -201,6 +205,7 @@ impl Known {
         self.is_sent |= matches!(event, Event::StreamEnded | Event::Served(_) | Event::Closed);
         self.is_closed |= matches!(event, Event::Served(Ok(())) | Event::Closed);
         self.is_mute |= matches!(event, Event::ReturnPathLost(_));
+        self.is_qemu_closed |= matches!(event, Event::QemuClosed);
     }
 }
 
@@ -232,7 +237,11 @@ impl State {
             }
             (
                 Self::Orphaned(peer, error),
-                Event::StreamEnded | Event::QemuLeft(_) | Event::Served(_) | Event::Order(_),
+                Event::StreamEnded
+                | Event::QemuLeft(_)
+                | Event::QemuClosed
+                | Event::Served(_)
+                | Event::Order(_),
             ) => Self::Loading(peer).fail(error, false, actions),
             (state @ (Self::Orphaned(..) | Self::Closed), _) => state,
             (state, Event::Order(order)) => state.obey(order, known, actions),
@@ -361,7 +370,13 @@ impl State {
             "The destination's helper is gone; start it beside a new QEMU there, and migrate again";
         let error = MigrationError::Aborted(reason.unwrap_or_else(|| gone.to_owned()));
         match self {
-            Self::Receiving(peer) if !known.switchover.withdraw() => Self::Orphaned(peer, error),
+            // QEMU may still need what is to come of the stream.
+            Self::Receiving(peer) if !known.switchover.withdraw() && !known.is_qemu_closed => {
+                Self::Orphaned(peer, error)
+            }
+            Self::Receiving(_) if known.switchover.is_past_ram() => {
+                self.fail(error, false, actions)
+            }
             Self::Loading(_) => self.fail(error, false, actions),
             state => state.give_up(error, known, actions),
         }

@@ -144,6 +144,7 @@ fn all_events() -> Vec<(&'static str, Make)> {
         ("Closed", || Event::Closed),
         ("Failed", || Event::Failed(odd())),
         ("ReturnPathLost", || Event::ReturnPathLost(odd())),
+        ("QemuClosed", || Event::QemuClosed),
         ("Told: ok", || Event::Told(Ok(()))),
         ("Told: peer", || Event::Told(Err(odd()))),
         ("Timeout", || Event::Timeout),

@@ -255,9 +255,10 @@ impl<'a> Receiving<'a> {
         match &self.return_path {
             Some(return_path) => return_path.begin(),
             None => {
-                let qemu = self.context.qemu.clone();
-                let say = say_failure(&self.context.events, Event::ReturnPathLost);
-                threads::start("return path", move || return_path::forward(&qemu, &link), say);
+                let (qemu, events) = (self.context.qemu.clone(), self.context.events.clone());
+                let say = say_failure(&events, Event::ReturnPathLost);
+                let forward = move || return_path::forward(&qemu, &link, &events);
+                threads::start("return path", forward, say);
             }
         }
     }

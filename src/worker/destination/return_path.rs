@@ -29,12 +29,15 @@ use crate::{
 ///
 /// # Errors
 /// When it can't be, although both are there.
-pub fn forward(qemu: &UnixStream, link: &Link) -> Result<()> {
+pub fn forward(qemu: &UnixStream, link: &Link, events: &Events<Input>) -> Result<()> {
     let mut buffer = [0; 4096];
     loop {
         let received = match retry_on_intr(|| recv(qemu, &mut buffer[..], RecvFlags::empty())) {
             // QEMU may have closed it with bytes unread.
-            Ok((0, _)) | Err(Errno::CONNRESET) => return Ok(()),
+            Ok((0, _)) | Err(Errno::CONNRESET) => {
+                events.send(Event::QemuClosed);
+                return Ok(());
+            }
             Ok((received, _)) => received,
             Err(errno) => return Err(MigrationError::QemuSocket(errno.into())),
         };
@@ -115,7 +118,8 @@ impl ReturnPath {
         debug!("the return path is open");
         let (qemu, link) = (self.qemu.clone(), link.clone());
         let say = say_failure(&self.events, Event::ReturnPathLost);
-        threads::start("return path", move || forward(&qemu, &link), say);
+        let events = self.events.clone();
+        threads::start("return path", move || forward(&qemu, &link, &events), say);
     }
 }
 

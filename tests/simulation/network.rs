@@ -1,0 +1,54 @@
+//! The connection between the two workers: messages arrive in their order, late, or not at all.
+
+use std::collections::VecDeque;
+
+use super::qemu::Piece;
+
+#[derive(Debug, Clone)]
+pub enum Message {
+    Stream(Piece),
+    StreamEnd,
+    /// QEMU's SHUT: without error?
+    Shut(bool),
+    Error {
+        guest_never_ran: bool,
+    },
+    FinalAck,
+    Closed,
+}
+
+/// One direction.
+#[derive(Debug, Default)]
+pub struct Wire {
+    messages: VecDeque<Message>,
+    is_closed: bool,
+}
+
+impl Wire {
+    /// False if the connection is closed.
+    pub fn send(&mut self, message: Message) -> bool {
+        if self.is_closed {
+            return false;
+        }
+        self.is_closed = matches!(message, Message::Closed);
+        self.messages.push_back(message);
+        true
+    }
+
+    /// The connection ends; what is on its way arrives, or is lost.
+    pub fn cut(&mut self, lost: bool) {
+        if lost {
+            self.messages.clear();
+            self.is_closed = false;
+        }
+        self.send(Message::Closed);
+    }
+
+    pub fn arrives(&self) -> bool {
+        !self.messages.is_empty()
+    }
+
+    pub fn receive(&mut self) -> Option<Message> {
+        self.messages.pop_front()
+    }
+}

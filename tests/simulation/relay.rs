@@ -1,0 +1,336 @@
+//! The two relays: the machines that they run, and models of their QMP sessions.
+
+use std::{collections::VecDeque, time::Instant};
+
+use qemu_rdma_helper::{
+    control::Order,
+    proto::{
+        Machine,
+        relay::{
+            Guest, MigrationStatus,
+            destination::{self, RelayDestination},
+            source::{self, End, RelaySource},
+        },
+    },
+};
+
+use super::{
+    qemu::{DestinationQemu, Run, Said as QemuSaid, SourceQemu},
+    worker::{Process, Reported, Said, state_name},
+};
+
+/// A command that QEMU has not served yet.
+#[derive(Debug)]
+enum Command {
+    AskMigration,
+    AskGuest,
+    Cancel,
+    Continue,
+    /// A client's; that came while the migration was at QEMU.
+    Cont {
+        is_gated: bool,
+    },
+    Stop,
+    Reset,
+}
+
+#[derive(Debug)]
+pub struct SourceRelay {
+    pub process: Process,
+    machine: RelaySource,
+    inbox: VecDeque<source::Event>,
+    commands: VecDeque<Command>,
+    /// What clients were shown.
+    pub shown: Option<End>,
+    /// It has QEMU's migration sockets, as the worker does.
+    pub has_sockets: bool,
+    worker_is_gone: bool,
+    settles: bool,
+}
+
+impl SourceRelay {
+    /// Which state its machine is in.
+    pub fn state_name(&self) -> String {
+        state_name(&self.machine)
+    }
+
+    pub fn new(run: Run) -> Self {
+        Self {
+            process: Process::NEW,
+            machine: RelaySource::new(false, run.guest()),
+            inbox: VecDeque::new(),
+            commands: VecDeque::new(),
+            shown: None,
+            has_sockets: true,
+            worker_is_gone: false,
+            settles: false,
+        }
+    }
+
+    pub fn timeout(&self) -> Option<Instant> {
+        self.machine.poll_timeout()
+    }
+
+    /// Returns whether the worker is to be killed.
+    #[must_use]
+    pub fn tick(&mut self, qemu: &mut SourceQemu, to: &mut VecDeque<Said>, now: Instant) -> bool {
+        self.handle(source::Event::Timeout, qemu, to, now)
+    }
+
+    pub fn tell(&mut self, event: source::Event) {
+        self.inbox.push_back(event);
+    }
+
+    pub fn hear_report(&mut self, from: &mut VecDeque<Reported>) {
+        match from.pop_front() {
+            Some(Reported::Report(report)) => self.tell(source::Event::Report(report)),
+            Some(Reported::Gone) => {
+                self.worker_is_gone = true;
+                self.tell(source::Event::WorkerGone("The worker died".into()));
+            }
+            None => {}
+        }
+    }
+
+    pub fn has_event(&self) -> bool {
+        self.process.works() && !self.inbox.is_empty()
+    }
+
+    #[must_use]
+    pub fn take_event(
+        &mut self,
+        qemu: &mut SourceQemu,
+        to: &mut VecDeque<Said>,
+        now: Instant,
+    ) -> (bool, String) {
+        let Some(event) = self.inbox.pop_front() else { return (false, String::new()) };
+        let name = format!("{event:?}");
+        (self.handle(event, qemu, to, now), name)
+    }
+
+    fn handle(
+        &mut self,
+        event: source::Event,
+        qemu: &mut SourceQemu,
+        to: &mut VecDeque<Said>,
+        now: Instant,
+    ) -> bool {
+        use source::Action;
+        let (mut actions, mut kills) = (Vec::new(), false);
+        let machine = std::mem::replace(&mut self.machine, RelaySource::new(false, Guest::Runs));
+        self.machine = machine.handle(event, now, &mut actions);
+        for action in actions {
+            match action {
+                Action::Order(order) => to.push_back(Said::Order(order)),
+                Action::KillWorker => {
+                    kills = !self.worker_is_gone;
+                    if self.worker_is_gone {
+                        self.tell(source::Event::WorkerKilled);
+                    }
+                }
+                Action::AskMigration => self.commands.push_back(Command::AskMigration),
+                Action::AskGuest => self.commands.push_back(Command::AskGuest),
+                Action::CancelAtQemu => self.commands.push_back(Command::Cancel),
+                Action::Continue => self.commands.push_back(Command::Continue),
+                Action::EndSockets => qemu.is_broken = true,
+                Action::SettleSockets => {
+                    qemu.return_path.push_back(true);
+                    self.settles = true;
+                }
+                Action::Restore => self.tell(source::Event::Restored),
+                Action::ShowFailing => {}
+                Action::Show(end) => self.shown = Some(end),
+                Action::LeaveWorker { detached } => {
+                    let reason = "QEMU is gone".to_owned();
+                    let order = if detached { Order::Detach { reason } } else { Order::Finish };
+                    to.push_back(Said::Order(order));
+                    self.has_sockets = self.settles;
+                }
+            }
+        }
+        kills
+    }
+
+    pub fn can_settle(&self, qemu: &SourceQemu) -> bool {
+        let is_left = !qemu.stream.is_empty() || qemu.is_closed;
+        self.process.works() && self.settles && is_left
+    }
+
+    /// The thread that lets QEMU end its stream.
+    pub fn do_settle(&mut self, qemu: &mut SourceQemu) {
+        if qemu.stream.pop_front().is_none() {
+            self.settles = false;
+            self.has_sockets = false;
+            qemu.is_broken = true;
+        }
+    }
+
+    pub fn client_stops(&mut self) {
+        self.commands.push_back(Command::Stop);
+    }
+
+    pub fn client_continues(&mut self) {
+        self.commands.push_back(Command::Cont { is_gated: self.shown.is_none() });
+    }
+
+    pub fn client_resets(&mut self) {
+        self.commands.push_back(Command::Reset);
+    }
+
+    /// QEMU serves a command.
+    pub fn can_serve(&self, qemu: &SourceQemu) -> bool {
+        self.process.works() && qemu.is_alive && !self.commands.is_empty()
+    }
+
+    pub fn serve(&mut self, qemu: &mut SourceQemu) -> String {
+        let Some(command) = self.commands.pop_front() else { return String::new() };
+        let name = format!("{command:?}");
+        let has_completed = qemu.migration == MigrationStatus::Completed;
+        match command {
+            Command::AskMigration => {
+                let answer = Some((qemu.migration, None));
+                self.tell(source::Event::Migration(answer));
+            }
+            Command::AskGuest => {
+                self.tell(source::Event::Guest(Some((qemu.run.state(), has_completed))));
+            }
+            Command::Cancel => {
+                qemu.cancel();
+                self.tell(source::Event::Done(Ok(())));
+            }
+            Command::Continue => {
+                let done = qemu.cont();
+                self.tell(source::Event::Done(done));
+            }
+            // `cont` of relay/monitor/commands.rs, in one step.
+            Command::Cont { is_gated } => {
+                let is_left = matches!(qemu.run, Run::FinishMigrate | Run::PostMigrate);
+                if !(is_gated && (is_left || has_completed)) {
+                    let _ = qemu.cont();
+                    self.tell(source::Event::GuestChanged);
+                }
+            }
+            Command::Stop => qemu.stop(),
+            Command::Reset => qemu.reset(),
+        }
+        name
+    }
+
+    /// QEMU says something by itself.
+    pub fn hear_qemu(&mut self, said: QemuSaid) {
+        match said {
+            QemuSaid::Stop => self.tell(source::Event::GuestChanged),
+            QemuSaid::Resume => {
+                self.tell(source::Event::GuestChanged);
+                self.tell(source::Event::MigrationChanged);
+            }
+            QemuSaid::Migration => self.tell(source::Event::MigrationChanged),
+        }
+    }
+
+    /// Commands without an answer.
+    pub fn loses_qemu(&mut self) {
+        self.commands.clear();
+        self.tell(source::Event::QemuGone);
+    }
+}
+
+#[derive(Debug)]
+pub struct DestinationRelay {
+    pub process: Process,
+    machine: RelayDestination,
+    inbox: VecDeque<destination::Event>,
+    asks: u32,
+    /// What clients were shown.
+    pub shown: Option<Result<(), String>>,
+}
+
+impl DestinationRelay {
+    /// Which state its machine is in.
+    pub fn state_name(&self) -> String {
+        state_name(&self.machine)
+    }
+
+    pub fn new(now: Instant) -> Self {
+        Self {
+            process: Process::NEW,
+            machine: RelayDestination::new(now),
+            inbox: VecDeque::new(),
+            asks: 0,
+            shown: None,
+        }
+    }
+
+    pub fn timeout(&self) -> Option<Instant> {
+        self.machine.poll_timeout()
+    }
+
+    pub fn tick(&mut self, to: &mut VecDeque<Said>, now: Instant) {
+        self.handle(destination::Event::Timeout, to, now);
+    }
+
+    pub fn tell(&mut self, event: destination::Event) {
+        self.inbox.push_back(event);
+    }
+
+    pub fn hear_report(&mut self, from: &mut VecDeque<Reported>) {
+        match from.pop_front() {
+            Some(Reported::Report(report)) => self.tell(destination::Event::Report(report)),
+            Some(Reported::Gone) => {
+                self.tell(destination::Event::WorkerGone("The worker died".into()));
+            }
+            None => {}
+        }
+    }
+
+    pub fn has_event(&self) -> bool {
+        self.process.works() && !self.inbox.is_empty()
+    }
+
+    pub fn take_event(&mut self, to: &mut VecDeque<Said>, now: Instant) -> String {
+        let Some(event) = self.inbox.pop_front() else { return String::new() };
+        let name = format!("{event:?}");
+        self.handle(event, to, now);
+        name
+    }
+
+    fn handle(&mut self, event: destination::Event, to: &mut VecDeque<Said>, now: Instant) {
+        use destination::Action;
+        let mut actions = Vec::new();
+        let machine = std::mem::replace(&mut self.machine, RelayDestination::new(now));
+        self.machine = machine.handle(event, now, &mut actions);
+        for action in actions {
+            match action {
+                Action::Order(order) => to.push_back(Said::Order(order)),
+                // One question at a time is enough.
+                Action::AskMigration => self.asks = 1,
+                Action::End(end) => {
+                    self.shown = Some(end);
+                    to.push_back(Said::Order(Order::Finish));
+                }
+            }
+        }
+    }
+
+    pub fn can_serve(&self, qemu: &DestinationQemu) -> bool {
+        self.process.works() && qemu.is_alive && self.asks > 0
+    }
+
+    pub fn serve(&mut self, qemu: &DestinationQemu) {
+        self.asks -= 1;
+        self.tell(destination::Event::Migration(Some((qemu.migration, None))));
+    }
+
+    pub fn hear_qemu(&mut self, said: QemuSaid) {
+        match said {
+            QemuSaid::Resume => self.tell(destination::Event::Resumed),
+            QemuSaid::Migration => self.tell(destination::Event::MigrationChanged),
+            QemuSaid::Stop => {}
+        }
+    }
+
+    pub fn loses_qemu(&mut self) {
+        self.asks = 0;
+        self.tell(destination::Event::QemuGone { exited: true });
+    }
+}
