@@ -33,7 +33,8 @@ pub struct Args {
     /// Register all of the guest's memory at the start (capability rdma-pin-all)
     #[arg(long)]
     pin_all: bool,
-    /// Bytes per second at the most, as in QEMU's monitor: 40g; a bare number is MiB
+    /// Bytes per second at the most, as in QEMU's monitor: 40g is 40 GiB/s, not 40 Gbit/s; a bare
+    /// number is MiB/s
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     max_bandwidth: Option<u64>,
     /// Milliseconds for which the guest may be down
