@@ -2,8 +2,8 @@
 //!
 //! The destination's QEMU decides where the guest runs as soon as it may have all of RAM. Until then a
 //! failure ends the migration here, and the guest runs on; after that it is the destination that says
-//! how it ended, and a failure of this side's waits for its word ([`ending`]). When that is known there
-//! may be something left to do at QEMU, by the relay, or by the worker in its place ([`closing`]).
+//! how it ended, and a failure of this side's waits for its word (`ending`). When that is known there
+//! may be something left to do at QEMU, by the relay, or by the worker in its place (`closing`).
 
 mod closing;
 mod ending;
