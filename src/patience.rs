@@ -44,6 +44,12 @@ impl Patience {
         self.left
     }
 
+    /// So much was waited by a call that has its own limit.
+    pub fn spend(&mut self, waited: Duration) {
+        self.left = self.left.saturating_sub(waited);
+        self.since = Instant::now();
+    }
+
     /// When the present slice ends.
     pub fn next(&self) -> Instant {
         self.since + self.slice()

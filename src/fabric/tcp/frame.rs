@@ -1,9 +1,12 @@
 //! Frames: header layout and the greeting.
 
 use std::{
-    io::{self, Read, Write},
+    io::{
+        self,
+        ErrorKind::{Interrupted, WouldBlock},
+        Read, Write,
+    },
     net::TcpStream,
-    time::Instant,
 };
 
 use zerocopy::{
@@ -11,7 +14,7 @@ use zerocopy::{
     byteorder::big_endian::{U32, U64},
 };
 
-use crate::fabric::PRIVATE_DATA_MAX;
+use crate::{fabric::PRIVATE_DATA_MAX, patience::Patience};
 
 /// "QRHTCP-1": what a hello carries as its address, so that a stray client is told from a peer.
 pub const MAGIC: u64 = u64::from_be_bytes(*b"QRHTCP-1");
@@ -62,8 +65,6 @@ fn went(error: io::Error) -> io::Error {
         kind @ io::ErrorKind::UnexpectedEof => {
             io::Error::new(kind, "the peer closed the connection without an answer")
         }
-        // What a read timeout gives.
-        io::ErrorKind::WouldBlock => io::ErrorKind::TimedOut.into(),
         _ => error,
     }
 }
@@ -74,29 +75,32 @@ pub fn write_hello(mut stream: &TcpStream, private_data: &[u8]) -> io::Result<()
     stream.write_all(&[header.as_bytes(), private_data].concat())
 }
 
-/// Fill `to` before the deadline, however slowly the peer sends.
-fn read_exact_by(mut stream: &TcpStream, mut to: &mut [u8], deadline: Instant) -> io::Result<()> {
+/// Fill `to` as long as there is patience, however slowly the peer sends.
+fn read_exact_in(
+    mut stream: &TcpStream,
+    mut to: &mut [u8],
+    patience: &mut Patience,
+) -> io::Result<()> {
     while !to.is_empty() {
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
+        if !patience.lasts() {
             return Err(io::ErrorKind::TimedOut.into());
         }
-        stream.set_read_timeout(Some(left))?;
+        stream.set_read_timeout(Some(patience.slice()))?;
         match stream.read(to) {
             Ok(0) => return Err(went(io::ErrorKind::UnexpectedEof.into())),
             Ok(read) => to = &mut to[read..],
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) if matches!(error.kind(), Interrupted | WouldBlock) => {}
             Err(error) => return Err(went(error)),
         }
     }
     stream.set_read_timeout(None)
 }
 
-/// Receive the greeting before the deadline; not a byte more is read.
-pub fn read_hello(stream: &TcpStream, deadline: Instant) -> io::Result<Vec<u8>> {
+/// Receive the greeting as long as there is patience; not a byte more is read.
+pub fn read_hello(stream: &TcpStream, patience: &mut Patience) -> io::Result<Vec<u8>> {
     let invalid = |what| io::Error::new(io::ErrorKind::InvalidData, what);
     let mut header = Header::new(0, 0, 0, 0);
-    read_exact_by(stream, header.as_mut_bytes(), deadline)?;
+    read_exact_in(stream, header.as_mut_bytes(), patience)?;
     if header.kind.get() != HELLO || header.address.get() != MAGIC {
         return Err(invalid("the peer is no helper with the tcp fabric"));
     }
@@ -106,6 +110,6 @@ pub fn read_hello(stream: &TcpStream, deadline: Instant) -> io::Result<Vec<u8>> 
     }
     let mut private_data = [0; PRIVATE_DATA_MAX];
     let private_data = &mut private_data[..length as usize];
-    read_exact_by(stream, private_data, deadline)?;
+    read_exact_in(stream, private_data, patience)?;
     Ok(private_data.to_vec())
 }

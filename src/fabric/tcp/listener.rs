@@ -7,7 +7,7 @@ use std::{
         mpsc::{self, Sender},
     },
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use tracing::{debug, info, warn};
@@ -20,6 +20,7 @@ use crate::{
         connection_group::{ConnectionGroups, Kind, Opened, Trailer},
         pending::{GRACE, Limits, Newcomer, Pending, Place},
     },
+    patience::Patience,
     refusals::Refusals,
     threads::{self, Lost},
 };
@@ -176,7 +177,7 @@ impl Reception {
         let Some(place) = newcomer.wait() else {
             return Err(std::io::Error::other("too many clients come"));
         };
-        let private_data = frame::read_hello(&stream, Instant::now() + GREETING_TIMEOUT)?;
+        let private_data = frame::read_hello(&stream, &mut Patience::new(GREETING_TIMEOUT))?;
         let trailer = Trailer::find(Kind::Connections, &private_data);
         if let Some(trailer) = trailer.filter(|trailer| trailer.lane.get() > 0) {
             if !self.sessions.add(&trailer, stream) {

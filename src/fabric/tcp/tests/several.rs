@@ -17,6 +17,7 @@ use crate::fabric::{
     RecvHalf, SendHalf,
     connection_group::{Kind, Trailer},
 };
+use crate::patience::Patience;
 
 /// A destination that receives until its source is gone.
 fn receiving(mut receiver: Box<dyn RecvHalf>) -> thread::JoinHandle<FabricError> {
@@ -121,7 +122,7 @@ impl Played {
                 let connect = |trailer: Trailer| {
                     let stream = TcpStream::connect(&address).unwrap();
                     frame::write_hello(&stream, &trailer.append(&[]).unwrap()).unwrap();
-                    let reply = frame::read_hello(&stream, Instant::now() + TIMEOUT).unwrap();
+                    let reply = frame::read_hello(&stream, &mut Patience::new(TIMEOUT)).unwrap();
                     (stream, Trailer::find(Kind::Connections, &reply))
                 };
                 let (first, granted) = connect(Trailer::new(Kind::Connections, count - 1, 0, 0));
@@ -142,7 +143,7 @@ impl Played {
         let connecting = thread::spawn(move || source.connect(&address, &[], TIMEOUT).unwrap().1);
         let accept = || {
             let stream = listener.accept().unwrap().0;
-            let hello = frame::read_hello(&stream, Instant::now() + TIMEOUT).unwrap();
+            let hello = frame::read_hello(&stream, &mut Patience::new(TIMEOUT)).unwrap();
             (stream, Trailer::find(Kind::Connections, &hello).unwrap())
         };
         let (first, wanted) = accept();
@@ -474,7 +475,7 @@ fn an_old_peer_gets_one_connection() {
     let old = thread::spawn(move || {
         let stream = TcpStream::connect(address).unwrap();
         frame::write_hello(&stream, &[7; 20]).unwrap();
-        frame::read_hello(&stream, Instant::now() + TIMEOUT).unwrap()
+        frame::read_hello(&stream, &mut Patience::new(TIMEOUT)).unwrap()
     });
     let accepted = listener.accept().unwrap().accept(&[8; 20]).unwrap();
     assert_eq!(old.join().unwrap(), [8; 20]);
@@ -485,7 +486,7 @@ fn an_old_peer_gets_one_connection() {
     let address = Address { host: "127.0.0.1".into(), port };
     let connecting = thread::spawn(move || with(4).connect(&address, &[7; 20], TIMEOUT).unwrap());
     let old = listener.accept().unwrap().0;
-    let hello = frame::read_hello(&old, Instant::now() + TIMEOUT).unwrap();
+    let hello = frame::read_hello(&old, &mut Patience::new(TIMEOUT)).unwrap();
     assert!(hello.starts_with(&[7; 20]));
     frame::write_hello(&old, &[8; 20]).unwrap();
     let (reply, connected) = connecting.join().unwrap();
