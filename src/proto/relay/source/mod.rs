@@ -1,8 +1,6 @@
 //! The relay of a source: from QEMU's migration into the worker to its end at QEMU.
 
 mod failing;
-#[cfg(test)]
-mod tests;
 
 use std::time::{Duration, Instant};
 
