@@ -292,8 +292,6 @@ enum QemuEvent {
     Woken,
     /// A parameter of migrations may have changed.
     Parameters,
-    /// `migrate_cancel`, or `yank`.
-    Cancel,
     /// The migration is to fail, because the relay is told to end or for another reason.
     Abort(String),
 }

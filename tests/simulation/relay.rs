@@ -196,11 +196,10 @@ impl SourceRelay {
             }
             Command::Cancel => {
                 qemu.cancel();
-                self.tell(source::Event::Done(Ok(())));
             }
             Command::Continue => {
                 let done = qemu.cont();
-                self.tell(source::Event::Done(done));
+                self.tell(source::Event::Continued(done));
             }
             // `cont` of relay/monitor/commands.rs, in one step.
             Command::Cont { is_gated } => {

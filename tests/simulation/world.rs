@@ -306,8 +306,7 @@ impl World {
     fn intervene(&mut self, step: Step) {
         match step {
             Step::Cancel => {
-                let reason = "The migration was cancelled".to_owned();
-                self.source_relay.tell(source::Event::Cancel { reason, cancels: true });
+                self.source_relay.tell(source::Event::Cancel(source::Cancel::Cancel));
             }
             Step::Stop => {
                 self.was_stopped = true;

@@ -53,7 +53,7 @@ pub enum Action {
 }
 
 /// The relay's side of a destination.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct RelayDestination {
     state: State,
     /// The stream is all QEMU's: its verdict is awaited.
@@ -64,7 +64,7 @@ pub struct RelayDestination {
     judged: bool,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 enum State {
     /// Worker and QEMU are followed.
     Following(Patience),

@@ -1,9 +1,8 @@
 //! What a relay does with its worker and its QEMU, as far as a guest depends on it.
 //!
 //! The relay asks QEMU over QMP and may get no answer; it hears the worker's reports until that is gone.
-//! What clients are shown, and what else is asked of QEMU, is not in here. The simulation drives these
-//! machines; the relay's own code (`relay/migration`) still follows the same rules in its own words, so
-//! change both.
+//! What clients are shown, and what else is asked of QEMU, is not in here. The relay's tasks drive these
+//! machines (`relay/migration`), and so does the simulation.
 
 pub mod destination;
 pub mod source;
@@ -30,7 +29,12 @@ pub enum MigrationStatus {
 impl MigrationStatus {
     /// Of this `query-migrate`.
     pub fn of(state: &Value) -> Self {
-        match state["status"].as_str().unwrap_or("none") {
+        Self::named(state["status"].as_str().unwrap_or("none"))
+    }
+
+    /// By its name.
+    pub fn named(status: &str) -> Self {
+        match status {
             "setup"
             | "active"
             | "device"
@@ -54,6 +58,11 @@ impl MigrationStatus {
     /// It goes on.
     pub fn is_under_way(self) -> bool {
         matches!(self, Self::UnderWay | Self::Cancelling)
+    }
+
+    /// It comes, or has come, to nothing.
+    pub fn comes_to_nothing(self) -> bool {
+        matches!(self, Self::Cancelling | Self::Cancelled | Self::Failed)
     }
 }
 
@@ -85,6 +94,20 @@ impl RunState {
             "prelaunch" => Self::Prelaunch,
             other => Self::Other(other.to_owned()),
         })
+    }
+
+    /// Whether the guest stands still, and not for the switchover: then it must not run when the migration
+    /// fails. QEMU remembers the same (`vm_old_state`, `runstate_is_live`; 10.0). `None`: it can't be told,
+    /// because QEMU switches over or, if that is known to matter, has completed.
+    pub fn guest(&self, has_completed: bool) -> Option<Guest> {
+        match self {
+            Self::Running => Some(Guest::Runs),
+            Self::Suspended => Some(Guest::Suspended),
+            Self::FinishMigrate | Self::PostMigrate => None,
+            // By its client, or by a reset after the switchover.
+            Self::Prelaunch if has_completed => None,
+            Self::Prelaunch | Self::Other(_) => Some(Guest::Stopped),
+        }
     }
 }
 

@@ -20,6 +20,7 @@ use super::{
 };
 use crate::{
     address::Address,
+    proto::relay::{Guest, source::Cancel},
     qmp::QmpError,
     relay::{Context, Output, QemuEvent},
 };
@@ -37,6 +38,8 @@ pub type Reply = Result<Value, QmpError>;
 struct Migration {
     events: mpsc::Sender<QemuEvent>,
     view: watch::Sender<View>,
+    /// A client wants it to end.
+    cancel: watch::Sender<Option<Cancel>>,
     /// What was shown before, and goes on to be if this one does not begin.
     before: Option<View>,
     task: JoinHandle<()>,
@@ -70,6 +73,14 @@ impl Migration {
         }
         let view = self.view.borrow();
         if view.shows() { Some(view.clone()) } else { self.before.clone() }
+    }
+
+    fn want(&self, cancel: Cancel) {
+        self.cancel.send_if_modified(|wanted| {
+            let more = Some(cancel) > *wanted;
+            *wanted = (*wanted).max(Some(cancel));
+            more
+        });
     }
 
     fn tell(&self, event: QemuEvent) {
@@ -166,8 +177,15 @@ impl Migrations {
             return false;
         };
         source.view.send_modify(|view| view.cancels = true);
-        source.tell(QemuEvent::Cancel);
+        source.want(Cancel::Cancel);
         source.view.borrow().shows()
+    }
+
+    /// Break off the outgoing migration, if one goes on.
+    pub fn yank(&self) {
+        if let Some(source) = &self.slots().source {
+            source.want(Cancel::Yank);
+        }
     }
 
     /// QEMU has a status for a migration that fails.
@@ -244,9 +262,9 @@ impl Migrations {
             &mut self.slots().source,
             Side::Source,
             IN_PROGRESS,
-            |events, view, reply| {
-                let turn = Turn::default();
-                Source { context, events, output, view, loan, turn, ended: None }
+            |Ends { events, view, cancel }, reply| {
+                let (turn, guest) = (Turn::default(), Guest::Runs);
+                Source { context, events, output, view, loan, turn, cancel, guest }
                     .run(address, reply)
             },
         ))
@@ -261,7 +279,7 @@ impl Migrations {
     ) -> impl Future<Output = Reply> + Send + use<> {
         let busy = "The incoming migration has already been started";
         let (slot, loan) = (&mut self.slots().destination, self.loan.clone());
-        flatten(begin(slot, Side::Destination, busy, |events, view, reply| {
+        flatten(begin(slot, Side::Destination, busy, |Ends { events, view, .. }, reply| {
             Destination { context, events, view, loan, turn: Turn::default() }.run(
                 address,
                 exit_on_error,
@@ -287,13 +305,20 @@ impl Migrations {
     }
 }
 
+/// The task's ends of what a [`Migration`] is told by, and shows.
+struct Ends {
+    events: mpsc::Receiver<QemuEvent>,
+    view: watch::Sender<View>,
+    cancel: watch::Receiver<Option<Cancel>>,
+}
+
 /// Start a migration in its slot, unless one goes on there, which `busy` says. What comes is the
 /// client's answer.
 fn begin<F: Future<Output = ()> + Send + 'static>(
     slot: &mut Option<Migration>,
     side: Side,
     busy: &str,
-    run: impl FnOnce(mpsc::Receiver<QemuEvent>, watch::Sender<View>, oneshot::Sender<Reply>) -> F,
+    run: impl FnOnce(Ends, oneshot::Sender<Reply>) -> F,
 ) -> oneshot::Receiver<Reply> {
     let (reply, result) = oneshot::channel();
     if slot.as_ref().is_some_and(|migration| !migration.is_over()) {
@@ -303,9 +328,10 @@ fn begin<F: Future<Output = ()> + Send + 'static>(
     }
     let (events, event_receiver) = mpsc::channel(QUEUE);
     let view = watch::Sender::new(View::new(side));
+    let (cancel, cancels) = watch::channel(None);
     let previous = slot.take();
     let before = previous.as_ref().and_then(Migration::shown);
-    let run = run(event_receiver, view.clone(), reply);
+    let run = run(Ends { events: event_receiver, view: view.clone(), cancel: cancels }, reply);
     let task = tokio::spawn(async move {
         // Its worker may still have to say goodbye to its peer.
         if let Some(previous) = previous {
@@ -313,7 +339,7 @@ fn begin<F: Future<Output = ()> + Send + 'static>(
         }
         run.await;
     });
-    *slot = Some(Migration { events, view, before, task, forgotten: false });
+    *slot = Some(Migration { events, view, cancel, before, task, forgotten: false });
     result
 }
 

@@ -162,7 +162,7 @@ async fn yank(band: Band, context: Context, migrations: Migrations, others: Vec<
     if !others.is_empty() {
         context.qemu.execute_in(band, "yank", json!({ "instances": others })).await?;
     }
-    migrations.tell(&QemuEvent::Cancel);
+    migrations.yank();
     Ok(json!({}))
 }
 

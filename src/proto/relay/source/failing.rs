@@ -23,7 +23,7 @@ const END: Duration = Duration::from_secs(15);
 const READING: Duration = Duration::from_secs(3);
 
 /// Failed, and not over at QEMU.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Failing {
     reason: String,
     guest_never_ran: bool,
@@ -35,7 +35,7 @@ pub struct Failing {
 }
 
 /// What is being done.
-#[derive(Debug, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 enum Step {
     /// QEMU has ended its stream: its reason comes before anything that makes it fail for another.
     HearQemu,
@@ -135,7 +135,6 @@ impl Failing {
         actions: &mut Vec<Action>,
     ) -> State {
         match event {
-            Event::Cancel { cancels, .. } => known.cancels |= cancels,
             Event::WorkerGone(_) | Event::WorkerKilled => {
                 known.has_worker = false;
                 if self.step == Step::HearOfGuest {
@@ -149,7 +148,7 @@ impl Failing {
             Event::Guest(answer) if self.step == Step::RunAgain => {
                 return self.run_again(answer, known, now, actions);
             }
-            Event::Done(done) if self.step == Step::Continue => {
+            Event::Continued(done) if self.step == Step::Continue => {
                 return self.continued(done, known, actions);
             }
             Event::Timeout => return self.late(known, now, actions),

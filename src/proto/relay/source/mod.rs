@@ -28,13 +28,8 @@ pub enum Event {
     WorkerGone(String),
     /// All reports were heard of a worker that was killed.
     WorkerKilled,
-    /// A client cancels, or yanks.
-    Cancel {
-        /// Which of them, for the peer.
-        reason: String,
-        /// It cancels: clients see `cancelled`.
-        cancels: bool,
-    },
+    /// A client cancels.
+    Cancel(Cancel),
     /// The migration is to fail, because the relay is told to end or for another reason.
     Abort(String),
     /// QEMU's guest was put to sleep.
@@ -48,14 +43,23 @@ pub enum Event {
     Migration(Option<(MigrationStatus, Option<String>)>),
     /// Answer to [`Action::AskGuest`]; and whether QEMU has completed its migration, where it matters.
     Guest(Option<(RunState, bool)>),
-    /// Answer to [`Action::CancelAtQemu`] and [`Action::Continue`]: an error of QEMU's.
-    Done(Result<(), String>),
+    /// Answer to [`Action::Continue`]: an error of QEMU's.
+    Continued(Result<(), String>),
     /// QEMU was set back to what it was.
     Restored,
     /// QEMU is gone, or the session with it.
     QemuGone,
     /// [`Machine::poll_timeout`] has passed.
     Timeout,
+}
+
+/// By which command a client wants the migration to end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Cancel {
+    /// `yank`: it fails.
+    Yank,
+    /// `migrate_cancel`: clients see `cancelled`.
+    Cancel,
 }
 
 /// What is to be done.
@@ -69,7 +73,7 @@ pub enum Action {
     AskMigration,
     /// Ask QEMU for its guest.
     AskGuest,
-    /// Cancel QEMU's migration.
+    /// Cancel QEMU's migration, before anything else is done.
     CancelAtQemu,
     /// Let the guest run again.
     Continue,
@@ -102,14 +106,14 @@ pub enum End {
 }
 
 /// The relay's side of a source.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct RelaySource {
     state: State,
     known: Known,
 }
 
 /// Where it stands.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 enum State {
     /// The worker is followed.
     Following(Deadlines),
@@ -124,7 +128,7 @@ enum State {
 }
 
 /// What a worker that is followed has to do in time.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 struct Deadlines {
     /// QEMU cancels by itself.
     cancelling: Option<Patience>,
@@ -136,7 +140,7 @@ struct Deadlines {
 }
 
 /// What counts in every state.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 struct Known {
     /// QEMU uses multifd channels.
     has_channels: bool,
@@ -161,6 +165,16 @@ impl RelaySource {
     pub fn new(has_channels: bool, guest: Guest) -> Self {
         let known = Known { has_channels, guest, has_worker: true, ..Known::default() };
         Self { state: State::Following(Deadlines::default()), known }
+    }
+
+    /// The worker is followed, and QEMU's migration goes on.
+    pub fn is_following(&self) -> bool {
+        matches!(self.state, State::Following(_)) && self.is_at_qemu()
+    }
+
+    /// What QEMU says of its migration is of this one.
+    pub fn is_at_qemu(&self) -> bool {
+        self.known.ended.is_none() && !self.has_ended()
     }
 }
 
@@ -208,6 +222,10 @@ impl Known {
             // By the time that QEMU is asked it may have switched over.
             Event::Suspended => self.set_guest(Guest::Suspended, actions),
             Event::GuestChanged => actions.push(Action::AskGuest),
+            Event::Cancel(cancel) => {
+                self.cancels |= cancel == Cancel::Cancel;
+                return Some(Event::Cancel(cancel));
+            }
             event => return Some(event),
         }
         None
@@ -218,20 +236,6 @@ impl Known {
             let runs = guest == Guest::Runs;
             actions.push(Action::Order(Order::SetGuestRunning { runs }));
         }
-    }
-
-    /// Whether the guest stands still, and not for the switchover: then it must not run when the migration
-    /// fails. QEMU remembers the same (`vm_old_state`, `runstate_is_live`; 10.0).
-    fn look_at_guest(&mut self, run: RunState, has_completed: bool, actions: &mut Vec<Action>) {
-        let guest = match run {
-            RunState::Running => Guest::Runs,
-            RunState::Suspended => Guest::Suspended,
-            RunState::FinishMigrate | RunState::PostMigrate => return,
-            // By its client, or by a reset after the switchover.
-            RunState::Prelaunch if has_completed => return,
-            RunState::Prelaunch | RunState::Other(_) => Guest::Stopped,
-        };
-        self.set_guest(guest, actions);
     }
 
     /// What the guest did before the switchover. QEMU knows best, and says nothing of one that runs or is
@@ -319,16 +323,19 @@ impl Deadlines {
             // The worker is told first, and says whether the guest may have come to run at the
             // destination; only if it has not, and will not, QEMU is told: while it writes the end of its
             // stream it hears nobody, and afterwards it would run its guest.
-            Event::Cancel { reason, cancels } => {
-                known.cancels |= cancels;
-                self.cancel(reason, now, actions);
+            Event::Cancel(_) => {
+                let what = if known.cancels { "cancelled" } else { "yanked" };
+                let at_end = if known.past_ram { " at its very end" } else { "" };
+                self.cancel(format!("The migration was {what}{at_end}"), now, actions);
             }
             Event::MigrationChanged => actions.push(Action::AskMigration),
             Event::Migration(Some((status, why))) => {
                 self.look_at(status, why, known, now, actions);
             }
             Event::Guest(Some((run, has_completed))) => {
-                known.look_at_guest(run, has_completed, actions);
+                if let Some(guest) = run.guest(has_completed) {
+                    known.set_guest(guest, actions);
+                }
             }
             Event::Timeout => return self.late(known, now, actions),
             _ => {}

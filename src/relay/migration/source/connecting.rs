@@ -7,10 +7,11 @@ use serde_json::Value;
 use tokio::time::{Instant, timeout};
 use tracing::{info, warn};
 
-use super::{Source, WORKER_DIED, generic, is_under_way};
+use super::{Source, WORKER_DIED, generic};
 use crate::{
     address::Address,
     control::{Agreed, Order, Report},
+    proto::relay::{MigrationStatus, source::Cancel},
     qemu::{Version, blockers, blocks::RamBlock},
     qmp::{Execute as _, QmpError},
     ram::Transfer,
@@ -43,15 +44,23 @@ pub(super) struct Accepted {
 /// Why QEMU's migration did not begin.
 pub(super) enum NotBegun {
     Cancelled,
-    Failed(String),
+    Failed {
+        reason: String,
+        /// What QEMU's migration had come to, if it had begun.
+        sockets: Option<QemuSockets>,
+    },
 }
 
 impl NotBegun {
+    fn failed(reason: impl Into<String>) -> Self {
+        Self::Failed { reason: reason.into(), sockets: None }
+    }
+
     /// What the destination is told, which waits for no other source then.
     pub(super) fn order(&self) -> Order {
         let reason = match self {
             Self::Cancelled => "The migration was cancelled".into(),
-            Self::Failed(reason) => reason.clone(),
+            Self::Failed { reason, .. } => reason.clone(),
         };
         Order::Abort { reason }
     }
@@ -59,13 +68,13 @@ impl NotBegun {
 
 impl From<QmpError> for NotBegun {
     fn from(error: QmpError) -> Self {
-        Self::Failed(error.desc)
+        Self::failed(error.desc)
     }
 }
 
 impl From<Lost> for NotBegun {
     fn from(lost: Lost) -> Self {
-        Self::Failed(lost.to_string())
+        Self::failed(lost.to_string())
     }
 }
 
@@ -88,7 +97,7 @@ impl Source {
             return Err(QmpError::generic("Guest is waiting for an incoming migration"));
         }
         let state = qemu.execute("query-migrate", Value::Null).await?;
-        if is_under_way(&state) {
+        if MigrationStatus::of(&state).is_under_way() {
             return Err(QmpError::generic(IN_PROGRESS));
         }
         if guest == "postmigrate" {
@@ -141,10 +150,9 @@ impl Source {
             ))
         });
         let Agreed { channels, announceable, return_path } = agreed??;
-        self.view.send_modify(|view| view.takes_return_path = return_path);
         // QEMU announces what is shared, all of it or nothing.
         let announces = announceable == blocks.iter().filter(|block| !block.private).count();
-        Ok(self.begin_stream(worker, announces, channels).await?)
+        self.begin_stream(worker, announces, channels, return_path).await
     }
 
     /// Wait for it; returns how QEMU may migrate.
@@ -154,14 +162,13 @@ impl Source {
             let report = tokio::select! {
                 biased;
                 report = worker.report() => report,
+                Ok(()) = self.cancel.changed() => match *self.cancel.borrow() {
+                    Some(Cancel::Cancel) => return Err(NotBegun::Cancelled),
+                    Some(Cancel::Yank) => return Err(NotBegun::failed("The migration was yanked")),
+                    None => continue,
+                },
                 event = self.events.recv() => match event {
-                    Some(QemuEvent::Cancel) if self.view.borrow().cancels => {
-                        return Err(NotBegun::Cancelled);
-                    }
-                    Some(QemuEvent::Cancel) => {
-                        return Err(NotBegun::Failed("The migration was yanked".into()));
-                    }
-                    Some(QemuEvent::Abort(reason)) => return Err(NotBegun::Failed(reason)),
+                    Some(QemuEvent::Abort(reason)) => return Err(NotBegun::failed(reason)),
                     Some(_) => continue,
                     None => return Err(QmpError::connection_lost().into()),
                 },
@@ -177,18 +184,16 @@ impl Source {
                         self.emit_throughput().await;
                     }
                 }
-                Some(Report::Failed { reason, .. }) => return Err(NotBegun::Failed(reason)),
-                _ => return Err(NotBegun::Failed(WORKER_DIED.into())),
+                Some(Report::Failed { reason, .. }) => return Err(NotBegun::failed(reason)),
+                _ => return Err(NotBegun::failed(WORKER_DIED)),
             }
         }
     }
 
-    /// It ended before there was anything for QEMU to end, or as soon as QEMU had begun.
-    pub(super) async fn end_early(&mut self, why: NotBegun) {
-        let begun = self.view.borrow().phase != Phase::Connecting;
+    /// It ended before there was anything for QEMU to end.
+    pub(super) async fn end_early(&self, why: NotBegun) {
         let (phase, status) = match why {
-            NotBegun::Failed(reason) if begun => return self.fail(reason, true, None).await,
-            NotBegun::Failed(reason) => {
+            NotBegun::Failed { reason, .. } => {
                 warn!(%reason, "migration failed");
                 (Phase::Failed(reason), "failed")
             }

@@ -1,10 +1,6 @@
 //! Which limit the worker keeps RAM within, where QEMU's own is not enough.
 
-use serde_json::Value;
-use tokio::time::timeout;
-
-use super::{ANSWER, Source};
-use crate::{control::Order, qmp::Execute as _, relay::migration::worker::Worker};
+use crate::{control::Order, relay::migration::worker::Worker};
 
 /// The slowest pace in bytes per second. Who waits for room in a channel holds QEMU's RCU lock, and a command
 /// that drains RCU, such as a refused `device_add`, its main loop until then: here the time of some packets.
@@ -40,24 +36,12 @@ impl Pacing {
         }
     }
 
-    pub(super) fn resume(&mut self) {
-        if matches!(self, Self::Lifted) {
+    /// The guest runs, or was stopped by its client. Returns whether the limit was lifted.
+    pub(super) fn resume(&mut self) -> bool {
+        let lifted = matches!(self, Self::Lifted);
+        if lifted {
             *self = Self::At(None);
         }
-    }
-}
-
-impl Source {
-    /// Keep the worker to `max-bandwidth`, which may have changed.
-    pub(super) async fn pace(&self, worker: &mut Worker, pacing: &mut Pacing) {
-        if !matches!(pacing, Pacing::At(_)) {
-            return;
-        }
-        let mut qemu = self.qemu();
-        let parameters = timeout(ANSWER, qemu.execute("query-migrate-parameters", Value::Null));
-        if let Ok(Ok(parameters)) = parameters.await {
-            let max_bandwidth = parameters["max-bandwidth"].as_u64().unwrap_or(0);
-            pacing.follow(worker, max_bandwidth).await;
-        }
+        lifted
     }
 }

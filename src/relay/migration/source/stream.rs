@@ -15,9 +15,10 @@ use tokio::{
 };
 use tracing::{debug, info};
 
-use super::{FDNAME, Source, generic, is_under_way, pace::Pacing};
+use super::{FDNAME, Source, connecting::NotBegun, driver, generic};
 use crate::{
     control::Order,
+    proto::relay::{Guest, MigrationStatus},
     qemu::{Version, blockers},
     qmp::{Execute as _, QmpError},
     relay::{
@@ -25,7 +26,7 @@ use crate::{
         migration::{
             multifd_listener::MultifdListener,
             saved_settings::{Borrowed, HELD_PARAMETERS},
-            status::{Guest, Phase},
+            status::Phase,
             worker::{self, Worker},
         },
         qemu_session::Qemu,
@@ -44,7 +45,8 @@ const ANNOUNCING: [&str; 2] = ["x-shared-ram-external", RETURN_PATH];
 const RETURN_PATH: &str = "return-path";
 
 impl Source {
-    /// Ask QEMU to migrate, so that it `announces` shared memory or with so many channels, if it can.
+    /// Ask QEMU to migrate, so that it `announces` shared memory or with so many channels, if it can; the
+    /// destination forwards a `return_path` that QEMU opens, or not.
     /// Returns the worker's ends of its migration sockets.
     ///
     /// # Errors
@@ -54,7 +56,8 @@ impl Source {
         worker: &mut Worker,
         announces: bool,
         channels: u16,
-    ) -> Result<QemuSockets, QmpError> {
+        return_path: bool,
+    ) -> Result<QemuSockets, NotBegun> {
         let mut qemu = self.qemu();
         // From here on clients wait with settings: what is seen now is what QEMU migrates by.
         let loan = self.loan.clone();
@@ -62,12 +65,12 @@ impl Source {
         borrowed.settle(&mut qemu).await?;
         blockers::refuse(&blockers::settings(&mut qemu).await?)?;
         // A client may have stopped it, or let it run, while the destination was connected.
-        self.look_at_guest(worker, &mut Pacing::Never).await;
+        self.look_at_guest(worker).await;
         if announces && Self::can_announce(&mut qemu).await? {
             match self.borrow(&mut borrowed, worker, &ANNOUNCING, json!({})).await {
                 Ok(()) => {
                     info!("QEMU announces memory without its content");
-                    return self.with_one_socket(&qemu, worker).await;
+                    return Ok(self.with_one_socket(&qemu, worker).await?);
                 }
                 Err(error) => {
                     debug!(%error, "QEMU does not announce memory now");
@@ -75,7 +78,7 @@ impl Source {
                 }
             }
         }
-        let capabilities = self.waits_for_destination();
+        let capabilities = self.waits_for_destination(return_path);
         if channels > 0
             && Version::ask(&mut qemu).await?.multifd_is_tried()
             && let Some(listener) = MultifdListener::open(&self.context).await
@@ -94,14 +97,23 @@ impl Source {
             }
         }
         self.borrow(&mut borrowed, worker, capabilities, json!({})).await?;
-        self.with_one_socket(&qemu, worker).await
+        Ok(self.with_one_socket(&qemu, worker).await?)
     }
 
     /// A guest that is suspended can't be let go on by `cont` after a migration that QEMU takes for
     /// complete: QEMU aborts (8.2 and later). So QEMU must not take one for complete that is not.
-    fn waits_for_destination(&self) -> &'static [&'static str] {
-        let view = self.view.borrow();
-        if view.guest == Guest::Suspended && view.takes_return_path { &[RETURN_PATH] } else { &[] }
+    fn waits_for_destination(&self, return_path: bool) -> &'static [&'static str] {
+        if self.guest == Guest::Suspended && return_path { &[RETURN_PATH] } else { &[] }
+    }
+
+    /// Whether the guest stands still, for the worker and for the time when the migration fails.
+    async fn look_at_guest(&mut self, worker: &mut Worker) {
+        let seen = driver::in_time(driver::guest(self.qemu())).await;
+        // One that does not answer switches over.
+        let Some(guest) = seen.and_then(|(run, completed)| run.guest(completed)) else { return };
+        if std::mem::replace(&mut self.guest, guest) != guest {
+            worker.order(&Order::SetGuestRunning { runs: guest == Guest::Runs }).await;
+        }
     }
 
     async fn with_one_socket(
@@ -172,23 +184,17 @@ impl Source {
         listener: MultifdListener,
         channels: u16,
         borrowed: RwLockWriteGuard<'_, Borrowed>,
-    ) -> Result<QemuSockets, QmpError> {
+    ) -> Result<QemuSockets, NotBegun> {
         qemu.execute("migrate", json!({ "uri": listener.uri() })).await?;
         self.view.send_modify(|view| view.phase = Phase::Running);
         let taken = self.take_channels(worker, &listener, channels).await;
         // QEMU looked at settings until it had connected.
         drop(borrowed);
-        match taken {
-            Ok(streams) => Ok(streams),
-            Err((reason, sockets)) => {
-                if let Some(streams) = QemuSockets::new(sockets) {
-                    self.break_off(&streams).await;
-                }
-                // QEMU notices what it can't connect to.
-                drop(listener);
-                Err(QmpError::generic(reason))
-            }
-        }
+        // What it can't connect to QEMU notices when the listener is gone.
+        taken.map_err(|(reason, sockets)| NotBegun::Failed {
+            reason,
+            sockets: QemuSockets::new(sockets),
+        })
     }
 
     /// Hand QEMU's connections to the worker; the stream's is the first. If that fails, says why, and
@@ -226,13 +232,13 @@ impl Source {
                     let said = |error: io::Error| format!("QEMU can't be let in: {error}");
                     sockets.push(accepted.map_err(late)?.map_err(said)?);
                 }
+                // Said before QEMU was asked to migrate, so that it does not know.
+                Ok(()) = self.cancel.changed() => {
+                    let cancelled = self.qemu().execute("migrate_cancel", Value::Null).await;
+                    cancelled.map_err(|error| error.to_string())?;
+                }
                 event = self.events.recv() => match event {
                     Some(QemuEvent::Abort(reason)) => return Err(reason),
-                    // Said before QEMU was asked to migrate, so that it does not know.
-                    Some(QemuEvent::Cancel) => {
-                        let cancelled = self.qemu().execute("migrate_cancel", Value::Null).await;
-                        cancelled.map_err(|error| error.to_string())?;
-                    }
                     Some(_) => self.still_migrates().await?,
                     None => return Err("The source's QEMU is gone; look at its log".into()),
                 },
@@ -245,7 +251,7 @@ impl Source {
     async fn still_migrates(&self) -> Result<(), String> {
         let state = self.qemu().execute("query-migrate", Value::Null).await;
         let state = state.map_err(|error| error.to_string())?;
-        if is_under_way(&state) {
+        if MigrationStatus::of(&state).is_under_way() {
             return Ok(());
         }
         Err(state["error-desc"].as_str().unwrap_or("QEMU ended the migration").to_owned())

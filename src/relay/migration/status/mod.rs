@@ -34,17 +34,6 @@ pub enum Phase {
     Cancelled,
 }
 
-/// What a guest does.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Guest {
-    /// It runs.
-    Runs,
-    /// It sleeps (S3), until something wakes it up.
-    Suspended,
-    /// It stands still: it is not to run when the migration fails.
-    Stopped,
-}
-
 /// Which side.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Side {
@@ -64,7 +53,7 @@ impl Side {
     }
 }
 
-/// All that is known for a client. It stays when the migration is over.
+/// What clients are shown, and nothing that steers the migration. It stays when that is over.
 #[derive(Debug, Clone)]
 pub struct View {
     /// Which side.
@@ -83,8 +72,6 @@ pub struct View {
     pub pin_all: bool,
     /// Parameter `max-bandwidth` in bytes per second.
     pub max_bandwidth: u64,
-    /// The guest may have come to run at the destination.
-    pub past_ram: bool,
     /// Capability `events` is on.
     pub tells: bool,
     /// QEMU has a status for a migration that fails and has not been cleaned up behind (11.1).
@@ -93,12 +80,6 @@ pub struct View {
     pub cancels: bool,
     /// Clients were told so.
     pub told_cancelling: bool,
-    /// What the guest does, but for the switchover.
-    pub guest: Guest,
-    /// What QEMU has told the destination that the guest did before the switchover, if it has.
-    pub guest_before: Option<String>,
-    /// The destination forwards a return path that QEMU opens.
-    pub takes_return_path: bool,
     /// Where a source is waited for.
     pub listens: Option<Address>,
 }
@@ -115,26 +96,11 @@ impl View {
             status: None,
             pin_all: false,
             max_bandwidth: 0,
-            past_ram: false,
             tells: false,
             has_failing: false,
             cancels: false,
             told_cancelling: false,
-            guest: Guest::Runs,
-            guest_before: None,
-            takes_return_path: false,
             listens: None,
-        }
-    }
-
-    /// What the guest did before the switchover. QEMU knows best, and says nothing of one that runs or is
-    /// paused if its machine is that of a QEMU before 2.4.
-    pub fn guest_at_switchover(&self) -> Guest {
-        match self.guest_before.as_deref() {
-            Some("running") => Guest::Runs,
-            Some("suspended") => Guest::Suspended,
-            Some(_) => Guest::Stopped,
-            None => self.guest,
         }
     }
 

@@ -1,15 +1,19 @@
 //! The relay's side of an incoming migration.
 
+mod driver;
+
 use std::{os::fd::AsFd as _, time::Duration};
 
 use serde_json::{Map, Value, json};
 use tokio::{
     sync::{mpsc, oneshot, watch},
-    time::{sleep, timeout},
+    time::timeout,
 };
 use tracing::{info, warn};
 
+use self::driver::DestinationDriver;
 use super::{
+    drive::drive,
     saved_settings::{AsClientsSee, Borrowed, HELD_PARAMETERS, Loan, Turn},
     source::{ANSWER, WORKER_DIED},
     status::{Phase, Side, View},
@@ -20,7 +24,8 @@ use crate::{
     control::{Order, Report},
     qemu::blockers,
     qmp::{Execute as _, QmpError},
-    relay::{Context, QemuEvent, heartbeat, listed},
+    relay::{Context, QemuEvent, listed},
+    threads,
 };
 
 /// Capabilities that stay what they are meanwhile. A QEMU that came to have multifd in the midst of a stream
@@ -31,12 +36,6 @@ const HELD: [(&str, bool); 2] = [("multifd", false), ("x-ignore-shared", false)]
 
 /// How long the worker may take to listen.
 const LISTENING: Duration = Duration::from_secs(15);
-
-/// How often QEMU is asked while its verdict is awaited, and otherwise.
-const POLL: (Duration, Duration) = (Duration::from_millis(10), Duration::from_secs(1));
-
-/// How long the worker may take to end when QEMU is gone.
-const VERDICT: Duration = Duration::from_secs(10);
 
 /// Name of the migration socket in QEMU's monitor.
 const FDNAME: &str = "qemu-rdma-helper-incoming";
@@ -53,17 +52,6 @@ pub struct Destination {
     pub loan: Loan,
     /// What it has borrowed of them.
     pub turn: Turn,
-}
-
-/// What QEMU has said so far.
-#[derive(Default)]
-struct Heard {
-    /// The stream is all QEMU's: its verdict is awaited.
-    stream_ended: bool,
-    /// The guest ran. QEMU says RESUME before its vCPUs run.
-    resumed: bool,
-    /// The verdict was passed on.
-    judged: bool,
 }
 
 impl Destination {
@@ -86,23 +74,27 @@ impl Destination {
         // A client that is gone needs no reply; the migration is waited for nevertheless.
         let _ = reply.send(result);
         let Some(mut worker) = worker else { return };
-        let end = self.follow(&mut worker).await;
-        self.loan.give_back(self.turn, self.context.qemu.clone()).await;
-        match end {
-            Ok(()) => {
-                info!("migration completed");
-                self.view.send_modify(|view| view.phase = Phase::Confirmed);
-            }
-            Err(reason) => {
-                warn!(%reason, "migration failed");
-                self.fail(reason);
-            }
+        let mut driver = DestinationDriver::new(&mut self, &mut worker);
+        if let Err(lost) = threads::caught("follow", drive(&mut driver)).await {
+            driver.fail(&lost).await;
         }
         worker.finish().await;
     }
 
-    fn fail(&self, reason: String) {
-        self.view.send_modify(|view| view.phase = Phase::Failed(reason));
+    /// QEMU is set back before clients see how it ended.
+    async fn end(&self, end: Result<(), String>) {
+        self.loan.give_back(self.turn, self.context.qemu.clone()).await;
+        let phase = match end {
+            Ok(()) => {
+                info!("migration completed");
+                Phase::Confirmed
+            }
+            Err(reason) => {
+                warn!(%reason, "migration failed");
+                Phase::Failed(reason)
+            }
+        };
+        self.view.send_modify(|view| view.phase = phase);
     }
 
     /// Let a worker listen, and QEMU wait for its stream.
@@ -161,57 +153,6 @@ impl Destination {
         }
     }
 
-    /// Follow worker and QEMU to the end.
-    async fn follow(&mut self, worker: &mut Worker) -> Result<(), String> {
-        let mut heard = Heard::default();
-        let mut silence = heartbeat();
-        loop {
-            let awaited = heard.stream_ended && !heard.judged;
-            let poll = sleep(if awaited { POLL.0 } else { POLL.1 });
-            tokio::select! {
-                // Reports first: they may have waited while QEMU was asked something.
-                biased;
-                report = worker.report() => {
-                    silence = heartbeat();
-                    match report {
-                        Some(Report::Progress(progress)) => {
-                            self.view.send_modify(|view| view.progress = progress);
-                        }
-                        Some(Report::StreamEnded) => heard.stream_ended = true,
-                        Some(Report::Done(progress)) => {
-                            self.view.send_modify(|view| view.progress = progress);
-                            return Ok(());
-                        }
-                        Some(Report::Failed { reason, .. }) => return Err(reason),
-                        Some(Report::SourceComes { number }) => {
-                            self.tell_blocks(number, worker).await;
-                        }
-                        Some(Report::Agreed(_)) => self.look_at_settings(worker).await,
-                        Some(Report::Listening { .. } | Report::PastRam | Report::GuestBefore { .. }) => {}
-                        None => return Err(WORKER_DIED.into()),
-                    }
-                }
-                event = self.events.recv() => match event {
-                    Some(QemuEvent::Resumed) => heard.resumed = true,
-                    Some(QemuEvent::Migration) => self.ask(&mut heard, worker).await,
-                    // The source's.
-                    Some(QemuEvent::Cancel | QemuEvent::Parameters | QemuEvent::Stopped | QemuEvent::Suspended | QemuEvent::Woken) => {}
-                    Some(QemuEvent::Abort(reason)) => {
-                        worker.order(&Order::Abort { reason }).await;
-                    }
-                    None => return self.qemu_gone(heard, worker).await,
-                },
-                () = poll => {
-                    if !silence.lasts() {
-                        worker.kill().await;
-                        return Err("The destination's worker hung and was killed".into());
-                    }
-                    self.ask(&mut heard, worker).await;
-                }
-            }
-        }
-    }
-
     /// What memory QEMU has, for a source that comes.
     async fn tell_blocks(&self, number: u64, worker: &mut Worker) {
         let blocks = timeout(ANSWER, self.context.blocks()).await;
@@ -242,52 +183,5 @@ impl Destination {
             let reason = format!("The destination refuses: {}", error.desc);
             worker.order(&Order::Abort { reason }).await;
         }
-    }
-
-    /// Ask QEMU for its verdict, and pass it on, once.
-    async fn ask(&self, heard: &mut Heard, worker: &mut Worker) {
-        let mut qemu = self.context.qemu.clone();
-        // A QEMU that is gone closes `events`; one that is busy is asked again.
-        let state = timeout(ANSWER, qemu.execute("query-migrate", Value::Null)).await;
-        let Ok(Ok(state)) = state else { return };
-        let order = match state["status"].as_str() {
-            Some("completed") if heard.stream_ended => Order::QemuCompleted,
-            Some("failed") => {
-                let why = state["error-desc"].as_str().unwrap_or("look at its log");
-                Order::QemuFailed {
-                    reason: format!("The destination's QEMU failed to load the guest: {why}"),
-                    guest_never_ran: !heard.resumed,
-                }
-            }
-            _ => return,
-        };
-        if !std::mem::replace(&mut heard.judged, true) {
-            worker.order(&order).await;
-        }
-    }
-
-    /// QEMU is gone, or just its session: the source must know whether its guest may run again.
-    async fn qemu_gone(&self, heard: Heard, worker: &mut Worker) -> Result<(), String> {
-        let (reason, exited) = if self.context.process.exits().await {
-            ("The destination's QEMU is gone; look at its log".to_owned(), true)
-        } else {
-            let lost = "The QMP session with the destination's QEMU was lost; look at its log";
-            (lost.to_owned(), false)
-        };
-        let guest_never_ran = exited && !heard.resumed;
-        worker.order(&Order::QemuFailed { reason: reason.clone(), guest_never_ran }).await;
-        // Unless the worker knows better: QEMU may have ended because the migration had failed, or when it
-        // had long had the guest, and the source is just being told.
-        let known = async {
-            loop {
-                match worker.report().await {
-                    Some(Report::Failed { reason, .. }) => return Err(reason),
-                    Some(Report::Done(_)) => return Ok(()),
-                    Some(_) => {}
-                    None => return Err(reason.clone()),
-                }
-            }
-        };
-        timeout(VERDICT, known).await.unwrap_or_else(|_| Err(reason.clone()))
     }
 }
