@@ -45,8 +45,10 @@ fn migrate(pair: &mut Pair, rate: u64) -> String {
 #[track_caller]
 fn assert_panicked(host: &Host, thread: &str) {
     let report = format!("thread '{thread}' ");
-    let log = host.helper.log();
-    assert!(log.contains(&report) && log.contains("on demand"), "{log}");
+    eventually("the system's report", || {
+        let log = host.helper.log();
+        (log.contains(&report) && log.contains("on demand")).then_some(())
+    });
 }
 
 /// The longest that it may take until a migration has ended of it: less than the stall timeout, in which
