@@ -17,7 +17,11 @@ fn main() -> ExitCode {
         Err(error) => {
             // Help and version are no misuse. Nobody is left to read an error of printing.
             let _ = error.print();
-            return ExitCode::from(if error.use_stderr() { cli::USAGE } else { cli::DONE });
+            return ExitCode::from(if error.use_stderr() {
+                cli::exit::USAGE
+            } else {
+                cli::exit::DONE
+            });
         }
     };
     match cli.run() {
@@ -28,5 +32,5 @@ fn main() -> ExitCode {
 
 fn failed(error: &anyhow::Error) -> ExitCode {
     cli::log::fail(error);
-    ExitCode::from(cli::FAILED)
+    ExitCode::from(cli::exit::FAILED)
 }

@@ -7,8 +7,11 @@
 
 use std::{
     io::{Error, ErrorKind, Result},
+    pin::pin,
     time::{Duration, Instant},
 };
+
+use tokio::time::timeout;
 
 /// The most that is waited at once. Sockets that are used through [`persist`] have no longer timeout.
 pub const SLICE: Duration = Duration::from_secs(1);
@@ -71,6 +74,18 @@ impl Patience {
         self.left = self.left.saturating_sub(waited);
         self.since = now;
         !self.left.is_zero()
+    }
+}
+
+/// Do `work` in so much time; `None` if that was not enough, and what was done of it is dropped.
+pub async fn within<T>(limit: Duration, work: impl Future<Output = T>) -> Option<T> {
+    let (mut work, mut patience) = (pin!(work), Patience::new(limit));
+    loop {
+        match timeout(patience.slice(), &mut work).await {
+            Ok(done) => return Some(done),
+            Err(_) if patience.lasts() => {}
+            Err(_) => return None,
+        }
     }
 }
 

@@ -14,6 +14,9 @@ use support::{
 /// Longer than a worker may be silent, and than a transfer that is due may take.
 const LONG: Duration = Duration::from_secs(14);
 
+/// Longer than all of connecting may take.
+const VERY_LONG: Duration = Duration::from_secs(32);
+
 /// For whom is only patient where it has to be.
 const IMPATIENT: [&str; 2] = ["--stall-timeout", "3"];
 
@@ -250,6 +253,32 @@ fn helpers_that_are_stopped_for_long() {
     }
     let limit = json!({ "max-bandwidth": 1_u64 << 32 });
     pair.source.client.run("migrate-set-parameters", limit);
+    completes(&mut pair);
+}
+
+#[test]
+fn helpers_that_are_stopped_while_they_connect() {
+    let mut pair = Pair::start(&Config::default());
+    let uri = pair.listen();
+    let proxy = Proxy::start(uri.rsplit(':').next().unwrap().parse().unwrap());
+    proxy.stall(true);
+    let uri = format!("rdma:127.0.0.1:{}", proxy.port);
+    pair.source.client.run("migrate", json!({ "uri": uri }));
+    eventually("a connection", || proxy.is_connected().then_some(()));
+    let hosts = [&pair.source, &pair.destination].into_iter();
+    let of = |host: &Host| [host.helper.pid(), host.helper.await_worker()];
+    let processes: Vec<_> = hosts.flat_map(of).collect();
+    for process in &processes {
+        signal_process(*process, Signal::STOP);
+    }
+    let begun = Instant::now();
+    eventually("a long time", || (begun.elapsed() > VERY_LONG).then_some(()));
+    for process in processes {
+        signal_process(process, Signal::CONT);
+    }
+    // Nobody has given up.
+    assert_eq!(pair.source.client.run("query-migrate", json!({}))["status"], "setup");
+    proxy.stall(false);
     completes(&mut pair);
 }
 

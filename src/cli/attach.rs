@@ -4,7 +4,7 @@ use std::{path::PathBuf, time::Duration};
 
 use qemu_rdma_helper::relay::{self, AttachOptions};
 
-use super::settings::Settings;
+use super::{exit, settings::Settings};
 
 /// Stand beside a running QEMU and serve QMP in its place.
 ///
@@ -40,5 +40,5 @@ pub async fn run(args: Args) -> anyhow::Result<u8> {
         pid: args.pid,
     })
     .await?;
-    Ok(super::DONE)
+    Ok(exit::DONE)
 }

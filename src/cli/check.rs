@@ -14,7 +14,7 @@ use qemu_rdma_helper::{
 };
 
 use self::qemu::Attached;
-use super::{fabric::Fabric, settings::CONNECTIONS};
+use super::{exit, fabric::Fabric, settings::CONNECTIONS};
 
 /// Look for what would stop a migration over rdma: from or to this host.
 ///
@@ -74,7 +74,7 @@ pub async fn run(args: Args) -> anyhow::Result<u8> {
     if !is_fatal {
         print(&Finding::good("nothing that is known would stop a migration"));
     }
-    Ok(if is_fatal { super::FAILED } else { super::DONE })
+    Ok(if is_fatal { exit::FAILED } else { exit::DONE })
 }
 
 fn print(finding: &Finding) {

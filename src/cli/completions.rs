@@ -3,8 +3,10 @@
 use std::{fs, path::PathBuf};
 
 use anyhow::Context as _;
-use clap::{Command, CommandFactory as _};
+use clap::Command;
 use clap_complete::{Generator as _, Shell, generate};
+
+use super::exit;
 
 /// Write the completions.
 #[derive(Debug, clap::Args)]
@@ -14,21 +16,20 @@ pub struct Args {
 }
 
 /// Write them, under the names that the shells look for.
-pub fn run(args: &Args) -> anyhow::Result<u8> {
+pub fn run(args: &Args, all: &Command) -> anyhow::Result<u8> {
     const NAME: &str = env!("CARGO_BIN_NAME");
-    let mut command = shown(NAME);
+    let mut command = shown(NAME, all);
     for shell in [Shell::Bash, Shell::Fish, Shell::Zsh] {
         let mut script = Vec::new();
         generate(shell, &mut command, NAME, &mut script);
         let path = args.dir.join(shell.file_name(NAME));
         fs::write(&path, script).with_context(|| format!("Cannot write {}", path.display()))?;
     }
-    Ok(super::DONE)
+    Ok(exit::DONE)
 }
 
 /// The command line without the subcommands that are hidden.
-fn shown(name: &'static str) -> Command {
-    let all = super::Cli::command();
+fn shown(name: &'static str, all: &Command) -> Command {
     let shown = all.get_subcommands().filter(|command| !command.is_hide_set()).cloned();
     Command::new(name)
         .version(env!("CARGO_PKG_VERSION"))

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use qemu_rdma_helper::qmp::monitor_line;
 
-use super::client::Client;
+use super::{client::Client, exit};
 
 /// Run lines of QEMU's human monitor, as a runbook has them.
 ///
@@ -28,10 +28,10 @@ pub async fn run(args: Args) -> anyhow::Result<u8> {
         let text = monitor_line(&mut client, &line).await?.replace("\r\n", "\n");
         print!("{text}");
         if is_error(&text) {
-            return Ok(super::FAILED);
+            return Ok(exit::FAILED);
         }
     }
-    Ok(super::DONE)
+    Ok(exit::DONE)
 }
 
 /// The monitor has no other sign of failure than its words.

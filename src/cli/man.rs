@@ -3,7 +3,9 @@
 use std::path::PathBuf;
 
 use anyhow::Context as _;
-use clap::CommandFactory as _;
+use clap::Command;
+
+use super::exit;
 
 /// Write the man pages.
 #[derive(Debug, clap::Args)]
@@ -13,10 +15,10 @@ pub struct Args {
 }
 
 /// Write them.
-pub fn run(args: &Args) -> anyhow::Result<u8> {
-    let mut command = super::Cli::command().disable_help_subcommand(true);
+pub fn run(args: &Args, command: Command) -> anyhow::Result<u8> {
+    let mut command = command.disable_help_subcommand(true);
     command.build();
     clap_mangen::generate_to(command, &args.dir)
         .with_context(|| format!("Cannot write man pages to {}", args.dir.display()))?;
-    Ok(super::DONE)
+    Ok(exit::DONE)
 }

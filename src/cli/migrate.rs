@@ -16,7 +16,7 @@ use tokio::{
     time::{MissedTickBehavior, interval},
 };
 
-use super::client::Client;
+use super::{client::Client, exit};
 
 /// Migrate the guest and show how it goes.
 ///
@@ -91,7 +91,7 @@ pub async fn run(args: Args) -> anyhow::Result<u8> {
                     "completed" => {
                         progress.finish();
                         summary(&state);
-                        return Ok(super::DONE);
+                        return Ok(exit::DONE);
                     }
                     "failed" => {
                         progress.finish();

@@ -4,6 +4,7 @@ mod attach;
 mod check;
 mod client;
 mod completions;
+pub mod exit;
 mod fabric;
 mod hmp;
 pub mod log;
@@ -16,16 +17,9 @@ mod worker;
 
 pub use run::arguments;
 
-use anyhow::Context as _;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory as _, Parser, Subcommand};
+use exit::block_on;
 use tracing::level_filters::LevelFilter;
-
-/// Exit code: done.
-pub const DONE: u8 = 0;
-/// Exit code: failed.
-pub const FAILED: u8 = 1;
-/// Exit code: wrong usage.
-pub const USAGE: u8 = 2;
 
 /// Live-migrates an unmodified QEMU over RDMA.
 ///
@@ -82,8 +76,8 @@ impl Cli {
                 log::start(LevelFilter::INFO);
                 relay::run(&args)
             }
-            Command::Man(args) => man::run(&args),
-            Command::Completions(args) => completions::run(&args),
+            Command::Man(args) => man::run(&args, Self::command()),
+            Command::Completions(args) => completions::run(&args, &Self::command()),
             Command::Worker(args) => {
                 log::start(LevelFilter::INFO);
                 worker::run(&args)
@@ -102,14 +96,4 @@ impl Cli {
             }
         }
     }
-}
-
-/// One thread is enough: what is heavy has its own process.
-fn block_on(run: impl Future<Output = anyhow::Result<u8>>) -> anyhow::Result<u8> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let runtime = runtime.context("Cannot start")?;
-    let code = runtime.block_on(run);
-    // A reader that waits for its terminal must not hold us.
-    runtime.shutdown_background();
-    code
 }

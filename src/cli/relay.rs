@@ -9,6 +9,8 @@ use std::{
 use anyhow::Context as _;
 use qemu_rdma_helper::{memory, relay::wrapped};
 
+use super::exit;
+
 /// The relay of a QEMU that `run` starts.
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -24,7 +26,7 @@ pub fn run(args: &Args) -> anyhow::Result<u8> {
         let mut relay = Command::new("/proc/self/exe");
         relay.arg0("qemu-rdma-helper").args(["relay", "--detached"]).stdout(Stdio::null());
         relay.spawn().context("Cannot start the relay")?;
-        return Ok(super::DONE);
+        return Ok(exit::DONE);
     }
     // It was started as /proc/self/exe, which says nothing in a list of processes. Without a name it
     // works too.
@@ -32,8 +34,8 @@ pub fn run(args: &Args) -> anyhow::Result<u8> {
     let control = io::stdin().as_fd().try_clone_to_owned();
     let control = control.context("No socket on standard input")?;
     wrapped::detach().context("Cannot leave management's process group")?;
-    super::block_on(async {
+    exit::block_on(async {
         wrapped::run(control.into()).await.context("The relay can't serve")?;
-        Ok(super::DONE)
+        Ok(exit::DONE)
     })
 }

@@ -10,6 +10,8 @@ use qemu_rdma_helper::{
 use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
 use tracing::warn;
 
+use super::exit;
+
 /// A worker.
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -46,7 +48,7 @@ pub fn run(args: &Args) -> anyhow::Result<u8> {
     let control = std::io::stdin().as_fd().try_clone_to_owned();
     let control = control.context("No socket to the relay on standard input")?;
     worker::process::run(control.into()).context("The worker is started by the relay only")?;
-    Ok(super::DONE)
+    Ok(exit::DONE)
 }
 
 /// The guest's memory is in mappings that are not dumped, but also in buffers. Whoever has no

@@ -5,7 +5,7 @@ use std::{io, os::fd::OwnedFd};
 use serde_json::{Value, json};
 
 use super::{
-    discards,
+    discards::Discards,
     error::QemuError,
     maps::{self, FileMapping},
     process::Process,
@@ -107,6 +107,7 @@ pub async fn find(
         }
         found => found?,
     };
+    let all = Discards::ask(qmp).await?;
     let mut blocks = Vec::with_capacity(rows.len());
     for (row, mut found) in rows.into_iter().zip(backings) {
         if let Some(OwnMemory { path, file, .. }) = of(&row) {
@@ -123,7 +124,7 @@ pub async fn find(
             Err(why) => (None, Some(why)),
         };
         let Row { name, page_size, used: length, .. } = row;
-        let (discards, read_whole) = (None, true);
+        let (discards, read_whole) = all.of(&name);
         blocks.push(RamBlock {
             name,
             length,
@@ -135,7 +136,6 @@ pub async fn find(
             read_whole,
         });
     }
-    discards::find(qmp, &mut blocks).await?;
     Ok(blocks)
 }
 

@@ -2,33 +2,46 @@
 
 use serde_json::{Value, json};
 
-use super::{blocks::RamBlock, devices, error::QemuError};
+use super::{devices, error::QemuError};
 use crate::qmp::Execute;
 
-/// Note in each of `blocks` who may discard its pages: a balloon any of them, a virtio-mem device
-/// those of its own memory. And whether QEMU reads them all.
-///
-/// # Errors
-/// When QEMU does not answer.
-pub(super) async fn find(qmp: &mut impl Execute, blocks: &mut [RamBlock]) -> Result<(), QemuError> {
-    const COMMAND: &str = "query-memory-devices";
-    // There is a balloon if it can be asked how large the guest is. It reports free pages too.
-    let balloon = qmp.execute("query-balloon", Value::Null).await.is_ok();
-    let hints = balloon && hints(qmp).await?;
-    let devices = match qmp.execute(COMMAND, Value::Null).await {
-        Ok(devices) => devices,
-        Err(error) if error.class == "CommandNotFound" => Value::Null,
-        Err(error) => return Err(QemuError::Qmp { command: COMMAND, error }),
-    };
-    for block in blocks {
-        let device = virtio_mem(&devices, &block.name);
-        block.read_whole = device.is_none() && !hints;
-        block.discards = match device {
-            Some(device) => Some(format!("virtio-mem device '{device}' may discard its pages")),
-            None => balloon.then(|| "the balloon may discard its pages".to_owned()),
+/// What a QEMU has that discards pages: a balloon any of them, a virtio-mem device those of its own memory.
+pub(super) struct Discards {
+    balloon: bool,
+    /// The balloon says what QEMU need not read.
+    hints: bool,
+    /// `query-memory-devices`.
+    devices: Value,
+}
+
+impl Discards {
+    /// Ask QEMU.
+    ///
+    /// # Errors
+    /// When it does not answer.
+    pub(super) async fn ask(qmp: &mut impl Execute) -> Result<Self, QemuError> {
+        const COMMAND: &str = "query-memory-devices";
+        // There is a balloon if it can be asked how large the guest is. It reports free pages too.
+        let balloon = qmp.execute("query-balloon", Value::Null).await.is_ok();
+        let hints = balloon && hints(qmp).await?;
+        let devices = match qmp.execute(COMMAND, Value::Null).await {
+            Ok(devices) => devices,
+            Err(error) if error.class == "CommandNotFound" => Value::Null,
+            Err(error) => return Err(QemuError::Qmp { command: COMMAND, error }),
         };
+        Ok(Self { balloon, hints, devices })
     }
-    Ok(())
+
+    /// Who may discard pages of this block; and whether QEMU reads them all.
+    pub(super) fn of(&self, block: &str) -> (Option<String>, bool) {
+        let device = virtio_mem(&self.devices, block);
+        let read_whole = device.is_none() && !self.hints;
+        let discards = match device {
+            Some(device) => Some(format!("virtio-mem device '{device}' may discard its pages")),
+            None => self.balloon.then(|| "the balloon may discard its pages".to_owned()),
+        };
+        (discards, read_whole)
+    }
 }
 
 /// Does a balloon tell QEMU, while it migrates, what it need not read (`free-page-hint`)?

@@ -25,7 +25,7 @@ use memfd::{FileSeal, MemfdOptions};
 use tracing::{info, warn};
 
 use super::{
-    Settings,
+    context::Settings,
     wrapped::{Start, StartListener, StartMemory, StartMonitor, Started},
 };
 use crate::{

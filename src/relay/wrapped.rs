@@ -24,7 +24,8 @@ use tokio::{
 use tracing::{debug, error, warn};
 
 use super::{
-    Context, Settings, look_at_version,
+    attach::look_at_version,
+    context::{Context, Settings},
     migration::{slots::Migrations, worker},
     monitor::{Monitor, listener::MonitorListener},
     process::Process,

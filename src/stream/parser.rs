@@ -12,7 +12,6 @@ use crate::{
     ram::{BLOCKS_MAX, PAGE},
     text,
 };
-use sections::section;
 
 /// Longest item that has to be seen whole, in bytes: a record's or a command's head with a name.
 const ITEM_MAX: usize = 2048;
@@ -30,6 +29,19 @@ pub(super) mod flag {
     pub const HOOK: u64 = 0x080;
     pub const COMPRESS_PAGE: u64 = 0x100;
     pub const MULTIFD_FLUSH: u64 = 0x200;
+}
+
+/// Section types (QEMU_VM_* of `migration/savevm.h`).
+mod section {
+    pub const EOF: u8 = 0x00;
+    pub const START: u8 = 0x01;
+    pub const PART: u8 = 0x02;
+    pub const END: u8 = 0x03;
+    pub const FULL: u8 = 0x04;
+    pub const SUBSECTION: u8 = 0x05;
+    pub const CONFIGURATION: u8 = 0x07;
+    pub const COMMAND: u8 = 0x08;
+    pub const FOOTER: u8 = 0x7e;
 }
 
 /// A RAM block, as the stream's block list names it.

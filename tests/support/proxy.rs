@@ -75,6 +75,11 @@ impl Proxy {
         self.stalled.store(stalled, Ordering::SeqCst);
     }
 
+    /// The source has connected.
+    pub fn is_connected(&self) -> bool {
+        !self.streams.lock().unwrap().is_empty()
+    }
+
     /// Break the link.
     pub fn cut(&self) {
         shutdown(&self.streams);

@@ -5,9 +5,8 @@ use std::{io, iter, net::TcpStream, sync::Arc, time::Duration};
 use super::{
     receiving::{Incoming, TcpRecvHalf},
     sending::TcpSendHalf,
-    set_options,
     shared::Shared,
-    socket::Socket,
+    socket::{Socket, set_options},
 };
 use crate::fabric::{Connection, FabricError, Handle, RecvHalf, Result, SendHalf};
 

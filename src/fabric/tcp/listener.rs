@@ -12,13 +12,14 @@ use std::{
 
 use tracing::{debug, info, warn};
 
-use super::{Tcp, connection::TcpConnection, frame, resolve};
+use super::{Tcp, connection::TcpConnection, frame};
 use crate::{
     address::Address,
     fabric::{
         Connection, FabricError, Handle, Listener, Request, Result,
         connection_group::{ConnectionGroups, Kind, Opened, Trailer},
         pending::{GRACE, Limits, Newcomer, Pending, Place},
+        resolve,
     },
     patience::Patience,
     refusals::Refusals,

@@ -15,7 +15,10 @@ use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg, sockopt};
 use zerocopy::IntoBytes as _;
 
 use super::frame::Header;
-use crate::{memory::Region, patience::persist};
+use crate::{
+    memory::Region,
+    patience::{SLICE, persist},
+};
 
 /// Longest write that is copied out of guest memory, to leave with its header in one system call.
 /// `sendfile` needs a second one and copies nothing: it costs the sender 0.52 s/GiB where copying
@@ -169,4 +172,23 @@ pub(super) enum WriteError {
     Memory(io::Error),
     /// Of a system call that has to do with both.
     Either(io::Error),
+}
+
+/// How often a peer that is silent is asked whether it is there, in seconds.
+const KEEPALIVE: u32 = 5;
+
+/// Make a dead peer noticed: keepalive while idle, a bound on unacknowledged data.
+pub(super) fn set_options(stream: &TcpStream, stall_timeout: Duration) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    stream.set_write_timeout(Some(stall_timeout.min(SLICE)))?;
+    sockopt::set_socket_keepalive(stream, true)?;
+    sockopt::set_tcp_keepidle(stream, Duration::from_secs(KEEPALIVE.into()))?;
+    sockopt::set_tcp_keepintvl(stream, Duration::from_secs(KEEPALIVE.into()))?;
+    // It counts for who has become patient; the system allows no more (MAX_TCP_KEEPCNT).
+    let probes = stall_timeout.as_secs().div_ceil(KEEPALIVE.into()).clamp(12, 127);
+    sockopt::set_tcp_keepcnt(stream, probes as u32)?;
+    // It bounds unacknowledged data, and keepalive too.
+    let milliseconds = u32::try_from(stall_timeout.as_millis()).unwrap_or(u32::MAX);
+    sockopt::set_tcp_user_timeout(stream, milliseconds)?;
+    Ok(())
 }

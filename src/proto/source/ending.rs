@@ -4,30 +4,15 @@ use std::time::{Duration, Instant};
 
 use tracing::warn;
 
-use super::{Action, Event, Known, Peer, State};
+use super::{Action, Ending, Event, Known, Peer, State};
 use crate::{
     control::Order,
     fabric::FabricError,
-    patience::Patience,
     proto::{error::MigrationError, patience},
 };
 
 /// How long to wait for the peer's own words after it closed the connection.
 const LAST_WORDS: Duration = Duration::from_secs(1);
-
-/// Failed, and not over yet.
-#[derive(Debug)]
-pub struct Ending {
-    error: MigrationError,
-    /// Of a connection that was closed: why, as another thread of ours knows. It may be the consequence of
-    /// what the peer says next.
-    known: Option<MigrationError>,
-    /// Nothing that makes the guest run at the destination has left, or will.
-    guest_never_ran: bool,
-    peer: Option<Peer>,
-    /// How long somebody may still say something; `None`: as long as the connection stands.
-    pub patience: Option<Patience>,
-}
 
 impl Ending {
     /// Of `error`, after which nothing more is heard of the peer but what has come already. When the

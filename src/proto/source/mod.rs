@@ -14,7 +14,6 @@ use std::time::{Duration, Instant};
 
 use tracing::{debug, info};
 
-use self::ending::Ending;
 use super::{
     Machine,
     error::{MigrationError, Result},
@@ -156,6 +155,20 @@ enum State {
     AwaitingGuest(Patience),
     /// Nothing is left to do.
     Closed,
+}
+
+/// Failed, and not over yet.
+#[derive(Debug)]
+struct Ending {
+    error: MigrationError,
+    /// Of a connection that was closed: why, as another thread of ours knows. It may be the consequence of
+    /// what the peer says next.
+    known: Option<MigrationError>,
+    /// Nothing that makes the guest run at the destination has left, or will.
+    guest_never_ran: bool,
+    peer: Option<Peer>,
+    /// How long somebody may still say something; `None`: as long as the connection stands.
+    patience: Option<Patience>,
 }
 
 /// What counts in every state.

@@ -5,7 +5,7 @@ use std::{ffi::OsStr, os::fd::RawFd, path::Path};
 use serde_json::{Value, json};
 
 use super::{
-    Changes, Given, Machine, Part, Plan,
+    arguments::{Changes, Given, Machine, Part},
     options::{Options, size},
 };
 
@@ -42,30 +42,40 @@ impl Memory {
     }
 }
 
+/// RAM that is not shared.
+#[derive(Debug, Default)]
+pub(super) struct Found {
+    /// RAM that gets a memfd of the helper's.
+    pub memory: Vec<Memory>,
+    /// What the user should know: RAM that stays private, and why.
+    pub notes: Vec<String>,
+}
+
 /// Find the RAM that is not shared.
 pub(super) fn find(
     binary: &OsStr,
     given: &[Given<'_>],
     machine: &Machine,
     is_directory: &impl Fn(&Path) -> bool,
-    plan: &mut Plan,
     changes: &mut Changes,
-) {
+) -> Found {
+    let mut found = Found::default();
     if machine.confidential {
-        plan.notes.push("The guest's memory is confidential, and stays as it is".into());
-        return;
+        found.notes.push("The guest's memory is confidential, and stays as it is".into());
+        return found;
     }
     for option in given.iter().filter(|option| option.name == "object") {
         let options = Options::read(option.value.unwrap_or_default(), "qom-type");
-        backend(option, options, is_directory, plan, changes);
+        backend(option, options, is_directory, &mut found, changes);
     }
     let by_nodes = given.iter().any(|option| {
         option.name == "numa"
             && Options::read(option.value.unwrap_or_default(), "type").get("memdev").is_some()
     });
     if machine.memory_backend.is_none() && !by_nodes {
-        default(binary, given, machine, is_directory, plan, changes);
+        default(binary, given, machine, is_directory, &mut found, changes);
     }
+    found
 }
 
 /// A backend that the user has made.
@@ -73,7 +83,7 @@ fn backend(
     option: &Given<'_>,
     options: Options,
     is_directory: &impl Fn(&Path) -> bool,
-    plan: &mut Plan,
+    found: &mut Found,
     changes: &mut Changes,
 ) {
     let object = |part| [Part::text("-object"), part];
@@ -82,8 +92,8 @@ fn backend(
             let (Some(id), Some(size)) = (options.get("id"), options.size("size", 1)) else {
                 return;
             };
-            changes.value(option, object(Part::Memory(plan.memory.len())));
-            plan.memory.push(Memory { id, size, object: on_memfd(options) });
+            changes.value(option, object(Part::Memory(found.memory.len())));
+            found.memory.push(Memory { id, size, object: on_memfd(options) });
         }
         // Shared if it does not say otherwise.
         Some("memory-backend-memfd") if options.switch("share") == Some(false) => {
@@ -94,7 +104,7 @@ fn backend(
             let path = options.get("mem-path").unwrap_or_default();
             if options.switch("readonly") == Some(true) || !is_directory(Path::new(&path)) {
                 let id = options.get("id").unwrap_or_default();
-                plan.notes.push(stays_private(&format!("RAM backend '{id}'"), &path));
+                found.notes.push(stays_private(&format!("RAM backend '{id}'"), &path));
                 return;
             }
             let shared = options.with("share", json!(true));
@@ -131,11 +141,11 @@ fn default(
     given: &[Given<'_>],
     machine: &Machine,
     is_directory: &impl Fn(&Path) -> bool,
-    plan: &mut Plan,
+    found: &mut Found,
     changes: &mut Changes,
 ) {
     if machine.memory || given.iter().any(|option| option.name == "readconfig") {
-        plan.notes.push(
+        found.notes.push(
             "The machine's RAM stays as it is, because not only -m describes it; give it a \
              backend: -object memory-backend-memfd,id=ID,size=...,share=on -machine \
              memory-backend=ID"
@@ -144,7 +154,7 @@ fn default(
         return;
     }
     let Some(id) = default_id(binary, machine.kind.as_deref()) else {
-        plan.notes.push(
+        found.notes.push(
             "The machine's RAM stays as it is, because this machine's name for it is not known; \
              give it a backend: -object memory-backend-memfd,id=ID,size=...,share=on -machine \
              memory-backend=ID"
@@ -168,11 +178,11 @@ fn default(
     let object = named_by_id(Options::read(&text, "qom-type"));
     let part = match mem_path(given) {
         None => {
-            plan.memory.push(Memory { id: id.into(), size: bytes, object });
-            Part::Memory(plan.memory.len() - 1)
+            found.memory.push(Memory { id: id.into(), size: bytes, object });
+            Part::Memory(found.memory.len() - 1)
         }
         Some(path) if !is_directory(Path::new(path)) => {
-            plan.notes.push(stays_private("The machine's RAM", path));
+            found.notes.push(stays_private("The machine's RAM", path));
             return;
         }
         // The directory of huge pages, most likely.

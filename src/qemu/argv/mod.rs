@@ -4,6 +4,7 @@
 //! Only reads and rewrites: nothing is opened here. What is not understood stays as it is, for
 //! QEMU to refuse.
 
+mod arguments;
 mod memory;
 mod monitor;
 mod options;
@@ -16,9 +17,9 @@ use std::{
 
 use serde_json::{Map, Value, json};
 
+use arguments::{Changes, Given, Machine, Part, given};
 pub use memory::Memory;
 pub use monitor::{Endpoint, Monitor};
-use options::Options;
 
 use crate::{
     address::Address,
@@ -27,48 +28,6 @@ use crate::{
         uri::{self, Target},
     },
 };
-
-/// Options without a value (qemu-options.hx of 7.2 to 11.1).
-const FLAGS: [&str; 38] = [
-    "S",
-    "async-teardown",
-    "audio-help",
-    "curses",
-    "daemonize",
-    "enable-fips",
-    "enable-kvm",
-    "enable-sync-profile",
-    "full-screen",
-    "h",
-    "help",
-    "mem-prealloc",
-    "no-acpi",
-    "no-fd-bootchk",
-    "no-hpet",
-    "no-reboot",
-    "no-shutdown",
-    "no-user-config",
-    "nodefaults",
-    "nographic",
-    "old-param",
-    "only-migratable",
-    "perfmap",
-    "jitdump",
-    "portrait",
-    "preconfig",
-    "s",
-    "semihosting",
-    "singlestep",
-    "snapshot",
-    "usb",
-    "version",
-    "win2k-hack",
-    "xen-attach",
-    "xen-domid-restrict",
-    "alt-grab",
-    "ctrl-grab",
-    "no-quit",
-];
 
 /// What the helper has to do with an invocation of QEMU.
 #[derive(Debug)]
@@ -98,31 +57,6 @@ pub struct Plan {
     /// What the user should know: monitors that stay QEMU's own, RAM that stays private, and why.
     pub notes: Vec<String>,
     parts: Vec<Part>,
-}
-
-/// A piece of the new command line.
-#[derive(Debug, Clone, PartialEq)]
-enum Part {
-    /// As it was, or as it is now.
-    Text(OsString),
-    /// The value of `-chardev` for this monitor.
-    Monitor(usize),
-    /// The value of `-object` for this memory.
-    Memory(usize),
-}
-
-impl Part {
-    fn text(text: impl Into<OsString>) -> Self {
-        Self::Text(text.into())
-    }
-}
-
-/// An option of the command line.
-struct Given<'a> {
-    name: &'a str,
-    /// Index of the option, and the value behind it if it has one.
-    at: usize,
-    value: Option<&'a str>,
 }
 
 impl Invocation {
@@ -176,7 +110,9 @@ impl Invocation {
             }
         }
         if !keep_backends {
-            memory::find(binary, &given, &machine, &is_directory, &mut plan, &mut changes);
+            let found = memory::find(binary, &given, &machine, &is_directory, &mut changes);
+            plan.memory = found.memory;
+            plan.notes.extend(found.notes);
         }
         plan.parts = changes.apply(arguments);
         Ok(Self::Guest(plan))
@@ -193,88 +129,6 @@ impl Plan {
             Part::Memory(index) => self.memory[*index].object(memory[*index]).into(),
         };
         self.parts.iter().map(part).collect()
-    }
-}
-
-/// What replaces which arguments.
-#[derive(Default)]
-struct Changes {
-    /// Index of the first argument that goes, how many go, and what comes there.
-    replaced: Vec<(usize, usize, Vec<Part>)>,
-    /// At the end.
-    added: Vec<Part>,
-}
-
-impl Changes {
-    /// Other parts in place of an option and its value.
-    fn value(&mut self, option: &Given<'_>, parts: impl IntoIterator<Item = Part>) {
-        let length = 1 + usize::from(option.value.is_some());
-        self.replaced.push((option.at, length, parts.into_iter().collect()));
-    }
-
-    fn apply(mut self, arguments: &[OsString]) -> Vec<Part> {
-        self.replaced.sort_by_key(|(at, ..)| *at);
-        let mut parts = Vec::new();
-        let mut next = 0;
-        for (at, length, new) in self.replaced {
-            parts.extend(arguments[next..at].iter().map(Part::text));
-            parts.extend(new);
-            next = at + length;
-        }
-        parts.extend(arguments[next..].iter().map(Part::text));
-        parts.extend(self.added);
-        parts
-    }
-}
-
-/// The options of a command line, as QEMU finds them: with one dash or two.
-fn given(arguments: &[OsString]) -> Vec<Given<'_>> {
-    let mut given = Vec::new();
-    let mut at = 0;
-    while at < arguments.len() {
-        // What is no text is a path, and the value of something that doesn't matter here.
-        let argument = arguments[at].to_str().unwrap_or_default();
-        let name = argument.strip_prefix("--").or_else(|| argument.strip_prefix('-'));
-        let Some(name) = name.filter(|name| !name.is_empty()) else {
-            // A disk image.
-            at += 1;
-            continue;
-        };
-        if FLAGS.contains(&name) {
-            given.push(Given { name, at, value: None });
-            at += 1;
-        } else {
-            let value = arguments.get(at + 1).and_then(|value| value.to_str());
-            given.push(Given { name, at, value });
-            at += 2;
-        }
-    }
-    given
-}
-
-/// What matters of `-machine`.
-#[derive(Debug, Default)]
-struct Machine {
-    kind: Option<String>,
-    memory_backend: Option<String>,
-    /// Its memory is not, or not only, described by `-m`.
-    memory: bool,
-    /// The guest's memory is encrypted or otherwise not ours to share.
-    confidential: bool,
-}
-
-impl Machine {
-    fn read(given: &[Given<'_>]) -> Self {
-        let mut machine = Self::default();
-        for option in given.iter().filter(|option| matches!(option.name, "machine" | "M")) {
-            let options = Options::read(option.value.unwrap_or_default(), "type");
-            machine.kind = options.get("type").or(machine.kind);
-            machine.memory_backend = options.get("memory-backend").or(machine.memory_backend);
-            machine.memory |= options.names().any(|name| name.starts_with("memory."));
-            machine.confidential |= options.get("confidential-guest-support").is_some()
-                || options.get("memory-encryption").is_some();
-        }
-        machine
     }
 }
 

@@ -4,7 +4,10 @@ use std::{os::fd::RawFd, path::PathBuf, time::Duration};
 
 use serde_json::json;
 
-use super::{Changes, Given, Part, options::Options};
+use super::{
+    arguments::{Changes, Given, Part},
+    options::Options,
+};
 
 /// Keys of a socket chardev that say where it is, and what is different on a connected one.
 const PLACE: [&str; 6] = ["path", "fd", "server", "wait", "reconnect", "reconnect-ms"];

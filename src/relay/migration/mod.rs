@@ -1,10 +1,15 @@
 //! Migrations of ours, as the relay and its clients see them: at most one of each direction.
 
+pub mod ask;
 mod destination;
 mod drive;
+pub mod events;
 mod multifd_listener;
 pub mod saved_settings;
 pub mod slots;
-pub mod source;
+mod source;
 pub mod status;
 pub mod worker;
+
+/// What QEMU says while it migrates.
+pub const IN_PROGRESS: &str = "There's a migration process in progress";

@@ -17,7 +17,7 @@ use crate::{
     qemu,
     qmp::{Execute, QmpError},
     relay::{
-        Context,
+        context::Context,
         socket_file::{Place, SocketFile},
     },
 };

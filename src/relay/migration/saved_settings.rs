@@ -18,7 +18,7 @@ use tokio::{
 };
 use tracing::{debug, warn};
 
-use super::{slots::IN_PROGRESS, worker::Orders};
+use super::{IN_PROGRESS, worker::Orders};
 use crate::{
     control::{Command, Order},
     qemu::cleans_up,

@@ -13,7 +13,9 @@ use tokio::{
 };
 
 use super::{
+    IN_PROGRESS,
     destination::Destination,
+    events::{Output, Outputs, QUEUE, QemuEvent},
     saved_settings::{Loan, Turn},
     source::Source,
     status::{Phase, Side, View},
@@ -22,11 +24,8 @@ use crate::{
     address::Address,
     proto::relay::{Guest, source::Cancel},
     qmp::QmpError,
-    relay::{Context, Output, QemuEvent},
+    relay::context::Context,
 };
-
-/// Events and lines that may wait for a migration's task, or for a monitor.
-const QUEUE: usize = 256;
 
 /// How long migrations get to end cleanly when the relay ends.
 pub const FAREWELL: Duration = Duration::from_secs(8);
@@ -113,23 +112,6 @@ impl Slots {
     }
 }
 
-/// What migrations have for the clients, to all monitors.
-#[derive(Clone)]
-pub struct Outputs(Arc<[mpsc::Sender<Output>]>);
-
-impl Outputs {
-    /// Tell all monitors.
-    pub async fn put(&self, output: Output) {
-        for monitor in self.0.iter() {
-            // A monitor is gone only when the relay ends.
-            let _ = monitor.send(output.clone()).await;
-        }
-    }
-}
-
-/// What QEMU says while it migrates.
-pub const IN_PROGRESS: &str = "There's a migration process in progress";
-
 /// The migrations. Nothing waits while they are locked.
 #[derive(Clone)]
 pub struct Migrations {
@@ -141,8 +123,7 @@ pub struct Migrations {
 impl Migrations {
     /// None yet; and where each of `monitors` monitors gets their output.
     pub fn new(monitors: usize) -> (Self, Vec<mpsc::Receiver<Output>>) {
-        let (senders, receivers): (Vec<_>, _) = (0..monitors).map(|_| mpsc::channel(QUEUE)).unzip();
-        let outputs = Outputs(senders.into());
+        let (outputs, receivers) = Outputs::new(monitors);
         (Self { slots: Arc::default(), outputs, loan: Loan::default() }, receivers)
     }
 

@@ -6,7 +6,6 @@ use std::{
         fd::{AsFd as _, BorrowedFd, OwnedFd},
         unix::net::UnixStream as StdUnixStream,
     },
-    pin::pin,
     process::Stdio,
     sync::Arc,
     time::Duration,
@@ -24,7 +23,7 @@ use tracing::warn;
 use super::status::Side;
 use crate::{
     control::{FabricKind, LINE_MAX, Order, Report, lines::line},
-    patience::Patience,
+    patience::{Patience, within},
     qemu::blocks::RamBlock,
     qmp::socket,
     threads,
@@ -38,6 +37,19 @@ const TAKES: Duration = Duration::from_secs(10);
 
 /// How long a worker may take to tell the peer of a failure.
 const LAST_WORDS: Duration = Duration::from_secs(4);
+
+/// What is said when there is no worker to say it.
+pub const WORKER_DIED: &str =
+    "The helper's worker process died; see its messages in the helper's log, and migrate again";
+
+/// A worker that reports nothing for so long has hung, and how long the relay may be busy otherwise
+/// meanwhile: what is longer, it was stopped itself.
+const HEARTBEAT: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(3));
+
+/// How long a worker may still report nothing, from now on.
+pub fn heartbeat() -> Patience {
+    Patience::in_slices(HEARTBEAT.0, HEARTBEAT.1)
+}
 
 /// A running worker. It is killed when this is dropped, unless it has taken QEMU's stream: then it
 /// ends QEMU's migration by itself.
@@ -66,14 +78,8 @@ impl Orders {
         let mut open = self.0.lock().await;
         let Some(control) = open.clone() else { return Err(takes_none()) };
         let line = line(order, fds.len())?;
-        let mut sending = pin!(socket::send_all_async(&control, &line, fds));
-        let mut patience = Patience::new(TAKES);
-        loop {
-            match timeout(patience.slice(), &mut sending).await {
-                Ok(sent) => return sent,
-                Err(_) if patience.lasts() => {}
-                Err(_) => break,
-            }
+        if let Some(sent) = within(TAKES, socket::send_all_async(&control, &line, fds)).await {
+            return sent;
         }
         // Half of it may have left.
         *open = None;
@@ -192,7 +198,7 @@ async fn spawn(mut command: Command) -> io::Result<Child> {
         let _ = started.send(child.unwrap_or_else(|lost| Err(io::Error::other(lost))));
     });
     let late = || io::Error::other("The helper's worker did not start in time");
-    timeout(START, child).await.map_err(|_| late())?.map_err(|_| late())?
+    within(START, child).await.ok_or_else(late)?.map_err(|_| late())?
 }
 
 impl Drop for Worker {

@@ -16,11 +16,13 @@ use crate::{
         monitor_line,
     },
     relay::{
-        Context, QemuEvent,
+        context::Context,
         migration::{
+            IN_PROGRESS,
+            ask::has_completed,
+            events::QemuEvent,
             saved_settings::AsClientsSee,
-            slots::{IN_PROGRESS, Migrations, Reply},
-            source::has_completed,
+            slots::{Migrations, Reply},
             status::Side,
         },
         qemu_session::{Band, Verbatim},

@@ -8,7 +8,7 @@ use crate::{
     qmp::{Execute as _, QmpError},
     ram::Transfer,
     relay::{
-        Context,
+        context::Context,
         migration::saved_settings::{AsClientsSee, Borrowed},
         schema::{
             RdmaFabric, RdmaHelperBlock, RdmaHelperInfo, RdmaMigrateBlocker, RdmaTravel,

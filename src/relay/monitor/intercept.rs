@@ -11,7 +11,7 @@ use crate::{
         hmp::{self, Line},
         uri::{self, Target},
     },
-    relay::migration::{slots::IN_PROGRESS, status::Side},
+    relay::migration::{IN_PROGRESS, status::Side},
 };
 
 /// A command that is ours.

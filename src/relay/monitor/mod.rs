@@ -26,8 +26,9 @@ use self::{
     listener::MonitorListener,
 };
 use super::{
-    Context, Output, QemuEvent,
+    context::Context,
     migration::{
+        events::{Output, QemuEvent},
         saved_settings::Borrowed,
         slots::{FAREWELL, Migrations},
         status::{Phase, Side},
@@ -284,8 +285,8 @@ impl Monitor {
             return;
         }
         let line = match self.slot(band).take() {
-            Some(Current::Negotiates { enables, id }) if negotiate::is_right(&line) => {
-                envelope::reply(&Err(negotiate::not_available(&enables)), id.as_ref())
+            Some(Current::Negotiates { enables, id }) => {
+                Self::negotiated_at_qemu(&enables, id.as_ref(), line)
             }
             _ => line,
         };

@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 use super::{Current, Monitor};
 use crate::qmp::{
     QmpError,
-    envelope::{self, Command, FromQemu},
+    envelope::{self, Command, FromQemu, Id},
 };
 
 impl Monitor {
@@ -29,6 +29,17 @@ impl Monitor {
             Err(QmpError { class: "CommandNotFound".into(), desc })
         };
         self.send(envelope::reply(&result, command.id.as_ref()));
+    }
+
+    /// QEMU has replied to a client that enables what the relay does not know. Where it finds nothing wrong
+    /// with that, it says that it comes too late.
+    pub(super) fn negotiated_at_qemu(enables: &str, id: Option<&Id>, reply: Vec<u8>) -> Vec<u8> {
+        match FromQemu::read(&reply) {
+            Some(FromQemu::Reply { result: Err(error) }) if error.class != "CommandNotFound" => {
+                reply
+            }
+            _ => envelope::reply(&Err(not_available(enables)), id),
+        }
     }
 
     fn negotiated(&mut self, oob: bool) -> Result<Value, QmpError> {
@@ -59,14 +70,6 @@ fn strange(command: &Command) -> String {
     names.find(|name| *name != "oob").unwrap_or_default().to_owned()
 }
 
-pub(super) fn not_available(capability: &str) -> QmpError {
+fn not_available(capability: &str) -> QmpError {
     QmpError::generic(format!("Capability {capability} not available"))
-}
-
-/// Does QEMU find nothing wrong with how a client negotiates? It says that it comes too late, then.
-pub(super) fn is_right(reply: &[u8]) -> bool {
-    match FromQemu::read(reply) {
-        Some(FromQemu::Reply { result: Err(error) }) => error.class == "CommandNotFound",
-        _ => true,
-    }
 }

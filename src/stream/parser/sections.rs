@@ -1,6 +1,6 @@
 //! What is around RAM: sections' heads, commands, and the state that QEMU sends before RAM.
 
-use super::{Found, Item, Parser, Ram, State, shown};
+use super::{Found, Item, Parser, Ram, State, section, shown};
 use crate::{
     ram::PAGE,
     stream::{
@@ -8,19 +8,6 @@ use crate::{
         fields::{FIELD_MAX, Fields},
     },
 };
-
-/// Section types (QEMU_VM_* of `migration/savevm.h`).
-pub(super) mod section {
-    pub const EOF: u8 = 0x00;
-    pub const START: u8 = 0x01;
-    pub const PART: u8 = 0x02;
-    pub const END: u8 = 0x03;
-    pub const FULL: u8 = 0x04;
-    pub const SUBSECTION: u8 = 0x05;
-    pub const CONFIGURATION: u8 = 0x07;
-    pub const COMMAND: u8 = 0x08;
-    pub const FOOTER: u8 = 0x7e;
-}
 
 /// Name of the section, behind the device's path, that virtio-mem sends before RAM from QEMU 8.0 on,
 /// because what of its memory is plugged has to be known before the first page

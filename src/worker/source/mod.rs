@@ -28,7 +28,6 @@ pub use self::input::Input;
 use self::{
     handshake::Agreement,
     rate_limit::RateLimit,
-    stream::Route,
     takeover::{Plan, Takeover},
 };
 use super::{
@@ -48,6 +47,13 @@ use crate::{
     proto::source::{Action, Event, Peer, Sockets, Source},
     threads,
 };
+
+/// How the destination is reached.
+struct Route {
+    fabric: Arc<dyn Fabric>,
+    address: Address,
+    options: Options,
+}
 
 /// The threads of a source.
 struct SourceDriver {

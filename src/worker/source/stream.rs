@@ -5,7 +5,7 @@ use std::sync::{Arc, atomic::Ordering, mpsc};
 use tracing::{info, warn};
 
 use super::{
-    SourceDriver,
+    Route, SourceDriver,
     handshake::{self, Agreement},
     input::Input,
     multifd::MultifdChannels,
@@ -14,21 +14,12 @@ use super::{
     reply_reader, stream_reader,
 };
 use crate::{
-    address::Address,
-    control::{Options, Report},
-    fabric::Fabric,
+    control::Report,
     proto::{error::Result, source::Event},
     threads::{self, Lost},
     wire::{Message, credit::Flow},
     worker::{drive::Events, link::Link, qemu_sockets::QemuSockets, return_path::ToQemu},
 };
-
-/// How the destination is reached.
-pub struct Route {
-    pub fabric: Arc<dyn Fabric>,
-    pub address: Address,
-    pub options: Options,
-}
 
 impl Route {
     /// A stock destination wants a connection of its own for the return path, if QEMU opens one,

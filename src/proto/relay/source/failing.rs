@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use tracing::warn;
 
-use super::{Action, End, Event, Known, NOTICE, State};
+use super::{Action, End, Event, Failing, Known, NOTICE, State, Step};
 use crate::{
     patience::Patience,
     proto::{
@@ -21,41 +21,6 @@ const END: Duration = Duration::from_secs(15);
 
 /// How long the worker may take to read the end of a stream that QEMU has written.
 const READING: Duration = Duration::from_secs(3);
-
-/// Failed, and not over at QEMU.
-#[derive(Debug, Clone)]
-pub struct Failing {
-    reason: String,
-    guest_never_ran: bool,
-    step: Step,
-    /// How long the step may take.
-    limit: Patience,
-    /// When QEMU is asked again.
-    poll: Option<Patience>,
-}
-
-/// What is being done.
-#[derive(Debug, Clone, PartialEq)]
-enum Step {
-    /// QEMU has ended its stream: its reason comes before anything that makes it fail for another.
-    HearQemu,
-    /// One with channels is cancelled before its sockets break: a channel that breaks while QEMU waits at
-    /// pre-switchover fails the migration and leaves the guest stopped for good
-    /// (`multifd_send_set_error` sets the state, and nobody wakes the thread that waits; 10.0). So is one
-    /// that a client has cancelled.
-    BreakOff,
-    /// QEMU's migration is to end.
-    EndMigration {
-        /// It was cancelled, so that it does.
-        is_cancelled: bool,
-    },
-    /// QEMU says what the guest did at the end of its stream, all of which it has written.
-    HearOfGuest,
-    /// The guest is to run again: once QEMU is out of the switchover.
-    RunAgain,
-    /// It was told to.
-    Continue,
-}
 
 impl Failing {
     /// The worker has said why.

@@ -4,7 +4,6 @@ mod failing;
 
 use std::time::{Duration, Instant};
 
-use self::failing::Failing;
 use super::{Guest, MigrationStatus, RunState};
 use crate::{
     control::{Order, Report},
@@ -125,6 +124,41 @@ enum State {
     Restoring(End),
     /// Nothing is left to do.
     Closed,
+}
+
+/// Failed, and not over at QEMU.
+#[derive(Debug, Clone)]
+struct Failing {
+    reason: String,
+    guest_never_ran: bool,
+    step: Step,
+    /// How long the step may take.
+    limit: Patience,
+    /// When QEMU is asked again.
+    poll: Option<Patience>,
+}
+
+/// What is being done.
+#[derive(Debug, Clone, PartialEq)]
+enum Step {
+    /// QEMU has ended its stream: its reason comes before anything that makes it fail for another.
+    HearQemu,
+    /// One with channels is cancelled before its sockets break: a channel that breaks while QEMU waits at
+    /// pre-switchover fails the migration and leaves the guest stopped for good
+    /// (`multifd_send_set_error` sets the state, and nobody wakes the thread that waits; 10.0). So is one
+    /// that a client has cancelled.
+    BreakOff,
+    /// QEMU's migration is to end.
+    EndMigration {
+        /// It was cancelled, so that it does.
+        is_cancelled: bool,
+    },
+    /// QEMU says what the guest did at the end of its stream, all of which it has written.
+    HearOfGuest,
+    /// The guest is to run again: once QEMU is out of the switchover.
+    RunAgain,
+    /// It was told to.
+    Continue,
 }
 
 /// What a worker that is followed has to do in time.

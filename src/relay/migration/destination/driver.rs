@@ -3,12 +3,9 @@
 use std::{collections::VecDeque, time::Instant};
 
 use serde_json::Value;
-use tokio::{
-    task::JoinSet,
-    time::{sleep_until, timeout},
-};
+use tokio::{task::JoinSet, time::sleep_until};
 
-use super::{ANSWER, Destination, WORKER_DIED};
+use super::Destination;
 use crate::{
     control::Report,
     patience::Patience,
@@ -16,10 +13,11 @@ use crate::{
         MigrationStatus,
         destination::{Action, Event, RelayDestination},
     },
-    qmp::Execute as _,
-    relay::{
-        QemuEvent, heartbeat,
-        migration::{drive::Driver, worker::Worker},
+    relay::migration::{
+        ask,
+        drive::Driver,
+        events::QemuEvent,
+        worker::{WORKER_DIED, Worker, heartbeat},
     },
     threads::Lost,
 };
@@ -119,10 +117,8 @@ impl<'a> DestinationDriver<'a> {
 
     /// A QEMU that is gone closes the events; one that does not answer is asked again.
     fn ask(&mut self) {
-        let mut qemu = self.destination.context.qemu.clone();
-        self.answers.spawn(async move {
-            timeout(ANSWER, qemu.execute("query-migrate", Value::Null)).await.ok()?.ok()
-        });
+        let qemu = self.destination.context.qemu.clone();
+        self.answers.spawn(ask::in_time(ask::migration(qemu)));
     }
 
     async fn silent(&mut self, events: &mut Vec<Event>) {

@@ -1,31 +1,31 @@
 //! The relay's side of an incoming migration.
 
 mod driver;
+mod run;
 
 use std::{os::fd::AsFd as _, time::Duration};
 
 use serde_json::{Map, Value, json};
 use tokio::{
-    sync::{mpsc, oneshot, watch},
+    sync::{mpsc, watch},
     time::timeout,
 };
 use tracing::{info, warn};
 
-use self::driver::DestinationDriver;
 use super::{
-    drive::drive,
+    ask::ANSWER,
+    events::QemuEvent,
     saved_settings::{AsClientsSee, Borrowed, HELD_PARAMETERS, Loan, Turn},
-    source::{ANSWER, WORKER_DIED},
     status::{Phase, Side, View},
-    worker::{self, Worker},
+    worker::{self, WORKER_DIED, Worker},
 };
 use crate::{
     address::Address,
     control::{Order, Report},
+    patience::within,
     qemu::blockers,
     qmp::{Execute as _, QmpError},
-    relay::{Context, QemuEvent, listed},
-    threads,
+    relay::context::{Context, listed},
 };
 
 /// Capabilities that stay what they are meanwhile. A QEMU that came to have multifd in the midst of a stream
@@ -55,32 +55,6 @@ pub struct Destination {
 }
 
 impl Destination {
-    /// Run it; `reply` is the result of the client's `migrate-incoming`.
-    pub async fn run(
-        mut self,
-        address: Address,
-        exit_on_error: Option<bool>,
-        reply: oneshot::Sender<Result<Value, QmpError>>,
-    ) {
-        let prepared = self.prepare(address, exit_on_error).await;
-        let (result, worker) = match prepared {
-            Ok((value, worker)) => (Ok(value), Some(worker)),
-            // QEMU knows nothing of it, and neither does the client's view.
-            Err(error) => {
-                self.loan.give_back(self.turn, self.context.qemu.clone()).await;
-                (Err(error), None)
-            }
-        };
-        // A client that is gone needs no reply; the migration is waited for nevertheless.
-        let _ = reply.send(result);
-        let Some(mut worker) = worker else { return };
-        let mut driver = DestinationDriver::new(&mut self, &mut worker);
-        if let Err(lost) = threads::caught("follow", drive(&mut driver)).await {
-            driver.fail(&lost).await;
-        }
-        worker.finish().await;
-    }
-
     /// QEMU is set back before clients see how it ended.
     async fn end(&self, end: Result<(), String>) {
         self.loan.give_back(self.turn, self.context.qemu.clone()).await;
@@ -119,7 +93,7 @@ impl Destination {
         let options = self.context.options(&mut qemu).await?;
         let (ours, theirs) = worker::migration_socket().map_err(|error| generic(&error))?;
         let order = Order::Incoming { address, options };
-        let listening = timeout(LISTENING, async {
+        let listening = within(LISTENING, async {
             worker.begin(&order, &[ours.as_fd()]).await.map_err(|error| generic(&error))?;
             loop {
                 match worker.report().await {
@@ -130,8 +104,8 @@ impl Destination {
                 }
             }
         });
-        let late = |_| QmpError::generic("The helper's worker did not listen in time");
-        let address = listening.await.map_err(late)??;
+        let late = || QmpError::generic("The helper's worker did not listen in time");
+        let address = listening.await.ok_or_else(late)??;
         info!(%address, "listening");
         self.view.send_modify(|view| view.listens = Some(address));
         qemu.execute_with("getfd", json!({ "fdname": FDNAME }), vec![theirs]).await?;

@@ -4,23 +4,25 @@
 use std::time::Duration;
 
 use serde_json::Value;
-use tokio::time::{Instant, timeout};
+use tokio::time::Instant;
 use tracing::{info, warn};
 
-use super::{Source, WORKER_DIED, generic};
+use super::{Source, generic};
 use crate::{
     address::Address,
     control::{Agreed, Order, Report},
+    patience::within,
     proto::relay::{MigrationStatus, source::Cancel},
     qemu::{Version, blockers, blocks::RamBlock},
     qmp::{Execute as _, QmpError},
     ram::Transfer,
     relay::{
-        QemuEvent, listed,
+        context::listed,
         migration::{
-            slots::IN_PROGRESS,
+            IN_PROGRESS,
+            events::QemuEvent,
             status::{Phase, Side},
-            worker::{self, Worker},
+            worker::{self, WORKER_DIED, Worker},
         },
     },
     threads::Lost,
@@ -144,7 +146,7 @@ impl Source {
             worker.begin(&order, &fds).await.map_err(generic)?;
             self.await_agreement(worker).await
         };
-        let agreed = timeout(patience, agreed).await.map_err(|_| {
+        let agreed = within(patience, agreed).await.ok_or_else(|| {
             QmpError::generic(format!(
                 "The destination {address} did not answer in time; is its helper alive?"
             ))

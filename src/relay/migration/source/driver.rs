@@ -8,7 +8,7 @@ use tokio::{
     time::{Interval, MissedTickBehavior, interval, timeout},
 };
 
-use super::{ANSWER, Source, WORKER_DIED, pace::Pacing};
+use super::{Source, pace::Pacing};
 use crate::{
     control::{Progress, Report},
     patience::Patience,
@@ -19,10 +19,15 @@ use crate::{
             source::{Action, Event, RelaySource},
         },
     },
-    qmp::{Execute as _, QmpError},
+    qmp::Execute as _,
     relay::{
-        QemuEvent, heartbeat,
-        migration::{drive::Driver, status::Phase, worker::Worker},
+        migration::{
+            ask,
+            drive::Driver,
+            events::QemuEvent,
+            status::Phase,
+            worker::{WORKER_DIED, Worker, heartbeat},
+        },
         qemu_session::Qemu,
     },
     threads::Lost,
@@ -210,7 +215,7 @@ impl<'a> SourceDriver<'a> {
             events.push(Event::WorkerGone(reason.into()));
         }
         if self.machine.is_following() {
-            self.ask(|qemu| async { Answer::Figures(in_time(figures(qemu)).await) });
+            self.ask(|qemu| async { Answer::Figures(ask::in_time(ask::figures(qemu)).await) });
             // One that flushed its disks did not answer at once when it was stopped.
             events.push(Event::GuestChanged);
         }
@@ -222,7 +227,9 @@ impl<'a> SourceDriver<'a> {
 
     fn ask_max_bandwidth(&mut self) {
         if matches!(self.pacing, Pacing::At(_)) {
-            self.ask(|qemu| async { Answer::MaxBandwidth(in_time(max_bandwidth(qemu)).await) });
+            self.ask(|qemu| async {
+                Answer::MaxBandwidth(ask::in_time(ask::max_bandwidth(qemu)).await)
+            });
         }
     }
 
@@ -282,15 +289,17 @@ impl Driver for SourceDriver<'_> {
             Action::Order(order) => self.worker.order(&order).await,
             Action::KillWorker => self.kill_worker().await,
             Action::AskMigration => {
-                self.ask(|qemu| async { Answer::Migration(in_time(migration(qemu)).await) });
+                self.ask(|qemu| async {
+                    Answer::Migration(ask::in_time(ask::migration(qemu)).await)
+                });
             }
             Action::AskGuest => {
-                self.ask(|qemu| async { Answer::Guest(in_time(guest(qemu)).await) });
+                self.ask(|qemu| async { Answer::Guest(ask::in_time(ask::guest(qemu)).await) });
             }
             Action::CancelAtQemu => {
                 // One that holds its lock while it writes to nobody does not answer.
                 let mut qemu = self.source.qemu();
-                let _ = timeout(ANSWER, qemu.execute("migrate_cancel", Value::Null)).await;
+                let _ = timeout(ask::ANSWER, qemu.execute("migrate_cancel", Value::Null)).await;
             }
             Action::Continue => self.ask(|mut qemu| async move {
                 let done = qemu.execute("cont", Value::Null).await;
@@ -320,34 +329,4 @@ impl Driver for SourceDriver<'_> {
             Action::LeaveWorker { detached } => self.is_detached = detached,
         }
     }
-}
-
-/// QEMU answers nobody while it writes the end of its stream: a worker that takes nothing then must be
-/// noticed all the same. One that is gone closes the events.
-pub(super) async fn in_time<T>(asked: impl Future<Output = Result<T, QmpError>>) -> Option<T> {
-    timeout(ANSWER, asked).await.ok()?.ok()
-}
-
-async fn migration(mut qemu: Qemu) -> Result<Value, QmpError> {
-    qemu.execute("query-migrate", Value::Null).await
-}
-
-async fn max_bandwidth(mut qemu: Qemu) -> Result<u64, QmpError> {
-    let parameters = qemu.execute("query-migrate-parameters", Value::Null).await?;
-    Ok(parameters["max-bandwidth"].as_u64().unwrap_or(0))
-}
-
-/// QEMU's state of the migration, and `max-bandwidth`.
-pub(super) async fn figures(qemu: Qemu) -> Result<(Value, u64), QmpError> {
-    let state = migration(qemu.clone()).await?;
-    Ok((state, max_bandwidth(qemu).await?))
-}
-
-/// What QEMU's guest does; and whether QEMU has completed its migration, of which a reset leaves no trace
-/// in the guest's state.
-pub(super) async fn guest(mut qemu: Qemu) -> Result<(RunState, bool), QmpError> {
-    let state = qemu.execute("query-status", Value::Null).await?;
-    let run = RunState::of(&state).ok_or_else(|| QmpError::generic("QEMU has no run state"))?;
-    let has_completed = run == RunState::Prelaunch && super::has_completed(&mut qemu).await?;
-    Ok((run, has_completed))
 }

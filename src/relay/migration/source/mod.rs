@@ -3,32 +3,22 @@
 mod connecting;
 mod driver;
 mod pace;
+mod run;
 mod showing;
 mod stream;
 
-use std::time::Duration;
+use tokio::sync::{mpsc, watch};
 
-use serde_json::{Value, json};
-use tokio::sync::{mpsc, oneshot, watch};
-
-use self::{connecting::NotBegun, driver::SourceDriver};
 use super::{
-    drive::drive,
+    events::{Output, Outputs, QemuEvent},
     saved_settings::{Loan, Turn},
-    slots::Outputs,
     status::{Phase, View},
 };
 use crate::{
-    address::Address,
-    proto::relay::{Guest, MigrationStatus, source::Cancel},
-    qmp::{Execute as _, QmpError},
-    relay::{Context, Output, QemuEvent, qemu_session::Qemu},
-    threads,
+    proto::relay::{Guest, source::Cancel},
+    qmp::QmpError,
+    relay::{context::Context, qemu_session::Qemu},
 };
-
-/// How long QEMU is waited for while the worker is followed: QEMU answers nobody while it writes the
-/// end of its stream, and a worker that takes nothing then must be noticed all the same.
-pub(super) const ANSWER: Duration = Duration::from_secs(1);
 
 /// Name of the migration socket in QEMU's monitor.
 const FDNAME: &str = "qemu-rdma-helper";
@@ -53,66 +43,7 @@ pub struct Source {
     pub guest: Guest,
 }
 
-/// Has QEMU completed its migration? Its guest is in `postmigrate` then. A reset makes that `prelaunch`
-/// (`main_loop_should_exit`, 7.2 to 11.1), and QEMU takes `cont` in both.
-pub async fn has_completed(qemu: &mut Qemu) -> Result<bool, QmpError> {
-    let state = qemu.execute("query-migrate", Value::Null).await?;
-    Ok(MigrationStatus::of(&state) == MigrationStatus::Completed)
-}
-
 impl Source {
-    /// Run it; `reply` is the result of the client's `migrate`, which does not wait for the destination.
-    pub async fn run(mut self, address: Address, reply: oneshot::Sender<Result<Value, QmpError>>) {
-        let accepted = threads::caught("accept", self.accept(address)).await;
-        let (mut worker, accepted) = match accepted.map_err(generic).flatten() {
-            Ok(accepted) => accepted,
-            Err(error) => {
-                // A client that is gone needs no reply.
-                let _ = reply.send(Err(error));
-                return;
-            }
-        };
-        self.view.send_modify(|view| view.phase = Phase::Connecting);
-        self.tell_status("setup").await;
-        // From here on a failure is the migration's. It goes on without the client, as QEMU's would.
-        let _ = reply.send(Ok(json!({})));
-        let prepared = threads::caught("prepare", self.prepare(&mut worker, accepted)).await;
-        let (sockets, failed) = match prepared.map_err(NotBegun::from).flatten() {
-            Ok(sockets) => {
-                worker.has_stream();
-                (Some(sockets), None)
-            }
-            Err(why) => {
-                // It may have ended already.
-                let _ = worker.orders().send(&why.order(), &[]).await;
-                match why {
-                    NotBegun::Failed { reason, sockets } if !self.connects() => {
-                        (sockets, Some(reason))
-                    }
-                    why => {
-                        self.end_early(why).await;
-                        return worker.finish().await;
-                    }
-                }
-            }
-        };
-        let mut driver = SourceDriver::new(&mut self, &mut worker, sockets);
-        match failed {
-            Some(reason) => driver.fail(reason),
-            None => driver.begin(),
-        }
-        if let Err(lost) = threads::caught("follow", drive(&mut driver)).await {
-            driver.go_on(&lost);
-            // A second panic is in the log; the worker does what is left.
-            driver.is_detached |= threads::caught("end", drive(&mut driver)).await.is_err();
-        }
-        if driver.is_detached {
-            worker.leave("The source's QEMU is gone; look at its log".into()).await;
-        } else {
-            worker.finish().await;
-        }
-    }
-
     /// QEMU knows nothing of it yet.
     fn connects(&self) -> bool {
         self.view.borrow().phase == Phase::Connecting
@@ -138,10 +69,6 @@ impl Source {
         }
     }
 }
-
-/// What is said when there is no worker to say it.
-pub(super) const WORKER_DIED: &str =
-    "The helper's worker process died; see its messages in the helper's log, and migrate again";
 
 fn generic(error: impl std::fmt::Display) -> QmpError {
     QmpError::generic(error.to_string())

@@ -2,17 +2,15 @@
 
 use tracing::info;
 
-use super::{
-    Source,
-    driver::{figures, in_time},
-};
+use super::Source;
 use crate::{
     control::Progress,
     proto::relay::source::End,
     qmp::envelope,
-    relay::{
-        Output,
-        migration::status::{Phase, rate},
+    relay::migration::{
+        ask,
+        events::Output,
+        status::{Phase, rate},
     },
 };
 
@@ -32,7 +30,7 @@ impl Source {
     pub(super) async fn show(&self, end: End) {
         if end == End::Completed {
             info!("migration completed");
-            if let Some((state, max_bandwidth)) = in_time(figures(self.qemu())).await {
+            if let Some((state, max_bandwidth)) = ask::in_time(ask::figures(self.qemu())).await {
                 self.view.send_modify(|view| {
                     view.note(state);
                     view.max_bandwidth = max_bandwidth;

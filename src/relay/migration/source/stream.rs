@@ -8,22 +8,20 @@ use std::{
 };
 
 use serde_json::{Value, json};
-use tokio::{
-    io,
-    sync::RwLockWriteGuard,
-    time::{Instant, timeout_at},
-};
+use tokio::{io, sync::RwLockWriteGuard};
 use tracing::{debug, info};
 
-use super::{FDNAME, Source, connecting::NotBegun, driver, generic};
+use super::{FDNAME, Source, connecting::NotBegun, generic};
 use crate::{
     control::Order,
+    patience::within,
     proto::relay::{Guest, MigrationStatus},
     qemu::{Version, blockers},
     qmp::{Execute as _, QmpError},
     relay::{
-        QemuEvent,
         migration::{
+            ask,
+            events::QemuEvent,
             multifd_listener::MultifdListener,
             saved_settings::{Borrowed, HELD_PARAMETERS},
             status::Phase,
@@ -108,7 +106,7 @@ impl Source {
 
     /// Whether the guest stands still, for the worker and for the time when the migration fails.
     async fn look_at_guest(&mut self, worker: &mut Worker) {
-        let seen = driver::in_time(driver::guest(self.qemu())).await;
+        let seen = ask::in_time(ask::guest(self.qemu())).await;
         // One that does not answer switches over.
         let Some(guest) = seen.and_then(|(run, completed)| run.guest(completed)) else { return };
         if std::mem::replace(&mut self.guest, guest) != guest {
@@ -206,7 +204,9 @@ impl Source {
         channels: u16,
     ) -> Result<QemuSockets, (String, Vec<OwnedFd>)> {
         let mut sockets = Vec::new();
-        if let Err(reason) = self.let_in(listener, usize::from(channels) + 1, &mut sockets).await {
+        let let_in = self.let_in(listener, usize::from(channels) + 1, &mut sockets);
+        let late = || Err("QEMU did not connect its multifd channels in time".to_owned());
+        if let Err(reason) = within(CONNECTED, let_in).await.unwrap_or_else(late) {
             return Err((reason, sockets));
         }
         let fds: Vec<_> = sockets.iter().map(|socket| socket.as_fd()).collect();
@@ -224,13 +224,11 @@ impl Source {
         count: usize,
         sockets: &mut Vec<OwnedFd>,
     ) -> Result<(), String> {
-        let deadline = Instant::now() + CONNECTED;
         while sockets.len() < count {
             tokio::select! {
-                accepted = timeout_at(deadline, listener.accept()) => {
-                    let late = |_| "QEMU did not connect its multifd channels in time".to_owned();
+                accepted = listener.accept() => {
                     let said = |error: io::Error| format!("QEMU can't be let in: {error}");
-                    sockets.push(accepted.map_err(late)?.map_err(said)?);
+                    sockets.push(accepted.map_err(said)?);
                 }
                 // Said before QEMU was asked to migrate, so that it does not know.
                 Ok(()) = self.cancel.changed() => {
