@@ -17,7 +17,7 @@ use std::{
 
 use qemu_rdma_helper::{
     memory::Region,
-    qemu::{Process, blocks},
+    qemu::{Process, ram_blocks},
     qmp::{Execute, QmpError},
 };
 use rustix::{
@@ -91,7 +91,7 @@ async fn a_descriptor_that_changes_is_not_taken() {
         let search = scope.spawn(move || {
             let (mut tries, mut fooled) = (0, 0);
             eventually("who is not careful to be fooled", || {
-                let blocks = runtime.block_on(blocks::find(&mut qemu, &process, &[]));
+                let blocks = runtime.block_on(ram_blocks::find(&mut qemu, &process, &[]));
                 if let Some(backing) = blocks.unwrap().remove(0).backing {
                     assert!(is(backing.file, ram), "try {tries}");
                 }
@@ -161,7 +161,7 @@ fn a_descriptor_that_changes_is_not_taken_from_another_user() {
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
     let (mut tries, mut fooled) = (0, 0);
     eventually("who is not careful to be fooled", || {
-        let blocks = runtime.block_on(blocks::find(&mut qemu, &process, &[]));
+        let blocks = runtime.block_on(ram_blocks::find(&mut qemu, &process, &[]));
         let backing = blocks.unwrap().remove(0).backing.unwrap();
         assert_eq!(ino(backing.file), inode, "try {tries}");
         tries += 1;
@@ -216,7 +216,7 @@ impl ByPath {
 
     /// What is taken for its RAM, and the path that is shown.
     async fn found(&mut self) -> Option<(OwnedFd, String)> {
-        let blocks = blocks::find(&mut self.qemu, &self.process, &[]).await.ok()?;
+        let blocks = ram_blocks::find(&mut self.qemu, &self.process, &[]).await.ok()?;
         let backing = blocks.into_iter().next()?.backing?;
         Some((backing.file, backing.path))
     }

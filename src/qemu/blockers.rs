@@ -4,8 +4,8 @@ use serde_json::Value;
 
 use super::{
     blocker::Blocker,
-    blocks::RamBlock,
     devices::{self, Device},
+    ram_blocks::RamBlock,
     version::Version,
 };
 use crate::{

@@ -2,16 +2,16 @@
 //!
 //! Asks over QMP and looks into /proc; changes nothing. Knows nothing of workers or clients.
 
-pub mod argv;
 pub mod blocker;
 pub mod blockers;
-pub mod blocks;
+pub mod command_line;
 mod devices;
-mod discards;
 mod error;
-mod maps;
+mod info_ramblock;
+mod proc_maps;
 mod process;
-mod ramblock_text;
+pub mod ram_blocks;
+mod ram_discard;
 mod version;
 
 use std::{io, os::fd::AsFd};

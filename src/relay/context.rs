@@ -11,7 +11,7 @@ use crate::{
     fabric,
     qemu::{
         QemuError, blockers,
-        blocks::{self, OwnMemory, RamBlock},
+        ram_blocks::{self, OwnMemory, RamBlock},
     },
     qmp::{Execute as _, QmpError},
     ram::{CHUNK, CHUNK_MAX},
@@ -93,7 +93,7 @@ pub struct Context {
 impl Context {
     /// QEMU's RAM blocks.
     pub async fn blocks(&self) -> Result<Vec<RamBlock>, QemuError> {
-        blocks::find(&mut self.qemu.clone(), self.process.files(), &self.memory).await
+        ram_blocks::find(&mut self.qemu.clone(), self.process.files(), &self.memory).await
     }
 
     /// What the client set in QEMU that matters to a worker.

@@ -31,7 +31,7 @@ use super::{
 use crate::{
     control::lines::line,
     memory::inherited,
-    qemu::argv::{Endpoint, Invocation, Memory, Monitor, Plan},
+    qemu::command_line::{Endpoint, Invocation, Memory, Monitor, Plan},
     qmp::{QmpError, socket},
 };
 

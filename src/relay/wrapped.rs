@@ -34,7 +34,7 @@ use super::{
 use crate::{
     address::Address,
     control::lines::Lines,
-    qemu::blocks::OwnMemory,
+    qemu::ram_blocks::OwnMemory,
     qmp::{Execute as _, QmpError, socket},
     sandbox::{Role, confine},
 };

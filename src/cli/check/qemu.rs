@@ -9,7 +9,7 @@ use qemu_rdma_helper::{
         Process, Version,
         blocker::Blocker,
         blockers,
-        blocks::{self, RamBlock},
+        ram_blocks::{self, RamBlock},
     },
     qmp::Execute as _,
     ram::Transfer,
@@ -76,7 +76,7 @@ impl Attached {
         let fabric = fabric.unwrap_or(FabricChoice::Auto).kind();
         let version = Version::ask(client).await?;
         let heading = format!("QEMU {version}, process {pid}");
-        let (mut findings, guest) = match blocks::find(client, &Process::open(pid), &[]).await {
+        let (mut findings, guest) = match ram_blocks::find(client, &Process::open(pid), &[]).await {
             Ok(blocks) => {
                 let pin_limit = helper.as_ref().and_then(|helper| helper.pin_limit);
                 let guest = guest(client, &blocks, pin_limit).await?;

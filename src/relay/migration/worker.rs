@@ -24,7 +24,7 @@ use super::status::Side;
 use crate::{
     control::{FabricKind, LINE_MAX, Order, Report, lines::line},
     patience::{Patience, within},
-    qemu::blocks::RamBlock,
+    qemu::ram_blocks::RamBlock,
     qmp::socket,
     threads,
 };

@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 
 use crate::{
     control::FabricKind,
-    qemu::{blocker::Blocker, blockers, blocks::RamBlock},
+    qemu::{blocker::Blocker, blockers, ram_blocks::RamBlock},
     qmp::{Execute as _, QmpError},
     ram::Transfer,
     relay::{

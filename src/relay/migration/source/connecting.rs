@@ -13,7 +13,7 @@ use crate::{
     control::{Agreed, Order, Report},
     patience::within,
     proto::relay::{MigrationStatus, source::Cancel},
-    qemu::{Version, blockers, blocks::RamBlock},
+    qemu::{Version, blockers, ram_blocks::RamBlock},
     qmp::{Execute as _, QmpError},
     ram::Transfer,
     relay::{

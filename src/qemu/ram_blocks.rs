@@ -5,11 +5,11 @@ use std::{io, os::fd::OwnedFd};
 use serde_json::{Value, json};
 
 use super::{
-    discards::Discards,
     error::QemuError,
-    maps::{self, FileMapping},
+    info_ramblock::{self, Row},
+    proc_maps::{self, FileMapping},
     process::Process,
-    ramblock_text::{self, Row},
+    ram_discard::Discards,
 };
 use crate::{
     control::FabricKind,
@@ -170,18 +170,19 @@ async fn backings(
         move |source| QemuError::Process { pid, what, source }
     };
     let mapped = process.maps().map_err(failed("reading its mappings"))?;
-    let mappings = maps::parse(&mapped);
+    let mappings = proc_maps::parse(&mapped);
     let addresses = addresses(qmp, rows, &mappings).await?;
     let mut backings = Vec::with_capacity(rows.len());
     for (row, address) in rows.iter().zip(addresses) {
-        if address.as_ref().is_ok_and(|address| !maps::is_mapped(&mapped, *address)) {
+        if address.as_ref().is_ok_and(|address| !proc_maps::is_mapped(&mapped, *address)) {
             let what = format!("looking for RAM block '{}'", row.name);
             let nothing = io::Error::new(io::ErrorKind::NotFound, "nothing is mapped there");
             return Err(failed(&what)(nothing));
         }
-        let private = address.as_ref().is_ok_and(|address| maps::is_private(&mapped, *address));
+        let private =
+            address.as_ref().is_ok_and(|address| proc_maps::is_private(&mapped, *address));
         let found = match address {
-            Ok(address) => maps::backing(&mappings, address, row.used)
+            Ok(address) => proc_maps::backing(&mappings, address, row.used)
                 .ok_or_else(|| "it is not shared memory with a file behind it".to_owned()),
             Err(why) => Err(why),
         };
@@ -209,7 +210,7 @@ async fn rows(qmp: &mut impl Execute) -> Result<Vec<Row>, QemuError> {
             .map_err(|error| QemuError::Qmp { command: "info ramblock", error })?,
         Err(error) => return Err(QemuError::Qmp { command: COMMAND, error }),
     };
-    let rows = ramblock_text::rows(&text);
+    let rows = info_ramblock::rows(&text);
     let mut rows = rows.map_err(|why| QemuError::Answer { command: COMMAND, why })?;
     // Without a name: a backend that no device uses, which QEMU does not migrate.
     rows.retain(|row| row.used > 0 && !row.name.is_empty());
@@ -234,7 +235,7 @@ async fn addresses(
     let command = "info mtree -f";
     let text = monitor_line(qmp, command).await;
     let text = text.map_err(|error| QemuError::Qmp { command, error })?;
-    let ranges = ramblock_text::flat_ranges(&text);
+    let ranges = info_ramblock::flat_ranges(&text);
     for row in rows {
         let mut address = None;
         if let Some(range) = ranges.iter().find(|range| range.name == row.name) {
@@ -242,7 +243,7 @@ async fn addresses(
             let text = monitor_line(qmp, &line).await;
             let text = text.map_err(|error| QemuError::Qmp { command: "gpa2hva", error })?;
             let named = text.contains(&format!("({})", row.name));
-            let host = ramblock_text::host_address(&text).filter(|_| named);
+            let host = info_ramblock::host_address(&text).filter(|_| named);
             address = host.and_then(|host| host.checked_sub(range.offset));
         }
         addresses.push(match address {
