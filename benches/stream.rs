@@ -28,8 +28,8 @@ const RAM: &str = "pc.ram";
 
 /// Does as little as a sink can.
 struct Counter {
-    /// How the guest's RAM travels.
-    travel: Transfer,
+    /// How the guest's RAM transfers.
+    transfer: Transfer,
     pages: u64,
     ranges: u64,
     /// Stream bytes of the next message.
@@ -49,10 +49,10 @@ impl RewriteSink for Counter {
     type Error = Infallible;
 
     fn ram_blocks(&mut self, blocks: &[StreamBlock]) -> Result<Vec<Transfer>, Infallible> {
-        let travel = |block: &StreamBlock| {
-            if block.name == RAM { self.travel } else { Transfer::InStream }
+        let transfer = |block: &StreamBlock| {
+            if block.name == RAM { self.transfer } else { Transfer::Inline }
         };
-        Ok(blocks.iter().map(travel).collect())
+        Ok(blocks.iter().map(transfer).collect())
     }
 
     fn stream(&mut self, bytes: &[u8]) -> Result<(), Infallible> {
@@ -94,9 +94,9 @@ impl RewriteSink for Counter {
 }
 
 /// Read all of a stream.
-fn read(stream: &[u8], travel: Transfer) -> Counter {
+fn read(stream: &[u8], transfer: Transfer) -> Counter {
     let (batch, staged) = (Vec::new(), Vec::new());
-    let mut counter = Counter { travel, pages: 0, ranges: 0, batch, staged };
+    let mut counter = Counter { transfer, pages: 0, ranges: 0, batch, staged };
     let mut rewriter = Rewriter::new(Limits::default());
     for piece in stream.chunks(READ) {
         rewriter.push(piece, &mut counter).expect("a stream");
@@ -110,11 +110,11 @@ fn measure(
     group: &mut BenchmarkGroup<'_, ProcessorTime>,
     name: &str,
     stream: &[u8],
-    travel: Transfer,
+    transfer: Transfer,
 ) {
-    let pages = read(stream, travel).pages;
+    let pages = read(stream, transfer).pages;
     group.throughput(Throughput::ElementsAndBytes { elements: pages, bytes: stream.len() as u64 });
-    group.bench_function(name, |bencher| bencher.iter(|| read(black_box(stream), travel).ranges));
+    group.bench_function(name, |bencher| bencher.iter(|| read(black_box(stream), transfer).ranges));
 }
 
 /// Appends the record of the page with a number.
@@ -142,11 +142,11 @@ fn synthetic(page: Append) -> Vec<u8> {
 fn reader(criterion: &mut Criterion<ProcessorTime>) {
     let mut group = group(criterion, "stream reader");
     for (name, stream) in streams::recorded() {
-        measure(&mut group, &name, &stream, Transfer::Mapped);
+        measure(&mut group, &name, &stream, Transfer::Direct);
     }
     let plain = synthetic(|stream, number| stream.page(number * PAGE, 1));
-    measure(&mut group, "plain pages", &plain, Transfer::Mapped);
-    measure(&mut group, "plain pages, staged", &plain, Transfer::Staged);
+    measure(&mut group, "plain pages", &plain, Transfer::Direct);
+    measure(&mut group, "plain pages, staged", &plain, Transfer::Copied);
     // What the memory gives to whoever reads every byte: the measure of this machine.
     group.throughput(Throughput::Bytes(plain.len() as u64));
     group.bench_function("memory", |bencher| {
@@ -170,7 +170,7 @@ fn coalescing(criterion: &mut Criterion<ProcessorTime>) {
         }),
     ];
     for (name, page) in orders {
-        measure(&mut group, name, &synthetic(page), Transfer::Mapped);
+        measure(&mut group, name, &synthetic(page), Transfer::Direct);
     }
 }
 

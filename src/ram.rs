@@ -25,15 +25,15 @@ pub const BLOCKS_MAX: usize = 16383;
 /// what is longer is the guest's memory.
 pub const ROM_MAX: u64 = 64 << 20;
 
-/// How a RAM block's pages travel.
+/// How a RAM block's pages are transferred.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Transfer {
     /// Written to the destination's memory from the shared mapping; their records are taken out.
-    Mapped,
+    Direct,
     /// Written to the destination's memory from their records, which are taken out.
-    Staged,
+    Copied,
     /// As records in the stream.
-    InStream,
+    Inline,
 }
 
 /// A range of a RAM block.

@@ -58,7 +58,7 @@ fn pages_that_are_not_shared_come_through_channels_too() {
     let devices = vec!["-vga std".to_owned()];
     let mut pair = Pair::start(&Config { devices, ..Config::default() });
     pair.migrate();
-    assert_eq!(pair.source.travelled("0000:00:02.0/vga.vram"), "InStream");
+    assert_eq!(pair.source.transferred_as("0000:00:02.0/vga.vram"), "Inline");
     pair.verify();
 }
 

@@ -352,7 +352,7 @@ fn memory_of_another_users_qemu_is_found() {
                 let dir = tempfile::tempdir().unwrap();
                 let config = Config { version, memory: memory.clone(), ..Config::default() };
                 let mut host = beside(&dir, "host", &config, helper);
-                assert_eq!(host.travel("ram0"), "mapped", "{version}, {memory:?}, {helper:?}");
+                assert_eq!(host.transfer("ram0"), "direct", "{version}, {memory:?}, {helper:?}");
             }
         }
     }

@@ -242,7 +242,7 @@ fn what_is_plugged_in_while_the_destination_waits() {
         pair.source.client.run("migrate", json!({ "uri": uri }));
         let end = pair.source.await_status(&["completed", "failed"]);
         assert_eq!(end["status"], "completed", "{version}: {end}");
-        assert_eq!(pair.source.travelled("late"), "Mapped");
+        assert_eq!(pair.source.transferred_as("late"), "Direct");
         pair.verify();
     }
 }
@@ -254,12 +254,12 @@ fn private_memory_to_shared() {
         let config = Config { version, memory: Memory::Private, ..Config::default() };
         let mut pair = Pair::start(&config);
         pair.new_destination(&Config { memory: Memory::PcRam, ..config }, "shared");
-        assert_eq!(pair.source.travel("pc.ram"), "staged");
-        assert_eq!(pair.source.travel("pc.bios"), "in-stream");
+        assert_eq!(pair.source.transfer("pc.ram"), "copied");
+        assert_eq!(pair.source.transfer("pc.bios"), "inline");
         assert_eq!(pair.source.client.run("query-rdma-migrate-blockers", json!({})), json!([]));
         pair.migrate();
-        assert_eq!(pair.source.travelled("pc.ram"), "Staged");
-        assert_eq!(pair.source.travelled("pc.bios"), "InStream");
+        assert_eq!(pair.source.transferred_as("pc.ram"), "Copied");
+        assert_eq!(pair.source.transferred_as("pc.bios"), "Inline");
         pair.verify();
     }
 }
@@ -272,7 +272,7 @@ fn private_memory_at_the_destination() {
         let mut pair = Pair::start(&config);
         pair.new_destination(&Config { memory: Memory::Private, ..config }, "private");
         pair.migrate();
-        assert_eq!(pair.source.travelled("pc.ram"), "InStream");
+        assert_eq!(pair.source.transferred_as("pc.ram"), "Inline");
         let log = pair.source.helper.log();
         assert!(log.contains("'pc.ram' is not shared at the destination"), "{log}");
         pair.verify();
@@ -292,7 +292,7 @@ fn private_memory_that_was_never_touched_stays_a_hole() {
     assert!(allocated < 40 << 20, "{} MiB are allocated at the destination", allocated >> 20);
 }
 
-/// Only QEMU can decode its encodings, so a source whose memory is staged must not use them.
+/// Only QEMU can decode its encodings, so a source whose memory is copied must not use them.
 #[test]
 fn encoded_pages_of_private_memory_are_refused_with_the_cure() {
     let config = Config { version: "7.2", memory: Memory::Private, ..Config::default() };
@@ -324,7 +324,7 @@ fn with_virtio_mem() {
         let mut pair = Pair::start(&Config { version, devices, ..Config::default() });
         // The tcp fabric pins nothing.
         let block = "0000:00:02.0/vmem0";
-        assert_eq!(pair.source.travel(block), "mapped");
+        assert_eq!(pair.source.transfer(block), "direct");
         pair.migrate();
         for host in [&mut pair.source, &mut pair.destination] {
             assert_eq!(memory::allocated(&mut host.qemu, block), 0, "QEMU {version}");

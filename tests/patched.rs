@@ -99,7 +99,7 @@ fn begin_slowly(pair: &mut Pair, mib: u64) {
     eventually("some RAM", || (normal(pair) > 2048).then_some(()));
 }
 
-/// QEMU would announce what has to travel in the stream: it is not asked to.
+/// QEMU would announce what has to stay in the stream: it is not asked to.
 #[test]
 fn not_where_the_destination_shares_nothing() {
     let mut pair = Pair::start(&Config { memory: Memory::PcRam, ..config() });

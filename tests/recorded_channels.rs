@@ -109,11 +109,11 @@ impl RewriteSink for Source {
 
     fn ram_blocks(&mut self, blocks: &[StreamBlock]) -> Result<Vec<Transfer>, Infallible> {
         self.blocks = blocks.to_vec();
-        let travel = |block: &StreamBlock| match &*block.name {
-            "pc.ram" => Transfer::Mapped,
-            _ => Transfer::InStream,
+        let transfer = |block: &StreamBlock| match &*block.name {
+            "pc.ram" => Transfer::Direct,
+            _ => Transfer::Inline,
         };
-        Ok(blocks.iter().map(travel).collect())
+        Ok(blocks.iter().map(transfer).collect())
     }
 
     fn stream(&mut self, bytes: &[u8]) -> Result<(), Infallible> {
@@ -215,7 +215,7 @@ impl RewriteSink for Left {
 
     fn ram_blocks(&mut self, blocks: &[StreamBlock]) -> Result<Vec<Transfer>, Infallible> {
         self.blocks = blocks.to_vec();
-        Ok(vec![Transfer::Mapped; blocks.len()])
+        Ok(vec![Transfer::Direct; blocks.len()])
     }
 
     fn stream(&mut self, _: &[u8]) -> Result<(), Infallible> {

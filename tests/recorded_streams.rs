@@ -14,22 +14,22 @@ use std::{
 use qemu_rdma_helper::{
     ram::{
         BlockRange,
-        Transfer::{self, InStream, Mapped, Staged},
+        Transfer::{self, Copied, Direct, Inline},
     },
     stream::{ForwardSink, Forwarder, Limits, RewriteSink, Rewriter, StreamBlock},
 };
 use streams::PAGE;
 
-/// How blocks travel, by name.
+/// How blocks are transferred, by name.
 type Choice = fn(&str) -> Transfer;
 
 /// Ways to choose the blocks that stay in the stream.
 const CHOICES: [Choice; 3] =
-    [|_| InStream, |name| either(name, InStream, Mapped), |name| either(name, Mapped, InStream)];
+    [|_| Inline, |name| either(name, Inline, Direct), |name| either(name, Direct, Inline)];
 
-/// Ways to choose the blocks that are staged.
+/// Ways to choose the blocks that are copied.
 const STAGED: [Choice; 2] =
-    [|name| either(name, Staged, InStream), |name| either(name, Staged, Mapped)];
+    [|name| either(name, Copied, Inline), |name| either(name, Copied, Direct)];
 
 fn either(name: &str, ram: Transfer, rest: Transfer) -> Transfer {
     if name == "pc.ram" { ram } else { rest }
@@ -80,7 +80,7 @@ impl Recording {
 
 /// Takes what the rewriter says, as the source's worker does.
 struct Source {
-    travel: Choice,
+    transfer: Choice,
     blocks: Vec<StreamBlock>,
     /// QEMU_FILE messages; one ends at each HOOK.
     messages: Vec<Vec<u8>>,
@@ -89,15 +89,15 @@ struct Source {
     announced: u64,
     /// (zero, block, offset), a page each.
     pages: Vec<(bool, u32, u64)>,
-    /// Staged bytes that were not written yet, and those that were.
+    /// Copied bytes that were not written yet, and those that were.
     gathered: Vec<u8>,
     staged: Vec<u8>,
 }
 
 impl Source {
-    fn new(travel: Choice) -> Self {
+    fn new(transfer: Choice) -> Self {
         Self {
-            travel,
+            transfer,
             blocks: Vec::new(),
             messages: vec![Vec::new()],
             hook_open: false,
@@ -112,7 +112,7 @@ impl Source {
         assert!(self.hook_open, "written outside a hook");
         let block = &self.blocks[range.block as usize];
         assert!(range.offset + range.length <= block.length);
-        assert_ne!((self.travel)(&block.name), InStream, "{}", block.name);
+        assert_ne!((self.transfer)(&block.name), Inline, "{}", block.name);
         for offset in (range.offset..range.offset + range.length).step_by(PAGE as usize) {
             self.pages.push((zero, range.block, offset));
         }
@@ -128,7 +128,7 @@ impl RewriteSink for Source {
 
     fn ram_blocks(&mut self, blocks: &[StreamBlock]) -> Result<Vec<Transfer>, Infallible> {
         self.blocks = blocks.to_vec();
-        Ok(blocks.iter().map(|block| (self.travel)(&block.name)).collect())
+        Ok(blocks.iter().map(|block| (self.transfer)(&block.name)).collect())
     }
 
     fn stream(&mut self, bytes: &[u8]) -> Result<(), Infallible> {
@@ -209,8 +209,8 @@ impl ForwardSink for Destination {
     }
 }
 
-fn rewrite(stream: &[u8], pieces: usize, travel: Choice) -> Source {
-    let mut source = Source::new(travel);
+fn rewrite(stream: &[u8], pieces: usize, transfer: Choice) -> Source {
+    let mut source = Source::new(transfer);
     let mut rewriter = Rewriter::new(Limits::default());
     for piece in stream.chunks(pieces) {
         rewriter.push(piece, &mut source).unwrap();
@@ -234,7 +234,7 @@ fn land(source: &Source) -> Destination {
 #[test]
 fn every_page_that_qemu_counted_is_found() {
     for recording in Recording::all() {
-        let source = rewrite(&recording.stream, 1 << 20, |_| Mapped);
+        let source = rewrite(&recording.stream, 1 << 20, |_| Direct);
         let blocks: BTreeMap<_, _> =
             source.blocks.iter().map(|block| (block.name.clone(), block.length)).collect();
         assert_eq!(blocks, recording.blocks(), "{}", recording.name);
@@ -269,10 +269,10 @@ fn every_page_that_qemu_counted_is_found() {
 fn no_cut_changes_anything() {
     for recording in Recording::all() {
         let staged = if recording.kind() == "plain" { &STAGED[..] } else { &[] };
-        for travel in recording.choices().iter().chain(staged) {
-            let whole = rewrite(&recording.stream, usize::MAX, *travel);
+        for transfer in recording.choices().iter().chain(staged) {
+            let whole = rewrite(&recording.stream, usize::MAX, *transfer);
             for pieces in [1, 7, 4096, 4097, 65536] {
-                let cut = rewrite(&recording.stream, pieces, *travel);
+                let cut = rewrite(&recording.stream, pieces, *transfer);
                 assert_eq!(cut.staged, whole.staged, "{} by {pieces}", recording.name);
                 assert_eq!(cut.pages, whole.pages, "{} by {pieces}", recording.name);
                 assert_eq!(cut.messages.concat(), whole.messages.concat(), "{}", recording.name);
@@ -285,7 +285,7 @@ fn no_cut_changes_anything() {
 #[test]
 fn what_is_not_ram_arrives_unchanged() {
     for recording in Recording::all() {
-        let source = rewrite(&recording.stream, 4096, |_| Mapped);
+        let source = rewrite(&recording.stream, 4096, |_| Direct);
         let destination = land(&source);
         assert_eq!(destination.blocks, source.blocks);
         assert_eq!(destination.ram_ends, 1);
@@ -300,15 +300,15 @@ fn what_is_not_ram_arrives_unchanged() {
 #[test]
 fn blocks_in_the_stream_keep_their_records() {
     for recording in Recording::all() {
-        let all = rewrite(&recording.stream, 4096, |_| Mapped);
-        for travel in recording.choices() {
-            let source = rewrite(&recording.stream, 4096, *travel);
+        let all = rewrite(&recording.stream, 4096, |_| Direct);
+        for transfer in recording.choices() {
+            let source = rewrite(&recording.stream, 4096, *transfer);
             // Read again what the destination's QEMU would get: just those blocks' pages.
-            let kept = rewrite(&land(&source).bytes, 4096, |_| Mapped);
+            let kept = rewrite(&land(&source).bytes, 4096, |_| Direct);
             let of = |pages: &[(bool, u32, u64)], wanted: bool| -> Vec<_> {
                 let name = |block: u32| all.blocks[block as usize].name.as_str();
                 let wanted =
-                    pages.iter().filter(|page| (travel(name(page.1)) == InStream) == wanted);
+                    pages.iter().filter(|page| (transfer(name(page.1)) == Inline) == wanted);
                 wanted.copied().collect()
             };
             assert_eq!(kept.pages, of(&all.pages, true), "{}", recording.name);
@@ -321,7 +321,7 @@ fn blocks_in_the_stream_keep_their_records() {
 #[test]
 fn a_cut_before_the_end_of_ram_is_noticed() {
     for recording in Recording::all() {
-        let mut source = Source::new(|_| Mapped);
+        let mut source = Source::new(|_| Direct);
         let mut rewriter = Rewriter::new(Limits::default());
         let mut ends = 0;
         for piece in recording.stream.chunks(1000) {
@@ -330,7 +330,7 @@ fn a_cut_before_the_end_of_ram_is_noticed() {
         }
         for end in [0, 1, 100, ends / 2 * 1000, (ends - 1) * 1000] {
             let mut rewriter = Rewriter::new(Limits::default());
-            rewriter.push(&recording.stream[..end], &mut Source::new(|_| Mapped)).unwrap();
+            rewriter.push(&recording.stream[..end], &mut Source::new(|_| Direct)).unwrap();
             assert!(rewriter.finish().is_err(), "{} cut at {end}", recording.name);
         }
     }

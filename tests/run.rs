@@ -55,7 +55,7 @@ fn private_memory_becomes_shared_and_migrates() {
     let mut pair = WrappedPair::start(&Config { mib: 192, ..private() });
     let info = pair.source.client.run("query-rdma-helper", json!({}));
     let block = info["blocks"].as_array().unwrap().iter().find(|block| block["name"] == "pc.ram");
-    assert_eq!(block.unwrap()["travel"], "mapped");
+    assert_eq!(block.unwrap()["transfer-mode"], "direct");
     pair.migrate();
 }
 
@@ -70,15 +70,15 @@ fn private_memory_of_each_version_becomes_shared_and_migrates() {
 #[test]
 fn backends_are_kept_if_that_is_asked_for() {
     const KEEP: &[&str] = &[BINARY, "run", "--keep-backends", "--fabric", "tcp", "--"];
-    let travel = |memory: Memory, block: &str| {
+    let transfer = |memory: Memory, block: &str| {
         let mut pair = WrappedPair::start(&Config { under: KEEP, memory, ..private() });
         let info = pair.source.client.run("query-rdma-helper", json!({}));
         let blocks = info["blocks"].as_array().unwrap().clone();
         pair.migrate();
-        blocks.iter().find(|found| found["name"] == block).unwrap()["travel"].clone()
+        blocks.iter().find(|found| found["name"] == block).unwrap()["transfer-mode"].clone()
     };
-    assert_eq!(travel(Memory::Memfd, "ram0"), "mapped");
-    assert_eq!(travel(Memory::Private, "pc.ram"), "in-stream");
+    assert_eq!(transfer(Memory::Memfd, "ram0"), "direct");
+    assert_eq!(transfer(Memory::Private, "pc.ram"), "inline");
 }
 
 #[test]
@@ -115,6 +115,8 @@ fn huge_pages_are_kept() {
     let info = pair.source.client.run("query-rdma-helper", json!({}));
     let block = &info["blocks"][0];
     assert_eq!(block["page-size"], 2 << 20, "{info}");
+    assert_eq!(block["transfer-mode"], "direct");
+    // Its older name.
     assert_eq!(block["travel"], "mapped");
     pair.migrate();
 }

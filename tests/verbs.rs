@@ -215,7 +215,7 @@ fn with_a_balloon() {
         let devices = vec![format!("-device {device}")];
         let mut pair = Pair::start(&Config { devices, ..config() });
         pair.source.client.capability("rdma-pin-all", pin_all);
-        assert_eq!(pair.source.travel("ram0"), "staged");
+        assert_eq!(pair.source.transfer("ram0"), "copied");
         let uri = pair.listen();
         let taken = Taken::from(&mut pair.source.qemu);
         in_mid_transfer(&mut pair, &uri);
@@ -226,12 +226,12 @@ fn with_a_balloon() {
         pair.source.client.run("migrate-set-parameters", limit);
         let end = pair.source.await_status(&["completed", "failed"]);
         assert_eq!(end["status"], "completed", "{end}");
-        assert_eq!(pair.source.travelled("ram0"), "Staged");
+        assert_eq!(pair.source.transferred_as("ram0"), "Copied");
         pair.verify();
     }
 }
 
-/// The device's memory is staged and the rest is not: what it has not plugged stays a hole, where
+/// The device's memory is copied and the rest is not: what it has not plugged stays a hole, where
 /// registering it would have given it pages.
 #[test]
 fn with_virtio_mem() {
@@ -247,8 +247,8 @@ fn with_virtio_mem() {
     let mut pair = Pair::start(&Config { devices, ..config() });
     pair.source.client.capability("rdma-pin-all", true);
     pair.migrate();
-    assert_eq!(pair.source.travelled("ram0"), "Mapped");
-    assert_eq!(pair.source.travelled("0000:00:02.0/vmem0"), "Staged");
+    assert_eq!(pair.source.transferred_as("ram0"), "Direct");
+    assert_eq!(pair.source.transferred_as("0000:00:02.0/vmem0"), "Copied");
     for host in [&mut pair.source, &mut pair.destination] {
         assert_eq!(support::memory::allocated(&mut host.qemu, "0000:00:02.0/vmem0"), 0);
     }
@@ -268,7 +268,7 @@ fn private_memory_to_shared() {
         pair.new_destination(&shared, "shared");
         pair.source.client.capability("rdma-pin-all", pin_all);
         pair.migrate();
-        assert_eq!(pair.source.travelled("pc.ram"), "Staged");
+        assert_eq!(pair.source.transferred_as("pc.ram"), "Copied");
         pair.verify();
     }
 }
@@ -288,8 +288,8 @@ fn private_memory_to_stock_qemu() {
         pair.source.client.run("migrate", json!({ "uri": uri }));
         let end = pair.source.await_status(&["completed", "failed", "cancelled"]);
         assert_eq!(end["status"], "completed", "{end}");
-        assert_eq!(pair.source.travelled("pc.ram"), "Staged");
-        assert_eq!(pair.source.travelled("pc.bios"), "InStream");
+        assert_eq!(pair.source.transferred_as("pc.ram"), "Copied");
+        assert_eq!(pair.source.transferred_as("pc.bios"), "Inline");
         pair.verify();
     }
 }

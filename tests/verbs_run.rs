@@ -15,7 +15,7 @@ fn migrates(pin_all: bool) {
     let info = pair.source.client.run("query-rdma-helper", json!({}));
     assert_eq!(info["fabric"], "verbs");
     let block = info["blocks"].as_array().unwrap().iter().find(|block| block["name"] == "pc.ram");
-    assert_eq!(block.unwrap()["travel"], "mapped");
+    assert_eq!(block.unwrap()["transfer-mode"], "direct");
     if pin_all {
         let event = |event: &&serde_json::Value| event["event"] == "RDMA_MIGRATION_THROUGHPUT";
         let last = pair.source.client.events.iter().rfind(event).unwrap().clone();

@@ -27,7 +27,7 @@ pub struct Block {
     /// Page size of the backing in bytes (2 MiB for hugetlb).
     pub page_size: u64,
     /// Offset in the backing file at which the block begins; `None` if the worker gets no memory
-    /// of it: its pages are staged, or travel in the stream. The files' descriptors are attached to
+    /// of it: its pages are copied from the stream, or stay in it. The files' descriptors are attached to
     /// the order, in the order of the blocks that have one.
     pub file_offset: Option<u64>,
     /// QEMU reads all of it in a migration.

@@ -65,14 +65,14 @@ pub async fn find(
     Ok(blockers)
 }
 
-/// Pages that are staged have to come as they are.
+/// Pages that are copied from the stream have to come as they are.
 async fn encoding(
     qmp: &mut impl Execute,
     blocks: &[RamBlock],
     fabric: FabricKind,
 ) -> Result<Option<Blocker>, QmpError> {
-    let staged = blocks.iter().find_map(|block| match block.travel(fabric) {
-        (Transfer::Staged, why) => Some((&block.name, why.unwrap_or_default())),
+    let staged = blocks.iter().find_map(|block| match block.transfer(fabric) {
+        (Transfer::Copied, why) => Some((&block.name, why.unwrap_or_default())),
         _ => None,
     });
     let Some((name, why)) = staged else { return Ok(None) };

@@ -41,17 +41,17 @@ pub struct RamBlock {
 }
 
 impl RamBlock {
-    /// How its pages travel from here over `fabric`; and why, if they are not mapped.
+    /// How its pages are transferred from here over `fabric`; and why, if not directly.
     ///
-    /// Memory that is not shared is staged too if it is written at the destination. Until the
+    /// Memory that is not shared is copied too if it is written at the destination. Until the
     /// destination has said so, that is expected of all that is too long for a ROM.
-    pub fn travel(&self, fabric: FabricKind) -> (Transfer, Option<&str>) {
+    pub fn transfer(&self, fabric: FabricKind) -> (Transfer, Option<&str>) {
         match (&self.backing, &self.discards) {
-            (None, _) if self.length > ROM_MAX => (Transfer::Staged, self.why_not.as_deref()),
-            (None, _) => (Transfer::InStream, self.why_not.as_deref()),
+            (None, _) if self.length > ROM_MAX => (Transfer::Copied, self.why_not.as_deref()),
+            (None, _) => (Transfer::Inline, self.why_not.as_deref()),
             // What was pinned would not be what the guest has after that.
-            (Some(_), Some(why)) if fabric.pins() => (Transfer::Staged, Some(why)),
-            (Some(_), _) => (Transfer::Mapped, None),
+            (Some(_), Some(why)) if fabric.pins() => (Transfer::Copied, Some(why)),
+            (Some(_), _) => (Transfer::Direct, None),
         }
     }
 }

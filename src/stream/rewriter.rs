@@ -7,10 +7,10 @@ use super::{
 };
 use crate::ram::{BlockRange, PAGE, Transfer};
 
-/// Most bytes of in-stream records that are held back while writes are under way.
+/// Most bytes of inline records that are held back while writes are under way.
 const HELD_MAX: usize = 256 << 10;
 
-/// A page from a multifd channel whose block is not [`Transfer::Mapped`].
+/// A page from a multifd channel whose block is not [`Transfer::Direct`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ChannelPage {
     /// Index in the stream's block list.
@@ -56,7 +56,7 @@ pub trait RewriteSink {
     /// Why it can't.
     type Error;
 
-    /// The block list is complete: say for each block how its pages travel.
+    /// The block list is complete: say for each block how its pages are transferred.
     ///
     /// # Errors
     /// The sink's own; any ends the stream. So for the other calls.
@@ -150,7 +150,7 @@ impl Rewriter {
     pub fn new(limits: Limits) -> Self {
         let state = State {
             limits,
-            travels: Vec::new(),
+            transfers: Vec::new(),
             run: None,
             awaited: 0,
             hook_open: false,
@@ -244,7 +244,7 @@ enum Meeting {
 #[derive(Debug)]
 struct State {
     limits: Limits,
-    travels: Vec<Transfer>,
+    transfers: Vec<Transfer>,
     run: Option<Run>,
     /// Bytes of the last staged page that have not come yet.
     awaited: usize,
@@ -386,23 +386,23 @@ impl<O: RewriteSink> Rewriting<'_, O> {
     fn synchronise(&mut self, blocks: &[StreamBlock]) -> Result<(), O::Error> {
         self.flush_run()?;
         for ChannelPage { block, offset, content } in self.out.synchronise()? {
-            match (self.travel(block), content) {
-                (Transfer::InStream, Some(content)) => {
+            match (self.transfer(block), content) {
+                (Transfer::Inline, Some(content)) => {
                     let word = offset | flag::PAGE | flag::CONTINUE;
                     self.record_head(&word.to_be_bytes(), block, blocks)?;
                     self.in_stream(&*content)?;
                 }
-                (Transfer::InStream, None) => {
+                (Transfer::Inline, None) => {
                     let word = offset | flag::ZERO | flag::CONTINUE;
                     self.record_head(&word.to_be_bytes(), block, blocks)?;
                     self.in_stream(&[0])?;
                 }
-                (Transfer::Staged, Some(content)) => {
+                (Transfer::Copied, Some(content)) => {
                     self.page(Source::Records, block, offset)?;
                     self.out.stage(&*content)?;
                 }
-                (Transfer::Mapped, Some(_)) => self.page(Source::Memory, block, offset)?,
-                (Transfer::Mapped | Transfer::Staged, None) => {
+                (Transfer::Direct, Some(_)) => self.page(Source::Memory, block, offset)?,
+                (Transfer::Direct | Transfer::Copied, None) => {
                     self.page(Source::Zero, block, offset)?
                 }
             }
@@ -410,9 +410,9 @@ impl<O: RewriteSink> Rewriting<'_, O> {
         Ok(())
     }
 
-    /// How a block's pages travel.
-    fn travel(&self, block: u32) -> Transfer {
-        self.state.travels.get(block as usize).copied().unwrap_or(Transfer::InStream)
+    /// How a block's pages are transferred.
+    fn transfer(&self, block: u32) -> Transfer {
+        self.state.transfers.get(block as usize).copied().unwrap_or(Transfer::Inline)
     }
 
     fn take_item(
@@ -431,25 +431,25 @@ impl<O: RewriteSink> Rewriting<'_, O> {
             }
             Item::BlocksEnd => {
                 self.out.stream(raw)?;
-                self.state.travels = self.out.ram_blocks(blocks)?;
+                self.state.transfers = self.out.ram_blocks(blocks)?;
                 // The place of the RAM-block exchange in version 1.
                 self.open_hook()?;
                 self.close_hook()?;
             }
-            Item::Page { block, offset, .. } => match self.travel(block) {
-                Transfer::Mapped => {
+            Item::Page { block, offset, .. } => match self.transfer(block) {
+                Transfer::Direct => {
                     self.page(Source::Memory, block, offset)?;
                     return Ok(Payload::Drop);
                 }
-                Transfer::Staged => {
+                Transfer::Copied => {
                     self.page(Source::Records, block, offset)?;
                     self.state.awaited = PAGE as usize;
                 }
-                Transfer::InStream => self.record_head(raw, block, blocks)?,
+                Transfer::Inline => self.record_head(raw, block, blocks)?,
             },
-            Item::Zero { block, offset } => match self.travel(block) {
-                Transfer::Mapped | Transfer::Staged => self.page(Source::Zero, block, offset)?,
-                Transfer::InStream => self.record_head(raw, block, blocks)?,
+            Item::Zero { block, offset } => match self.transfer(block) {
+                Transfer::Direct | Transfer::Copied => self.page(Source::Zero, block, offset)?,
+                Transfer::Inline => self.record_head(raw, block, blocks)?,
             },
             Item::Hook => {}
             // It is none of the destination's business.
@@ -486,12 +486,12 @@ impl<O: RewriteSink> ItemHandler for Rewriting<'_, O> {
                 return Err(PushError::Stream(StreamError::Unsupported("RDMA of QEMU's own")));
             }
             // Only QEMU can decode them, and it would race with what is written.
-            Item::Page { block, plain: false, .. } if self.travel(block) == Transfer::Staged => {
+            Item::Page { block, plain: false, .. } if self.transfer(block) == Transfer::Copied => {
                 let what = "XBZRLE or compression for memory that is sent from it";
                 return Err(PushError::Stream(StreamError::Unsupported(what)));
             }
             // QEMU decides by itself which blocks to announce, and the relay whether it may.
-            Item::Announced { block, .. } if self.travel(block) != Transfer::Mapped => {
+            Item::Announced { block, .. } if self.transfer(block) != Transfer::Direct => {
                 let what = "x-shared-ram-external for memory that is not sent from it";
                 return Err(PushError::Stream(StreamError::Unsupported(what)));
             }

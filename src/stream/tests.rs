@@ -19,7 +19,7 @@ enum Asked {
     Stream(Vec<u8>),
     Hook,
     Write(u32, u64, u64),
-    Staged(u32, u64, Vec<u8>),
+    Copied(u32, u64, Vec<u8>),
     Zero(u32, u64, u64),
     Announced(u64, bool),
     Finished,
@@ -63,12 +63,12 @@ impl RewriteSink for Recorder {
 
     fn ram_blocks(&mut self, blocks: &[StreamBlock]) -> Result<Vec<Transfer>, Infallible> {
         self.blocks(blocks);
-        let travel = |block: &StreamBlock| match &block.name.as_str() {
-            name if self.in_stream.contains(name) => Transfer::InStream,
-            name if self.staged.contains(name) => Transfer::Staged,
-            _ => Transfer::Mapped,
+        let transfer = |block: &StreamBlock| match &block.name.as_str() {
+            name if self.in_stream.contains(name) => Transfer::Inline,
+            name if self.staged.contains(name) => Transfer::Copied,
+            _ => Transfer::Direct,
         };
-        Ok(blocks.iter().map(travel).collect())
+        Ok(blocks.iter().map(transfer).collect())
     }
 
     fn stream(&mut self, bytes: &[u8]) -> Result<(), Infallible> {
@@ -94,7 +94,7 @@ impl RewriteSink for Recorder {
     fn write_staged(&mut self, range: BlockRange) -> Result<(), Infallible> {
         let bytes = std::mem::take(&mut self.gathered);
         assert_eq!(bytes.len() as u64, range.length);
-        self.asked.push(Asked::Staged(range.block, range.offset, bytes));
+        self.asked.push(Asked::Copied(range.block, range.offset, bytes));
         Ok(())
     }
 
@@ -492,7 +492,7 @@ proptest! {
                 Asked::Write(block, offset, length) | Asked::Zero(block, offset, length) => {
                     prop_assert!(offset + length <= lengths[block as usize]);
                 }
-                Asked::Staged(block, offset, bytes) => {
+                Asked::Copied(block, offset, bytes) => {
                     prop_assert!(offset + bytes.len() as u64 <= lengths[block as usize]);
                 }
                 _ => {}

@@ -10,7 +10,7 @@ pub struct Block {
     pub name: String,
     /// Used length in bytes.
     pub length: u64,
-    /// Its memory; `None` if its pages travel in the stream.
+    /// Its memory; `None` if its pages stay in the stream.
     pub region: Option<Arc<Region>>,
     /// QEMU reads all of it.
     pub read_whole: bool,

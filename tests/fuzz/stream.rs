@@ -12,9 +12,9 @@ use qemu_rdma_helper::{
 
 #[derive(Default)]
 struct Source {
-    /// Bit n: block n (modulo 4) stays in the stream; bit n + 4: else it is staged.
-    travels: u8,
-    /// Staged bytes of the next write, and of all before.
+    /// Bit n: block n (modulo 4) stays in the stream; bit n + 4: else it is copied.
+    transfers: u8,
+    /// Copied bytes of the next write, and of all before.
     gathered: Vec<u8>,
     staged: Vec<u8>,
     blocks: Vec<StreamBlock>,
@@ -51,12 +51,12 @@ impl RewriteSink for Source {
 
     fn ram_blocks(&mut self, blocks: &[StreamBlock]) -> Result<Vec<Transfer>, Infallible> {
         self.blocks = blocks.to_vec();
-        let travel = |index: usize| match self.travels >> (index % 4) & 0x11 {
-            0 => Transfer::Mapped,
-            0x10 => Transfer::Staged,
-            _ => Transfer::InStream,
+        let transfer = |index: usize| match self.transfers >> (index % 4) & 0x11 {
+            0 => Transfer::Direct,
+            0x10 => Transfer::Copied,
+            _ => Transfer::Inline,
         };
-        Ok((0..blocks.len()).map(travel).collect())
+        Ok((0..blocks.len()).map(transfer).collect())
     }
 
     fn stream(&mut self, bytes: &[u8]) -> Result<(), Infallible> {
@@ -141,8 +141,8 @@ impl ForwardSink for Destination {
 }
 
 /// Rewrite `stream` in pieces of `size`; was it accepted to the end?
-fn rewrite(stream: &[u8], size: usize, travels: u8) -> (Source, bool) {
-    let mut source = Source { travels, ..Source::default() };
+fn rewrite(stream: &[u8], size: usize, transfers: u8) -> (Source, bool) {
+    let mut source = Source { transfers, ..Source::default() };
     let mut rewriter = Rewriter::new(Limits::default());
     let fed = stream.chunks(size).all(|piece| {
         // As when QEMU pauses behind each.
@@ -153,9 +153,9 @@ fn rewrite(stream: &[u8], size: usize, travels: u8) -> (Source, bool) {
 }
 
 fuzz_target!(|input: &[u8]| {
-    let [size, travels, stream @ ..] = input else { return };
-    let (source, whole) = rewrite(stream, usize::MAX, *travels);
-    let (cut, cut_whole) = rewrite(stream, usize::from(*size) + 1, *travels);
+    let [size, transfers, stream @ ..] = input else { return };
+    let (source, whole) = rewrite(stream, usize::MAX, *transfers);
+    let (cut, cut_whole) = rewrite(stream, usize::from(*size) + 1, *transfers);
     assert_eq!(whole, cut_whole);
     if whole {
         assert_eq!(source.ranges, cut.ranges);

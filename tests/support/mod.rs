@@ -136,17 +136,17 @@ impl Host {
         info["blocks"].as_array().unwrap().iter().map(block).collect()
     }
 
-    /// How a RAM block would travel from here, as the helper says.
-    pub fn travel(&mut self, block: &str) -> String {
+    /// How a RAM block would be transferred from here, as the helper says.
+    pub fn transfer(&mut self, block: &str) -> String {
         let info = self.client.run("query-rdma-helper", json!({}));
         let blocks = info["blocks"].as_array().unwrap();
         let found = blocks.iter().find(|found| found["name"] == block);
-        found.unwrap()["travel"].as_str().unwrap().to_owned()
+        found.unwrap()["transfer-mode"].as_str().unwrap().to_owned()
     }
 
-    /// How a RAM block did travel in the last migration from here.
-    pub fn travelled(&self, block: &str) -> String {
-        let (log, wanted) = (self.helper.log(), format!("block=\"{block}\" travel="));
+    /// How a RAM block was transferred in the last migration from here.
+    pub fn transferred_as(&self, block: &str) -> String {
+        let (log, wanted) = (self.helper.log(), format!("block=\"{block}\" transfer="));
         let found = log.lines().rev().find_map(|line| line.split_once(&wanted));
         found.unwrap_or_else(|| panic!("nothing of {wanted}: {log}")).1.to_owned()
     }

@@ -93,7 +93,7 @@ fn warning(Blocker { reason, cure }: Blocker) -> Finding {
     Finding::warning(reason, cure)
 }
 
-/// How each block travels, and what would stop a migration.
+/// How each block transfers, and what would stop a migration.
 async fn judge(
     client: &mut Client,
     blocks: &[RamBlock],
@@ -107,14 +107,14 @@ async fn judge(
     Ok(findings)
 }
 
-/// How a block travels.
+/// How a block transfers.
 fn describe(block: &RamBlock, fabric: FabricKind) -> Finding {
-    let (travel, why) = block.travel(fabric);
+    let (transfer, why) = block.transfer(fabric);
     let path = block.backing.as_ref().map(|backing| backing.path.as_str());
-    let how = match travel {
-        Transfer::Mapped => format!("written from {}", path.unwrap_or_default()),
-        Transfer::Staged => format!("written from the stream ({})", why.unwrap_or_default()),
-        Transfer::InStream => format!("in the stream ({})", why.unwrap_or_default()),
+    let how = match transfer {
+        Transfer::Direct => format!("written from {}", path.unwrap_or_default()),
+        Transfer::Copied => format!("written from the stream ({})", why.unwrap_or_default()),
+        Transfer::Inline => format!("in the stream ({})", why.unwrap_or_default()),
     };
     Finding::good(format!("RAM block '{}', {} KiB: {how}", block.name, block.length >> 10))
 }
@@ -129,15 +129,15 @@ async fn guest(
     let capabilities = client.execute("query-migrate-capabilities", Value::Null).await?;
     let status = client.execute("query-status", Value::Null).await?;
     let leaves = status["status"] != "inmigrate";
-    let travels = |block: &RamBlock, wanted| block.travel(FabricKind::Verbs).0 == wanted;
+    let transfers = |block: &RamBlock, wanted| block.transfer(FabricKind::Verbs).0 == wanted;
     let is_registered = |block: &&RamBlock| match leaves {
-        true => travels(block, Transfer::Mapped),
+        true => transfers(block, Transfer::Direct),
         false => block.backing.is_some(),
     };
     Ok(Guest {
         blocks: blocks.iter().filter(is_registered).map(|block| block.length).collect(),
         pin_all: blockers::is_on(&capabilities, "rdma-pin-all"),
         pin_limit,
-        staged: leaves && blocks.iter().any(|block| travels(block, Transfer::Staged)),
+        staged: leaves && blocks.iter().any(|block| transfers(block, Transfer::Copied)),
     })
 }

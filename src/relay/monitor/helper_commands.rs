@@ -11,8 +11,8 @@ use crate::{
         context::Context,
         migration::saved_settings::{AsClientsSee, Borrowed},
         schema::{
-            RdmaFabric, RdmaHelperBlock, RdmaHelperInfo, RdmaMigrateBlocker, RdmaTravel,
-            RdmaVersionInfo, RdmaVersionTriple,
+            RdmaFabric, RdmaHelperBlock, RdmaHelperInfo, RdmaMigrateBlocker, RdmaTransferMode,
+            RdmaTravel, RdmaVersionInfo, RdmaVersionTriple,
         },
     },
 };
@@ -30,14 +30,16 @@ pub async fn query_helper(context: &Context) -> Result<Value, QmpError> {
     let version = context.qemu.clone().execute("query-version", Value::Null).await?;
     let fabric = context.settings.fabric.kind();
     let blocks = find_blocks(context).await?.into_iter().map(|block| {
-        let (travel, reason) = block.travel(fabric);
+        let (transfer, reason) = block.transfer(fabric);
         let reason = reason.map(str::to_owned);
+        let (transfer_mode, travel) = match transfer {
+            Transfer::Direct => (RdmaTransferMode::direct, RdmaTravel::mapped),
+            Transfer::Copied => (RdmaTransferMode::copied, RdmaTravel::staged),
+            Transfer::Inline => (RdmaTransferMode::inline, RdmaTravel::in_stream),
+        };
         RdmaHelperBlock {
-            travel: match travel {
-                Transfer::Mapped => RdmaTravel::mapped,
-                Transfer::Staged => RdmaTravel::staged,
-                Transfer::InStream => RdmaTravel::in_stream,
-            },
+            transfer_mode,
+            travel,
             name: block.name,
             length: block.length,
             page_size: block.page_size,

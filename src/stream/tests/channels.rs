@@ -80,7 +80,7 @@ fn pages_that_channels_cannot_write_are_records_again() {
     let meetings = vec![vec![], pages, vec![page(1, 4096, Some(6))]];
     let asked = rewrite_beside(&stream, meetings.clone(), &[]);
     let staged = [[8; 4096], [9; 4096]].concat();
-    assert!(asked.contains(&Asked::Staged(2, 0, staged)));
+    assert!(asked.contains(&Asked::Copied(2, 0, staged)));
     let records = Build::default().page(4096, Some("rom"), 7).zero(0, None).0;
     let again = Build::default().page(4096, None, 6).end_of_section().0;
     let forwarded: Vec<u8> = asked

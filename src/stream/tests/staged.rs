@@ -7,7 +7,7 @@ fn rewrite_staged(stream: &[u8], cuts: &[usize]) -> Result<Recorder, PushError<I
     rewrite_to(Recorder { in_stream: vec!["rom"], staged, ..Recorder::default() }, stream, cuts)
 }
 
-/// Where a block is staged, the records are what is written.
+/// Where a block is copied, the records are what is written.
 #[test]
 fn staged_records_become_writes_of_their_bytes() {
     let stream = Build::with_blocks(&[("pc.ram", 4 << 20), ("ram1", 4 << 20)])
@@ -25,7 +25,7 @@ fn staged_records_become_writes_of_their_bytes() {
     let whole = rewrite_staged(&stream, &[]).unwrap();
     let hook = whole.asked.iter().rposition(|asked| *asked == Asked::Hook).unwrap();
     let staged = |offset, fills: &[u8]| {
-        Asked::Staged(0, offset, fills.iter().flat_map(|fill| [*fill; 4096]).collect())
+        Asked::Copied(0, offset, fills.iter().flat_map(|fill| [*fill; 4096]).collect())
     };
     let expected = [
         staged(0, &[1, 2]),
@@ -51,10 +51,10 @@ fn a_flush_within_a_staged_page_waits_for_the_rest() {
     let (first, last) = stream.split_at(stream.len() - 1);
     rewriter.push(first, &mut recorder).unwrap();
     rewriter.flush(&mut recorder).unwrap();
-    assert!(!recorder.asked.iter().any(|asked| matches!(asked, Asked::Staged(..))));
+    assert!(!recorder.asked.iter().any(|asked| matches!(asked, Asked::Copied(..))));
     rewriter.push(last, &mut recorder).unwrap();
     rewriter.flush(&mut recorder).unwrap();
-    assert_eq!(recorder.asked.last().unwrap(), &Asked::Staged(0, 0, vec![7; 4096]));
+    assert_eq!(recorder.asked.last().unwrap(), &Asked::Copied(0, 0, vec![7; 4096]));
 }
 
 /// Only QEMU can decode them.
@@ -114,7 +114,7 @@ proptest! {
             match asked {
                 Asked::Hook => hook_open = true,
                 Asked::Finished => hook_open = false,
-                Asked::Staged(0, offset, bytes) => {
+                Asked::Copied(0, offset, bytes) => {
                     prop_assert!(hook_open);
                     let last = offset + bytes.len() as u64 - 1;
                     prop_assert_eq!(offset >> 20, last >> 20);

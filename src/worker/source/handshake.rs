@@ -46,7 +46,7 @@ impl Agreement {
     /// mapped has to be kept until it fits into the stream.
     pub fn channels(&self, options: &Options) -> u16 {
         let SourceBlocks::Agreed(blocks) = &self.blocks else { return 0 };
-        let kept = blocks.iter().filter(|block| block.travel() != Transfer::Mapped);
+        let kept = blocks.iter().filter(|block| block.transfer() != Transfer::Direct);
         let kept: u64 = kept.map(|block| block.length).sum();
         if self.any_time && kept <= ROM_MAX { options.channels } else { 0 }
     }
@@ -61,7 +61,7 @@ impl Agreement {
     pub fn announceable(&self, options: &Options) -> usize {
         match &self.blocks {
             SourceBlocks::Agreed(blocks) => {
-                blocks.iter().filter(|block| block.travel() == Transfer::Mapped).count()
+                blocks.iter().filter(|block| block.transfer() == Transfer::Direct).count()
             }
             SourceBlocks::Unnamed(blocks) if options.return_path => {
                 blocks.iter().filter(|block| block.region.is_some()).count()
@@ -83,9 +83,9 @@ pub enum SourceBlocks {
 #[derive(Debug, Clone)]
 pub enum Source {
     /// From its memory.
-    Mapped(Arc<Region>),
+    Direct(Arc<Region>),
     /// From their records in the stream: its memory is not shared, or a device must not read it.
-    Staged,
+    Copied,
 }
 
 /// One of the source's blocks.
@@ -94,7 +94,7 @@ pub struct AgreedBlock {
     pub name: String,
     /// Used length in bytes.
     pub length: u64,
-    /// Where its pages are, and where they go; `None` if they travel in the stream.
+    /// Where its pages are, and where they go; `None` if they stay in the stream.
     pub target: Option<(Source, RemoteKey)>,
     /// What was written of it, or said to be zero: of one that QEMU sends all of, where nothing less is a
     /// migration.
@@ -108,14 +108,14 @@ pub struct AgreedBlock {
 impl Source {
     /// From `region`, if there is one that may be read.
     fn of(region: Option<Arc<Region>>) -> Self {
-        region.map_or(Self::Staged, Self::Mapped)
+        region.map_or(Self::Copied, Self::Direct)
     }
 
     /// The memory that is read.
     pub fn region(&self) -> Option<&Arc<Region>> {
         match self {
-            Self::Mapped(region) => Some(region),
-            Self::Staged => None,
+            Self::Direct(region) => Some(region),
+            Self::Copied => None,
         }
     }
 }
@@ -150,12 +150,12 @@ impl AgreedBlock {
         }
     }
 
-    /// How its pages travel.
-    pub fn travel(&self) -> Transfer {
+    /// How its pages are transferred.
+    pub fn transfer(&self) -> Transfer {
         match &self.target {
-            Some((Source::Mapped(_), _)) => Transfer::Mapped,
-            Some((Source::Staged, _)) => Transfer::Staged,
-            None => Transfer::InStream,
+            Some((Source::Direct(_), _)) => Transfer::Direct,
+            Some((Source::Copied, _)) => Transfer::Copied,
+            None => Transfer::Inline,
         }
     }
 

@@ -95,11 +95,14 @@ impl MultifdChannels {
 
     /// The stream's block list is complete. QEMU sends no page before the first meeting, which is
     /// behind it.
-    pub fn name(&self, blocks: &[StreamBlock], travels: &[Transfer]) {
+    pub fn name(&self, blocks: &[StreamBlock], transfers: &[Transfer]) {
         let by_name = blocks.iter().zip(0..).map(|(block, index)| (block.name.clone(), index));
-        let blocks: Vec<_> =
-            blocks.iter().zip(travels).map(|(block, travel)| (block.length, *travel)).collect();
-        let others = blocks.iter().filter(|(_, travel)| *travel != Transfer::Mapped);
+        let blocks: Vec<_> = blocks
+            .iter()
+            .zip(transfers)
+            .map(|(block, transfer)| (block.length, *transfer))
+            .collect();
+        let others = blocks.iter().filter(|(_, transfer)| *transfer != Transfer::Direct);
         let others_max = others.map(|(length, _)| (length / PAGE) as usize).sum();
         // There is one list in a stream.
         let _ = self.blocks.set(Blocks { by_name: by_name.collect(), blocks, others_max });
@@ -176,10 +179,10 @@ impl Channel<'_> {
     fn pages(&mut self, packet: &Packet<'_>, content: &mut [u8]) -> Result<()> {
         let known = self.shared.blocks.get().and_then(|blocks| {
             let block = *blocks.by_name.get(packet.block)?;
-            let (length, travel) = *blocks.blocks.get(block as usize)?;
-            Some((block, length, travel, blocks.others_max))
+            let (length, transfer) = *blocks.blocks.get(block as usize)?;
+            Some((block, length, transfer, blocks.others_max))
         });
-        let Some((block, block_length, travel, others_max)) = known else {
+        let Some((block, block_length, transfer, others_max)) = known else {
             return Err(stream(format!("a page of unknown RAM block '{}'", packet.block)));
         };
         for offset in packet.normal().chain(packet.zero()) {
@@ -190,7 +193,7 @@ impl Channel<'_> {
                 )));
             }
         }
-        if travel != Transfer::Mapped {
+        if transfer != Transfer::Direct {
             return self.others(packet, block, content, others_max);
         }
         let writer = &self.shared.writer;

@@ -101,7 +101,7 @@ impl RamWriter {
     fn write_piece(&self, range: BlockRange) -> Result<()> {
         let mut remote_blocks = self.remote_blocks();
         let (source, remote) = remote_blocks.key(&self.link, range.block, range.offset)?;
-        let Source::Mapped(region) = source else { return Err(not_mapped(range.block)) };
+        let Source::Direct(region) = source else { return Err(not_mapped(range.block)) };
         let region = region.clone();
         remote_blocks.cover(range)?;
         let _held = (!remote_blocks.rkeys_stay()).then_some(remote_blocks);

@@ -65,7 +65,7 @@ impl RemoteBlocks {
         Self { blocks, unnamed, by_stream: Vec::new(), answers, rkeys, options }
     }
 
-    /// The stream's block list is complete: how does each block travel?
+    /// The stream's block list is complete: how is each block transferred?
     ///
     /// # Errors
     /// It is not the list that the migration was prepared for.
@@ -80,7 +80,7 @@ impl RemoteBlocks {
             .map(|(index, block)| (block.name.as_str(), index))
             .collect();
         let mut indices = Vec::with_capacity(blocks.len());
-        let mut travels = Vec::with_capacity(blocks.len());
+        let mut transfers = Vec::with_capacity(blocks.len());
         for block in blocks {
             let Some(&index) = by_name.get(block.name.as_str()) else {
                 return Err(MigrationError::Incompatible(format!(
@@ -98,18 +98,18 @@ impl RemoteBlocks {
                 )));
             }
             indices.push(index);
-            let travel = agreed.travel();
-            debug!(block = block.name, ?travel, "a RAM block");
-            if travel == Transfer::InStream && agreed.length > ROM_MAX {
+            let transfer = agreed.transfer();
+            debug!(block = block.name, ?transfer, "a RAM block");
+            if transfer == Transfer::Inline && agreed.length > ROM_MAX {
                 let block = &block.name;
                 warn!(
                     "RAM block '{block}' is not shared at the destination: its pages take the stream"
                 );
             }
-            travels.push(travel);
+            transfers.push(transfer);
         }
         self.by_stream = indices;
-        Ok(travels)
+        Ok(transfers)
     }
 
     /// Behind the block list: ask a stock destination for its blocks.
@@ -203,7 +203,7 @@ impl RemoteBlocks {
 
     fn in_stream(&self, index: usize) -> MigrationError {
         let name = &self.blocks[index].name;
-        MigrationError::Stream(format!("RAM block '{name}' travels in the stream"))
+        MigrationError::Stream(format!("RAM block '{name}' transfers in the stream"))
     }
 
     /// The key of the whole block or of a range; asks for the next range in time.

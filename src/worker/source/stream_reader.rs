@@ -220,11 +220,11 @@ impl RewriteSink for Outbound<'_> {
     type Error = MigrationError;
 
     fn ram_blocks(&mut self, blocks: &[StreamBlock]) -> Result<Vec<Transfer>> {
-        let travels = self.writer.name(blocks)?;
+        let transfers = self.writer.name(blocks)?;
         if let Some(channels) = &self.channels {
-            channels.name(blocks, &travels);
+            channels.name(blocks, &transfers);
         }
-        Ok(travels)
+        Ok(transfers)
     }
 
     fn stream(&mut self, bytes: &[u8]) -> Result<()> {

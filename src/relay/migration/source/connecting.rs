@@ -113,7 +113,7 @@ impl Source {
         blockers::refuse(&blockers::find(&mut qemu, &blocks, options.fabric).await?)?;
         // The worker gets the memory that it may read, and no other.
         for block in &mut blocks {
-            if block.travel(options.fabric).0 != Transfer::Mapped {
+            if block.transfer(options.fabric).0 != Transfer::Direct {
                 block.backing = None;
             }
         }
