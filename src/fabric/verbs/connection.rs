@@ -15,10 +15,12 @@ use rustix::{
 use super::{
     cm::Id,
     cm::wait_for,
+    completion_queue::{Completion, CompletionQueue},
     marks::{self, Marks},
-    objects::{Access, Completion, CompletionQueue, MemoryRegion, ProtectionDomain},
+    memory_region::{Access, MemoryRegion},
+    protection_domain::ProtectionDomain,
     queue_pair::{Depth, QueuePair, Queues},
-    received::Received,
+    recv_buffers::Received,
     sending::{SEND_DEPTH, Shared, VerbsSendHalf, identity},
     timeouts::Timeouts,
 };

@@ -7,6 +7,7 @@ use std::{
     error::Error as _,
     ffi::{c_char, c_int, c_uint, c_void},
     io,
+    ptr::NonNull,
     sync::OnceLock,
 };
 
@@ -123,6 +124,19 @@ pub(super) fn check(call: &'static str, result: c_int) -> Result<()> {
         Ok(())
     } else {
         Err(FabricError::Host { call, source: io::Error::last_os_error() })
+    }
+}
+
+/// The handle of an object, or what errno says.
+pub(super) fn created<T>(call: &'static str, raw: *mut T) -> Result<NonNull<T>> {
+    NonNull::new(raw).ok_or_else(|| FabricError::Host { call, source: io::Error::last_os_error() })
+}
+
+/// The device has no room for what was to be made.
+pub(super) fn refused(what: impl FnOnce() -> String) -> impl FnOnce(FabricError) -> FabricError {
+    |error| match error {
+        FabricError::Host { source, .. } => FabricError::Refused { what: what(), source },
+        other => other,
     }
 }
 

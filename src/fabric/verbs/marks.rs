@@ -8,8 +8,8 @@
 //! such messages. A queue pair that carries messages itself needs none.
 
 use super::{
+    completion_queue::Completion,
     device::Transport,
-    objects::Completion,
     queue_pair::{Local, QueuePair},
 };
 use crate::fabric::Result;

@@ -7,19 +7,21 @@
 
 mod buffers;
 mod cm;
+mod completion_queue;
 mod connecting;
 mod connection;
 mod device;
 mod library;
 mod listener;
 mod marks;
-mod objects;
+mod memory_region;
 pub mod preflight;
+mod protection_domain;
 mod queue_pair;
-mod received;
-mod ring;
+mod recv_buffers;
 mod route;
 mod sending;
+mod staging_ring;
 mod timeouts;
 
 pub use timeouts::Timeouts;

@@ -9,9 +9,11 @@ use rdma_sys::{
 
 use super::{
     cm::Id,
+    completion_queue::CompletionQueue,
     device::Transport,
+    library::refused,
     library::{check, check_errno},
-    objects::{CompletionQueue, ProtectionDomain, refused},
+    protection_domain::ProtectionDomain,
 };
 use crate::fabric::{RemoteKey, Result};
 

@@ -19,11 +19,13 @@ use rustix::{
 use super::{
     buffers::Buffers,
     cm::{wait_for, wait_through},
+    completion_queue::{Completion, CompletionQueue},
     device::Transport,
-    objects::{Access, Completion, CompletionQueue, MemoryRegion, ProtectionDomain},
+    memory_region::{Access, MemoryRegion},
+    protection_domain::ProtectionDomain,
     queue_pair::{Local, QueuePair},
-    received::Received,
-    ring::Ring,
+    recv_buffers::Received,
+    staging_ring::Ring,
     timeouts::Timeouts,
 };
 use crate::{

@@ -5,7 +5,7 @@
 
 use std::{fs, io, path::Path};
 
-use super::needs;
+use super::requirements;
 use crate::fabric::{FabricError, Finding, Guest, Result};
 
 /// CAP_IPC_LOCK (linux/capability.h).
@@ -68,7 +68,7 @@ fn has_ipc_lock(status: &str) -> io::Result<bool> {
 /// # Errors
 /// [`FabricError::Pin`].
 pub(in super::super) fn suffices_for_messages(window: u16) -> Result<()> {
-    let needed = needs::message_bytes(window);
+    let needed = requirements::message_bytes(window);
     match Memlock::of(None).map(|memlock| memlock.bound()) {
         Ok(Some(bound)) if bound < needed => Err(FabricError::Pin {
             what: "message buffers".into(),
@@ -117,8 +117,8 @@ fn judge(
             .to_owned(),
     };
     let whose = format!("{whose}: {} KiB", bound >> 10);
-    let messages = needs::message_bytes(window);
-    let needed = guest.map(|guest| needs::locked_bytes(window, guest));
+    let messages = requirements::message_bytes(window);
+    let needed = guest.map(|guest| requirements::locked_bytes(window, guest));
     match needed {
         _ if bound < messages => {
             let text = format!("{whose}, less than the {} MiB of message buffers", mib(messages));

@@ -1,14 +1,14 @@
 //! What would stop a migration over verbs, found without starting one.
 
-mod judging;
+mod checks;
 pub(super) mod memlock;
-mod needs;
 mod ports;
 pub(super) mod probe;
+mod requirements;
 
 use std::time::Duration;
 
-use self::{judging::Judged, probe::Device};
+use self::{checks::Judged, probe::Device};
 use super::{
     cm::EventChannel,
     library::Library,
@@ -60,7 +60,7 @@ fn devices(question: &Question<'_>) -> Result<Vec<Finding>> {
         .iter()
         .filter(|(name, _)| is_on_route(name))
         .map(|(_, device)| match device {
-            Ok(device) => judging::judge(device, port, question),
+            Ok(device) => checks::judge(device, port, question),
             Err(error) => Judged::unusable(Finding::error(error)),
         })
         .chain(unknown(&devices).filter(|_| route.is_none()).map(Judged::unusable))

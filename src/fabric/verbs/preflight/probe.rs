@@ -9,8 +9,8 @@ use super::{
         device::Transport,
         library::{Library, check_errno},
     },
-    needs::Attributes,
     ports::{self, Gid, Interface},
+    requirements::Attributes,
 };
 use crate::fabric::{FabricError, Result};
 

@@ -5,8 +5,8 @@
 use super::super::{
     connection::{completions, depth},
     queue_pair::{Depth, SGES},
-    ring,
     sending::SEND_BUFFERS,
+    staging_ring,
 };
 use crate::{
     fabric::{Guest, MESSAGE_MAX},
@@ -92,7 +92,7 @@ pub(super) fn message_bytes(window: u16) -> u64 {
 
 /// Bytes that are registered with the device at the most, and so count against the memlock limit.
 pub(super) fn locked_bytes(window: u16, guest: &Guest) -> u64 {
-    let ring = if guest.staged { ring::SIZE as u64 } else { 0 };
+    let ring = if guest.staged { staging_ring::SIZE as u64 } else { 0 };
     message_bytes(window) + ring + guest.registered()
 }
 
@@ -100,7 +100,7 @@ pub(super) fn locked_bytes(window: u16, guest: &Guest) -> u64 {
 /// [`super::super::Verbs`].
 pub(super) fn attributes(window: u16, lanes: u16, guest: Option<&Guest>) -> Attributes {
     let (Depth { send, receive }, completions) = (depth(window), completions(window, lanes));
-    let buffers = bytes(receive as usize).max(bytes(SEND_BUFFERS)).max(ring::SIZE as u64);
+    let buffers = bytes(receive as usize).max(bytes(SEND_BUFFERS)).max(staging_ring::SIZE as u64);
     Attributes {
         // A stock source has no lanes, but a second connection for its return path.
         max_qp: 1 + u64::from(lanes.max(1)),

@@ -4,9 +4,9 @@ use rdma_sys::ibv_port_state as state;
 
 use super::{
     super::device::Transport,
-    needs,
     ports::Gid,
     probe::{Device, Link, Port},
+    requirements,
 };
 use crate::fabric::{Finding, Guest, Question};
 
@@ -62,7 +62,7 @@ fn arrival(device: &Device) -> Finding {
 fn attributes(device: &Device, question: &Question<'_>) -> Vec<Finding> {
     let &Question { guest, window, lanes, .. } = question;
     let (name, has) = (&device.name, &device.attributes);
-    let needs = needs::attributes(window, lanes, guest);
+    let needs = requirements::attributes(window, lanes, guest);
     let pairs = has.named().into_iter().zip(needs.named());
     let mut findings: Vec<_> = pairs
         .filter(|((_, has), (_, needed))| has < needed)
@@ -205,7 +205,7 @@ fn physical_name(physical: u8) -> &'static str {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{needs::Attributes, ports::Interface};
+    use super::super::{ports::Interface, requirements::Attributes};
     use super::*;
     use crate::fabric::Severity;
 
@@ -232,7 +232,7 @@ mod tests {
 
     /// With exactly what is needed.
     fn device(ports: Vec<Port>) -> Device {
-        let attributes = needs::attributes(16, 1, None);
+        let attributes = requirements::attributes(16, 1, None);
         Device { name: "mlx5_0".into(), transport: Transport::InfiniBand, attributes, ports }
     }
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::{
     buffers::Buffers,
-    objects::{Access, MemoryRegion},
+    memory_region::{Access, MemoryRegion},
     queue_pair::{Local, QueuePair},
 };
 use crate::fabric::{MESSAGE_MAX, Result};

@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use super::{
     buffers::Buffers,
-    objects::{Access, MemoryRegion, ProtectionDomain},
+    memory_region::{Access, MemoryRegion},
+    protection_domain::ProtectionDomain,
     queue_pair::Local,
 };
 use crate::fabric::{MESSAGE_MAX, Result};
