@@ -325,7 +325,7 @@ fn check_finds_what_would_fail() {
     assert!(out.contains("'pc.ram', 196608 KiB: written from the stream"), "{out}");
     assert!(
         out.contains("warning  The guest's memory, RAM block 'pc.ram'")
-            && out.contains("cure: start QEMU with -object memory-backend-memfd"),
+            && out.contains("hint: start QEMU with -object memory-backend-memfd"),
         "{out}"
     );
     private.client.capability("xbzrle", true);
@@ -349,7 +349,7 @@ fn check_judges_by_the_fabric_that_is_used() {
     let (code, out) = check(&["--fabric", "tcp", "rdma:nowhere.invalid:4444"]);
     assert_eq!(code, Some(1));
     let unknown = out.lines().skip_while(|line| !line.starts_with("fail     Cannot resolve"));
-    assert_eq!(unknown.last(), Some("         cure: check the name or give an address"), "{out}");
+    assert_eq!(unknown.last(), Some("         hint: check the name or give an address"), "{out}");
     for wrong in ["tcp:h:1", "rdma:h"] {
         let output = run(&["check", wrong]);
         assert_eq!(output.status.code(), Some(2));

@@ -716,7 +716,7 @@ fn a_newer_qemu_is_warned_of() {
         .output()
         .unwrap();
     let said = String::from_utf8(check.stdout).unwrap();
-    assert!(said.contains(&format!("warning  {warning}\n         cure: ")), "{said}");
+    assert!(said.contains(&format!("warning  {warning}\n         hint: ")), "{said}");
     assert_eq!(check.status.code(), Some(0), "{said}");
     let helper = Helper::attach(dir.path(), "newer", &path, &[]);
     eventually("a warning", || helper.log().contains(warning).then_some(()));

@@ -363,9 +363,9 @@ fn what_excludes_rdma_is_refused_at_both_ends() {
     for (host, command) in [(&mut *destination, "migrate-incoming"), (&mut *source, "migrate")] {
         for names in [&["multifd"][..], &["multifd", "zero-copy-send"], &["postcopy-ram"]] {
             names.iter().for_each(|name| host.client.capability(name, true));
-            let cures = names.iter().map(|name| format!("migrate_set_capability {name} off"));
-            let cures: Vec<String> = cures.collect();
-            let words: Vec<&str> = cures.iter().map(String::as_str).collect();
+            let hints = names.iter().map(|name| format!("migrate_set_capability {name} off"));
+            let hints: Vec<String> = hints.collect();
+            let words: Vec<&str> = hints.iter().map(String::as_str).collect();
             refused_at_once(&mut host.client, command, &arguments, &words);
             names.iter().rev().for_each(|name| host.client.capability(name, false));
         }
@@ -406,10 +406,10 @@ fn what_excludes_rdma_at_a_destination_that_waits_already_is_refused() {
         pair.source.client.run("migrate-set-parameters", json!({ "max-bandwidth": 16 << 20 }));
         let error = pair.source.client.fails_to_migrate(&uri);
         println!("{error}");
-        let cure = format!("migrate_set_capability {name} off");
-        assert!(error.contains("destination") && error.contains(&cure), "{error}");
+        let hint = format!("migrate_set_capability {name} off");
+        assert!(error.contains("destination") && error.contains(&hint), "{error}");
         let state = pair.destination.await_status(&["failed"]);
-        assert!(state["error-desc"].as_str().unwrap().contains(&cure), "{state}");
+        assert!(state["error-desc"].as_str().unwrap().contains(&hint), "{state}");
         pair.new_destination(&config, &format!("next-{turn}"));
     }
     migrates_after_all(&mut pair);

@@ -155,7 +155,7 @@ fn without_the_events_capability() {
 /// A page that is again what it was when it was last sent is not sent again, and what was written
 /// for it may have been read in between.
 #[test]
-fn xbzrle_is_refused_with_the_cure() {
+fn xbzrle_is_refused_with_a_hint() {
     let mut pair = Pair::start(&Config::default());
     let uri = pair.listen();
     pair.source.client.capability("xbzrle", true);
@@ -294,7 +294,7 @@ fn private_memory_that_was_never_touched_stays_a_hole() {
 
 /// Only QEMU can decode its encodings, so a source whose memory is copied must not use them.
 #[test]
-fn encoded_pages_of_private_memory_are_refused_with_the_cure() {
+fn encoded_pages_of_private_memory_are_refused_with_a_hint() {
     let config = Config { version: "7.2", memory: Memory::Private, ..Config::default() };
     let mut pair = Pair::start(&config);
     pair.new_destination(&Config { memory: Memory::PcRam, ..config }, "shared");

@@ -169,8 +169,8 @@ fn error_of_ours(text: &str) -> Option<String> {
 }
 
 fn finding(text: &str) -> Option<String> {
-    let Finding { text, cure, .. } = Finding::fatal(text, text);
-    Some(text + &cure)
+    let Finding { text, hint, .. } = Finding::fatal(text, text);
+    Some(text + &hint)
 }
 
 fn host_of_an_address(text: &str) -> Option<String> {

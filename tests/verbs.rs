@@ -141,7 +141,7 @@ fn with_chunks_of_each_size_of_qemu_11_1() {
 
 /// A chunk is registered as a whole, also where it is larger than all that may be pinned.
 #[test]
-fn a_chunk_beyond_the_pin_limit_is_refused_with_the_cure() {
+fn a_chunk_beyond_the_pin_limit_is_refused_with_a_hint() {
     if !support::lab() {
         return;
     }

@@ -1,4 +1,4 @@
-//! What `check` finds on a host with RDMA devices, and that its cures cure.
+//! What `check` finds on a host with RDMA devices, and that its hints help.
 //!
 //! `scripts/lab/test` runs these where there is a device; elsewhere they say so and do nothing.
 //! Whoever needs a broken device makes one of its own.
@@ -32,13 +32,13 @@ fn run(line: &str) {
     assert!(status.success(), "{line}");
 }
 
-/// The exit code and the text, with the cures on the lines of their findings.
+/// The exit code and the text, with the hints on the lines of their findings.
 #[track_caller]
 fn outcome(mut command: Command) -> (i32, String) {
     let Output { status, stdout, stderr } = command.output().unwrap();
     let text = String::from_utf8(stdout).unwrap();
     println!("{text}{}", String::from_utf8(stderr).unwrap());
-    (status.code().unwrap(), text.replace("\n         cure: ", " CURE "))
+    (status.code().unwrap(), text.replace("\n         hint: ", " HINT "))
 }
 
 #[track_caller]
@@ -148,7 +148,7 @@ fn a_link_that_is_down() {
     let device = Device::new("down", 9000);
     device.ip("address add 10.78.1.1/24 dev DEV");
     let (code, text) = check(&["rdma:10.78.1.1:4444"]);
-    let down = "RDMA device rxe-down, port 1: the port is DOWN, its physical link Disabled CURE \
+    let down = "RDMA device rxe-down, port 1: the port is DOWN, its physical link Disabled HINT \
                 bring netdev eth-down up ('ip link set eth-down up'), and check its cable";
     assert_line(&text, &format!("fail     {down}"), "");
     assert!(!text.contains("rxe0"), "only the device on the route is judged:\n{text}");
@@ -172,7 +172,7 @@ fn an_interface_without_an_address() {
     device.ip("link set DEV up");
     let (_, text) = check(&[]);
     let bare = "warning  RDMA device rxe-bare, port 1: it has no GID to migrate with, because netdev \
-                eth-bare has no IP address CURE give it one: 'ip addr add ADDRESS/PREFIX dev eth-bare'";
+                eth-bare has no IP address HINT give it one: 'ip addr add ADDRESS/PREFIX dev eth-bare'";
     assert_line(&text, bare, "");
     let (code, text) = check(&["rdma:10.78.2.1:4444"]);
     assert_line(&text, "fail     No route leads to 10.78.2.1:4444", "");
@@ -196,7 +196,7 @@ fn an_interface_with_a_small_mtu() {
     device.ip("link set DEV up");
     let (code, text) = check(&["rdma:10.78.3.1:4444"]);
     let small = "warning  RDMA device rxe-mtu, port 1: its path MTU is only 512 (netdev MTU 1000), \
-                 which makes it slow CURE 'ip link set eth-mtu mtu 9000' at both hosts";
+                 which makes it slow HINT 'ip link set eth-mtu mtu 9000' at both hosts";
     assert_line(&text, small, "");
     assert_eq!(code, 0);
     for (mtu, path_mtu) in [(1500, 1024), (9000, 4096)] {
@@ -219,8 +219,8 @@ fn a_device_that_may_not_be_opened() {
     command.args(["--reuid=65534", "--regid=65534", "--clear-groups", BINARY, "check"]);
     let (_, text) = outcome(command);
     let shut = "warning  RDMA device rxe-shut: it can't be opened (";
-    let cure = "let the helper's user read and write /dev/infiniband/uverbs*";
-    assert_line(&text, shut, cure);
+    let hint = "let the helper's user read and write /dev/infiniband/uverbs*";
+    assert_line(&text, shut, hint);
 }
 
 #[test]
@@ -239,7 +239,7 @@ fn no_device_and_no_libraries() {
     let (code, text) = check_behind(hidden, "--fabric verbs");
     assert_line(
         &text,
-        "fail     This host has no RDMA device CURE load its driver",
+        "fail     This host has no RDMA device HINT load its driver",
         "--fabric tcp",
     );
     assert_eq!(code, 1);
@@ -277,8 +277,8 @@ fn addresses_that_no_device_leads_to() {
         let error = host.client.fails_to_migrate(&uri);
         println!("{error}\n");
         assert!(error.contains(finding), "{error}");
-        let cure = text.lines().next().unwrap().split_once(" CURE ").unwrap().1;
-        assert!(error.ends_with(cure), "{error}");
+        let hint = text.lines().next().unwrap().split_once(" HINT ").unwrap().1;
+        assert!(error.ends_with(hint), "{error}");
     }
 }
 
@@ -303,14 +303,14 @@ fn assert_limited(host: &mut Host, what: &str) {
     let (code, text) = check_helper(host);
     let pid = host.helper.pid();
     let finding = format!("fail     memlock of the helper, process {pid}: {what}");
-    let cure =
+    let hint =
         "and LimitMEMLOCK=infinity in its service (under libvirt, <hard_limit> in its domain)";
-    assert_line(&text, &finding, cure);
+    assert_line(&text, &finding, hint);
     assert!(text.contains(&format!("'prlimit --pid {pid} --memlock=unlimited' as root")));
     assert_eq!(code, 1);
 }
 
-/// The cure that `check` names, for helpers that run.
+/// What `check` hints at, for helpers that run.
 fn raise_limit(helper: &Helper) {
     run(&format!("prlimit --pid {} --memlock=unlimited", helper.pid()));
 }
@@ -374,7 +374,7 @@ fn a_memlock_limit_below_the_messages_buffers() {
     command.args(&NOBODY_WITH_8_MIB[1..]).args([BINARY, "check", "rdma:10.77.0.1:4444"]);
     let (code, text) = outcome(command);
     let finding = "fail     memlock of a helper that is started from here: 8192 KiB, less than the \
-                   16 MiB of message buffers CURE raise it: 'ulimit -l unlimited'";
+                   16 MiB of message buffers HINT raise it: 'ulimit -l unlimited'";
     assert_line(&text, finding, "");
     assert_eq!(code, 1);
     let config = Config { under: &NOBODY_WITH_8_MIB, ..config() };

@@ -21,7 +21,7 @@ use super::{exit, fabric::Fabric, settings::CONNECTIONS};
 /// The RDMA devices, what they lack, and the memlock limit are looked at. With --qemu-qmp the QEMU
 /// there is too, and what its guest needs; if a helper serves there, its limit and its fabric
 /// count. With an address the route to it is found, without connecting, and only the device that
-/// it leads over is judged. Each finding names its cure; the exit code is 1 if a migration would
+/// it leads over is judged. Each finding has a hint; the exit code is 1 if a migration would
 /// fail.
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -84,8 +84,8 @@ fn print(finding: &Finding) {
         Severity::Fatal => "fail",
     };
     println!("{severity:<8} {}", finding.text);
-    if !finding.cure.is_empty() {
-        println!("         cure: {}", finding.cure);
+    if !finding.hint.is_empty() {
+        println!("         hint: {}", finding.hint);
     }
 }
 

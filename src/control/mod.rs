@@ -282,7 +282,7 @@ pub enum Report {
     Done(Progress),
     /// The migration failed; the worker exits after this.
     Failed {
-        /// One sentence: what, where, cure.
+        /// One sentence: what, where, hint.
         #[serde(deserialize_with = "text::deserialize")]
         reason: String,
         /// True only if the guest certainly never ran at the destination, so that the source

@@ -77,7 +77,7 @@ pub enum FabricError {
         source: io::Error,
     },
     /// Memory can't be registered with the device.
-    #[error("Cannot register {mib} MiB of {what}: {source}; {}", pin_cure(source))]
+    #[error("Cannot register {mib} MiB of {what}: {source}; {}", pin_hint(source))]
     Pin {
         /// The block, or another use.
         what: String,
@@ -156,7 +156,7 @@ impl FabricError {
 }
 
 /// What helps when memory can't be registered.
-fn pin_cure(source: &io::Error) -> &'static str {
+fn pin_hint(source: &io::Error) -> &'static str {
     if source.kind() == io::ErrorKind::OutOfMemory {
         "raise the memlock limit ('ulimit -l unlimited', LimitMEMLOCK=infinity in the service, \
          <hard_limit> in libvirt's domain)"

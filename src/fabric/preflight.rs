@@ -51,7 +51,7 @@ pub struct Finding {
     /// What was found, and where.
     pub text: String,
     /// What to do about it; empty where nothing is to be done.
-    pub cure: String,
+    pub hint: String,
 }
 
 /// Names of devices, files and QEMU's objects may be in it.
@@ -62,25 +62,25 @@ fn line(found: impl Into<String>) -> String {
 impl Finding {
     /// As it should be.
     pub fn good(text: impl Into<String>) -> Self {
-        Self { severity: Severity::Good, text: line(text), cure: String::new() }
+        Self { severity: Severity::Good, text: line(text), hint: String::new() }
     }
 
     /// It works, or is not needed now.
-    pub fn warning(text: impl Into<String>, cure: impl Into<String>) -> Self {
-        Self { severity: Severity::Warning, text: line(text), cure: line(cure) }
+    pub fn warning(text: impl Into<String>, hint: impl Into<String>) -> Self {
+        Self { severity: Severity::Warning, text: line(text), hint: line(hint) }
     }
 
     /// A migration would fail.
-    pub fn fatal(text: impl Into<String>, cure: impl Into<String>) -> Self {
-        Self { severity: Severity::Fatal, text: line(text), cure: line(cure) }
+    pub fn fatal(text: impl Into<String>, hint: impl Into<String>) -> Self {
+        Self { severity: Severity::Fatal, text: line(text), hint: line(hint) }
     }
 
-    /// What a migration would fail with. The errors of this crate are one sentence, with the cure
+    /// What a migration would fail with. The errors of this crate are one sentence, with a hint
     /// behind its last semicolon.
     pub fn error(error: &impl Display) -> Self {
         let sentence = error.to_string();
         match sentence.rsplit_once("; ") {
-            Some((text, cure)) => Self::fatal(text, cure),
+            Some((text, hint)) => Self::fatal(text, hint),
             None => Self::fatal(sentence, ""),
         }
     }
@@ -106,7 +106,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn errors_carry_their_cure() {
+    fn errors_carry_their_hint() {
         let error = "Cannot resolve 'x'; y: unknown; check the name";
         assert_eq!(
             Finding::error(&error),
@@ -114,7 +114,7 @@ mod tests {
         );
         assert_eq!(Finding::error(&"It failed"), Finding::fatal("It failed", ""));
         let warning = Finding::error(&error).at_most_warning();
-        assert!(!warning.is_fatal() && warning.cure == "check the name");
+        assert!(!warning.is_fatal() && warning.hint == "check the name");
         assert_eq!(Finding::good("all").at_most_warning().severity, Severity::Good);
     }
 }

@@ -229,7 +229,7 @@ impl Region {
     /// returns how many, 0 at the socket's end.
     ///
     /// # Errors
-    /// The system's, with the cure if the host has no memory left.
+    /// The system's, with a hint if the host has no memory left.
     pub fn receive_from(
         &self,
         socket: BorrowedFd<'_>,
@@ -271,7 +271,7 @@ impl Region {
     /// Write `bytes` at `offset`.
     ///
     /// # Errors
-    /// The system's, with the cure if the host has no memory left.
+    /// The system's, with a hint if the host has no memory left.
     pub fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         let at = self.at(offset, bytes.len())?;
         let written = match &self.access {

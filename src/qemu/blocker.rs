@@ -6,5 +6,5 @@ pub struct Blocker {
     /// What it is.
     pub reason: String,
     /// What to do about it.
-    pub cure: String,
+    pub hint: String,
 }

@@ -53,13 +53,13 @@ pub async fn find(
     for reason in migration["blocked-reasons"].as_array().into_iter().flatten() {
         blockers.push(Blocker {
             reason: format!("QEMU says: {}", reason.as_str().unwrap_or("no migration now")),
-            cure: "remove the device or setting that QEMU names".into(),
+            hint: "remove the device or setting that QEMU names".into(),
         });
     }
     for device in devices(qmp).await? {
         blockers.push(Blocker {
             reason: format!("Device '{device}' has state whose length can't be known"),
-            cure: "unplug it before the migration (device_del)".into(),
+            hint: "unplug it before the migration (device_del)".into(),
         });
     }
     Ok(blockers)
@@ -82,7 +82,7 @@ async fn encoding(
             "Capability '{ENCODING}' can't be combined with rdma: while RAM block '{name}' is \
              sent from the stream ({why})"
         ),
-        cure: format!("turn it off: migrate_set_capability {ENCODING} off"),
+        hint: format!("turn it off: migrate_set_capability {ENCODING} off"),
     }))
 }
 
@@ -97,7 +97,7 @@ pub async fn settings(qmp: &mut impl Execute) -> Result<Vec<Blocker>, QmpError> 
         if is_on(&capabilities, name) {
             blockers.push(Blocker {
                 reason: format!("Capability '{name}' can't be combined with rdma:"),
-                cure: format!("turn it off: migrate_set_capability {name} off"),
+                hint: format!("turn it off: migrate_set_capability {name} off"),
             });
         }
     }
@@ -108,13 +108,13 @@ pub async fn settings(qmp: &mut impl Execute) -> Result<Vec<Blocker>, QmpError> 
             reason: format!(
                 "Parameter 'mode' is '{mode}', and rdma: migrates only in mode 'normal'"
             ),
-            cure: "set it back: migrate_set_parameter mode normal".into(),
+            hint: "set it back: migrate_set_parameter mode normal".into(),
         });
     }
     if parameters["tls-creds"].as_str().is_some_and(|creds| !creds.is_empty()) {
         blockers.push(Blocker {
             reason: "Parameter 'tls-creds' is set, and rdma: can't be encrypted".into(),
-            cure: "unset it, or migrate over tcp:".into(),
+            hint: "unset it, or migrate over tcp:".into(),
         });
     }
     Ok(blockers)
@@ -129,7 +129,7 @@ pub fn refuse(blockers: &[Blocker]) -> Result<(), QmpError> {
     if blockers.is_empty() {
         return Ok(());
     }
-    let said = blockers.iter().map(|blocker| format!("{}; {}", blocker.reason, blocker.cure));
+    let said = blockers.iter().map(|blocker| format!("{}; {}", blocker.reason, blocker.hint));
     Err(QmpError::generic(said.collect::<Vec<_>>().join(". ")))
 }
 
@@ -158,7 +158,7 @@ pub fn memory(blocks: &[RamBlock]) -> Option<Blocker> {
              receive: {why}",
             largest.name
         ),
-        cure: "start QEMU with -object memory-backend-memfd,id=ram0,size=SIZE,share=on and \
+        hint: "start QEMU with -object memory-backend-memfd,id=ram0,size=SIZE,share=on and \
                -machine memory-backend=ram0"
             .into(),
     })

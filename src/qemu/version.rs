@@ -26,7 +26,7 @@ impl Version {
         let Self { major, minor, .. } = self;
         (self.release() < OLDEST).then(|| Blocker {
             reason: format!("QEMU {major}.{minor} is older than 7.2, the oldest that was tried"),
-            cure: "use QEMU 7.2 or newer".into(),
+            hint: "use QEMU 7.2 or newer".into(),
         })
     }
 
@@ -38,7 +38,7 @@ impl Version {
         let newer = self.release() > NEWEST || self.release() == NEWEST && self.micro >= 50;
         newer.then(|| Blocker {
             reason: format!("QEMU {self} is newer than {major}.{minor}, the newest that was tried"),
-            cure: "try a migration between guests that don't matter, and look for a newer helper"
+            hint: "try a migration between guests that don't matter, and look for a newer helper"
                 .into(),
         })
     }

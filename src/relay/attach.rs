@@ -88,8 +88,8 @@ pub async fn attach(options: AttachOptions) -> Result<(), RelayError> {
 /// Say in the log what a QEMU that is newer than all that were tried deserves.
 pub fn look_at_version(greeting: &Value) {
     let version = Version::read(&greeting["QMP"]["version"]);
-    if let Some(Blocker { reason, cure }) = version.too_new() {
-        warn!("{reason}; {cure}");
+    if let Some(Blocker { reason, hint }) = version.too_new() {
+        warn!("{reason}; {hint}");
     }
 }
 

@@ -23,14 +23,14 @@ pub fn compare(
     own: &[ListedBlock],
     fixed_length: impl Fn(usize) -> bool,
 ) -> Result<Vec<usize>, WireError> {
-    const CURE: &str = "start both QEMUs with the same machine type, memory and devices";
+    const HINT: &str = "start both QEMUs with the same machine type, memory and devices";
     let mut named = HashSet::new();
     if let Some(twice) = source.iter().find(|block| !named.insert(&block.name)) {
         return Err(WireError::Misbehaved(format!("RAM block '{}' is listed twice", twice.name)));
     }
     if source.len() != own.len() {
         return Err(WireError::Incompatible(format!(
-            "The source has {} RAM blocks and the destination {}{}; {CURE}",
+            "The source has {} RAM blocks and the destination {}{}; {HINT}",
             source.len(),
             own.len(),
             first_missing(source, own)
@@ -42,13 +42,13 @@ pub fn compare(
     for block in source {
         let Some(&index) = by_name.get(block.name.as_str()) else {
             return Err(WireError::Incompatible(format!(
-                "The destination has no RAM block '{}', which the source has; {CURE}",
+                "The destination has no RAM block '{}', which the source has; {HINT}",
                 block.name
             )));
         };
         if fixed_length(index) && own[index].length != block.length {
             return Err(WireError::Incompatible(format!(
-                "RAM block '{}' has {} bytes at the source and {} at the destination; {CURE}",
+                "RAM block '{}' has {} bytes at the source and {} at the destination; {HINT}",
                 block.name, block.length, own[index].length
             )));
         }

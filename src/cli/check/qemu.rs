@@ -89,8 +89,8 @@ impl Attached {
     }
 }
 
-fn warning(Blocker { reason, cure }: Blocker) -> Finding {
-    Finding::warning(reason, cure)
+fn warning(Blocker { reason, hint }: Blocker) -> Finding {
+    Finding::warning(reason, hint)
 }
 
 /// How each block transfers, and what would stop a migration.
@@ -102,7 +102,7 @@ async fn judge(
     let mut findings: Vec<_> = blocks.iter().map(|block| describe(block, fabric)).collect();
     findings.extend(blockers::memory(blocks).map(warning));
     let blockers = blockers::find(client, blocks, fabric).await?;
-    let fatal = |Blocker { reason, cure }| Finding::fatal(reason, cure);
+    let fatal = |Blocker { reason, hint }| Finding::fatal(reason, hint);
     findings.extend(blockers.into_iter().map(fatal));
     Ok(findings)
 }

@@ -70,13 +70,13 @@ unsafe impl Sync for EventChannel {}
 
 /// The connection manager can't be reached. Where there is a device, its files may be hidden.
 fn unreachable(why: &io::Error, has_device: bool) -> FabricError {
-    let cure = if has_device {
+    let hint = if has_device {
         "load the module rdma_ucm, and let the helper's user read and write /dev/infiniband/rdma_cm \
          (under libvirt, cgroup_device_acl in qemu.conf must name it)"
     } else {
         "is the module rdma_ucm loaded, and is there a device ('rdma link')?"
     };
-    FabricError::Unavailable(format!("the connection manager can't be reached ({why}); {cure}"))
+    FabricError::Unavailable(format!("the connection manager can't be reached ({why}); {hint}"))
 }
 
 impl EventChannel {

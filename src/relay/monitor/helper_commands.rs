@@ -84,6 +84,6 @@ pub async fn query_blockers(context: &Context, borrowed: &Borrowed) -> Result<Va
     let mut qemu = AsClientsSee { qemu: context.qemu.clone(), borrowed };
     let found = blockers::find(&mut qemu, &blocks, context.settings.fabric.kind()).await?;
     let found =
-        found.into_iter().map(|Blocker { reason, cure }| RdmaMigrateBlocker { reason, cure });
+        found.into_iter().map(|Blocker { reason, hint }| RdmaMigrateBlocker { reason, cure: hint });
     Ok(json!(found.collect::<Vec<_>>()))
 }

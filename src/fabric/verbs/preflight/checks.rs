@@ -69,14 +69,14 @@ fn attributes(device: &Device, question: &Question<'_>) -> Vec<Finding> {
         .map(|((attribute, has), (_, needed))| {
             let fits_in_ranges = attribute == "max_mr_size"
                 && guest.is_some_and(|guest| guest.pin_all && has >= guest.largest_range());
-            let cure = if fits_in_ranges {
+            let hint = if fits_in_ranges {
                 "turn rdma-pin-all off, which registers each RAM block as a whole"
             } else {
                 "use a device that has more, or --fabric tcp at both ends"
             };
             Finding::fatal(
                 format!("RDMA device {name}: its {attribute} is {has}, and {needed} are needed"),
-                cure,
+                hint,
             )
         })
         .collect();
@@ -237,10 +237,10 @@ mod tests {
     }
 
     #[track_caller]
-    fn assert_found(finding: &Finding, severity: Severity, text: &str, cure: &str) {
+    fn assert_found(finding: &Finding, severity: Severity, text: &str, hint: &str) {
         println!("{finding:?}");
         assert_eq!(finding.severity, severity, "{finding:?}");
-        assert!(finding.text.contains(text) && finding.cure.contains(cure), "{finding:?}");
+        assert!(finding.text.contains(text) && finding.hint.contains(hint), "{finding:?}");
     }
 
     #[test]

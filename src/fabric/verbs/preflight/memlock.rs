@@ -107,7 +107,7 @@ fn judge(
         let why = if memlock.lifted { "without limit, by CAP_IPC_LOCK" } else { "unlimited" };
         return Finding::good(format!("{whose}: {why}"));
     };
-    let cure = match helper {
+    let hint = match helper {
         Some(pid) => format!(
             "raise it: 'prlimit --pid {pid} --memlock=unlimited' as root, and LimitMEMLOCK=infinity \
              in its service (under libvirt, <hard_limit> in its domain)"
@@ -122,11 +122,11 @@ fn judge(
     match needed {
         _ if bound < messages => {
             let text = format!("{whose}, less than the {} MiB of message buffers", mib(messages));
-            Finding::fatal(text, cure)
+            Finding::fatal(text, hint)
         }
         None => Finding::warning(
             format!("{whose}, enough for guests of {} MiB", (bound - messages) >> 20),
-            cure,
+            hint,
         ),
         Some(needed) if bound < needed => {
             let text = format!(
@@ -134,7 +134,7 @@ fn judge(
                  its memory",
                 mib(needed)
             );
-            Finding::fatal(text, cure)
+            Finding::fatal(text, hint)
         }
         Some(needed) => Finding::good(format!(
             "{whose}, enough for the {} MiB that are registered at the most",
@@ -187,7 +187,7 @@ Max file locks            unlimited            unlimited            locks
         assert!(buffers.is_fatal() && buffers.text.contains("16 MiB of message buffers"));
         let guests = judged(Some(208 * MIB - 1), false, some);
         assert!(guests.is_fatal() && guests.text.contains("less than the 208 MiB"), "{guests:?}");
-        assert!(guests.cure.contains("ulimit -l unlimited"), "{guests:?}");
+        assert!(guests.hint.contains("ulimit -l unlimited"), "{guests:?}");
         let limited = Guest { pin_limit: Some(32 * MIB), ..guest };
         assert_eq!(judged(Some(64 * MIB), false, Some(&limited)).severity, Severity::Good);
     }
