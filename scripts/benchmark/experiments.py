@@ -1,7 +1,7 @@
 """experiments - what can be measured, how often, and with whom."""
 import contextlib, dataclasses, time
 
-from . import contenders, documents, lab, machine, measure, pacing, results, table, warmth, workloads
+from . import contenders, documents, lab, machine, measure, pacing, results, table, warm_memory, workloads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,7 @@ def run(settings, names, out):
     }
     if settings.fabric == "verbs":
         document["baselines"] = lab.baselines(settings)
-    with warmth.kept() if settings.warm and not settings.short else contextlib.nullcontext():
+    with warm_memory.kept() if settings.warm and not settings.short else contextlib.nullcontext():
         measure_all(settings, names, document, out)
     wrong = results.failures(document) + (results.missing(document) if settings.short else [])
     for experiment, contender, what in wrong:

@@ -1,7 +1,7 @@
 """measure - one migration from begin to end, and many of them in alternation."""
 import time
 
-from . import processes, warmth
+from . import processes, warm_memory
 from .host import Pair
 from .qmp import Failed
 
@@ -32,7 +32,7 @@ def migration(settings, workload, contender, survey):
         begin = helper_times(pair)  # before the destination's worker listens
         uri = pair.listen()
         peaks = dict.fromkeys(SIDES, 0.0)
-        warm = warmth.settle()
+        warm = warm_memory.settle()
         begin |= state(pair)
         begun = time.time()
         pair.source.client.run("migrate", uri=uri)
@@ -157,7 +157,7 @@ def alternate(settings, workload, contenders, runs, show):
 
 def that_fit(settings, workload, contenders):
     """(contenders whose run has room on this machine, why the others are left out)."""
-    available = processes.memory("MemAvailable") + warmth.held() - SPARE
+    available = processes.memory("MemAvailable") + warm_memory.held() - SPARE
     fit, left_out = [], {}
     for contender in contenders:
         needed = needed_memory(workload, contender, settings.qemu)

@@ -6,7 +6,7 @@ changed in mid-flight.
 """
 import dataclasses, math, pathlib, time
 
-from . import standstill, warmth
+from . import vcpu_stalls, warm_memory
 from .host import Pair
 from .qmp import Failed
 from .workloads import PACING
@@ -41,7 +41,7 @@ def migration(settings, contender):
     first, second = LIMITS
     with Pair(dataclasses.replace(settings, max_bandwidth=first), workload, contender) as pair:
         uri, client = pair.listen(), pair.source.client
-        warmth.settle()
+        warm_memory.settle()
         client.run("migrate", uri=uri)
         begin = client.await_event("MIGRATION", status="active")
         # Half of the time at either limit.
@@ -54,7 +54,7 @@ def migration(settings, contender):
                 client.run("migrate-set-parameters", **{"max-bandwidth": second << 20})
                 changed.append(time.time())
 
-        with standstill.Watch() as watch:
+        with vcpu_stalls.Watch() as watch:
             client.await_event("MIGRATION", sample, SAMPLE, status="completed")
         end = pair.source.own.await_event("STOP")
     if not changed:

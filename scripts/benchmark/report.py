@@ -7,7 +7,7 @@ is made anew wherever the files have what NAME says, and left as it is elsewhere
 """
 import pathlib, re
 
-from . import bars, documents, pacing, plots, results, table
+from . import documents, pacing, plots, results, table, targets
 from .contenders import ROOT
 
 DOCUMENT = ROOT / "docs/performance.md"
@@ -70,7 +70,7 @@ def with_patches(of):
 
 def judged(experiments):
     rows = [
-        (asked, measured, "yes" if met else "**no**") for asked, measured, met in bars.rows(experiments)
+        (asked, measured, "yes" if met else "**no**") for asked, measured, met in targets.rows(experiments)
     ]
     return grid(("asked for", "measured", "met"), rows)
 
@@ -81,7 +81,7 @@ def section(file, name, experiment):
         return paced(file, experiment)
     if name == "scaling":
         return scaled(file, experiment)
-    summary = bars.summary(experiment)
+    summary = targets.summary(experiment)
     rows = [
         (f"`{contender}`", *(with_range(row[figure], form) for figure, _, form in table.COLUMNS))
         for contender, row in summary.items()

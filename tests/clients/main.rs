@@ -1,0 +1,6 @@
+//! The clients of `docs/examples`.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod examples;

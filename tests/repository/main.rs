@@ -1,0 +1,4 @@
+//! What must hold for the repository itself.
+
+mod layers;
+mod specification;

@@ -1,0 +1,6 @@
+//! QEMU under `run`.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod run;
