@@ -1,6 +1,6 @@
-//! What must hold: never two running guests; and a stopped guest has a reason that the operator is told.
+//! What must hold: the guest never runs twice, and if it stays stopped, the operator is told why.
 
-use qemu_rdma_helper::proto::relay::source::End;
+use qemu_rdma_helper::proto::relay::{MigrationStatus, source::End};
 
 use super::{qemu::Run, world::World};
 
@@ -8,7 +8,7 @@ use super::{qemu::Run, world::World};
 pub fn always(world: &World) -> Result<(), String> {
     let (source, destination) = (&world.source_qemu, &world.destination_qemu);
     if world.is_deserted {
-        // QEMU alone sees its connection break: over `tcp:` its guest goes on then, too.
+        // QEMU alone sees its connection break: its guest resumes, as over `tcp:`.
         return Ok(());
     }
     if source.guest_runs() && destination.guest_runs() {
@@ -26,8 +26,12 @@ pub fn always(world: &World) -> Result<(), String> {
 /// When nothing more happens.
 pub fn at_end(world: &World) -> Result<(), String> {
     let (source, destination) = (&world.source_qemu, &world.destination_qemu);
+    let completed = destination.migration == MigrationStatus::Completed;
+    if completed && !world.was_disturbed && world.shown() != Some(&End::Completed) {
+        return Err(format!("nothing broke and the guest has moved; shown is {:?}", world.shown()));
+    }
     if !source.is_alive || world.has_arrived || world.is_deserted {
-        // It is gone with its QEMU; or there.
+        // The guest is gone with its QEMU, or has arrived.
         return Ok(());
     }
     let ran = world.start.guest == Run::Running && !world.was_stopped;
@@ -38,7 +42,7 @@ pub fn at_end(world: &World) -> Result<(), String> {
         return Ok(());
     }
     match world.shown() {
-        // The operator is told that it stays stopped, and why.
+        // The operator is told that the guest stays stopped, and why.
         Some(End::Failed(reason)) if reason.contains("The guest ") => Ok(()),
         Some(end) => Err(format!("the guest is {:?} at the source, and {end:?} shown", source.run)),
         None => Err(format!("the guest is {:?} at the source, and nobody says why", source.run)),

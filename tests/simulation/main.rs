@@ -1,9 +1,9 @@
-//! A migration's state machines, and models of all that is around them, in virtual time: whatever comes
-//! late, is lost, killed or stopped, the guest never runs twice, and where it does not run somebody says
-//! why.
+//! A migration's state machines and models of their environment, in virtual time. Whatever is late,
+//! lost, killed or stopped: the guest never runs twice, and if it does not run, the reason is
+//! reported.
 //!
-//! A schedule is a list of numbers: each chooses one of the things that may happen. proptest draws them
-//! from a seed, and shortens what has failed. `scripts/simulate` runs more of them.
+//! A schedule is a list of numbers, each of which chooses a possible step. proptest draws them from
+//! a seed, and shortens schedules that failed. `scripts/simulate` runs more of them.
 
 mod check;
 mod network;
@@ -27,20 +27,20 @@ use proptest::{
 use qemu::Run;
 use world::{Start, Step, World};
 
-/// Choices of a schedule, after which everything goes its natural way.
+/// Choices of a schedule. After them every step is the natural one.
 const CHOICES: usize = 300;
 
-/// Steps in which everything must have come to an end then.
+/// Steps within which everything must end then.
 const STEPS: usize = 3000;
 
-/// Misfortunes and orders in a schedule.
+/// Faults and orders in a schedule.
 const FAULTS: u32 = 3;
 const ORDERS: u32 = 3;
 
-/// How long `scripts/test` looks for schedules.
+/// How long `scripts/test` searches.
 const TIME: Duration = Duration::from_secs(10);
 
-/// What a schedule has seen.
+/// What the schedules have covered.
 #[derive(Default)]
 struct Seen {
     schedules: u64,
@@ -48,7 +48,7 @@ struct Seen {
     states: HashSet<u64>,
 }
 
-/// The next step by this choice.
+/// Return the step that `choice` selects.
 fn choose(world: &mut World, choice: u16, faults: &mut u32, orders: &mut u32) -> Option<Step> {
     let (kind, index) = (choice % 16, usize::from(choice / 16));
     let mut steps = match kind {
@@ -119,7 +119,7 @@ fn number(name: &str) -> Option<u64> {
     env::var(name).ok().map(|text| text.parse().unwrap_or_else(|_| panic!("{name} is no number")))
 }
 
-/// A runner for schedules of this seed.
+/// Return a runner for schedules of this seed.
 fn runner(seed: u64, cases: u32) -> TestRunner {
     let config =
         Config { cases, failure_persistence: None, max_shrink_iters: 20_000, ..Config::default() };
@@ -128,7 +128,7 @@ fn runner(seed: u64, cases: u32) -> TestRunner {
     TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &bytes))
 }
 
-/// Look for a schedule of this seed that goes wrong; returns the shortest one, and what goes wrong in it.
+/// Search for a schedule of this seed that fails. Return the shortest one, and why it fails.
 fn look(seed: u64, cases: u32, seen: &mut Seen) -> Option<(World, String)> {
     let seen = std::cell::RefCell::new(seen);
     let found = runner(seed, cases).run(&vec(any::<u16>(), 1..CHOICES), |choices| {
@@ -146,7 +146,7 @@ fn look(seed: u64, cases: u32, seen: &mut Seen) -> Option<(World, String)> {
     }
 }
 
-/// The shortest schedule that goes wrong in the same way: choices are left out, or go the natural way.
+/// Shorten a schedule as long as it fails in the same way: drop choices, or make them natural.
 fn shorten(mut choices: Vec<u16>, why: &str, seen: &mut Seen) -> Vec<u16> {
     let mut length = |choices: &[u16]| {
         let (world, end) = run(choices, seen);
@@ -187,7 +187,7 @@ fn shorten(mut choices: Vec<u16>, why: &str, seen: &mut Seen) -> Vec<u16> {
     }
 }
 
-/// Schedules of one seed.
+/// Schedules per seed.
 const CASES: u32 = 500;
 
 #[test]

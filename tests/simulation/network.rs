@@ -1,4 +1,4 @@
-//! The connection between the two workers: messages arrive in their order, late, or not at all.
+//! The connection between the two workers: messages arrive in order, late, or not at all.
 
 use std::collections::VecDeque;
 
@@ -8,7 +8,7 @@ use super::qemu::Piece;
 pub enum Message {
     Stream(Piece),
     StreamEnd,
-    /// QEMU's SHUT: without error?
+    /// QEMU's SHUT, and whether it is without error.
     Shut(bool),
     Error {
         guest_never_ran: bool,
@@ -17,7 +17,7 @@ pub enum Message {
     Closed,
 }
 
-/// One direction.
+/// One direction of the connection.
 #[derive(Debug, Default)]
 pub struct Wire {
     messages: VecDeque<Message>,
@@ -25,7 +25,16 @@ pub struct Wire {
 }
 
 impl Wire {
-    /// False if the connection is closed.
+    /// A connection that is not established yet.
+    pub fn unconnected() -> Self {
+        Self { is_closed: true, ..Self::default() }
+    }
+
+    pub fn connect(&mut self) {
+        self.is_closed = false;
+    }
+
+    /// Send a message. Return whether the connection was open.
     pub fn send(&mut self, message: Message) -> bool {
         if self.is_closed {
             return false;
@@ -35,7 +44,7 @@ impl Wire {
         true
     }
 
-    /// The connection ends; what is on its way arrives, or is lost.
+    /// End the connection. Messages in flight arrive, or are lost.
     pub fn cut(&mut self, lost: bool) {
         if lost {
             self.messages.clear();

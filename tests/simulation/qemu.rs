@@ -1,11 +1,11 @@
-//! Models of the two QEMUs, as far as a migration by precopy goes (`migration/migration.c`,
+//! Models of the two QEMUs, as far as precopy needs them (`migration/migration.c`,
 //! `migration/savevm.c`, 7.2 to 11.1).
 
 use std::collections::VecDeque;
 
 use qemu_rdma_helper::proto::relay::{Guest, MigrationStatus, RunState};
 
-/// What a QEMU's guest does.
+/// Run state of a QEMU's guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Run {
     Running,
@@ -52,13 +52,13 @@ pub enum Piece {
     Ram,
     /// The end of the last RAM section.
     RamEnd,
-    /// The devices, and what the guest did before the switchover.
+    /// The devices, and the run state before the switchover.
     Devices(Run),
-    /// QEMU has closed its end, and left nothing out.
+    /// QEMU has closed its end after everything was sent.
     End,
 }
 
-/// What QEMU says by itself.
+/// An event of QEMU's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Said {
     Stop,
@@ -66,43 +66,43 @@ pub enum Said {
     Migration,
 }
 
-/// What fits into a migration socket.
-const ROOM: usize = 2;
+/// How many pieces fit into a migration socket.
+const SOCKET_CAPACITY: usize = 2;
 
-/// The source's.
+/// The source's QEMU.
 #[derive(Debug)]
 pub struct SourceQemu {
     pub is_alive: bool,
     pub run: Run,
-    /// What it did before the switchover.
+    /// Run state before the switchover.
     before: Run,
     pub migration: MigrationStatus,
     /// Capability `return-path`.
     pub has_return_path: bool,
     unwritten: VecDeque<Piece>,
-    /// The migration socket, from QEMU.
+    /// Data from QEMU in the migration socket.
     pub stream: VecDeque<Piece>,
     /// QEMU has closed its end.
     pub is_closed: bool,
     /// The other end is closed, or shut down.
     pub is_broken: bool,
-    /// SHUT on the return path.
+    /// SHUT on the return path, and whether it is without error.
     pub return_path: VecDeque<bool>,
     pub said: VecDeque<Said>,
-    /// What killed it, if that was a command.
+    /// Why a command made QEMU abort.
     pub aborted: Option<&'static str>,
 }
 
 impl SourceQemu {
-    /// It migrates.
+    /// Create a QEMU that migrates.
     pub fn new(run: Run, has_return_path: bool) -> Self {
         Self {
             is_alive: true,
             run,
             before: run,
-            migration: MigrationStatus::UnderWay,
+            migration: MigrationStatus::None,
             has_return_path,
-            unwritten: VecDeque::from([Piece::Ram, Piece::RamEnd, Piece::Devices(run)]),
+            unwritten: VecDeque::new(),
             stream: VecDeque::new(),
             is_closed: false,
             is_broken: false,
@@ -112,12 +112,19 @@ impl SourceQemu {
         }
     }
 
+    /// `migrate`.
+    pub fn migrate(&mut self) {
+        self.migration = MigrationStatus::UnderWay;
+        self.before = self.run;
+        self.unwritten = [Piece::Ram, Piece::RamEnd, Piece::Devices(self.run)].into();
+    }
+
     fn goes_on(&self) -> bool {
         self.is_alive && self.migration == MigrationStatus::UnderWay
     }
 
     pub fn can_write(&self) -> bool {
-        let room = self.is_broken || self.stream.len() < ROOM;
+        let room = self.is_broken || self.stream.len() < SOCKET_CAPACITY;
         self.goes_on() && !self.unwritten.is_empty() && room
     }
 
@@ -141,7 +148,7 @@ impl SourceQemu {
         }
     }
 
-    /// It waits for the return path, or is told to cancel.
+    /// Whether QEMU can end: it has heard from its return path, or was told to cancel.
     pub fn can_end(&self) -> bool {
         let hears = !self.return_path.is_empty() || self.is_broken;
         let cancels = self.is_alive && self.migration == MigrationStatus::Cancelling;
@@ -166,7 +173,8 @@ impl SourceQemu {
         self.said.push_back(Said::Migration);
     }
 
-    /// By itself. One that fails when the destination has all lets its guest go on over `tcp:` too.
+    /// Whether QEMU can fail by itself. Over `tcp:`, too, a failure after everything was sent
+    /// resumes the guest.
     pub fn can_fail(&self) -> bool {
         self.goes_on() && !self.unwritten.is_empty()
     }
@@ -175,7 +183,7 @@ impl SourceQemu {
         self.end_as(MigrationStatus::Failed);
     }
 
-    /// The guest goes on as before.
+    /// End the migration. The guest resumes its earlier state.
     fn end_as(&mut self, status: MigrationStatus) {
         self.migration = status;
         self.is_closed = true;
@@ -194,7 +202,7 @@ impl SourceQemu {
         }
     }
 
-    /// `cont`, by the helper or by a client that it lets through.
+    /// `cont`, from the helper or passed on from a client.
     pub fn cont(&mut self) -> Result<(), String> {
         match self.run {
             Run::FinishMigrate => return Err("Migration is not finalized yet".into()),
@@ -226,7 +234,6 @@ impl SourceQemu {
         self.run = Run::Prelaunch;
     }
 
-    /// It is killed.
     pub fn kill(&mut self) {
         self.is_alive = false;
         self.is_closed = true;
@@ -237,24 +244,24 @@ impl SourceQemu {
     }
 }
 
-/// The destination's.
+/// The destination's QEMU.
 #[derive(Debug)]
 pub struct DestinationQemu {
     pub is_alive: bool,
     pub run: Run,
     pub migration: MigrationStatus,
     pub stream: VecDeque<Piece>,
-    /// Nothing more comes.
+    /// The stream has ended.
     pub is_ended: bool,
     loaded: Option<Run>,
     has_started: bool,
-    /// SHUT on the return path.
+    /// SHUT on the return path, and whether it is without error.
     pub return_path: VecDeque<bool>,
     pub said: VecDeque<Said>,
 }
 
 impl DestinationQemu {
-    /// It waits for the stream.
+    /// Create a QEMU that waits for the stream.
     pub fn new() -> Self {
         Self {
             is_alive: true,
@@ -269,7 +276,7 @@ impl DestinationQemu {
         }
     }
 
-    /// It reads no more.
+    /// Whether QEMU reads no more.
     pub fn has_left(&self) -> bool {
         !self.is_alive || self.migration != MigrationStatus::UnderWay
     }
@@ -323,7 +330,7 @@ impl DestinationQemu {
         self.is_alive && self.run == Run::Running
     }
 
-    /// The guest is here, whatever it does.
+    /// Whether QEMU has the guest, in any run state.
     pub fn has_guest(&self) -> bool {
         self.is_alive && self.has_started
     }

@@ -1,9 +1,9 @@
-//! The two relays: the machines that they run, and models of their QMP sessions.
+//! The two relays: their state machines, and models of their QMP sessions.
 
 use std::{collections::VecDeque, time::Instant};
 
 use qemu_rdma_helper::{
-    control::Order,
+    control::{Order, Report},
     proto::{
         Machine,
         relay::{
@@ -19,14 +19,16 @@ use super::{
     worker::{Process, Reported, Said, state_name},
 };
 
-/// A command that QEMU has not served yet.
+/// A command that QEMU has not executed yet.
 #[derive(Debug)]
 enum Command {
+    /// QEMU's migration begins.
+    Migrate,
     AskMigration,
     AskGuest,
     Cancel,
     Continue,
-    /// A client's; that came while the migration was at QEMU.
+    /// A client's `cont`, and whether it came before the migration's end.
     Cont {
         is_gated: bool,
     },
@@ -34,22 +36,33 @@ enum Command {
     Reset,
 }
 
+/// How far a migration has come; its machine follows it from QEMU's on (`relay/migration/source/run.rs`).
+#[derive(Debug, PartialEq)]
+enum Begun {
+    Connecting,
+    Asked,
+    AtQemu,
+    /// It failed before.
+    Never,
+}
+
 #[derive(Debug)]
 pub struct SourceRelay {
     pub process: Process,
+    begun: Begun,
+    qemu_is_gone: bool,
     machine: RelaySource,
     inbox: VecDeque<source::Event>,
     commands: VecDeque<Command>,
-    /// What clients were shown.
+    /// The end that clients were shown.
     pub shown: Option<End>,
-    /// It has QEMU's migration sockets, as the worker does.
+    /// The relay holds QEMU's migration sockets, as the worker does.
     pub has_sockets: bool,
     worker_is_gone: bool,
     settles: bool,
 }
 
 impl SourceRelay {
-    /// Which state its machine is in.
     pub fn state_name(&self) -> String {
         state_name(&self.machine)
     }
@@ -57,6 +70,8 @@ impl SourceRelay {
     pub fn new(run: Run) -> Self {
         Self {
             process: Process::NEW,
+            begun: Begun::Connecting,
+            qemu_is_gone: false,
             machine: RelaySource::new(false, run.guest()),
             inbox: VecDeque::new(),
             commands: VecDeque::new(),
@@ -68,10 +83,10 @@ impl SourceRelay {
     }
 
     pub fn timeout(&self) -> Option<Instant> {
-        self.machine.poll_timeout()
+        (self.begun == Begun::AtQemu).then(|| self.machine.poll_timeout()).flatten()
     }
 
-    /// Returns whether the worker is to be killed.
+    /// Handle a timeout. Return whether the worker must be killed.
     #[must_use]
     pub fn tick(&mut self, qemu: &mut SourceQemu, to: &mut VecDeque<Said>, now: Instant) -> bool {
         self.handle(source::Event::Timeout, qemu, to, now)
@@ -93,7 +108,34 @@ impl SourceRelay {
     }
 
     pub fn has_event(&self) -> bool {
-        self.process.works() && !self.inbox.is_empty()
+        self.process.works() && !self.inbox.is_empty() && self.begun != Begun::Asked
+    }
+
+    /// Before QEMU was asked to migrate.
+    fn connect_on(&mut self, event: source::Event, to: &mut VecDeque<Said>) {
+        use source::{Cancel, Event};
+        let end = match event {
+            Event::Report(Report::Agreed(_)) if !self.qemu_is_gone => {
+                self.begun = Begun::Asked;
+                to.push_back(Said::Order(Order::StartStream));
+                return self.commands.push_back(Command::Migrate);
+            }
+            Event::Cancel(Cancel::Cancel) => End::Cancelled,
+            Event::Cancel(Cancel::Yank) => End::Failed("The migration was yanked".into()),
+            Event::Report(Report::Failed { reason, .. })
+            | Event::WorkerGone(reason)
+            | Event::Abort(reason) => End::Failed(reason),
+            Event::QemuGone | Event::Report(Report::Agreed(_)) => {
+                End::Failed("QEMU is gone".into())
+            }
+            _ => return,
+        };
+        self.begun = Begun::Never;
+        self.shown = Some(end);
+        let reason = "The migration was cancelled".to_owned();
+        to.push_back(Said::Order(Order::Abort { reason }));
+        to.push_back(Said::Order(Order::Finish));
+        self.has_sockets = false;
     }
 
     #[must_use]
@@ -105,7 +147,12 @@ impl SourceRelay {
     ) -> (bool, String) {
         let Some(event) = self.inbox.pop_front() else { return (false, String::new()) };
         let name = format!("{event:?}");
-        (self.handle(event, qemu, to, now), name)
+        match self.begun {
+            Begun::Connecting => self.connect_on(event, to),
+            Begun::Never => {}
+            Begun::Asked | Begun::AtQemu => return (self.handle(event, qemu, to, now), name),
+        }
+        (false, name)
     }
 
     fn handle(
@@ -156,7 +203,7 @@ impl SourceRelay {
         self.process.works() && self.settles && is_left
     }
 
-    /// The thread that lets QEMU end its stream.
+    /// Run the thread that lets QEMU end its stream.
     pub fn do_settle(&mut self, qemu: &mut SourceQemu) {
         if qemu.stream.pop_front().is_none() {
             self.settles = false;
@@ -177,7 +224,7 @@ impl SourceRelay {
         self.commands.push_back(Command::Reset);
     }
 
-    /// QEMU serves a command.
+    /// Whether QEMU can execute a command.
     pub fn can_serve(&self, qemu: &SourceQemu) -> bool {
         self.process.works() && qemu.is_alive && !self.commands.is_empty()
     }
@@ -187,6 +234,12 @@ impl SourceRelay {
         let name = format!("{command:?}");
         let has_completed = qemu.migration == MigrationStatus::Completed;
         match command {
+            Command::Migrate => {
+                qemu.migrate();
+                self.begun = Begun::AtQemu;
+                self.machine = RelaySource::new(false, qemu.run.guest());
+                self.inbox.push_front(source::Event::GuestChanged);
+            }
             Command::AskMigration => {
                 let answer = Some((qemu.migration, None));
                 self.tell(source::Event::Migration(answer));
@@ -215,7 +268,7 @@ impl SourceRelay {
         name
     }
 
-    /// QEMU says something by itself.
+    /// Handle an event of QEMU's.
     pub fn hear_qemu(&mut self, said: QemuSaid) {
         match said {
             QemuSaid::Stop => self.tell(source::Event::GuestChanged),
@@ -227,9 +280,13 @@ impl SourceRelay {
         }
     }
 
-    /// Commands without an answer.
+    /// Commands get no answer then.
     pub fn loses_qemu(&mut self) {
         self.commands.clear();
+        self.qemu_is_gone = true;
+        if self.begun == Begun::Asked {
+            self.begun = Begun::Connecting;
+        }
         self.tell(source::Event::QemuGone);
     }
 }
@@ -240,12 +297,11 @@ pub struct DestinationRelay {
     machine: RelayDestination,
     inbox: VecDeque<destination::Event>,
     asks: u32,
-    /// What clients were shown.
+    /// The end that clients were shown.
     pub shown: Option<Result<(), String>>,
 }
 
 impl DestinationRelay {
-    /// Which state its machine is in.
     pub fn state_name(&self) -> String {
         state_name(&self.machine)
     }
@@ -301,7 +357,7 @@ impl DestinationRelay {
         for action in actions {
             match action {
                 Action::Order(order) => to.push_back(Said::Order(order)),
-                // One question at a time is enough.
+                // One query at a time is enough.
                 Action::AskMigration => self.asks = 1,
                 Action::End(end) => {
                     self.shown = Some(end);

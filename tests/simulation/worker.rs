@@ -1,4 +1,4 @@
-//! The two workers: the machines that they run, and models of their threads.
+//! The two workers: their state machines, and models of their threads.
 
 use std::{
     collections::VecDeque,
@@ -24,7 +24,7 @@ use super::{
 /// How long QEMU may take to write the rest of its stream (`worker/return_path.rs`).
 const REST: Duration = Duration::from_secs(15);
 
-/// A process of the helper's.
+/// A helper process.
 #[derive(Debug)]
 pub struct Process {
     pub is_alive: bool,
@@ -39,14 +39,14 @@ impl Process {
     }
 }
 
-/// What the relay says, and its end.
+/// An order of the relay's, or its end.
 #[derive(Debug)]
 pub enum Said {
     Order(Order),
     Gone,
 }
 
-/// What a worker says, and its end.
+/// A report of a worker's, or its end.
 #[derive(Debug)]
 pub enum Reported {
     Report(Report),
@@ -61,7 +61,7 @@ fn aborted() -> MigrationError {
     MigrationError::Aborted("The migration has failed already".into())
 }
 
-/// What the peer is told of a failure (`Link::end`).
+/// Return the message that tells the peer of a failure (`Link::end`).
 fn last_word(error: &MigrationError, guest_never_ran: bool) -> Option<Message> {
     let says = match error {
         MigrationError::PeerFailed { guest_never_ran: theirs, .. } => !theirs && guest_never_ran,
@@ -75,25 +75,27 @@ fn failed_at_peer(guest_never_ran: bool) -> MigrationError {
     MigrationError::PeerFailed { text: "the peer failed".into(), guest_never_ran }
 }
 
-/// Which state a machine is in, by its description.
+/// Return the name of a machine's state, from its debug output.
 pub fn state_name(machine: &impl std::fmt::Debug) -> String {
     let text = format!("{machine:?}");
     let (_, state) = text.split_once("state: ").unwrap_or_default();
     state.chars().take_while(|char| char.is_alphanumeric()).collect()
 }
 
-/// The thread that takes QEMU's stream.
+/// The thread that reads QEMU's stream.
 #[derive(Debug, PartialEq)]
 enum Reader {
+    /// There is no stream yet.
+    Idle,
     Reading,
-    /// It waits for the machine's answer.
+    /// Waits for the machine's answer.
     Asking,
-    /// It reads the rest for what the guest did.
+    /// Reads the rest for the guest's run state.
     Rest,
     Done,
 }
 
-/// What is left of a takeover.
+/// A remaining step of a takeover.
 #[derive(Debug)]
 enum TakeoverStep {
     Cancel,
@@ -108,42 +110,47 @@ pub struct SourceWorker {
     pub reports: VecDeque<Reported>,
     inbox: VecDeque<source::Event>,
     reader: Reader,
-    /// Until when QEMU is let end its stream.
+    /// How long QEMU may take to end its stream.
     settling: Option<Instant>,
     takeover: VecDeque<TakeoverStep>,
     is_deaf: bool,
 }
 
 impl SourceWorker {
-    /// Which state its machine is in.
     pub fn state_name(&self) -> String {
         state_name(&self.machine)
     }
 
-    /// It takes QEMU's stream.
-    pub fn new(is_stock: bool, now: Instant, runs: bool) -> Self {
+    /// Create a worker that reads QEMU's stream.
+    pub fn new(now: Instant, runs: bool) -> Self {
         let mut worker = Self {
             process: Process::NEW,
             machine: Source::default(),
             orders: VecDeque::new(),
             reports: VecDeque::new(),
             inbox: VecDeque::new(),
-            reader: Reader::Reading,
+            reader: Reader::Idle,
             settling: None,
             takeover: VecDeque::new(),
             is_deaf: false,
         };
-        let peer = source::Peer { is_stock, stall_timeout: Duration::from_secs(60) };
-        let events = [
-            source::Event::Order(Order::SetGuestRunning { runs }),
-            source::Event::Connected(peer, Agreed::default()),
-            source::Event::Sockets(Some(source::Sockets { channels: false })),
-        ];
-        let mut actions = Vec::new();
-        for event in events {
-            worker.machine = std::mem::take(&mut worker.machine).handle(event, now, &mut actions);
-        }
+        let event = source::Event::Order(Order::SetGuestRunning { runs });
+        let machine = std::mem::take(&mut worker.machine);
+        worker.machine = machine.handle(event, now, &mut Vec::new());
         worker
+    }
+
+    pub fn connects(&self) -> bool {
+        self.process.works() && self.state_name() == "Connecting"
+    }
+
+    /// Connecting has succeeded, or not.
+    pub fn connected(&mut self, is_connected: bool) {
+        let peer = source::Peer { is_stock: false, stall_timeout: Duration::from_secs(60) };
+        self.inbox.push_back(match is_connected {
+            true => source::Event::Connected(peer, Agreed::default()),
+            false => source::Event::NotConnected(closed()),
+        });
     }
 
     pub fn timeout(&self) -> Option<Instant> {
@@ -166,6 +173,9 @@ impl SourceWorker {
     pub fn hear_order(&mut self) {
         let event = match self.orders.pop_front() {
             Some(Said::Order(Order::Detach { reason })) => source::Event::RelayGone(reason),
+            Some(Said::Order(Order::StartStream)) => {
+                source::Event::Sockets(Some(source::Sockets { channels: false }))
+            }
             Some(Said::Order(order)) => source::Event::Order(order),
             Some(Said::Gone) => source::Event::RelayGone("The relay is gone".into()),
             None => return,
@@ -239,7 +249,8 @@ impl SourceWorker {
                     self.takeover.extend(guest_runs.then_some(TakeoverStep::Continue));
                 }
             }
-            Action::StartStream | Action::SetRateLimit(_) | Action::ReachQemu => {}
+            Action::StartStream => self.reader = Reader::Reading,
+            Action::SetRateLimit(_) | Action::ReachQemu => {}
         }
     }
 
@@ -312,7 +323,7 @@ impl SourceWorker {
         self.process.works() && self.settling.is_some() && is_left
     }
 
-    /// Take what QEMU still writes.
+    /// Discard what QEMU still writes.
     pub fn do_settle(&mut self, qemu: &mut SourceQemu) {
         if qemu.stream.pop_front().is_none() {
             self.settling = None;
@@ -335,7 +346,7 @@ impl SourceWorker {
             Some(TakeoverStep::Cancel) => qemu.cancel(),
             Some(TakeoverStep::Continue) => {
                 if matches!(qemu.run, Run::PostMigrate | Run::Prelaunch) {
-                    // What fails is seen by its consequence.
+                    // A failure is seen by its effect.
                     let _ = qemu.cont();
                 }
             }
@@ -343,7 +354,7 @@ impl SourceWorker {
         }
     }
 
-    /// A message of the destination's.
+    /// Handle a message from the destination.
     pub fn hear_peer(&mut self, from: &mut Wire, qemu: &mut SourceQemu) {
         let event = match from.receive() {
             Some(_) | None if self.is_deaf => return,
@@ -357,13 +368,13 @@ impl SourceWorker {
                 source::Event::PeerFailed(closed())
             }
             Some(Message::Shut(true)) => return qemu.return_path.push_back(true),
-            // QEMU does not hear of an end with an error.
+            // QEMU is not told of an end with an error.
             _ => return,
         };
         self.inbox.push_back(event);
     }
 
-    /// The machine has nothing more to do, and no thread that is waited for.
+    /// Whether machine and threads have nothing more to do.
     pub fn can_exit(&self) -> bool {
         let is_idle = self.settling.is_none() && self.takeover.is_empty();
         self.process.works() && self.machine.is_closed() && is_idle
@@ -379,6 +390,9 @@ enum Receiver {
     Done,
 }
 
+/// The only source.
+const PEER: destination::Peer = destination::Peer { number: 1, is_stock: false };
+
 #[derive(Debug)]
 pub struct DestinationWorker {
     pub process: Process,
@@ -390,26 +404,23 @@ pub struct DestinationWorker {
     past_ram: bool,
     is_ended: bool,
     has_left: bool,
+    /// A source has connected, and begun.
+    is_connected: bool,
+    has_begun: bool,
     /// QEMU has closed its end.
     sees_close: bool,
 }
 
 impl DestinationWorker {
-    /// Which state its machine is in.
     pub fn state_name(&self) -> String {
         state_name(&self.machine)
     }
 
-    /// A source has begun.
-    pub fn new(now: Instant) -> Self {
-        let mut machine = Destination::default();
-        let peer = destination::Peer { number: 1, is_stock: false };
-        for event in [destination::Event::Agreed(peer), destination::Event::Begun(peer)] {
-            machine = machine.handle(event, now, &mut Vec::new());
-        }
+    /// Create a worker whose source has begun.
+    pub fn new() -> Self {
         Self {
             process: Process::NEW,
-            machine,
+            machine: Destination::default(),
             orders: VecDeque::new(),
             reports: VecDeque::new(),
             inbox: VecDeque::new(),
@@ -417,6 +428,8 @@ impl DestinationWorker {
             past_ram: false,
             is_ended: false,
             has_left: false,
+            is_connected: false,
+            has_begun: false,
             sees_close: false,
         }
     }
@@ -515,7 +528,7 @@ impl DestinationWorker {
         if !qemu.has_left() && !qemu.is_ended {
             return qemu.stream.push_back(piece);
         }
-        let error = MigrationError::Qemu("stopped to read its migration stream".into());
+        let error = MigrationError::Qemu("stopped reading its migration stream".into());
         if self.past_ram {
             self.has_left = true;
             self.inbox.push_back(destination::Event::QemuLeft(error));
@@ -529,8 +542,36 @@ impl DestinationWorker {
         self.process.works() && receives && from.arrives()
     }
 
+    /// Whether a source may still connect.
+    pub fn listens(&self) -> bool {
+        self.process.works() && self.state_name() == "Listening"
+    }
+
+    /// A source has connected.
+    pub fn connected(&mut self) {
+        self.is_connected = true;
+        self.inbox.push_back(destination::Event::Agreed(PEER));
+    }
+
     pub fn receive(&mut self, from: &mut Wire, qemu: &mut DestinationQemu) {
         let Some(message) = from.receive() else { return };
+        if !self.has_begun {
+            match message {
+                Message::Stream(_) => {
+                    self.has_begun = true;
+                    self.inbox.push_back(destination::Event::Begun(PEER));
+                }
+                Message::Error { .. } => {
+                    self.receiver = Receiver::Done;
+                    let why = Some("the source's migration is over".to_owned());
+                    return self.inbox.push_back(destination::Event::Withdrawn(PEER, why));
+                }
+                _ => {
+                    self.receiver = Receiver::Done;
+                    return self.inbox.push_back(destination::Event::Withdrawn(PEER, None));
+                }
+            }
+        }
         if self.receiver == Receiver::AwaitingClose {
             if matches!(message, Message::Closed) {
                 self.receiver = Receiver::Done;
@@ -567,7 +608,7 @@ impl DestinationWorker {
         self.process.works() && (closes || !qemu.return_path.is_empty())
     }
 
-    /// QEMU's return path.
+    /// Forward QEMU's return path, or its end.
     pub fn forward(&mut self, qemu: &mut DestinationQemu, to: &mut Wire) {
         if let Some(shut) = qemu.return_path.pop_front() {
             to.send(Message::Shut(shut));

@@ -1,4 +1,4 @@
-//! Everything at once, in virtual time: at each step one of the things that may happen does.
+//! All processes together, in virtual time: each step is one of the things that may happen.
 
 use std::time::Instant;
 
@@ -11,7 +11,7 @@ use super::{
     worker::{DestinationWorker, Process, Reported, Said, SourceWorker},
 };
 
-/// One of the helper's processes.
+/// A helper process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Who {
     SourceRelay,
@@ -26,8 +26,9 @@ pub const ALL: [Who; 4] =
 /// What may happen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Step {
-    // By itself: what comes first is most natural.
+    // Progress, the most natural step first.
     Event(Who),
+    Connect,
     Report(Who),
     Order(Who),
     SourceQemuSays,
@@ -53,9 +54,9 @@ pub enum Step {
     Cont,
     Reset,
     Terminate(Who),
-    // By misfortune.
+    // Faults.
     Kill(Who),
-    /// The relay takes a worker for hung that reports nothing.
+    /// The relay takes a worker that reports nothing for hung.
     GiveUp,
     Freeze(Who),
     Thaw(Who),
@@ -88,11 +89,15 @@ pub struct World {
     pub destination_worker: DestinationWorker,
     to_destination: Wire,
     to_source: Wire,
+    /// The workers have connected, or can't any more.
+    is_connected: bool,
     /// A client has stopped the guest, or reset it.
     pub was_stopped: bool,
-    /// The guest has come to the destination.
+    /// The guest has arrived at the destination.
     pub has_arrived: bool,
-    /// Relay and worker of the source were killed: nobody is left who could do anything.
+    /// Something was killed, stopped or cut, or has failed.
+    pub was_disturbed: bool,
+    /// Relay and worker of the source were killed: no process is left that could act.
     pub is_deserted: bool,
     source_qemu_is_gone: bool,
     destination_qemu_is_gone: bool,
@@ -109,13 +114,15 @@ impl World {
             source_qemu: SourceQemu::new(start.guest, start.has_return_path),
             destination_qemu: DestinationQemu::new(),
             source_relay: SourceRelay::new(start.guest),
-            source_worker: SourceWorker::new(false, base, runs),
+            source_worker: SourceWorker::new(base, runs),
             destination_relay: DestinationRelay::new(base),
-            destination_worker: DestinationWorker::new(base),
-            to_destination: Wire::default(),
-            to_source: Wire::default(),
+            destination_worker: DestinationWorker::new(),
+            to_destination: Wire::unconnected(),
+            to_source: Wire::unconnected(),
+            is_connected: false,
             was_stopped: false,
             has_arrived: false,
+            was_disturbed: false,
             is_deserted: false,
             source_qemu_is_gone: false,
             destination_qemu_is_gone: false,
@@ -150,13 +157,14 @@ impl World {
         }
     }
 
-    /// What may happen next by itself.
+    /// Return the steps that may happen by themselves.
     pub fn progress(&self) -> Vec<Step> {
         let (qs, qd) = (&self.source_qemu, &self.destination_qemu);
         let (rs, rd) = (&self.source_relay, &self.destination_relay);
         let (ws, wd) = (&self.source_worker, &self.destination_worker);
         let steps = [
             (Step::Event(Who::SourceWorker), ws.has_event()),
+            (Step::Connect, ws.connects() && !self.is_connected),
             (Step::Event(Who::DestinationWorker), wd.has_event()),
             (Step::Event(Who::SourceRelay), rs.has_event()),
             (Step::Event(Who::DestinationRelay), rd.has_event()),
@@ -193,7 +201,7 @@ impl World {
         steps
     }
 
-    /// What a client or an operator may do.
+    /// Return what a client or an operator may do.
     pub fn orders(&self) -> Vec<Step> {
         let mut steps = Vec::new();
         if self.source_relay.process.is_alive && self.source_qemu.is_alive {
@@ -209,9 +217,12 @@ impl World {
         steps
     }
 
-    /// What may go wrong.
+    /// Return what may go wrong.
     pub fn faults(&self) -> Vec<Step> {
-        let mut steps = vec![Step::Cut { lost: false }, Step::Cut { lost: true }];
+        let mut steps = Vec::new();
+        if self.is_connected {
+            steps.extend([Step::Cut { lost: false }, Step::Cut { lost: true }]);
+        }
         for who in ALL {
             if self.works(who) {
                 steps.extend([Step::Kill(who), Step::Freeze(who)]);
@@ -236,7 +247,6 @@ impl World {
         steps
     }
 
-    /// It happens.
     pub fn perform(&mut self, step: Step) {
         let detail = self.happen(step);
         self.settle_sockets();
@@ -249,6 +259,7 @@ impl World {
         let mut detail = String::new();
         match step {
             Step::Event(who) => detail = self.event(who),
+            Step::Connect => self.connect(),
             Step::Tick(who) => self.tick(who),
             Step::Report(Who::SourceWorker) => {
                 detail = format!("{:?}", self.source_worker.reports.front());
@@ -302,7 +313,7 @@ impl World {
         detail
     }
 
-    /// A client, an operator, or misfortune.
+    /// Perform a client's or operator's step, or a fault.
     fn intervene(&mut self, step: Step) {
         match step {
             Step::Cancel => {
@@ -324,6 +335,16 @@ impl World {
                 use qemu_rdma_helper::proto::relay::destination;
                 self.destination_relay.tell(destination::Event::Abort("SIGTERM".into()));
             }
+            step => {
+                self.was_disturbed = true;
+                self.disturb(step);
+            }
+        }
+    }
+
+    /// Perform a fault.
+    fn disturb(&mut self, step: Step) {
+        match step {
             Step::Kill(who) => self.end_process(who),
             Step::GiveUp => {
                 self.source_relay.tell(source::Event::WorkerGone("The worker hung".into()));
@@ -340,6 +361,17 @@ impl World {
             Step::DestinationQemuDies => self.destination_qemu.is_alive = false,
             _ => {}
         }
+    }
+
+    fn connect(&mut self) {
+        self.is_connected = true;
+        let is_connected = self.destination_worker.listens();
+        if is_connected {
+            self.to_destination.connect();
+            self.to_source.connect();
+            self.destination_worker.connected();
+        }
+        self.source_worker.connected(is_connected);
     }
 
     fn event(&mut self, who: Who) -> String {
@@ -389,7 +421,7 @@ impl World {
         }
     }
 
-    /// A process ends, by itself or not: those at the other ends of its sockets notice.
+    /// End a process. Those at the other ends of its sockets notice.
     fn end_process(&mut self, who: Who) {
         if !self.process(who).is_alive {
             return;
@@ -413,7 +445,7 @@ impl World {
         }
     }
 
-    /// Sockets that nobody holds any more are closed, and sessions with those that are gone end.
+    /// Close sockets that no process holds, and end sessions with a QEMU that is gone.
     fn settle_sockets(&mut self) {
         let processes = [&self.source_relay.process, &self.source_worker.process];
         self.is_deserted |= processes.iter().all(|process| !process.is_alive);
@@ -430,7 +462,7 @@ impl World {
         }
     }
 
-    /// What tells states of the world apart, but for the time.
+    /// Hash what distinguishes states of the world, except the time.
     pub fn hash_into(&self, hasher: &mut impl std::hash::Hasher) {
         use std::hash::Hash as _;
         let processes = [
@@ -449,23 +481,25 @@ impl World {
         (self.source_relay.state_name(), self.destination_relay.state_name()).hash(hasher);
     }
 
-    /// Whoever is there has come to an end.
+    /// Whether every process that is left has ended its migration.
     pub fn is_settled(&self) -> bool {
         let (rs, rd) = (&self.source_relay, &self.destination_relay);
         let source_knows = !rs.process.is_alive || rs.shown.is_some() || !self.source_qemu.is_alive;
-        let destination_knows = !rd.process.is_alive || rd.shown.is_some();
-        let workers =
-            !self.source_worker.process.is_alive && !self.destination_worker.process.is_alive;
+        // One that waits for another source is at no end.
+        let waits = self.destination_worker.listens();
+        let destination_knows = waits || !rd.process.is_alive || rd.shown.is_some();
+        let workers = !self.source_worker.process.is_alive
+            && (waits || !self.destination_worker.process.is_alive);
         let is_quiet = self.progress().iter().all(|step| matches!(step, Step::Tick(_)));
         source_knows && destination_knows && workers && is_quiet
     }
 
-    /// The helper has told how it ended.
+    /// Return the end that the source's helper has shown.
     pub fn shown(&self) -> Option<&End> {
         self.source_relay.shown.as_ref().filter(|_| self.source_relay.process.is_alive)
     }
 
-    /// Processes that are stopped and may go on.
+    /// Return the steps that continue stopped processes.
     pub fn frozen(&mut self) -> Vec<Step> {
         let all = ALL.into_iter().map(|who| (who, self.process(who).is_frozen));
         let frozen: Vec<_> = all.filter(|(_, is_frozen)| *is_frozen).collect();
