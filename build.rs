@@ -1,4 +1,4 @@
-//! Generates from `schema/`: the types, and what introspection says of them.
+//! Generates the types and the introspection data from `schema/`.
 
 use std::{
     collections::BTreeMap,
@@ -14,7 +14,7 @@ use qapi_parser::{
 };
 use serde_json::{Value, json};
 
-/// What names of downstreams begin with (QEMU's `docs/devel/qapi-code-gen.rst`).
+/// Prefix of downstream names (QEMU's `docs/devel/qapi-code-gen.rst`).
 const PREFIX: &str = "__org.qemu-rdma-helper_";
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -29,7 +29,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// The names of Rust have no prefix.
+/// Generate the Rust types, whose names have no prefix.
 fn generate_types(out: &Path) -> Result<(), Box<dyn Error>> {
     let plain = out.join("schema");
     fs::create_dir_all(&plain)?;
@@ -43,11 +43,11 @@ fn generate_types(out: &Path) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// Makes entities of `query-qmp-schema`, as QEMU's `scripts/qapi/introspect.py` does.
+/// Builds the entities of `query-qmp-schema`, as QEMU's `scripts/qapi/introspect.py` does.
 struct Introspection {
-    /// What types are called there.
+    /// The name of each type there.
     masked: BTreeMap<String, String>,
-    /// Types that are used and not declared: QAPI's own, and lists.
+    /// Types that are used but not declared: QAPI's own, and lists.
     implied: BTreeMap<String, Value>,
 }
 
@@ -58,7 +58,7 @@ impl Introspection {
     fn new(schema: &[Spec]) -> Self {
         let declared = schema.iter().filter_map(|spec| match spec {
             Spec::Struct(Struct { id, .. }) | Spec::Enum(Enum { id, .. }) => Some(id.clone()),
-            // Its data.
+            // The type of its data.
             Spec::Event(Event { id, .. }) => Some(id.clone()),
             _ => None,
         });
@@ -119,14 +119,14 @@ impl Introspection {
         json!({ "name": self.masked[id], "members": members, "meta-type": "object" })
     }
 
-    /// What a type is called where it is used.
+    /// The name by which a type is referenced.
     fn used(&mut self, ty: &Type) -> String {
         let element = match (self.masked.get(&ty.name), ty.name.as_str()) {
             (Some(masked), _) => masked.clone(),
             (None, "str") => self.own("str", "string"),
             (None, "bool") => self.own("bool", "boolean"),
             (None, "number") => self.own("number", "number"),
-            // Of any size.
+            // Integers of any size.
             (None, "int" | "uint16" | "uint32" | "uint64") => self.own("int", "int"),
             (None, other) => panic!("schema/helper.json has a type that is new: {other}"),
         };
@@ -139,7 +139,7 @@ impl Introspection {
         list
     }
 
-    /// One of QAPI's own types.
+    /// Add one of QAPI's own types.
     fn own(&mut self, name: &str, json_type: &str) -> String {
         let entity = json!({ "name": name, "json-type": json_type, "meta-type": "builtin" });
         self.implied.insert(name.to_owned(), entity);

@@ -1,7 +1,7 @@
-//! How fast QEMU's stream is read, and what it costs to join its pages to runs.
+//! Speed of reading QEMU's stream, and the cost of joining its pages into runs.
 //!
-//! Streams are in memory and fed as the source's data thread does it. What is to be written is only
-//! counted, and what is to be copied is copied, so that nothing else is measured.
+//! Streams are in memory, and fed as in the source's stream reader. Writes are only counted, and
+//! copied pages are copied, so that nothing else is measured.
 
 mod processor_time;
 #[path = "../tests/support/streams.rs"]
@@ -17,18 +17,18 @@ use qemu_rdma_helper::{
 };
 use streams::{PAGE, Stream};
 
-/// Bytes that are fed at once, as by `worker/source/stream_reader.rs`.
+/// Bytes fed at once, as in `worker/source/stream_reader.rs`.
 const READ: usize = 256 << 10;
 
-/// Pages of the streams that are made to measure: 256 MiB.
+/// Pages of each synthetic stream: 256 MiB.
 const PAGES: u64 = 65536;
 
 /// Name of the guest's RAM; other blocks are ROMs.
 const RAM: &str = "pc.ram";
 
-/// Does as little as a sink can.
+/// The sink with the least work.
 struct Counter {
-    /// How the guest's RAM transfers.
+    /// How the guest's RAM is transferred.
     transfer: Transfer,
     pages: u64,
     ranges: u64,
@@ -117,16 +117,16 @@ fn measure(
     group.bench_function(name, |bencher| bencher.iter(|| read(black_box(stream), transfer).ranges));
 }
 
-/// Appends the record of the page with a number.
+/// Appends the record of the page with this number.
 type Append = fn(&mut Stream, u64);
 
-/// The offset of a page with a number, when none follows its neighbour: an odd factor makes a permutation of
+/// Return the offset of page `number`, so that none follows its neighbour: an odd factor permutes
 /// the numbers below a power of two.
 fn scattered(number: u64) -> u64 {
     number.wrapping_mul(0x9e37_79b1) % PAGES * PAGE
 }
 
-/// A stream of [`PAGES`] records in one section.
+/// Build a stream of [`PAGES`] records in one section.
 fn synthetic(page: Append) -> Vec<u8> {
     let mut stream = Stream::new(RAM, PAGES * PAGE);
     stream.bytes.reserve((PAGES * (PAGE + 9)) as usize);
@@ -147,7 +147,7 @@ fn reader(criterion: &mut Criterion<ProcessorTime>) {
     let plain = synthetic(|stream, number| stream.page(number * PAGE, 1));
     measure(&mut group, "plain pages", &plain, Transfer::Direct);
     measure(&mut group, "plain pages, staged", &plain, Transfer::Copied);
-    // What the memory gives to whoever reads every byte: the measure of this machine.
+    // Memory bandwidth when every byte is read: the baseline of this machine.
     group.throughput(Throughput::Bytes(plain.len() as u64));
     group.bench_function("memory", |bencher| {
         bencher.iter(|| {

@@ -1,4 +1,4 @@
-//! What it costs to encode and decode control messages.
+//! Cost of encoding and decoding control messages.
 
 mod processor_time;
 
@@ -7,7 +7,7 @@ use std::hint::black_box;
 use criterion::Throughput;
 use qemu_rdma_helper::wire::{Compress, Message, RamBlockEntry, Register};
 
-/// Stream bytes in a QEMU_FILE, as `worker/source/stream_reader.rs` gathers them.
+/// Stream bytes in a QEMU_FILE, as batched by `worker/source/stream_reader.rs`.
 const BATCH: usize = 128 << 10;
 
 fn compress() -> Compress {
@@ -48,7 +48,7 @@ fn main() {
         let (header, payload) = message.encode(&mut scratch);
         let bytes = [&header, payload].concat();
         let size = Throughput::ElementsAndBytes { elements: 1, bytes: bytes.len() as u64 };
-        // A scratch a message, as in `worker/link.rs`.
+        // One scratch buffer per message, as in `worker/link.rs`.
         let mut group = processor_time::group(&mut criterion, "encode");
         group.throughput(size.clone()).bench_function(*name, |bencher| {
             bencher.iter(|| {

@@ -1,14 +1,14 @@
-//! Where a migration goes.
+//! The address of a migration.
 
 use serde::{Deserialize, Serialize};
 
-/// Where the other helper listens, or where this one does.
+/// Where the other helper, or this one, listens.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Address {
     /// Host name or address, without brackets.
     pub host: String,
-    /// Port.
+    /// Port number.
     pub port: u16,
 }
 

@@ -1,9 +1,9 @@
 //! Live migration of an unmodified QEMU over RDMA, by a helper process that speaks QMP.
 //!
-//! The rooms, from the user inwards: [`relay`] is the long-lived process that management talks to;
-//! [`qmp`] and [`qemu`] are how it speaks to and what it knows of the attached QEMU; [`worker`]
-//! is the process of one migration, which reads QEMU's [`stream`], speaks the [`wire`] protocol, and
-//! moves guest [`memory`] over a [`fabric`].
+//! The modules, from the user inwards: [`relay`] is the long-lived process that management talks
+//! to; [`qmp`] speaks to the attached QEMU, and [`qemu`] knows its internals; [`worker`] is the
+//! process of one migration: it reads QEMU's [`stream`], speaks the [`wire`] protocol, and moves
+//! guest [`memory`] over a [`fabric`].
 #![deny(unsafe_code)]
 
 pub mod address;

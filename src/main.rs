@@ -1,4 +1,4 @@
-//! The command line; see `cli`.
+//! The program's entry point; the command line is in `cli`.
 #![forbid(unsafe_code)]
 
 mod cli;
@@ -15,7 +15,8 @@ fn main() -> ExitCode {
     let cli = match cli::Cli::try_parse_from(arguments) {
         Ok(cli) => cli,
         Err(error) => {
-            // Help and version are no misuse. Nobody is left to read an error of printing.
+            // `--help` and `--version` are not errors. An error of printing can't be reported
+            // anyway.
             let _ = error.print();
             return ExitCode::from(if error.use_stderr() {
                 cli::exit::USAGE

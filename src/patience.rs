@@ -1,9 +1,9 @@
-//! How long something is waited for, in time that this process has lived through.
+//! Timeouts that count only time during which this process could run.
 //!
-//! A process may be stopped: SIGSTOP, a freezer cgroup, a debugger. The clock goes on then, and nobody
-//! has been waited for. So patience is spent in slices, and none counts for more than its length. And a
-//! system call on a socket with a timeout ends with EINTR when the process goes on (signal(7)), which
-//! says nothing of the peer.
+//! A process may be stopped: SIGSTOP, a freezer cgroup, a debugger. The clock keeps running,
+//! although the process was not waiting. So time is counted in slices, and none counts for more
+//! than its length. And when the process continues, a system call on a socket with a timeout fails
+//! with EINTR (signal(7)), which says nothing about the peer.
 
 use std::{
     io::{Error, ErrorKind, Result},
@@ -13,47 +13,47 @@ use std::{
 
 use tokio::time::timeout;
 
-/// The most that is waited at once. Sockets that are used through [`persist`] have no longer timeout.
+/// Longest single wait. Sockets that are used through [`persist`] have no longer timeout.
 pub const SLICE: Duration = Duration::from_secs(1);
 
-/// What is left of it.
+/// The remaining time of a wait.
 #[derive(Debug, Clone)]
 pub struct Patience {
     left: Duration,
-    /// The most that is waited at once.
+    /// Longest single wait.
     most: Duration,
-    /// When the present slice began.
+    /// Start of the current slice.
     since: Instant,
 }
 
 impl Patience {
-    /// So much from now on.
+    /// Allow `limit` from now on.
     pub fn new(limit: Duration) -> Self {
         Self::in_slices(limit, SLICE)
     }
 
-    /// The same, for one who may be busy for so long between two looks at it.
+    /// The same, for callers that may be busy for up to `most` between two checks.
     pub fn in_slices(limit: Duration, most: Duration) -> Self {
         Self::from(limit, most, Instant::now())
     }
 
-    /// The same from `now`, for callers that have no clock.
+    /// The same from `now`, for callers without a clock.
     pub fn from(limit: Duration, most: Duration, now: Instant) -> Self {
         Self { left: limit, most, since: now }
     }
 
-    /// What is left of it.
+    /// The remaining time.
     pub fn left(&self) -> Duration {
         self.left
     }
 
-    /// So much was waited by a call that has its own limit.
+    /// Subtract the time that a call with its own limit has waited.
     pub fn spend(&mut self, waited: Duration) {
         self.left = self.left.saturating_sub(waited);
         self.since = Instant::now();
     }
 
-    /// When the present slice ends.
+    /// When the current slice ends.
     pub fn next(&self) -> Instant {
         self.since + self.slice()
     }
@@ -63,7 +63,7 @@ impl Patience {
         self.left.min(self.most)
     }
 
-    /// A slice, or a part of it, was waited in vain: is there more?
+    /// Whether time is left, after a slice or part of one was waited without success.
     pub fn lasts(&mut self) -> bool {
         self.lasts_at(Instant::now())
     }
@@ -77,7 +77,7 @@ impl Patience {
     }
 }
 
-/// Do `work` in so much time; `None` if that was not enough, and what was done of it is dropped.
+/// Do `work` within `limit`. Returns `None`, and drops the work, if that was not enough.
 pub async fn within<T>(limit: Duration, work: impl Future<Output = T>) -> Option<T> {
     let (mut work, mut patience) = (pin!(work), Patience::new(limit));
     loop {
@@ -89,17 +89,17 @@ pub async fn within<T>(limit: Duration, work: impl Future<Output = T>) -> Option
     }
 }
 
-/// Make a system call on a socket with a timeout of [`SLICE`], or none, again as long as it was
-/// interrupted, or the timeout was over without its having done anything, and `limit` is not. There may
-/// be none, and that may change meanwhile.
+/// Repeat a system call on a socket with a timeout of [`SLICE`], or none, while it is interrupted
+/// or times out without progress, until `limit` is over. `limit` may return `None`, and its result
+/// may change meanwhile.
 ///
 /// # Errors
-/// [`ErrorKind::TimedOut`] then; all others that the call gives.
+/// [`ErrorKind::TimedOut`] when `limit` is over; all other errors of the call.
 pub fn persist<T, E: Into<Error>>(
     limit: impl Fn() -> Option<Duration>,
     mut call: impl FnMut() -> std::result::Result<T, E>,
 ) -> Result<T> {
-    // The clock is not looked at where nothing is wrong: this is called for each write.
+    // Don't read the clock while all is well: this is called for each write.
     let mut patience = None;
     loop {
         let error = match call() {
@@ -125,20 +125,20 @@ pub fn persist<T, E: Into<Error>>(
     }
 }
 
-/// What a look at something that comes bit by bit, as a device's completions do, has found.
+/// What was found of something that arrives in pieces, such as a device's completions.
 #[cfg(any(feature = "verbs", test))]
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Found {
-    /// All that is waited for.
+    /// All that is awaited.
     Enough,
-    /// Some of it, or what must come before.
+    /// Some of it, or something that must come first.
     Some,
     /// Nothing since the last look.
     Nothing,
 }
 
-/// Look again and again until there is enough, and `wait` between two looks, which says whether that was in
-/// vain. False when `limit` is over in which nothing was found: the last look counts like any other.
+/// Call `look` until there is enough, and `wait` between two looks; it returns whether it waited
+/// without success. Returns false if nothing was found for `limit`; the last look counts too.
 ///
 /// # Errors
 /// Those of `look` and `wait`.
@@ -182,7 +182,7 @@ mod tests {
         assert!(!patience.lasts_at(now + SECOND / 2));
     }
 
-    /// What comes of these looks, and how long was waited behind each.
+    /// The result of these looks, and how long was waited after each.
     fn looks(found: &[Found]) -> (bool, Vec<Duration>) {
         let (mut found, mut waits) = (found.iter().copied(), Vec::new());
         let enough = await_enough(
@@ -206,7 +206,7 @@ mod tests {
         assert_eq!(looks, (true, vec![SECOND / 100; 3]));
     }
 
-    /// What `persist` makes of these, one after the other; and of a success behind them.
+    /// The result of `persist` for these errors, followed by a success; and the number of calls.
     fn made_of(
         limit: impl Into<Option<Duration>>,
         errors: &[Errno],
@@ -226,12 +226,12 @@ mod tests {
     fn interruptions_and_slices_are_no_end() {
         let interrupted = [Errno::INTR; 10];
         assert_eq!(made_of(SECOND, &interrupted).0.unwrap(), 7);
-        // The first slice was waited by the call.
+        // The call itself has waited for the first slice.
         let (result, calls) = made_of(2 * SECOND, &[Errno::AGAIN, Errno::INTR]);
         assert_eq!((result.unwrap(), calls), (7, 3));
         let (result, calls) = made_of(SECOND, &[Errno::AGAIN]);
         assert_eq!((result.unwrap_err().kind(), calls), (ErrorKind::TimedOut, 1));
-        // Without a limit there is only the system's own.
+        // Without a limit only the system's own timeout applies.
         let (result, calls) = made_of(None, &[Errno::AGAIN; 10]);
         assert_eq!((result.unwrap(), calls), (7, 11));
         let (result, calls) = made_of(None, &[Errno::AGAIN, Errno::TIMEDOUT]);

@@ -1,15 +1,15 @@
-//! Log lines about those that are turned away: a stranger who comes again and again fills no log.
+//! Rate limit for log lines about rejected peers: repeated attempts must not fill the log.
 
 use std::{
     sync::{Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
-/// In which time so many lines are written.
+/// At most [`LINES`] lines are written per this time.
 const SPAN: Duration = Duration::from_secs(10);
 const LINES: u32 = 20;
 
-/// How many were written lately.
+/// A rate limiter for log lines.
 #[derive(Debug, Default)]
 pub struct Refusals(Mutex<Lately>);
 
@@ -21,7 +21,8 @@ struct Lately {
 }
 
 impl Refusals {
-    /// Write a line, unless there were many; `line` is told how many were left out before it, if any were.
+    /// Call `line`, unless the limit is reached. It receives the number of lines suppressed since
+    /// the last one, if any.
     pub fn say(&self, line: impl FnOnce(Option<u64>)) {
         let due = self.0.lock().unwrap_or_else(PoisonError::into_inner).due(Instant::now());
         if let Some(left_out) = due {

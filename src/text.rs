@@ -1,8 +1,8 @@
-//! Text that others wrote: a peer, QEMU, whoever names a file.
+//! Untrusted text: from a peer, from QEMU, or in file names.
 //!
-//! It comes to logs, to `error-desc` and to terminals, so it is one line there, in bounds, and nothing
-//! that a terminal obeys or that changes how what stands beside it reads. That is seen to where it
-//! enters, by what is here; `tests/text.rs` has the list of these places.
+//! Such text ends up in logs, `error-desc` and terminals. There it must be one line of bounded
+//! length, without anything that a terminal interprets or that changes how adjacent text reads.
+//! This module sanitises it where it enters; `tests/qmp/text.rs` lists these places.
 
 use std::borrow::Cow;
 
@@ -12,8 +12,8 @@ use serde_json::{Map, Value};
 /// Longest line in bytes.
 pub const LINE_MAX: usize = 4096;
 
-/// Neither a control character, nor one that breaks lines or turns the direction of writing
-/// (Unicode's Bidi_Control).
+/// Whether `character` is neither a control character nor one that breaks lines or changes the
+/// writing direction (Unicode's Bidi_Control).
 pub fn is_plain(character: char) -> bool {
     let obeyed = matches!(
         character,
@@ -22,7 +22,7 @@ pub fn is_plain(character: char) -> bool {
     !character.is_control() && !obeyed
 }
 
-/// What is put in the place of a character that is not plain.
+/// Replace a character that is not plain.
 fn plain(character: char) -> char {
     match character {
         '\n' | '\r' | '\t' | '\u{2028}' | '\u{2029}' => ' ',
@@ -31,25 +31,25 @@ fn plain(character: char) -> char {
     }
 }
 
-/// One line of it, [`LINE_MAX`] bytes at the most.
+/// Return one plain line of at most [`LINE_MAX`] bytes.
 pub fn line(text: &str) -> Cow<'_, str> {
     let text = &text[..text.floor_char_boundary(LINE_MAX)];
     if text.chars().all(is_plain) {
         return Cow::Borrowed(text.trim_end());
     }
-    // No character becomes longer.
+    // No replacement is longer than its character.
     let line: String = text.chars().map(plain).collect();
     Cow::Owned(line.trim_end().to_owned())
 }
 
-/// All of its lines, with their ends: what the human monitor answers.
+/// Return all lines with their ends, for output of the human monitor.
 pub fn lines(text: &str) -> String {
     let mut rest = text.chars().peekable();
     let mut lines = String::with_capacity(text.len());
     while let Some(character) = rest.next() {
         let kept = match character {
             '\n' | '\t' => true,
-            // By itself it lets a line be overwritten.
+            // A lone CR would let a line be overwritten.
             '\r' => rest.peek() == Some(&'\n'),
             _ => false,
         };
@@ -58,8 +58,9 @@ pub fn lines(text: &str) -> String {
     lines
 }
 
-/// What is logged as one line, of [`LINE_MAX`] bytes with its end: `message` may end with a line's end.
-/// With `colours` it has escape sequences, and who made it has seen to those in values.
+/// Return a log message as one line of at most [`LINE_MAX`] bytes, newline included. `message` may
+/// end with a newline. With `colours` it has escape sequences: the caller must have sanitised those
+/// in values.
 pub fn logged(message: &[u8], colours: bool) -> Vec<u8> {
     let text = String::from_utf8_lossy(message);
     let line = text.strip_suffix('\n').unwrap_or(&text);
@@ -75,11 +76,11 @@ pub fn logged(message: &[u8], colours: bool) -> Vec<u8> {
     shown.into_bytes()
 }
 
-/// Where the human monitor's text is in QEMU's replies that are not it alone (HumanReadableText of
+/// Key of the human monitor's text in QEMU's replies that are objects (HumanReadableText of
 /// `qapi/common.json`).
 const MONITORS_TEXT: &str = "human-readable-text";
 
-/// Every string in JSON. The human monitor's text may have lines.
+/// Sanitise every string in JSON. The human monitor's text may have several lines.
 pub fn reply(value: Value) -> Value {
     match value {
         Value::String(text) => lines(&text).into(),
@@ -102,10 +103,10 @@ fn within(value: Value) -> Value {
     }
 }
 
-/// Read a string with serde, as one line.
+/// Deserialize a string, as one line.
 ///
 /// # Errors
-/// When it is no string.
+/// If the value is not a string.
 pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
     String::deserialize(deserializer).map(|text| line(&text).into_owned())
 }

@@ -1,10 +1,10 @@
-//! Threads, and tasks, whose end nobody can miss.
+//! Threads and tasks whose end is always reported.
 //!
-//! Somebody waits for almost every thread of a worker: for its answer, at a meeting, for a place in a
-//! queue. So each says that it has ended, whatever ended it: its work, a failure, a panic, or that the
-//! system had no thread left to begin it with. A panic unwinds for that reason, instead of ending the
-//! process: the worker can still tell its relay and the peer why the migration fails, and, where the
-//! guest may run at the destination, hear how that ended.
+//! Almost every thread of a worker is awaited by another: for its answer, at a barrier, for a queue
+//! slot. So each reports its end, whatever caused it: completed work, a failure, a panic, or a
+//! system that could not start the thread. A panic unwinds for that reason, instead of ending the
+//! process: the worker can still tell its relay and the peer why the migration fails and, if the
+//! guest may run at the destination, learn how that ended.
 
 use std::{
     any::Any,
@@ -16,21 +16,21 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// A thread that did not come to the end of its work.
+/// A thread that did not complete its work.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Lost {
-    /// An error of ours.
+    /// It panicked: a bug in the helper.
     #[error(
-        "The helper's thread '{thread}' panicked ({why}); that is an error of the helper: look at \
+        "The helper's thread '{thread}' panicked ({why}); that is a bug of the helper: look at \
          its log, and migrate again"
     )]
     Panicked {
         /// Its name.
         thread: &'static str,
-        /// What it said.
+        /// The panic message.
         why: String,
     },
-    /// The system has none.
+    /// The system could not start it.
     #[error(
         "The helper's thread '{thread}' could not be started; raise the limit of processes ('ulimit \
          -u', TasksMax in the service)"
@@ -41,10 +41,10 @@ pub enum Lost {
     },
 }
 
-/// Do `work` on a thread of its own, and then, on the same thread, `end` with what came of it. If there
-/// is no thread, `end` is called before this returns.
+/// Run `work` on a thread of its own, then `end` with the result on the same thread. If there is no
+/// thread, call `end` before returning.
 ///
-/// `None` if there is none to be waited for. A name of more than 15 bytes is cut by the system.
+/// Returns `None` if there is no thread to join. The system cuts names to 15 bytes.
 pub fn start<T: Send + 'static>(
     thread: &'static str,
     work: impl FnOnce() -> T + Send + 'static,
@@ -56,7 +56,7 @@ pub fn start<T: Send + 'static>(
             fail_on_demand(thread);
             work()
         };
-        // What it has left half done is not used any more, or says so itself.
+        // State left half done is not used any more, or reports it itself.
         let result = catch_unwind(AssertUnwindSafe(work));
         let panicked = |panic: Box<dyn Any + Send>| Lost::Panicked { thread, why: said(&*panic) };
         ending.tell(result.map_err(panicked));
@@ -64,10 +64,10 @@ pub fn start<T: Send + 'static>(
     Builder::new().name(thread.into()).spawn(run).ok()
 }
 
-/// Do the `work` of a task. A panic ends it, and not what comes after it.
+/// Run the `work` of a task. A panic ends the work, but not what follows it.
 ///
 /// # Errors
-/// It panicked.
+/// If the work panicked.
 pub async fn caught<T>(task: &'static str, work: impl Future<Output = T>) -> Result<T, Lost> {
     let mut work = pin!(work);
     let due = on_demand(task).map(|after| Instant::now() + after);
@@ -76,7 +76,7 @@ pub async fn caught<T>(task: &'static str, work: impl Future<Output = T>) -> Res
             assert!(due.is_none_or(|due| Instant::now() < due), "on demand");
             work.as_mut().poll(context)
         };
-        // It is not polled again after that.
+        // It is not polled again after a panic.
         match catch_unwind(AssertUnwindSafe(poll)) {
             Ok(poll) => poll.map(Ok),
             Err(panic) => Poll::Ready(Err(Lost::Panicked { thread: task, why: said(&*panic) })),
@@ -85,8 +85,8 @@ pub async fn caught<T>(task: &'static str, work: impl Future<Output = T>) -> Res
     .await
 }
 
-/// Do `work` on a thread of its own; or, if the system has none, before this returns: for what has to be
-/// done at the end of a migration whatever there is.
+/// Run `work` on a thread of its own or, if the system has none, before returning: for what must be
+/// done at the end of a migration in any case.
 pub fn finish(
     thread: &'static str,
     work: impl FnOnce() + Send + 'static,
@@ -94,7 +94,7 @@ pub fn finish(
     start(thread, || {}, move |_| work())
 }
 
-/// Says what came of a thread when it goes: with the thread, or instead of it.
+/// Reports a thread's result when dropped: by the thread, or in its place.
 struct Ending<T, F: FnOnce(Result<T, Lost>)> {
     thread: &'static str,
     end: Option<F>,
@@ -115,15 +115,15 @@ impl<T, F: FnOnce(Result<T, Lost>)> Drop for Ending<T, F> {
     }
 }
 
-/// The text of a panic.
+/// The message of a panic.
 fn said(panic: &(dyn Any + Send)) -> String {
     let text = panic.downcast_ref::<&str>().copied();
     let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
     text.unwrap_or("without a word").to_owned()
 }
 
-/// Tests of a debug build let a thread panic instead of doing its work: when so much time is over, so
-/// that others have come to wait for it.
+/// In debug builds, tests can make a thread panic instead of doing its work. It panics after a
+/// delay, so that others already wait for it.
 fn on_demand(thread: &str) -> Option<Duration> {
     if !cfg!(debug_assertions) {
         return None;
@@ -166,7 +166,7 @@ mod tests {
         assert!(lost.to_string().contains("without a word"), "{lost}");
     }
 
-    /// A thread that the system refuses drops what it should have done.
+    /// If the system refuses a thread, its closure is dropped.
     #[test]
     fn one_that_never_begins_is_said_too() {
         let (say, said) = mpsc::channel();

@@ -1,5 +1,5 @@
 //! No page costs an allocation: two workers migrate a guest's RAM from one memfd to another, and
-//! four times as much of it makes their threads allocate no more often.
+//! their threads allocate no more often for four times as much.
 
 #[path = "support/streams.rs"]
 mod streams;
@@ -30,17 +30,18 @@ use qemu_rdma_helper::{
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use streams::{PAGE, Stream};
 
-/// The system's allocator, with a count of the calls that give or move memory.
+/// The system's allocator, counting the calls that allocate or move memory.
 struct Counting;
 
-/// Bytes come in other pieces each time, and buffers grow otherwise. It is less than one for each of
-/// the 192 MiB that are compared, which are as many writes.
+/// Tolerance: bytes arrive in different pieces each time, so buffers grow differently.
+///
+/// It is less than one per MiB of the 192 MiB compared, which are as many writes.
 const BY_CHANCE: u64 = 64;
 
 static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
 
 thread_local! {
-    /// This thread's calls are not counted.
+    /// Whether this thread's calls are not counted.
     static IS_EXEMPT: Cell<bool> = const { Cell::new(false) };
 }
 
@@ -50,12 +51,12 @@ fn count() {
     }
 }
 
-// SAFETY: every call goes to the system's allocator as it came. Counting allocates nothing: the
-// thread's flag is initialised at compile time and has no destructor.
+// SAFETY: every call is forwarded unchanged to the system's allocator. Counting allocates nothing:
+// the thread's flag is initialised at compile time and has no destructor.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         count();
-        // SAFETY: the caller's promises are those that the callee asks for; so below.
+        // SAFETY: the caller meets the callee's requirements, which are the same; so below.
         unsafe { System.alloc(layout) }
     }
 
@@ -80,7 +81,7 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-/// A thread that plays a part of what surrounds the workers' data threads.
+/// Spawn a thread that is not counted, because it is not one of the workers' data threads.
 fn exempt<T: Send + 'static>(run: impl FnOnce() -> T + Send + 'static) -> JoinHandle<T> {
     thread::spawn(|| {
         IS_EXEMPT.set(true);
@@ -88,13 +89,13 @@ fn exempt<T: Send + 'static>(run: impl FnOnce() -> T + Send + 'static) -> JoinHa
     })
 }
 
-/// How the pages of a guest look.
+/// Whether a page of the guest, by number, is zero.
 type Pages = fn(u64) -> bool;
 
 const NO_ZEROES: Pages = |_| false;
 const EVERY_OTHER_ZERO: Pages = |page| page % 2 == 1;
 
-/// One worker, and its relay's end.
+/// A worker, and its relay's end of the socket.
 struct Worker {
     thread: JoinHandle<()>,
     orders: UnixStream,
@@ -102,7 +103,7 @@ struct Worker {
 }
 
 impl Worker {
-    /// Start one; its state machine is on an exempt thread, because it reports by the clock.
+    /// Start a worker. Its state machine is on an exempt thread, because it reports by the clock.
     fn start(order: &Order, fds: &[OwnedFd]) -> Self {
         let (orders, control) = UnixStream::pair().unwrap();
         let thread = exempt(move || process::run(control).unwrap());
@@ -119,7 +120,7 @@ impl Worker {
         assert_eq!(socket::send(&self.orders, &line, &fds).unwrap(), line.len());
     }
 
-    /// The first report that `wanted` gives something for.
+    /// Wait for the first report for which `wanted` returns something.
     fn await_report<T>(&mut self, wanted: impl Fn(&Report) -> Option<T>) -> T {
         loop {
             let mut line = String::new();
@@ -134,7 +135,7 @@ impl Worker {
 
     fn await_done(mut self) {
         self.await_report(|report| matches!(report, Report::Done(_)).then_some(()));
-        // A source's worker stays until its relay has done its part.
+        // A source's worker stays until its relay has finished.
         let Self { thread, orders, reports } = self;
         drop((orders, reports));
         thread.join().unwrap();
@@ -166,7 +167,7 @@ fn options(channels: u16) -> Options {
     }
 }
 
-/// Send what QEMU would for `length` bytes of RAM, in one section.
+/// Send the stream that QEMU would send for `length` bytes of RAM, in one section.
 fn send_stream(mut qemu: UnixStream, length: u64, is_zero: Pages) {
     let mut stream = Stream::new("pc.ram", length);
     stream.begin_section(true);
@@ -185,7 +186,7 @@ fn send_stream(mut qemu: UnixStream, length: u64, is_zero: Pages) {
     qemu.write_all(&stream.bytes).unwrap();
 }
 
-/// What a stream is with multifd: without pages; the channels are synchronised where a section ends.
+/// Send a stream as with multifd: without pages. Channels are synchronised where a section ends.
 fn send_stream_beside_a_channel(mut qemu: UnixStream, length: u64) {
     let mut stream = Stream::new("pc.ram", length);
     stream.begin_section(true);
@@ -194,7 +195,7 @@ fn send_stream_beside_a_channel(mut qemu: UnixStream, length: u64) {
     qemu.write_all(&stream.bytes).unwrap();
 }
 
-/// Send the pages that way, 128 in a packet.
+/// Send the pages over a multifd channel, 128 per packet.
 fn send_channel(mut qemu: UnixStream, length: u64) {
     const PAGES: u64 = 128;
     const SYNC: u32 = 1;
@@ -222,10 +223,10 @@ fn send_channel(mut qemu: UnixStream, length: u64) {
     qemu.write_all(&head(SYNC, 0, 0)).unwrap();
 }
 
-/// Migrations take turns: allocations are counted in all of the process.
+/// Migrations take turns, because allocations are counted for the whole process.
 static TURN: Mutex<()> = Mutex::new(());
 
-/// How pages come from QEMU.
+/// How pages arrive from QEMU.
 #[derive(Clone, Copy)]
 enum Intake {
     Stream(Pages),
@@ -233,8 +234,9 @@ enum Intake {
     Channel,
 }
 
-/// Migrate a guest of `mib` MiB, mapped at the source or not; how often did the workers' threads
-/// allocate?
+/// Migrate a guest of `mib` MiB, mapped at the source or not.
+///
+/// Return how often the workers' threads allocated.
 fn allocations(mib: u64, mapped: bool, intake: Intake) -> u64 {
     let (channels, is_zero) = match intake {
         Intake::Stream(is_zero) => (0, is_zero),
@@ -273,7 +275,7 @@ fn allocations(mib: u64, mapped: bool, intake: Intake) -> u64 {
     };
     let mut source = Worker::start(&order, &fds);
     let number = destination.await_report(|report| match report {
-        Report::SourceComes { number } => Some(*number),
+        Report::SourceConnected { number } => Some(*number),
         _ => None,
     });
     let order = Order::Blocks { number, blocks: blocks(length, Some(0)) };
@@ -304,7 +306,7 @@ fn allocations(mib: u64, mapped: bool, intake: Intake) -> u64 {
     ALLOCATIONS.load(Relaxed) - before
 }
 
-/// The pages have landed.
+/// Assert that the pages have landed.
 fn check(file: OwnedFd, length: u64, is_zero: Pages) {
     let region = Region::new("landed", file, 0, length).unwrap();
     let mut bytes = [0; PAGE as usize];
@@ -315,7 +317,7 @@ fn check(file: OwnedFd, length: u64, is_zero: Pages) {
     }
 }
 
-/// Four times the pages: no more allocations.
+/// Assert that four times the pages cost no more allocations.
 #[track_caller]
 fn assert_none_per_page(allocations: impl Fn(u64) -> u64) {
     let [some, more] = [64, 256].map(allocations);
@@ -337,7 +339,7 @@ fn pages_from_a_channel() {
     assert_none_per_page(|mib| allocations(mib, true, Intake::Channel));
 }
 
-/// Then each page is a range of its own.
+/// Each page is a range of its own then, at no allocation.
 #[test]
 fn zero_pages_between_others() {
     assert_none_per_page(|mib| allocations(mib, true, Intake::Stream(EVERY_OTHER_ZERO)));

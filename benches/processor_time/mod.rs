@@ -1,4 +1,4 @@
-//! Measures in processor time: what else the machine does counts little.
+//! Measurement in CPU time, which other load on the machine affects little.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use criterion::{
 };
 use rustix::time::{ClockId, clock_gettime};
 
-/// Time that this thread has spent on a processor.
+/// CPU time of this thread.
 pub struct ProcessorTime;
 
 fn now() -> Duration {
@@ -45,12 +45,12 @@ impl Measurement for ProcessorTime {
     }
 }
 
-/// As the command line says, in processor time.
+/// Configure from the command line, to measure CPU time.
 pub fn criterion() -> Criterion<ProcessorTime> {
     Criterion::default().with_measurement(ProcessorTime).configure_from_args()
 }
 
-/// A group whose benchmarks take some four seconds each.
+/// Create a group whose benchmarks take some four seconds each.
 pub fn group<'a>(
     criterion: &'a mut Criterion<ProcessorTime>,
     name: &str,

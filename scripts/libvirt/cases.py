@@ -36,7 +36,7 @@ def eventually(what, condition):
     """Wait until condition() gives something."""
     deadline = time.monotonic() + PATIENCE
     while not (result := condition()):
-        must(time.monotonic() < deadline, f"waited in vain for {what}")
+        must(time.monotonic() < deadline, f"timed out waiting for {what}")
         time.sleep(0.05)
     return result
 
@@ -402,7 +402,7 @@ def bandwidth():
 
 
 def fails_in_flight(action, *texts):
-    """Something ends a migration in mid-flight: the guest runs on here, and the next one works."""
+    """Something ends a migration in mid-flight: the guest keeps running here, and the next one works."""
     here = guest()
     command = here.migrating("--bandwidth", "4")
     here.in_flight()
@@ -420,7 +420,7 @@ def abort():
 
 
 def refused(here, says, *options, uri="rdma"):
-    """A migration is refused at once: the guest runs on here."""
+    """A migration is refused at once: the guest keeps running here."""
     command = here.migrating(*options, uri=uri)
     said = command.fails(says)
     must(command.took < 5, f"it took {command.took:.1f} s to be refused")

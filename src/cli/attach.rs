@@ -1,4 +1,4 @@
-//! `attach`: the relay beside a running QEMU.
+//! `attach`: the relay of a running QEMU.
 
 use std::{path::PathBuf, time::Duration};
 
@@ -6,11 +6,11 @@ use qemu_rdma_helper::relay::{self, AttachOptions};
 
 use super::{exit, settings::Settings};
 
-/// Stand beside a running QEMU and serve QMP in its place.
+/// Attach to a running QEMU and serve QMP in its place.
 ///
 /// QEMU must have been started with '-qmp unix:PATH,server=on,wait=off', and its memory should be
-/// shared (-object memory-backend-memfd,...,share=on). It may be started a moment later. Ends when QEMU
-/// ends; the guest runs on when this ends.
+/// shared (-object memory-backend-memfd,...,share=on). QEMU may start a little later. Exits when
+/// QEMU exits; the guest keeps running when this exits.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// QEMU's QMP socket
@@ -25,12 +25,12 @@ pub struct Args {
     wait: u64,
     #[command(flatten)]
     settings: Settings,
-    /// QEMU's process, if a manager made its QMP socket
+    /// QEMU's PID, if a manager made its QMP socket
     #[arg(long, value_name = "PID", value_parser = clap::value_parser!(u32).range(1..))]
     pid: Option<u32>,
 }
 
-/// Run until QEMU is gone or a signal comes.
+/// Run until QEMU is gone or a signal arrives.
 pub async fn run(args: Args) -> anyhow::Result<u8> {
     relay::attach(AttachOptions {
         qemu_qmp: args.qemu_qmp,

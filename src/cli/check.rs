@@ -1,4 +1,4 @@
-//! `check`: what would stop a migration, before it is tried.
+//! `check`: looks for what would stop a migration, before it is tried.
 
 mod qemu;
 
@@ -18,23 +18,22 @@ use super::{exit, fabric::Fabric, settings::CONNECTIONS};
 
 /// Look for what would stop a migration over rdma: from or to this host.
 ///
-/// The RDMA devices, what they lack, and the memlock limit are looked at. With --qemu-qmp the QEMU
-/// there is too, and what its guest needs; if a helper serves there, its limit and its fabric
-/// count. With an address the route to it is found, without connecting, and only the device that
-/// it leads over is judged. Each finding has a hint; the exit code is 1 if a migration would
-/// fail.
+/// Checks the RDMA devices and the memlock limit. With --qemu-qmp also checks the QEMU there and what
+/// its guest needs; if a helper serves the socket, its limit and its fabric count. With an address,
+/// finds the route to it without connecting, and checks only the device on that route. Each finding has
+/// a hint; the exit code is 1 if a migration would fail.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// QEMU's QMP socket, or a helper's
     #[arg(long, value_name = "PATH")]
     qemu_qmp: Option<PathBuf>,
-    /// QEMU's process, if it is not the one that serves the socket
+    /// QEMU's PID, if another process serves the socket
     #[arg(long, value_name = "PID", value_parser = clap::value_parser!(u32).range(1..))]
     pid: Option<u32>,
-    /// What carries RAM, as for attach; without it what the helper at --qemu-qmp uses, else auto
+    /// What carries RAM, as for attach; default: what the helper at --qemu-qmp uses, else auto
     #[arg(long, value_enum)]
     fabric: Option<Fabric>,
-    /// Where a migration would go to, or be waited for: rdma:HOST:PORT
+    /// Destination, or address to listen on: rdma:HOST:PORT
     #[arg(value_name = "URI", value_parser = parse_address)]
     address: Option<Address>,
 }
@@ -89,7 +88,7 @@ fn print(finding: &Finding) {
     }
 }
 
-/// Look at this host.
+/// Check this host.
 fn look(question: &Question<'_>, choice: FabricChoice) -> Vec<Finding> {
     if let Err(error) = choice.check() {
         let missing = Finding::error(&error);
@@ -99,7 +98,7 @@ fn look(question: &Question<'_>, choice: FabricChoice) -> Vec<Finding> {
         FabricKind::Verbs => over_verbs(question),
         FabricKind::Tcp => {
             let mut findings = if choice == FabricChoice::Auto {
-                // RDMA is not used: whatever is missing for it stops nothing.
+                // RDMA is not used: what it lacks stops nothing.
                 let missing = without_device(question).into_iter().map(Finding::at_most_warning);
                 [no_device()].into_iter().chain(missing).collect()
             } else {
@@ -114,7 +113,7 @@ fn look(question: &Question<'_>, choice: FabricChoice) -> Vec<Finding> {
 #[cfg(feature = "verbs")]
 use fabric::verbs::preflight::{check as over_verbs, check_without_device as without_device};
 
-/// Of a fabric that is not there nothing can be said.
+/// A fabric that is not built in can't be checked.
 #[cfg(not(feature = "verbs"))]
 fn over_verbs(_: &Question<'_>) -> Vec<Finding> {
     Vec::new()
@@ -123,7 +122,7 @@ fn over_verbs(_: &Question<'_>) -> Vec<Finding> {
 #[cfg(not(feature = "verbs"))]
 use over_verbs as without_device;
 
-/// Why `auto` takes tcp.
+/// Return why `auto` takes tcp.
 fn no_device() -> Finding {
     if cfg!(feature = "verbs") {
         Finding::warning(

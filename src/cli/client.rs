@@ -1,4 +1,4 @@
-//! A client of a QMP server, for the commands that are one.
+//! A QMP client, for the subcommands that are one.
 
 use std::{path::Path, time::Duration};
 
@@ -14,14 +14,14 @@ use tokio::{
     time::timeout,
 };
 
-/// How long a server may take to greet.
+/// How long a server may take to send its greeting.
 const GREETING: Duration = Duration::from_secs(5);
 
-/// A connection.
+/// A connection to a QMP server.
 pub struct Client {
     lines: BufReader<OwnedReadHalf>,
     commands: OwnedWriteHalf,
-    /// QEMU's process, or whoever serves.
+    /// PID of QEMU, or of the helper that serves the socket.
     pub pid: u32,
 }
 
@@ -33,7 +33,7 @@ impl Client {
         let pid = qemu_rdma_helper::qemu::peer_pid(&stream).with_context(failed)?;
         let (read, commands) = stream.into_split();
         let mut client = Self { lines: BufReader::new(read), commands, pid };
-        // A QMP server serves one client, and lets the next wait without a word.
+        // A QMP server serves one client, and leaves the next one waiting without a reply.
         let greeting = match timeout(GREETING, client.line()).await {
             Ok(greeting) => greeting.with_context(failed)?,
             Err(_) => bail!("{} does not answer; end its other client first", path.display()),
@@ -46,7 +46,7 @@ impl Client {
         Ok(client)
     }
 
-    /// The next line, or the beginning of one that is too long; empty at the end.
+    /// Read the next line, or the beginning of one that is too long; empty at the end.
     async fn line(&mut self) -> std::io::Result<Vec<u8>> {
         let (mut line, mut rest) = (Vec::new(), Vec::new());
         let mut last = self.piece(&mut line).await?;
@@ -69,7 +69,7 @@ impl Client {
         self.commands.write_all(format!("{request}\r\n").as_bytes()).await
     }
 
-    /// The next reply; `None` at the end.
+    /// Read the next reply; `None` at the end.
     async fn reply(&mut self) -> std::io::Result<Option<Result<Value, QmpError>>> {
         loop {
             let line = self.line().await?;
@@ -79,7 +79,7 @@ impl Client {
             match FromQemu::read(&line) {
                 Some(FromQemu::Reply { result }) => return Ok(Some(result)),
                 Some(_) => {}
-                // It is one nevertheless: there will be no other.
+                // It is the reply nevertheless: no other follows.
                 None => {
                     let error = QmpError::generic("The reply is no JSON, or too long");
                     return Ok(Some(Err(error)));

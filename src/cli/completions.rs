@@ -1,4 +1,4 @@
-//! `completions`: what shells complete, from the same declarations as the help texts.
+//! `completions`: writes shell completions, from the same declarations as the help texts.
 
 use std::{fs, path::PathBuf};
 
@@ -11,11 +11,11 @@ use super::exit;
 /// Write the completions.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Where to
+    /// Target directory
     dir: PathBuf,
 }
 
-/// Write them, under the names that the shells look for.
+/// Write the completions, under the names that the shells look for.
 pub fn run(args: &Args, all: &Command) -> anyhow::Result<u8> {
     const NAME: &str = env!("CARGO_BIN_NAME");
     let mut command = shown(NAME, all);
@@ -28,7 +28,7 @@ pub fn run(args: &Args, all: &Command) -> anyhow::Result<u8> {
     Ok(exit::DONE)
 }
 
-/// The command line without the subcommands that are hidden.
+/// Return the command line without the hidden subcommands.
 fn shown(name: &'static str, all: &Command) -> Command {
     let shown = all.get_subcommands().filter(|command| !command.is_hide_set()).cloned();
     Command::new(name)

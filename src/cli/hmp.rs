@@ -1,4 +1,4 @@
-//! `hmp`: lines of QEMU's human monitor.
+//! `hmp`: runs lines of QEMU's human monitor.
 
 use std::path::PathBuf;
 
@@ -10,18 +10,18 @@ use super::{client::Client, exit};
 ///
 /// For example: migrate_set_capability rdma-pin-all on; migrate_set_parameter max-bandwidth 40g;
 /// migrate -d rdma:HOST:PORT; info migrate. The exit code is 1 if a line answers with an error;
-/// the lines behind it are not run.
+/// the lines after it are not run.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// The helper's QMP socket
     #[arg(long, value_name = "PATH")]
     qmp: PathBuf,
-    /// Lines, one an argument
+    /// Lines, one per argument
     #[arg(required = true, value_name = "LINE")]
     lines: Vec<String>,
 }
 
-/// Run the lines and print what they answer.
+/// Run the lines and print their replies.
 pub async fn run(args: Args) -> anyhow::Result<u8> {
     let mut client = Client::connect(&args.qmp).await?;
     for line in args.lines {
@@ -34,7 +34,7 @@ pub async fn run(args: Args) -> anyhow::Result<u8> {
     Ok(exit::DONE)
 }
 
-/// The monitor has no other sign of failure than its words.
+/// Return whether the reply is an error. The monitor shows failure by its text only.
 fn is_error(text: &str) -> bool {
     text.starts_with("Error: ")
         || text.starts_with("unknown command:")

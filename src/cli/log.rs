@@ -1,4 +1,4 @@
-//! What is said on standard error: the log, and the sentence with which a command fails.
+//! Output on standard error: the log, and the sentence with which a command fails.
 
 use std::{
     env,
@@ -13,11 +13,11 @@ use rustix::{
 use tracing::{Level, Metadata, level_filters::LevelFilter};
 use tracing_subscriber::{EnvFilter, fmt::MakeWriter};
 
-/// Whose standard error is.
+/// What standard error is.
 #[derive(Debug, Clone, Copy)]
 enum Stderr {
-    /// The journal's: it knows when a message came and from whom, and its priority is what the message
-    /// begins with (sd-daemon(3)).
+    /// The journal, which records a message's time and sender, and takes its priority from its
+    /// prefix (sd-daemon(3)).
     Journal,
     Terminal,
     Other,
@@ -34,7 +34,7 @@ impl Stderr {
         }
     }
 
-    /// What a message of this level begins with.
+    /// Return the prefix of a message of this level.
     fn prefix(self, level: Level) -> &'static str {
         match self {
             Self::Journal => match level {
@@ -48,13 +48,14 @@ impl Stderr {
     }
 }
 
-/// systemd tells which file its journal's is: what it has started may have another one since.
+/// Return whether standard error is the journal. systemd names the journal's file: standard error
+/// may have been redirected since.
 fn is_journal() -> bool {
     let Ok(stream) = env::var("JOURNAL_STREAM") else { return false };
     fstat(io::stderr()).is_ok_and(|stderr| stream == format!("{}:{}", stderr.st_dev, stderr.st_ino))
 }
 
-/// Log from this level on unless RUST_LOG says otherwise.
+/// Log from this level on, unless RUST_LOG says otherwise.
 pub fn start(level: LevelFilter) {
     let filter = EnvFilter::builder().with_default_directive(level.into()).from_env_lossy();
     let stderr = Stderr::new();
@@ -70,7 +71,7 @@ pub fn start(level: LevelFilter) {
     }
 }
 
-/// Say with which error this process ends.
+/// Print the error with which this process ends.
 pub fn fail(error: &anyhow::Error) {
     let sentence = sentence(error);
     let sentence = text::line(&sentence);
@@ -80,7 +81,7 @@ pub fn fail(error: &anyhow::Error) {
     }
 }
 
-/// An error and its causes, but for those that it has told itself.
+/// Format an error and its causes, without those that it contains already.
 fn sentence(error: &anyhow::Error) -> String {
     let mut sentence = String::new();
     for cause in error.chain().map(ToString::to_string) {
@@ -105,8 +106,8 @@ impl<'a> MakeWriter<'a> for Stderr {
     }
 }
 
-/// A message to standard error, which is QEMU's as well under `run`: whoever reads it may be gone, or
-/// asleep. A message is lost rather than anything else.
+/// A message to standard error, which under `run` is QEMU's too: its reader may be gone or stopped.
+/// A message is dropped rather than waited for.
 struct Message {
     stderr: Stderr,
     level: Level,
@@ -119,8 +120,8 @@ impl io::Write for Message {
         if poll(&mut writable, Some(&Timespec::default())) == Ok(1) {
             let line = [self.stderr.prefix(self.level).as_bytes(), message].concat();
             let line = text::logged(&line, matches!(self.stderr, Stderr::Terminal));
-            // A pipe that can be written to takes PIPE_BUF, which is as much as this, without waiting
-            // (pipe(7)).
+            // A writable pipe takes PIPE_BUF bytes without blocking (pipe(7)); the message is no
+            // longer.
             let _ = stderr.lock().write(&line);
         }
         Ok(message.len())

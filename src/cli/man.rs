@@ -1,4 +1,4 @@
-//! `man`: the man pages, from the same declarations as the help texts.
+//! `man`: writes the man pages, from the same declarations as the help texts.
 
 use std::path::PathBuf;
 
@@ -10,11 +10,11 @@ use super::exit;
 /// Write the man pages.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Where to
+    /// Target directory
     dir: PathBuf,
 }
 
-/// Write them.
+/// Write the man pages.
 pub fn run(args: &Args, command: Command) -> anyhow::Result<u8> {
     let mut command = command.disable_help_subcommand(true);
     command.build();

@@ -18,31 +18,31 @@ use tokio::{
 
 use super::{client::Client, exit};
 
-/// Migrate the guest and show how it goes.
+/// Migrate the guest and show the progress.
 ///
-/// The destination's helper must wait for it (migrate-incoming). Ctrl-C cancels, SIGTERM and
-/// SIGHUP too: the guest runs on here. The exit code is 0 only when the guest is at the destination.
+/// The destination's helper must wait for it (migrate-incoming). Ctrl-C, SIGTERM and SIGHUP cancel it:
+/// the guest keeps running here. The exit code is 0 only if the guest is at the destination.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// The helper's QMP socket at the source
     #[arg(long, value_name = "PATH")]
     qmp: PathBuf,
-    /// Where to: rdma:HOST:PORT
+    /// Destination: rdma:HOST:PORT
     #[arg(value_name = "URI")]
     uri: String,
     /// Register all of the guest's memory at the start (capability rdma-pin-all)
     #[arg(long)]
     pin_all: bool,
-    /// Bytes per second at the most, as in QEMU's monitor: 40g is 40 GiB/s, not 40 Gbit/s; a bare
-    /// number is MiB/s
+    /// Maximum bytes per second, as in QEMU's monitor: 40g is 40 GiB/s, not 40 Gbit/s; a bare number is
+    /// MiB/s
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     max_bandwidth: Option<u64>,
-    /// Milliseconds for which the guest may be down
+    /// Maximum downtime in milliseconds
     #[arg(long, value_name = "MS")]
     downtime_limit: Option<u64>,
 }
 
-/// Read a size as QEMU's monitor does (`strtosz` with MiB as default unit).
+/// Parse a size as QEMU's monitor does (`strtosz` with MiB as default unit).
 pub(super) fn parse_size(text: &str) -> Result<u64, String> {
     let wrong = || format!("'{text}' is no size: a number, then b, k, m, g, t or p");
     let unit = text.chars().last().map(|last| last.to_ascii_lowercase()).ok_or_else(wrong)?;
@@ -74,7 +74,7 @@ pub async fn run(args: Args) -> anyhow::Result<u8> {
     client
         .execute("migrate", json!({ "uri": args.uri }))
         .await
-        .context("The migration did not start; the guest runs on here")?;
+        .context("The migration did not start; the guest keeps running here")?;
     let progress = Display::new();
     let mut ticks = interval(Duration::from_millis(250));
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -98,17 +98,17 @@ pub async fn run(args: Args) -> anyhow::Result<u8> {
                         let why = state["error-desc"].as_str().unwrap_or("The migration failed");
                         let guest = client.execute("query-status", Value::Null).await?;
                         match guest["status"].as_str() {
-                            Some("running") => bail!("{why}; the guest runs on here"),
+                            Some("running") => bail!("{why}; the guest keeps running here"),
                             _ => bail!("{why}"),
                         }
                     }
                     "cancelled" if cancelled => {
                         progress.finish();
-                        bail!("Cancelled; the guest runs on here");
+                        bail!("Cancelled; the guest keeps running here");
                     }
                     "cancelled" => {
                         progress.finish();
-                        bail!("The migration was cancelled; the guest runs on here");
+                        bail!("The migration was cancelled; the guest keeps running here");
                     }
                     status => progress.show(status, &state),
                 }
@@ -117,7 +117,7 @@ pub async fn run(args: Args) -> anyhow::Result<u8> {
     }
 }
 
-/// Ways to be told to end. The terminal may be gone with one of them.
+/// Signals that cancel the migration. The terminal may be gone with one of them.
 struct Signals([Signal; 3]);
 
 impl Signals {
@@ -127,7 +127,6 @@ impl Signals {
         Ok(Self([interrupt?, terminate?, hang_up?]))
     }
 
-    /// The next one.
     async fn next(&mut self) {
         let [interrupt, terminate, hang_up] = &mut self.0;
         tokio::select! {
@@ -140,7 +139,7 @@ impl Signals {
 
 /// Print a line, if anybody reads it.
 fn say(text: fmt::Arguments<'_>) {
-    // The terminal may be gone, and the migration must be waited for all the same.
+    // The terminal may be gone; the migration must be awaited all the same.
     let _ = writeln!(io::stdout(), "{text}");
 }
 
@@ -165,7 +164,7 @@ async fn prepare(client: &mut Client, args: &Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Shows progress: a bar on a terminal, else a line a second.
+/// Progress display: a bar on a terminal, else one line per second.
 struct Display {
     bar: Option<ProgressBar>,
     last: std::cell::Cell<Option<Instant>>,
@@ -214,7 +213,7 @@ fn summary(state: &Value) {
     let mbps = state["ram"]["mbps"].as_f64().unwrap_or(0.0);
     say(format_args!("completed: the guest is at the destination"));
     say(format_args!(
-        "  total time   {} ms, of it set-up {} ms",
+        "  total time   {} ms, including set-up {} ms",
         time("total-time"),
         time("setup-time")
     ));

@@ -1,4 +1,4 @@
-//! Arguments, one file a subcommand; the only place that exits or prints.
+//! Command-line arguments, one file per subcommand; the only module that exits or prints.
 
 mod attach;
 mod check;
@@ -23,8 +23,8 @@ use tracing::level_filters::LevelFilter;
 
 /// Live-migrates an unmodified QEMU over RDMA.
 ///
-/// A helper process stands beside each QEMU and serves QMP in its place: a migration to
-/// rdma:HOST:PORT is carried by the helpers, everything else passes to QEMU unchanged.
+/// A helper process runs next to each QEMU and proxies its QMP socket: the helpers carry a migration
+/// to rdma:HOST:PORT; everything else passes to QEMU unchanged.
 #[derive(Debug, Parser)]
 #[command(
     version,
@@ -57,10 +57,10 @@ enum Command {
 }
 
 impl Cli {
-    /// Run the subcommand; returns the exit code.
+    /// Run the subcommand; return the exit code.
     ///
     /// # Errors
-    /// What failed, for people.
+    /// What failed, as a message for the user.
     pub fn run(self) -> anyhow::Result<u8> {
         match self.command {
             Command::Attach(args) => {

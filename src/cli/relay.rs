@@ -14,12 +14,13 @@ use super::exit;
 /// The relay of a QEMU that `run` starts.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Be it; without this, start it and leave it alone
+    /// Be the relay; without this, start it detached
     #[arg(long)]
     detached: bool,
 }
 
-/// Run, or start what runs: a process that is nobody's child, and has nothing that QEMU inherits.
+/// Run the relay; or start it in a process that is detached, and has no descriptors that QEMU
+/// inherits.
 pub fn run(args: &Args) -> anyhow::Result<u8> {
     if !args.detached {
         memory::close_on_exec_from(3).context("Cannot leave QEMU's descriptors alone")?;
@@ -28,8 +29,8 @@ pub fn run(args: &Args) -> anyhow::Result<u8> {
         relay.spawn().context("Cannot start the relay")?;
         return Ok(exit::DONE);
     }
-    // It was started as /proc/self/exe, which says nothing in a list of processes. Without a name it
-    // works too.
+    // The process was started as /proc/self/exe, which says nothing in a process list. It also
+    // works without a name.
     let _ = rustix::thread::set_name(c"rdma-relay");
     let control = io::stdin().as_fd().try_clone_to_owned();
     let control = control.context("No socket on standard input")?;

@@ -1,4 +1,4 @@
-//! `run`: start a QEMU with a relay before its monitors, as management's emulator.
+//! `run`: starts QEMU with a relay in front of its monitors, as management's emulator.
 
 use std::{
     env,
@@ -12,23 +12,22 @@ use qemu_rdma_helper::relay::launch::{self, Launch};
 
 use super::settings::Settings;
 
-/// Options of `run` for an emulator that is a link: management passes none.
+/// Variable with the options of `run` for an emulator that is a link: management passes none.
 const OPTIONS: &str = "QEMU_RDMA_HELPER_OPTIONS";
 
 /// This program's name.
 const HELPER: &str = env!("CARGO_BIN_NAME");
 
-/// Where emulators are, if not in PATH.
+/// Where to look for emulators that are not in PATH.
 const DIRECTORIES: [&str; 3] = ["/usr/local/bin", "/usr/bin", "/usr/libexec"];
 
 /// Start QEMU, and serve QMP in place of its monitors.
 ///
 /// This process becomes QEMU, with its exit status, its signals and its descriptors; the helper runs
-/// beside it and ends with it. QMP monitors on Unix sockets are served by the helper
-/// (-qmp unix:..., and -mon mode=control or -object monitor-qmp on -chardev socket); of each other one
-/// it is said that it is left alone, so that a migration over rdma: there is QEMU's own. RAM that is
-/// private becomes shared. -incoming rdma:HOST:PORT works. What only asks QEMU for something is run as
-/// it is.
+/// next to it and exits with it. The helper serves QMP monitors on Unix sockets (-qmp unix:..., and
+/// -mon mode=control or -object monitor-qmp on -chardev socket). A warning names each other monitor: it
+/// is left alone, and a migration over rdma: there is QEMU's own. Private RAM becomes shared.
+/// -incoming rdma:HOST:PORT works. Command lines that only query QEMU run unchanged.
 ///
 /// A link to this program whose name begins with 'qemu-system-' does the same with the QEMU of that
 /// name (without an '-rdma' at its end), so that it can be libvirt's <emulator>. Its options come
@@ -37,8 +36,8 @@ const DIRECTORIES: [&str; 3] = ["/usr/local/bin", "/usr/bin", "/usr/libexec"];
 pub struct Args {
     #[command(flatten)]
     settings: Settings,
-    /// Leave RAM backends as they are; what is private is migrated from QEMU's stream, and is not
-    /// written by RDMA at a destination
+    /// Leave RAM backends unchanged; private ones are migrated from QEMU's stream, and not written by
+    /// RDMA at a destination
     #[arg(long)]
     keep_backends: bool,
     /// QEMU and its arguments
@@ -55,10 +54,10 @@ pub fn run(args: Args) -> anyhow::Result<u8> {
     match launch::launch(Launch { binary, arguments, settings: settings.into(), keep_backends })? {}
 }
 
-/// The arguments of this process; for an emulator's name those of `run`.
+/// Return this process's arguments; under an emulator's name, those of `run`.
 ///
 /// # Errors
-/// When there is no emulator of that name.
+/// There is no emulator of that name.
 pub fn arguments() -> anyhow::Result<Vec<OsString>> {
     let arguments: Vec<OsString> = env::args_os().collect();
     let name = arguments.first().map(Path::new).and_then(Path::file_name);
@@ -83,18 +82,18 @@ fn is_emulator(name: &OsStr) -> bool {
     name.as_encoded_bytes().starts_with(b"qemu-system-")
 }
 
-/// The name of the QEMU behind a link of its own name.
+/// Return the name of the QEMU that a link of this name stands for.
 fn shorter(name: &OsStr) -> Option<&OsStr> {
     name.to_str()?.strip_suffix("-rdma").map(OsStr::new)
 }
 
-/// The QEMU of this name, or of what is before its `-rdma`.
+/// Find the QEMU of this name, or of the part before its `-rdma`.
 fn find(name: &OsStr) -> Option<PathBuf> {
     let own = fs::metadata("/proc/self/exe").ok()?;
     let is_own = |file: &fs::Metadata| (file.dev(), file.ino()) == (own.dev(), own.ino());
     let is_program = |file: &fs::Metadata| file.is_file() && file.mode() & 0o111 != 0;
     let is_other = |path: &PathBuf| {
-        // A link to another copy of the helper would come back here, for ever.
+        // A link to another copy of the helper would end up here again, forever.
         let is_helper = fs::canonicalize(path).is_ok_and(|file| file.ends_with(HELPER));
         !is_helper && fs::metadata(path).is_ok_and(|file| is_program(&file) && !is_own(&file))
     };

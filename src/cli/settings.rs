@@ -1,4 +1,4 @@
-//! How migrations are carried: what `attach` and `run` are told alike.
+//! How migrations are carried: options that `attach` and `run` share.
 
 use std::time::Duration;
 
@@ -7,46 +7,46 @@ use rustix::thread::CpuSet;
 
 use super::{fabric::Fabric, migrate::parse_size};
 
-/// Connections, or queue pairs, for RAM, unless it is told otherwise.
+/// Default number of connections, or queue pairs, for RAM.
 pub const CONNECTIONS: u16 = 1;
 
-/// QEMU's multifd channels, unless it is told otherwise.
+/// Default number of QEMU's multifd channels.
 pub const CHANNELS: u16 = 2;
 
 /// How migrations are carried.
 #[derive(Debug, clap::Args)]
 pub struct Settings {
-    /// What carries RAM: auto takes verbs where it can, else tcp
+    /// What carries RAM: auto uses verbs if there is a device, else tcp
     #[arg(long, value_enum, default_value_t = Fabric::Auto)]
     fabric: Fabric,
     /// Seconds without progress after which the peer counts as lost
     #[arg(long, value_name = "SECONDS", default_value_t = 30,
           value_parser = clap::value_parser!(u64).range(1..=86400))]
     stall_timeout: u64,
-    /// Seconds without any sign of life of the peer's RDMA device after which it counts as lost
+    /// Seconds without a sign of life from the peer's RDMA device after which the peer counts as lost
     #[arg(long, value_name = "SECONDS", default_value_t = 5,
           value_parser = clap::value_parser!(u64).range(1..=86400))]
     peer_timeout: u64,
-    /// TCP connections, or RDMA queue pairs, that carry RAM, if the peer's helper has as many
+    /// TCP connections, or RDMA queue pairs, that carry RAM, if the peer's helper allows as many
     #[arg(long, alias = "queue-pairs", value_name = "COUNT", default_value_t = CONNECTIONS,
           value_parser = clap::value_parser!(u16).range(1..=16))]
     connections: u16,
-    /// Multifd channels through which a source's QEMU gives its RAM to the helper; 0 for none.
-    /// Management sees nothing of them
+    /// Multifd channels through which a source's QEMU sends its RAM to the helper; 0 for none.
+    /// Management does not see them
     #[arg(long, value_name = "COUNT", default_value_t = CHANNELS,
           value_parser = clap::value_parser!(u16).range(0..=16))]
     channels: u16,
     /// Guest RAM that may be pinned at a time for RDMA, such as 2g: a bare number is MiB, at least
-    /// 16. Without it all of it may be
+    /// 16. Default: all
     #[arg(long, value_name = "SIZE", value_parser = parse_pin_limit)]
     pin_limit: Option<u64>,
-    /// Processors that a migration may use, as in taskset: 0-3,8. The guest's should not be among them.
-    /// Without it all may be
+    /// Processors that a migration may use, as in taskset: 0-3,8. Choose some that no guest uses.
+    /// Default: all
     #[arg(long, value_name = "LIST", value_parser = parse_cpus)]
     cpus: Option<Cpus>,
 }
 
-/// Processors by their numbers.
+/// CPU numbers.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Cpus(Vec<u16>);
 
@@ -64,7 +64,7 @@ impl From<Settings> for relay::Settings {
     }
 }
 
-/// What writes that are on their way need, with room for ranges to come and go.
+/// What writes in flight need, with a margin to register and release ranges.
 const PIN_LIMIT_MIN: u64 = 16 << 20;
 
 fn parse_pin_limit(text: &str) -> Result<u64, String> {

@@ -12,10 +12,10 @@ use tracing::warn;
 
 use super::exit;
 
-/// A worker.
+/// The worker process of one migration.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Of which side
+    /// The migration's side
     side: Side,
 }
 
@@ -25,22 +25,23 @@ enum Side {
     Destination,
 }
 
-/// The first to be ended where memory ends.
+/// Makes the worker the OOM killer's first choice.
 const OOM_SCORE_ADJ: &str = "1000";
 
 /// Run the migration; its outcome is reported to the relay.
 pub fn run(args: &Args) -> anyhow::Result<u8> {
-    // It was started as /proc/self/exe, which says nothing in a list of processes. Without a name it
-    // works too.
+    // The process was started as /proc/self/exe, which says nothing in a process list. It also
+    // works without a name.
     let _ = rustix::thread::set_name(c"rdma-worker");
-    // Where memory ends, it is not QEMU that has to go: a worker has mapped as much of the guest's,
-    // and without it only a migration fails. Anybody may offer himself (proc(5)).
+    // When memory runs out, the kernel must not kill QEMU: a worker has mapped as much of the
+    // guest's memory, and without it only a migration fails. Raising the score needs no privilege
+    // (proc(5)).
     if let Err(error) = std::fs::write("/proc/self/oom_score_adj", OOM_SCORE_ADJ) {
-        warn!(%error, "if memory ends, the kernel may choose QEMU");
+        warn!(%error, "out of memory, the kernel may kill QEMU first");
     }
-    // What is in /proc of a process that is not dumped is root's.
+    // Only now: the files in /proc of a process that does not dump core belong to root.
     leave_no_core();
-    // Behind all that needs more than a migration does, and before there is a second thread.
+    // After everything that needs more than a migration does, and before there is a second thread.
     confine(match args.side {
         Side::Source => Role::Source,
         Side::Destination => Role::Destination,
@@ -51,13 +52,13 @@ pub fn run(args: &Args) -> anyhow::Result<u8> {
     Ok(exit::DONE)
 }
 
-/// The guest's memory is in mappings that are not dumped, but also in buffers. Whoever has no
-/// privilege can't trace this process any more, either.
+/// Disable core dumps: mappings of the guest's memory are excluded from them, buffers are not.
+/// Processes without privileges can no longer trace this one, either.
 fn leave_no_core() {
     let none = Rlimit { current: Some(0), maximum: Some(0) };
     let limited = setrlimit(Resource::Core, none);
     let denied = set_dumpable_behavior(DumpableBehavior::NotDumpable);
     if let Err(error) = limited.and(denied) {
-        warn!(%error, "a core dump may have parts of the guest's memory");
+        warn!(%error, "a core dump may contain parts of the guest's memory");
     }
 }

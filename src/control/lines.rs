@@ -1,8 +1,8 @@
-//! Messages with file descriptors over a socket: one JSON object a line, which says how many
-//! descriptors are its own.
+//! Messages with file descriptors over a socket: one JSON object per line, with the number of its
+//! descriptors.
 //!
-//! One read may bring several lines, and then the kernel gives the descriptors of the last of them
-//! with the first. So who reads goes by the numbers.
+//! One read may return several lines, and then the kernel delivers the descriptors of the last line
+//! with the first. So the reader assigns descriptors by these numbers.
 
 use std::{collections::VecDeque, io, os::fd::OwnedFd};
 
@@ -10,8 +10,8 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::LINE_MAX;
 
-/// Most descriptors that wait for their line: those of one for each block that can be named, and of
-/// as many channels as QEMU can have.
+/// Most descriptors that wait for their line: one for each block that can be named, and for each
+/// channel that QEMU can have.
 const FDS_MAX: usize = (16 << 10) + 256;
 
 #[derive(Serialize, Deserialize)]
@@ -21,10 +21,10 @@ struct Line<T> {
     message: T,
 }
 
-/// The line of `message`, which `descriptors` are attached to.
+/// The line of `message`, to which that many `descriptors` are attached.
 ///
 /// # Errors
-/// When it can't be written as JSON.
+/// If it can't be written as JSON.
 pub fn line(message: &impl Serialize, descriptors: usize) -> io::Result<Vec<u8>> {
     let mut line = serde_json::to_vec(&Line { descriptors, message })?;
     line.push(b'\n');
@@ -35,23 +35,23 @@ pub fn line(message: &impl Serialize, descriptors: usize) -> io::Result<Vec<u8>>
 #[derive(Debug, Default)]
 pub struct Lines {
     buffer: Vec<u8>,
-    /// Bytes of it that contain no end of line.
+    /// Leading bytes of `buffer` without an end of line.
     scanned: usize,
-    /// Descriptors arrive in the order of their lines, and none after its line's first byte.
+    /// Descriptors arrive in the order of their lines, and none after the first byte of its line.
     fds: VecDeque<OwnedFd>,
 }
 
 impl Lines {
-    /// Take what one read has brought.
+    /// Append the result of a read.
     pub fn push(&mut self, bytes: &[u8], fds: Vec<OwnedFd>) {
         self.buffer.extend_from_slice(bytes);
         self.fds.extend(fds);
     }
 
-    /// The next message that is complete, and its descriptors.
+    /// Take the next complete message, and its descriptors.
     ///
     /// # Errors
-    /// `InvalidData` for a line that is none, is too long or has not the descriptors that it names.
+    /// `InvalidData` for a line that is invalid, too long, or lacks descriptors that it names.
     pub fn take<T: DeserializeOwned>(&mut self) -> io::Result<Option<(T, Vec<OwnedFd>)>> {
         if self.fds.len() > FDS_MAX {
             return Err(wrong("too many descriptors come with it"));
@@ -76,7 +76,7 @@ impl Lines {
 }
 
 fn wrong(why: &str) -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, format!("a message makes no sense: {why}"))
+    io::Error::new(io::ErrorKind::InvalidData, format!("invalid control message: {why}"))
 }
 
 #[cfg(test)]
@@ -100,7 +100,7 @@ mod tests {
         fds.into_iter().map(|fd| fstat(fd).unwrap().st_ino).collect()
     }
 
-    /// All that `reader` gets, in reads of `sizes` bytes (over and over).
+    /// All that `reader` gets, in reads of `sizes` bytes, repeated.
     fn read(reader: &UnixStream, sizes: &[usize]) -> io::Result<Vec<(String, Vec<OwnedFd>)>> {
         let (mut lines, mut got) = (Lines::default(), Vec::new());
         for size in sizes.iter().cycle() {
@@ -118,7 +118,7 @@ mod tests {
     }
 
     proptest! {
-        /// However lines are glued and cut on their way, each has its own descriptors.
+        /// However lines are merged and split in transit, each has its own descriptors.
         #[test]
         fn each_line_has_its_own_descriptors(
             messages in prop::collection::vec(("[a-z]{0,40}", 0..4_usize), 1..12),
@@ -139,7 +139,7 @@ mod tests {
         }
     }
 
-    /// More than one `sendmsg` can carry: a guest with as many blocks.
+    /// More than one `sendmsg` can carry, as for a guest with that many blocks.
     #[test]
     fn many_descriptors_pass() {
         let (ours, theirs) = UnixStream::pair().unwrap();
@@ -182,7 +182,7 @@ mod tests {
         }
     }
 
-    /// A descriptor that is dropped is closed: what is not taken goes with the reader.
+    /// Descriptors that are not taken are closed with the reader.
     #[test]
     fn what_is_not_taken_is_closed() {
         let (ours, theirs) = UnixStream::pair().unwrap();

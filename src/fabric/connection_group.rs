@@ -1,9 +1,9 @@
-//! How further connections, or queue pairs, find the one that they belong to.
+//! How further connections, or queue pairs, are matched with their first one.
 //!
-//! What a fabric itself says in private data stands at the end of the longest one, behind what
-//! migrations say there: how many connections there are to be, and a number that only the peer
-//! knows. A stock QEMU reads the first 8 bytes and sends no more; a helper that knows no further
-//! connections of this kind says nothing of them.
+//! The fabric puts its own trailer at the end of the private data, after the migration's part: the
+//! number of connections, and a number that only the peer knows. A stock QEMU reads the first 8
+//! bytes and sends no more. A helper that does not support further connections of this kind sends
+//! no trailer.
 
 use std::{
     collections::HashMap,
@@ -23,13 +23,13 @@ use zerocopy::{
 
 use super::{FabricError, PRIVATE_DATA_MAX, Result};
 
-/// What the further ones are.
+/// Kind of the further connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {
     /// Connections of the tcp fabric.
     Connections,
-    /// Queue pairs that have buffers for marks ([`super::SendHalf::send_behind_writes`]). Helpers that
-    /// know of no marks have another word for theirs, and so get none.
+    /// Queue pairs with buffers for marks ([`super::SendHalf::send_after_writes`]). Helpers
+    /// without marks use another magic for theirs, so neither side grants any.
     #[cfg(feature = "verbs")]
     QueuePairs,
 }
@@ -44,24 +44,24 @@ impl Kind {
     }
 }
 
-/// How long a peer may take to connect all of its further connections.
+/// Time limit for a peer to connect all of its further connections.
 pub(super) const ESTABLISHING: Duration = Duration::from_secs(5);
 
-/// Where a trailer begins.
+/// Offset of the trailer.
 const START: usize = PRIVATE_DATA_MAX - size_of::<Trailer>();
 
-/// Of a request, or of the reply to it.
+/// The fabric's part of the private data, in a request or its reply.
 #[derive(
     Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,
 )]
 #[repr(C)]
 pub(super) struct Trailer {
     magic: U32,
-    /// Connections beside the first one: what is asked for, and what is granted.
+    /// Connections besides the first one: requested, or granted.
     pub(super) lanes: U16,
-    /// 0 for the first connection, else which of the further ones of a session.
+    /// 0 for the first connection, else the number of the further one.
     pub(super) lane: U16,
-    /// Chosen by who accepts; names what the further ones belong to.
+    /// Identifies the group of connections; chosen by the accepting side.
     pub(super) session: U64,
 }
 
@@ -71,7 +71,7 @@ impl Trailer {
         Self { magic, lanes: lanes.into(), lane: lane.into(), session: session.into() }
     }
 
-    /// Put it behind `private_data`.
+    /// Append the trailer to `private_data`.
     pub(super) fn append(&self, private_data: &[u8]) -> Result<Vec<u8>> {
         if private_data.len() > START {
             let source = std::io::ErrorKind::InvalidInput.into();
@@ -83,14 +83,14 @@ impl Trailer {
         Ok(bytes)
     }
 
-    /// The peer's, if it sent one of this kind.
+    /// The peer's trailer, if it sent one of this kind.
     pub(super) fn find(kind: Kind, private_data: &[u8]) -> Option<Self> {
         let (trailer, _) = Self::read_from_prefix(private_data.get(START..)?).ok()?;
         (trailer.magic == kind.magic()).then_some(trailer)
     }
 }
 
-/// Connections that wait for further ones, by the number that those name.
+/// Connections that wait for further ones, by session number.
 pub(super) struct ConnectionGroups<T>(Mutex<HashMap<u64, SyncSender<(u16, T)>>>);
 
 impl<T> Default for ConnectionGroups<T> {
@@ -106,7 +106,7 @@ impl<T> ConnectionGroups<T> {
 
     /// Expect `lanes` further connections, until the session is dropped.
     pub(super) fn open(self: &Arc<Self>, lanes: u16) -> ConnectionGroup<T> {
-        // Keyed from the system's randomness (std's RandomState): nobody guesses it.
+        // Unpredictable: std's `RandomState` takes its keys from the system's random generator.
         let number = RandomState::new().build_hasher().finish();
         let (lane, arrived) = sync_channel(lanes.into());
         self.lock().insert(number, lane);
@@ -118,12 +118,12 @@ impl<T> ConnectionGroups<T> {
         }
     }
 
-    /// Expect no more for this one.
+    /// Stop expecting connections for a session.
     pub(super) fn close(&self, number: u64) {
         self.lock().remove(&number);
     }
 
-    /// A further connection came; false if it belongs to nobody, or is one too many.
+    /// Add a further connection. Return false if its session is unknown or already full.
     pub(super) fn add(&self, trailer: &Trailer, connection: T) -> bool {
         let sessions = self.lock();
         let session = sessions.get(&trailer.session.get());
@@ -140,18 +140,19 @@ pub(super) struct ConnectionGroup<T> {
 }
 
 impl<T> ConnectionGroup<T> {
-    /// What the further ones have to name.
+    /// The session number that further connections must send.
     pub(super) fn number(&self) -> u64 {
         self.number
     }
 
-    /// When all of them must have come.
+    /// When all further connections must have arrived.
     #[cfg(feature = "verbs")]
     pub(super) fn deadline(&self) -> Instant {
         self.deadline
     }
 
-    /// The next one, whose number is `lane`: they come one after the other.
+    /// Wait for the next further connection, which must have the number `lane`: they arrive in
+    /// order.
     pub(super) fn next(&self, lane: u16) -> Result<T> {
         let left = self.deadline.saturating_duration_since(Instant::now());
         match self.arrived.recv_timeout(left) {
@@ -171,17 +172,16 @@ impl<T> Drop for ConnectionGroup<T> {
     }
 }
 
-/// Which session a request has opened, so that another thread can end its waiting.
+/// The session that a request has opened, for another thread to end its wait.
 #[derive(Clone, Default)]
 pub(super) struct Opened(Arc<AtomicU64>);
 
 impl Opened {
-    /// It is this one.
     pub(super) fn set<T>(&self, session: &ConnectionGroup<T>) {
         self.0.store(session.number, Ordering::SeqCst);
     }
 
-    /// End the waiting for its further connections.
+    /// Stop waiting for further connections.
     pub(super) fn close<T>(&self, sessions: &ConnectionGroups<T>) {
         sessions.close(self.0.load(Ordering::SeqCst));
     }
@@ -205,7 +205,7 @@ mod tests {
         assert!(trailer.append(&[0; 41]).is_err());
     }
 
-    /// Who has no buffers for marks has no further queue pairs, whichever end it is at.
+    /// A peer without buffers for marks gets no further queue pairs, whichever side it is.
     #[cfg(feature = "verbs")]
     #[test]
     fn queue_pairs_without_marks_are_left_out() {

@@ -1,10 +1,11 @@
-//! Peers that have not yet shown what they are: how many there may be, and who makes room.
+//! Admission of peers that have not identified themselves yet: how many may be pending, and which
+//! are evicted.
 //!
-//! Nobody waits for them, and a newcomer is not turned away for their sake: it is they who go, first
-//! those of the address that has the most, then those that have come least far, then those that have
-//! been there longest. A newcomer waits in line until one of them has gone, and asks nobody to go who has
-//! just come, be the line ever so long. Who accepts it never waits. An address is a host's: of IPv6 the
-//! network, of which a host may use all.
+//! Pending peers block nobody: instead of rejecting a newcomer, the module evicts one of them. The
+//! victim belongs to the address with the most peers; among these it is the least advanced, then
+//! the oldest. A newcomer waits in a queue until a slot is free. A peer that has just been admitted
+//! is never evicted, however long the queue. The accepting thread never waits. An address means a
+//! host: for IPv6 the /64 network, all of which one host may use.
 
 use std::{
     net::{IpAddr, Ipv6Addr},
@@ -17,50 +18,51 @@ use std::{
 
 use super::Handle;
 
-/// How long nobody is asked to go who has just come: in a crowd that comes at once, an honest peer has the
-/// time to show what it is.
+/// Minimum time before an admitted peer is evicted: in a burst of connections, an honest peer has
+/// time to identify itself.
 pub const GRACE: Duration = Duration::from_millis(100);
 
-/// How long a newcomer waits in line.
+/// How long a newcomer waits in the queue.
 const GOING: Duration = Duration::from_secs(3);
 
-/// How many may be pending. Of one address twice as many may stand in line: behind that, those go who
-/// have waited longest.
+/// How many peers may be pending. Twice `each` may be queued per address: beyond that, the ones
+/// that have waited longest are dropped.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
-    /// Of one address.
+    /// Slots per address.
     pub each: usize,
-    /// In all.
+    /// Slots in total.
     pub total: usize,
-    /// In line, in all.
+    /// Length of the queue, for all addresses together.
     pub line: usize,
-    /// How long nobody is asked to go who has just come. Of half a line on it is a quarter of that: an
-    /// honest peer is as good as unknown when it has just come, and needs some time in any case.
+    /// Minimum time before an admitted peer is evicted. It drops to a quarter once half of the
+    /// queue is full; not to zero, because an honest newcomer needs some time too.
     pub grace: Duration,
 }
 
 impl Limits {
-    /// For those inside when so many stand in line behind, and so many of the same host.
+    /// The grace time while `behind` peers are queued after the newcomer, `of_host` of them from
+    /// its host.
     fn grace(&self, behind: usize, of_host: usize) -> Duration {
         let is_short = behind < self.line / 2 && of_host < self.each;
         if is_short { self.grace } else { self.grace / 4 }
     }
 }
 
-/// Those that are pending, and those that stand in line.
+/// The pending and the queued peers.
 #[derive(Debug)]
 pub struct Pending {
     limits: Limits,
-    crowd: Mutex<Crowd>,
+    crowd: Mutex<Entries>,
 }
 
 #[derive(Debug, Default)]
-struct Crowd {
-    /// How many have come so far.
+struct Entries {
+    /// Peers seen so far.
     came: u64,
-    /// In the order of their coming.
+    /// In order of arrival.
     entries: Vec<Entry>,
-    /// Nobody is let in any more.
+    /// No more peers are admitted.
     closed: bool,
 }
 
@@ -68,7 +70,7 @@ struct Crowd {
 struct Entry {
     number: u64,
     host: IpAddr,
-    /// When it got where it is.
+    /// When it was queued, or admitted.
     since: Instant,
     state: State,
     end: Handle,
@@ -76,11 +78,11 @@ struct Entry {
 
 #[derive(Debug)]
 enum State {
-    /// In line, until it is told to come in.
+    /// Queued; the channel signals admission.
     Waiting(SyncSender<()>),
-    /// It has its place, and has come so many steps far.
+    /// Admitted; the number of steps completed.
     Inside(u32),
-    /// It was asked to go, and has not gone yet.
+    /// Evicted, but its [`Place`] still exists.
     Leaving,
 }
 
@@ -95,16 +97,16 @@ impl Entry {
 }
 
 impl Pending {
-    /// Nobody yet.
+    /// Create an empty set.
     pub fn new(limits: Limits) -> Arc<Self> {
         Arc::new(Self { limits, crowd: Mutex::default() })
     }
 
-    fn lock(&self) -> MutexGuard<'_, Crowd> {
+    fn lock(&self) -> MutexGuard<'_, Entries> {
         self.crowd.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A peer that `end` ends takes its place in line. Returns at once.
+    /// Queue a peer; `end` closes its connection. Never blocks.
     pub fn enter(self: &Arc<Self>, address: IpAddr, end: Handle) -> Newcomer {
         let mut crowd = self.lock();
         let (number, host) = (crowd.came, host(address));
@@ -120,11 +122,12 @@ impl Pending {
         Newcomer { place: Place { pending: self.clone(), number }, admitted }
     }
 
-    /// Let in who can be, and ask those to go who make room for others. Returns when more might be.
-    fn settle(&self, mut crowd: MutexGuard<'_, Crowd>) -> Option<Instant> {
+    /// Admit queued peers and evict others for the rest. Return the time of the next possible
+    /// eviction.
+    fn settle(&self, mut crowd: MutexGuard<'_, Entries>) -> Option<Instant> {
         let now = Instant::now();
         crowd.admit(self.limits, now);
-        let ends = crowd.make_room(self.limits, now);
+        let ends = crowd.evict(self.limits, now);
         let since = crowd.entries.iter().filter(|it| matches!(it.state, State::Inside(_)));
         let graces = [self.limits.grace / 4, self.limits.grace];
         let later = since.flat_map(|it| graces.map(|grace| it.since + grace));
@@ -135,9 +138,9 @@ impl Pending {
     }
 }
 
-impl Crowd {
-    /// If the line is too long, who has stood there longest goes: of this host, or of the one that has the
-    /// most in it.
+impl Entries {
+    /// Drop the longest-waiting peer from a queue that is too long: one of `host`, or of the host
+    /// with the most queued peers.
     fn shorten_line(&mut self, limits: Limits, host: IpAddr) {
         let line = || self.entries.iter().enumerate().filter(|(_, it)| it.waits());
         let of = |host: IpAddr| line().filter(|(_, it)| it.host == host).count();
@@ -153,7 +156,7 @@ impl Crowd {
         }
     }
 
-    /// How many have a place.
+    /// Number of matching peers that hold a slot.
     fn inside(&self, which: impl Fn(&Entry) -> bool) -> usize {
         self.entries.iter().filter(|it| !it.waits() && which(it)).count()
     }
@@ -162,7 +165,7 @@ impl Crowd {
         self.inside(|it| it.host == host) >= limits.each
     }
 
-    /// Places that are free go to those in line, in their order.
+    /// Give free slots to queued peers, in order.
     fn admit(&mut self, limits: Limits, now: Instant) {
         for index in 0..self.entries.len() {
             if self.inside(|_| true) >= limits.total {
@@ -174,16 +177,16 @@ impl Crowd {
                 let inside = State::Inside(0);
                 entry.since = now;
                 if let State::Waiting(come_in) = std::mem::replace(&mut entry.state, inside) {
-                    // Its thread may be gone, and its place is free again in a moment.
+                    // Its thread may be gone: the slot is then freed at once.
                     let _ = come_in.send(());
                 }
             }
         }
     }
 
-    /// For each one in line somebody goes, if there is one who may be asked to. Returns their ends.
-    fn make_room(&mut self, limits: Limits, now: Instant) -> Vec<Handle> {
-        // Those that leave, and whose place somebody in line will have.
+    /// Evict a peer for each queued one, as far as allowed. Return the handles that close them.
+    fn evict(&mut self, limits: Limits, now: Instant) -> Vec<Handle> {
+        // Evicted peers whose slots are already assigned to a queued one.
         let mut given = Vec::new();
         let mut ends = Vec::new();
         let line: Vec<_> = self.entries.iter().filter(|it| it.waits()).map(|it| it.host).collect();
@@ -210,7 +213,7 @@ impl Crowd {
         ends
     }
 
-    /// Who goes for a newcomer, of those that may be asked to.
+    /// Choose the peer to evict for a newcomer, among those that `may` allows.
     fn goes_for(&self, newcomer: IpAddr, may: impl Fn(&Entry) -> bool) -> Option<usize> {
         let of = |host: IpAddr| {
             self.inside(|it| it.host == host && !it.is_leaving()) + usize::from(host == newcomer)
@@ -219,15 +222,15 @@ impl Crowd {
             State::Inside(step) if may(it) => Some((index, (of(it.host), u32::MAX - step))),
             _ => None,
         });
-        // Of several the last one is taken: that is the oldest.
+        // `max_by_key` returns the last of equal elements; reversed, that is the oldest.
         inside.rev().max_by_key(|(_, rank)| *rank).map(|(index, _)| index)
     }
 }
 
-/// What counts as one host.
+/// The key of a host: an IPv4 address, or an IPv6 network.
 fn host(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
-        // On a link all hosts have the same network.
+        // All hosts on a link share the link-local network.
         IpAddr::V6(v6) if !v6.is_unicast_link_local() => {
             let mut octets = v6.octets();
             octets[8..].fill(0);
@@ -237,7 +240,7 @@ fn host(address: IpAddr) -> IpAddr {
     }
 }
 
-/// A peer that stands in line. When it is dropped, it has gone.
+/// A queued peer. Dropping it removes it from the queue.
 #[derive(Debug)]
 pub struct Newcomer {
     place: Place,
@@ -245,8 +248,8 @@ pub struct Newcomer {
 }
 
 impl Newcomer {
-    /// Wait for a place. It takes a moment until somebody has gone for it; `None` where nobody does, and
-    /// in a crowd.
+    /// Wait for a slot, at most `GOING`. Return `None` if no slot was freed in time, or if the
+    /// queue was too long.
     pub fn wait(self) -> Option<Place> {
         let mut look = Instant::now();
         let deadline = look + GOING;
@@ -263,7 +266,7 @@ impl Newcomer {
     }
 }
 
-/// A peer's place; free again when it is dropped.
+/// A peer's slot; dropping it frees the slot.
 #[derive(Debug)]
 pub struct Place {
     pending: Arc<Pending>,
@@ -271,7 +274,8 @@ pub struct Place {
 }
 
 impl Place {
-    /// The peer has come one step further, and from now on `end` ends it. False if it has to go.
+    /// Record that the peer has completed a step, and replace the handle that closes it. Return
+    /// false if it was evicted.
     #[must_use]
     pub fn advance(&self, end: Handle) -> bool {
         let mut crowd = self.pending.lock();
@@ -286,7 +290,7 @@ impl Place {
         })
     }
 
-    /// Ask all others to go, and let nobody in any more.
+    /// Evict all other peers, and admit no more.
     pub fn leave_only(&self) {
         let mut crowd = self.pending.lock();
         crowd.closed = true;
@@ -319,13 +323,13 @@ mod tests {
 
     const LIMITS: Limits = Limits { each: 2, total: 4, line: 4, grace: Duration::ZERO };
 
-    struct House {
+    struct Fixture {
         pending: Arc<Pending>,
-        /// Who was asked to go.
+        /// Names of evicted peers.
         gone: Arc<Mutex<Vec<&'static str>>>,
     }
 
-    impl House {
+    impl Fixture {
         fn new(limits: Limits) -> Self {
             Self { pending: Pending::new(limits), gone: Arc::default() }
         }
@@ -339,7 +343,7 @@ mod tests {
             self.pending.enter(address.parse().unwrap(), self.end(name))
         }
 
-        /// One for whom there is a place.
+        /// Add a peer that is admitted at once.
         #[track_caller]
         fn enter(&self, address: &str, name: &'static str) -> Place {
             self.come(address, name).now().unwrap()
@@ -355,15 +359,15 @@ mod tests {
     }
 
     impl Newcomer {
-        /// Its place, if it was let in.
+        /// Its slot, if it was admitted.
         fn now(self) -> Result<Place, Self> {
             if self.admitted.try_recv().is_ok() { Ok(self.place) } else { Err(self) }
         }
     }
 
     #[test]
-    fn the_oldest_of_an_address_makes_room() {
-        let house = House::new(LIMITS);
+    fn the_oldest_of_an_address_is_dropped() {
+        let house = Fixture::new(LIMITS);
         let [first, second] = ["a", "b"].map(|it| house.enter("10.0.0.1", it));
         let other = house.enter("10.0.0.2", "other");
         assert!(house.gone().is_empty());
@@ -379,7 +383,7 @@ mod tests {
 
     #[test]
     fn who_has_come_further_stays() {
-        let house = House::new(LIMITS);
+        let house = Fixture::new(LIMITS);
         let first = house.enter("10.0.0.1", "first");
         assert!(first.advance(house.end("first, greeted")));
         let _second = house.enter("10.0.0.1", "second");
@@ -388,8 +392,8 @@ mod tests {
     }
 
     #[test]
-    fn the_address_with_the_most_makes_room() {
-        let house = House::new(LIMITS);
+    fn the_address_with_the_most_loses_one() {
+        let house = Fixture::new(LIMITS);
         let _lone = house.enter("10.0.0.1", "lone");
         let [first, _second] = ["a", "b"].map(|it| house.enter("10.0.0.2", it));
         let _more = house.enter("10.0.0.3", "more");
@@ -403,19 +407,19 @@ mod tests {
 
     #[test]
     fn a_network_of_ipv6_is_one_host() {
-        let house = House::new(LIMITS);
+        let house = Fixture::new(LIMITS);
         let hosts = ["2001:db8::1", "2001:db8::2", "2001:db8::3"];
         let _crowd = hosts.map(|it| house.come(it, "it"));
         assert_eq!(house.gone().len(), 1);
-        let house = House::new(LIMITS);
+        let house = Fixture::new(LIMITS);
         let _crowd = ["fe80::1", "fe80::2", "fe80::3"].map(|it| house.enter(it, "it"));
         assert!(house.gone().is_empty());
     }
 
-    /// They keep what they have, and nobody gets more.
+    /// Peers that ignore their eviction keep their slots, and no peer gets more.
     #[test]
     fn those_that_do_not_go_are_bounded_too() {
-        let house = House::new(LIMITS);
+        let house = Fixture::new(LIMITS);
         let mut places = vec![];
         places.extend(["a", "b"].map(|it| house.enter("10.0.0.1", it)));
         let mut late: Vec<_> = (0..20).map(|_| house.come("10.0.0.1", "late")).collect();
@@ -424,25 +428,25 @@ mod tests {
         let other = house.enter("10.0.0.2", "other");
         assert!(other.advance(house.end("other")));
         assert!(!places[0].advance(house.end("a")), "it was asked to go");
-        // Those that have waited longest had to go, and have; the next one is let in.
+        // The longest-waiting ones were dropped; the next one is admitted.
         places.pop();
         let kept = late.split_off(20 - 2 * LIMITS.each);
         assert!(late.into_iter().all(|it| it.wait().is_none()));
         assert!(kept.into_iter().next().unwrap().now().is_ok());
     }
 
-    /// However many others come, and whether they go or not, who comes from elsewhere is let in at once.
+    /// A peer from another host is admitted at once, however many others are pending.
     #[test]
     fn a_host_of_its_own_waits_for_nobody() {
-        let house = House::new(Limits { grace: Duration::from_secs(600), ..LIMITS });
+        let house = Fixture::new(Limits { grace: Duration::from_secs(600), ..LIMITS });
         let _crowd: Vec<_> = (0..100).map(|_| house.come("10.0.0.1", "one")).collect();
         let _other = house.enter("10.0.0.2", "other");
     }
 
-    /// The line has an end, whoever stands in it.
+    /// The queue is bounded even if every peer has its own address.
     #[test]
     fn the_line_is_bounded() {
-        let house = House::new(LIMITS);
+        let house = Fixture::new(LIMITS);
         let come = |it: u8| house.pending.enter([10, 0, 0, it].into(), house.end("it"));
         let crowd: Vec<_> = (1..=50).map(come).collect();
         assert_eq!(house.line(), LIMITS.line);
@@ -450,11 +454,11 @@ mod tests {
         assert!(last.wait().is_some(), "who comes last is in line");
     }
 
-    /// In a crowd that comes at once, each has the time to show what it is.
+    /// In a burst of connections, each peer gets its grace time.
     #[test]
     fn nobody_goes_at_once() {
         let grace = Duration::from_millis(50);
-        let house = House::new(Limits { grace, ..LIMITS });
+        let house = Fixture::new(Limits { grace, ..LIMITS });
         let begun = Instant::now();
         let [first, _second] = ["a", "b"].map(|it| house.enter("10.0.0.1", it));
         let next = house.come("10.0.0.1", "c");
@@ -468,8 +472,7 @@ mod tests {
         assert!(waiting.join().unwrap());
     }
 
-    /// A crowd that goes on coming leaves less time to those inside, and some all the same: they may not
-    /// have been in the crowd.
+    /// A long queue shortens the grace time, but not to zero: admitted peers may be honest.
     #[test]
     fn a_long_line_leaves_less_time() {
         let limits = Limits { grace: Duration::from_secs(600), ..LIMITS };
@@ -477,7 +480,7 @@ mod tests {
         assert_eq!(limits.grace(limits.line / 2 - 1, limits.each - 1), limits.grace);
         assert_eq!(limits.grace(limits.line / 2, 0), less);
         assert_eq!(limits.grace(0, limits.each), less);
-        let house = House::new(limits);
+        let house = Fixture::new(limits);
         let _places = ["a", "b"].map(|it| house.enter("10.0.0.1", it));
         let _line = ["c", "d", "e"].map(|it| house.come("10.0.0.1", it));
         assert!(house.gone().is_empty());
@@ -485,7 +488,7 @@ mod tests {
 
     #[test]
     fn all_but_one_go() {
-        let house = House::new(LIMITS);
+        let house = Fixture::new(LIMITS);
         let places = ["10.0.0.1", "10.0.0.2", "10.0.0.3"].map(|it| house.enter(it, it));
         let _fourth = house.enter("10.0.0.3", "fourth");
         let waiting = house.come("10.0.0.3", "waiting");

@@ -1,41 +1,41 @@
-//! What is looked at before a migration starts, and what is found.
+//! Checks before a migration starts, and their results.
 
 use std::fmt::Display;
 
 use crate::{address::Address, text};
 
-/// What is known of the guest that is to migrate.
+/// Known properties of the guest to migrate.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Guest {
-    /// Lengths in bytes of the RAM blocks that the device reads or writes where they are.
+    /// Lengths in bytes of the RAM blocks that the device reads or writes in place.
     pub blocks: Vec<u64>,
     /// Capability `rdma-pin-all`.
     pub pin_all: bool,
-    /// Bytes of its memory that may be pinned at a time; `None`: all of it.
+    /// Bytes of guest memory that may be pinned at a time; `None` for all of it.
     pub pin_limit: Option<u64>,
-    /// Pages of it are taken from the stream here, and sent from copies.
+    /// Whether some pages are copied from the stream here, and sent from the copies.
     pub staged: bool,
 }
 
-/// What is looked at.
+/// The subject of a check.
 #[derive(Debug)]
 pub struct Question<'a> {
-    /// Where a migration would go to, or listen.
+    /// Address that a migration would connect to or listen on.
     pub address: Option<&'a Address>,
-    /// What is known of the guest.
+    /// Properties of the guest, if known.
     pub guest: Option<&'a Guest>,
-    /// The helper's process, if one is attached.
+    /// Process id of the attached helper, if there is one.
     pub helper: Option<u32>,
     /// Control messages that each side has buffers for.
     pub window: u16,
-    /// Queue pairs for RAM beside the first one.
+    /// Queue pairs for RAM besides the first one.
     pub lanes: u16,
 }
 
 /// What a finding means for a migration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Severity {
-    /// As it should be.
+    /// No problem.
     Good,
     /// It works, or is not needed now.
     Warning,
@@ -43,40 +43,40 @@ pub enum Severity {
     Fatal,
 }
 
-/// One thing that was looked at.
+/// Result of one check.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Finding {
-    /// What it means.
+    /// Effect on a migration.
     pub severity: Severity,
     /// What was found, and where.
     pub text: String,
-    /// What to do about it; empty where nothing is to be done.
+    /// What to do about it; empty if there is nothing to do.
     pub hint: String,
 }
 
-/// Names of devices, files and QEMU's objects may be in it.
+/// Sanitise a text: it may contain names of devices, files and QEMU objects.
 fn line(found: impl Into<String>) -> String {
     text::line(&found.into()).into_owned()
 }
 
 impl Finding {
-    /// As it should be.
+    /// A finding without a problem.
     pub fn good(text: impl Into<String>) -> Self {
         Self { severity: Severity::Good, text: line(text), hint: String::new() }
     }
 
-    /// It works, or is not needed now.
+    /// A finding that does not fail a migration.
     pub fn warning(text: impl Into<String>, hint: impl Into<String>) -> Self {
         Self { severity: Severity::Warning, text: line(text), hint: line(hint) }
     }
 
-    /// A migration would fail.
+    /// A finding that fails a migration.
     pub fn fatal(text: impl Into<String>, hint: impl Into<String>) -> Self {
         Self { severity: Severity::Fatal, text: line(text), hint: line(hint) }
     }
 
-    /// What a migration would fail with. The errors of this crate are one sentence, with a hint
-    /// behind its last semicolon.
+    /// The finding for an error that would fail a migration. Errors of this crate are one sentence,
+    /// with a hint after the last semicolon.
     pub fn error(error: &impl Display) -> Self {
         let sentence = error.to_string();
         match sentence.rsplit_once("; ") {
@@ -85,12 +85,12 @@ impl Finding {
         }
     }
 
-    /// Would a migration fail?
+    /// Whether a migration would fail.
     pub fn is_fatal(&self) -> bool {
         self.severity == Severity::Fatal
     }
 
-    /// The same, where no migration depends on it.
+    /// Downgrade to a warning, for a resource that no migration depends on.
     #[must_use]
     pub fn at_most_warning(self) -> Self {
         let severity = match self.severity {

@@ -1,8 +1,8 @@
-//! Large pages for memory that is being filled.
+//! Huge pages for memory that is being filled.
 //!
-//! Finding and entering a new page of 4 KiB for every 4 KiB that arrives takes longer than copying
-//! them. Linux gives a memfd large pages by itself only where its administrator says so
-//! (`shmem_enabled`); where a process asks for them, it does unless that says `deny`.
+//! Allocating and mapping a new page of 4 KiB for every 4 KiB received takes longer than copying
+//! them. By itself Linux gives a memfd huge pages only if the administrator allows it
+//! (`shmem_enabled`); to a process that asks for them it does, unless that setting is `deny`.
 
 use std::{
     io,
@@ -26,52 +26,51 @@ use super::{
 };
 use crate::ram::HUGE_PAGE;
 
-/// A small one.
+/// Size of a small page in bytes.
 const PAGE: u64 = 4096;
 
-/// What of a large page is accounted for by itself, in bytes.
+/// Part of a huge page that is accounted for separately, in bytes.
 const PIECE: u64 = 64 << 10;
 
-/// Shortest write that says that what is around it will be written too.
+/// Shortest write that implies that the memory around it will be written too, in bytes.
 const DENSE: u64 = 2 * PIECE;
 
-/// Memory that a block may be given before it is written, as a part of what was written to it: a
-/// guest with little memory in use, or with many holes in it, keeps them.
+/// A block may have one byte of unwritten huge pages for this many written bytes. So a guest with
+/// little memory in use, or with many holes in it, keeps its holes.
 const AHEAD_PART: u64 = 32;
 
-/// What a page may take in the mean. It saves some 0.6 ms, but waits for processors too where others keep
-/// them busy.
+/// Mean time budget per huge page. One saves about 0.6 ms, but collapsing waits for busy CPUs.
 const TIME_EACH: Duration = Duration::from_millis(2);
 
-/// What they may take beyond that: where a hypervisor has taken free memory back, the first ones cost
-/// several times as much, as small ones do.
+/// Time budget beyond that. If a hypervisor has taken free memory back, the first pages, huge or
+/// small, cost several times as much.
 const TIME_SLACK: Duration = Duration::from_secs(2);
 
-/// How many may be refused, and how many that are granted make up for another: where free memory is in
-/// pieces the kernel looks for long.
+/// How many requests may be refused, and how many granted ones offset another refusal: if free
+/// memory is fragmented, the kernel searches for a long time.
 const REFUSED_MAX: u32 = 10;
 const GRANTED_FOR_REFUSED: u32 = 10;
 
-/// What a page is. The bits below say which of its pieces were written.
+/// State of a huge page. The bits below these tell which of its pieces were written.
 const IS_LARGE: u64 = 1 << 32;
 const STAYS_SMALL: u64 = 1 << 33;
 const PIECES: u64 = IS_LARGE - 1;
 
-/// What is known of one block's large pages.
+/// State of one block's huge pages.
 #[derive(Debug)]
 pub(super) struct HugePages {
     /// Tells this block from others.
     identity: Identity,
     pages: Box<[AtomicU64]>,
-    /// Bytes of large pages that were not written yet, in whole pieces.
+    /// Bytes of huge pages that are not written yet, in whole pieces.
     ahead: AtomicU64,
-    /// Bytes that were written at least once, in whole pieces.
+    /// Bytes written at least once, in whole pieces.
     written: AtomicU64,
-    /// Taken where a page is densely written for the first time; what is `ahead` grows under it.
+    /// Locked for the first dense write to a page. `ahead` grows only under this lock.
     requests: Mutex<Requests>,
 }
 
-/// How requests went.
+/// Results of the requests for huge pages.
 #[derive(Debug, Default)]
 struct Requests {
     granted: u32,
@@ -80,7 +79,7 @@ struct Requests {
 }
 
 impl HugePages {
-    /// For a file's part that ends at `end`.
+    /// Track the part of a file that ends at `end`.
     pub(super) fn new(end: u64) -> Arc<Self> {
         Arc::new(Self {
             identity: Identity::default(),
@@ -91,7 +90,7 @@ impl HugePages {
         })
     }
 
-    /// For `length` bytes at `at` of `file`, of which the block's part begins at `first`.
+    /// Prepare a write of `length` bytes at `at` of `file`, in which the block begins at `first`.
     pub(super) fn prepare_write(
         self: &Arc<Self>,
         window: &mut WriteWindow,
@@ -105,7 +104,7 @@ impl HugePages {
         while from < end {
             let start = from / HUGE_PAGE * HUGE_PAGE;
             let next = (start + HUGE_PAGE).min(end);
-            // The last one is not whole.
+            // A partial page at the end is not tracked.
             let Some(page) = self.pages.get((start / HUGE_PAGE) as usize) else { break };
             if length >= DENSE && start >= first {
                 self.enter(window, page, file, start);
@@ -115,7 +114,7 @@ impl HugePages {
         }
     }
 
-    /// WriteWindow in the page at `start`, if it is a large one.
+    /// Enter the page at `start` if it is, or can be made, a huge page.
     fn enter(
         self: &Arc<Self>,
         window: &mut WriteWindow,
@@ -126,18 +125,18 @@ impl HugePages {
         let state = page.load(Ordering::Relaxed);
         let may_be = state & STAYS_SMALL == 0 && self.allowed() >= HUGE_PAGE;
         if state & IS_LARGE != 0 || (may_be && self.request(window, page, file, start)) {
-            // Where that fails, the write lands as anywhere else.
+            // On failure the data is received without the window.
             let _ = window.enter(&self.identity, file, start);
         }
     }
 
-    /// How many bytes more may be given ahead.
+    /// Return how many more bytes may be allocated ahead.
     fn allowed(&self) -> u64 {
         let allowed = self.written.load(Ordering::Relaxed) / AHEAD_PART;
         allowed.saturating_sub(self.ahead.load(Ordering::Relaxed))
     }
 
-    /// Bytes of a page from `from` to `to` will be written.
+    /// Account for a write to bytes `from` to `to` of a page.
     fn account(&self, page: &AtomicU64, from: u64, to: u64) {
         let (first, last) = (from.div_ceil(PIECE), to / PIECE);
         if first >= last {
@@ -152,7 +151,7 @@ impl HugePages {
         }
     }
 
-    /// Have the page at `start` be a large one, if nothing of it exists yet. Is it?
+    /// Make the page at `start` a huge page if it is a hole. Return whether it is a huge page.
     fn request(
         self: &Arc<Self>,
         window: &mut WriteWindow,
@@ -173,7 +172,7 @@ impl HugePages {
                 entered.and_then(|()| put_small(file, start)).and_then(|()| window.collapse());
             requests.note(made.as_ref().err(), begun.elapsed());
             if made.is_ok() {
-                // First: others subtract from it as soon as they see the bit.
+                // Add first: others subtract from it as soon as they see the bit.
                 self.ahead.fetch_add(HUGE_PAGE, Ordering::Relaxed);
                 let before = page.fetch_or(IS_LARGE, Ordering::AcqRel);
                 self.ahead.fetch_sub(bytes(before & PIECES), Ordering::Relaxed);
@@ -197,7 +196,7 @@ impl Requests {
         let count = if error.is_some() { &mut self.refused } else { &mut self.granted };
         *count = count.saturating_add(1);
         if self.are_in_vain() {
-            debug!(?error, ?self, "no large pages are asked for any more");
+            debug!(?error, ?self, "stopped requesting huge pages");
         }
     }
 }
@@ -207,7 +206,7 @@ fn bytes(pieces: u64) -> u64 {
     u64::from(pieces.count_ones()) * PIECE
 }
 
-/// Does nothing exist of the page at `start`?
+/// Whether nothing of the page at `start` is allocated.
 fn is_hole(file: &OwnedFd, start: u64) -> bool {
     match seek(file, SeekFrom::Data(start)) {
         Ok(data) => data >= start + HUGE_PAGE,
@@ -215,7 +214,7 @@ fn is_hole(file: &OwnedFd, start: u64) -> bool {
     }
 }
 
-/// Make a hole so many large pages of zeroes. Where that fails, 4 KiB of each are no hole any more.
+/// Replace a hole with `pages` huge pages of zeroes. On failure, 4 KiB of each may be allocated.
 pub(super) fn make(file: &OwnedFd, start: u64, pages: u64) -> io::Result<()> {
     for page in 0..pages {
         put_small(file, start + page * HUGE_PAGE)?;
@@ -224,9 +223,9 @@ pub(super) fn make(file: &OwnedFd, start: u64, pages: u64) -> io::Result<()> {
     Mapping::aligned(file.as_fd(), start, length, HUGE_PAGE as usize)?.collapse(0, length)
 }
 
-/// The kernel makes a large page of small ones, on the node where these are: there has to be one. It is
-/// not written, because another thread may just have done so. Where memory is interleaved, the node
-/// follows from the number of the small page.
+/// Allocate a small page: the kernel collapses small pages into a huge one, on their node, and so
+/// needs at least one. It is not written, because another thread may just have done so. If memory
+/// is interleaved, the node depends on the index of the small page.
 fn put_small(file: &OwnedFd, start: u64) -> io::Result<()> {
     let small = start + start / HUGE_PAGE % (HUGE_PAGE / PAGE) * PAGE;
     Ok(fallocate(file, FallocateFlags::KEEP_SIZE, small, PAGE)?)
@@ -241,14 +240,14 @@ pub(super) mod tests {
     use super::*;
     use crate::memory::{Pipe, Region};
 
-    /// A long write.
+    /// Length of a long write.
     const WRITE: u64 = 512 << 10;
 
-    /// Any single request may be refused.
+    /// Any single request may be refused: try this many pages.
     const TRIES: u64 = 8;
 
-    /// Does this host's kernel have them at all?
-    pub(in crate::memory) static KERNEL_HAS_THEM: LazyLock<bool> = LazyLock::new(|| {
+    /// Whether this host's kernel provides huge pages at all.
+    pub(in crate::memory) static HUGE_PAGES_AVAILABLE: LazyLock<bool> = LazyLock::new(|| {
         let (_, file) = block(0, TRIES * HUGE_PAGE);
         (0..TRIES).any(|page| make(&file, page * HUGE_PAGE, 1).is_ok())
     });
@@ -270,7 +269,7 @@ pub(super) mod tests {
         region.write_at(&vec![1; length as usize], at).unwrap();
     }
 
-    /// Write as much as has to be before any are given; returns where that ends.
+    /// Write as much as is necessary before huge pages are made. Return where that ends.
     fn fill(region: &Region) -> u64 {
         let length = HUGE_PAGE * AHEAD_PART;
         (0..length).step_by(WRITE as usize).for_each(|at| write(region, at, WRITE));
@@ -289,8 +288,8 @@ pub(super) mod tests {
             region.prepare_write(&mut WriteWindow::default(), first + page * HUGE_PAGE, DENSE);
             allocated(&file) == before + HUGE_PAGE
         });
-        assert_eq!(is_given, *KERNEL_HAS_THEM);
-        // It is full of zeroes.
+        assert_eq!(is_given, *HUGE_PAGES_AVAILABLE);
+        // The huge page is zero.
         let mut bytes = vec![1; ((TRIES + 1) * HUGE_PAGE) as usize];
         region.read_at(&mut bytes, first).unwrap();
         assert!(bytes.iter().all(|byte| *byte == 0));
@@ -298,7 +297,7 @@ pub(super) mod tests {
 
     #[test]
     fn what_exists_and_what_is_no_whole_page_is_left_alone() {
-        // The block begins in the midst of one page and ends in the midst of another.
+        // The block begins in the middle of one huge page and ends in the middle of another.
         let length = 128 * HUGE_PAGE;
         let (region, file) = block(HUGE_PAGE / 2, length);
         let middle = 32 * HUGE_PAGE;
@@ -314,9 +313,9 @@ pub(super) mod tests {
         region.prepare_write(&mut WriteWindow::default(), length, WRITE);
         region.prepare_write(&mut WriteWindow::default(), u64::MAX, WRITE);
         assert_eq!(allocated(&file), before);
-        // All else would have been given one.
+        // Any other page would have become a huge one.
         region.prepare_write(&mut WriteWindow::default(), 4 * HUGE_PAGE, WRITE);
-        assert_eq!(allocated(&file) > before, *KERNEL_HAS_THEM);
+        assert_eq!(allocated(&file) > before, *HUGE_PAGES_AVAILABLE);
     }
 
     #[test]
@@ -330,11 +329,11 @@ pub(super) mod tests {
             given += u64::from(allocated(&file) == before + HUGE_PAGE);
             region.write_at(&vec![1; WRITE as usize], at).unwrap();
         }
-        assert_eq!(given >= TRIES, *KERNEL_HAS_THEM, "{given}");
+        assert_eq!(given >= TRIES, *HUGE_PAGES_AVAILABLE, "{given}");
         assert_eq!(allocated(&file), length);
     }
 
-    /// Whoever writes it, and however often.
+    /// Whichever threads write the block, and however often.
     #[test]
     fn a_block_with_holes_keeps_them() {
         let length = 512 << 20;
@@ -355,7 +354,7 @@ pub(super) mod tests {
             assert!((written..=most).contains(&all), "pass {pass}: {all} of {most}");
         }
         let given = allocated(&file) - written;
-        assert_eq!(given >= HUGE_PAGE - WRITE, *KERNEL_HAS_THEM, "{given}");
+        assert_eq!(given >= HUGE_PAGE - WRITE, *HUGE_PAGES_AVAILABLE, "{given}");
     }
 
     /// Receive a write full of `byte` at `at`.
@@ -375,15 +374,15 @@ pub(super) mod tests {
         }
     }
 
-    /// A write goes over the end of a page, and of what is mapped: where pages of the block's file are
-    /// not those of the block.
+    /// A write crosses the end of a page and of the window, in a block that is not aligned to the
+    /// pages of its file.
     #[test]
     fn a_write_into_two_pages_lands_in_both() {
         let (region, _file) = block(PAGE, 256 << 20);
         let mut place = (Pipe::new().unwrap(), WriteWindow::default());
         for boundary in (fill(&region) + HUGE_PAGE..240 << 20).step_by(4 * HUGE_PAGE as usize) {
             let end = boundary.next_multiple_of(4 * HUGE_PAGE) - PAGE;
-            // The second one is no hole.
+            // The second page is not a hole.
             region.write_at(&[7; 4096], end + WRITE).unwrap();
             receive(&region, &mut place, end - WRITE / 2, 9);
             let mut bytes = vec![0; WRITE as usize];
@@ -394,7 +393,7 @@ pub(super) mod tests {
         }
     }
 
-    /// Two connections share a page: what one has received is there, whoever asks for the page.
+    /// Two connections share a page: received data stays, whichever of them requests the huge page.
     #[test]
     fn what_was_received_meanwhile_stays() {
         let length = 256 << 20;
@@ -421,7 +420,7 @@ pub(super) mod tests {
         }
     }
 
-    /// Where none are to be had, or only slowly, that is tried some times and not for ever.
+    /// If huge pages are unavailable or slow, requests stop after some attempts.
     #[test]
     fn requests_in_vain_end() {
         let refused = io::Error::from(io::ErrorKind::OutOfMemory);

@@ -1,7 +1,7 @@
-//! The mapping of a block on hugetlbfs, whose pages are made before anybody touches them.
+//! The mapping of a block on hugetlbfs, whose pages are allocated before they are touched.
 //!
-//! A page that can't be had (the pool is empty, the mount or the control group has its limit) is a
-//! SIGBUS to who touches it through a mapping, and `fallocate` says so by an error.
+//! If a page can't be allocated (the pool is empty, the mount or the control group is at its
+//! limit), touching it through a mapping raises SIGBUS, while `fallocate` returns an error.
 
 use std::{
     io,
@@ -38,13 +38,13 @@ impl HugetlbMapping {
         Ok(Self { mapping, start, page: page.max(1), exists })
     }
 
-    /// The mapping, for who does not touch it by himself.
+    /// The mapping, for callers that do not touch it themselves.
     pub(super) fn mapping(&self) -> &Mapping {
         &self.mapping
     }
 
-    /// The mapping, once the pages of `length` bytes at `offset` exist. They are no holes any more,
-    /// so they should be about to be written.
+    /// Allocate the pages of `length` bytes at `offset`, and return the mapping. The pages are no
+    /// longer holes, so the caller should be about to write them.
     pub(super) fn populated(
         &self,
         file: &OwnedFd,

@@ -14,13 +14,13 @@ const MADV_COLLAPSE: libc::c_int = 25;
 
 /// A shared, writable mapping of guest RAM.
 ///
-/// QEMU and the guest write the same memory, so it is only ever touched through raw pointers, and
-/// a torn or stale read is part of the deal: QEMU reports a page again if it was written again.
+/// QEMU and the guest write the same memory, so it is only ever touched through raw pointers. A
+/// torn or stale read is harmless: QEMU reports a page again when it is written again.
 #[derive(Debug)]
 pub(super) struct Mapping {
     start: NonNull<u8>,
     length: usize,
-    /// What is unmapped in the end: more than that where an alignment was asked for.
+    /// What to unmap: more than the mapping if an alignment was requested.
     whole: (NonNull<u8>, usize),
 }
 
@@ -33,8 +33,8 @@ unsafe impl Sync for Mapping {}
 impl Mapping {
     /// Map `length` bytes of `file` from `offset`; both are multiples of the file's page size.
     ///
-    /// No huge pages are reserved for it: QEMU has done so if it should be done, and whoever touches
-    /// one makes it first.
+    /// Huge pages are not reserved for it: QEMU has reserved them if configured so, and our code
+    /// allocates each page before touching it.
     pub(super) fn new(file: BorrowedFd<'_>, offset: u64, length: usize) -> io::Result<Self> {
         let protection = ProtFlags::READ | ProtFlags::WRITE;
         let flags = MapFlags::SHARED | MapFlags::NORESERVE;
@@ -44,7 +44,7 @@ impl Mapping {
         Self { start, length, whole: (start, length) }.not_dumped()
     }
 
-    /// As [`Self::new`], at a multiple of `alignment` bytes, which is a power of two.
+    /// Like [`Self::new`], at a multiple of `alignment` bytes, which is a power of two.
     pub(super) fn aligned(
         file: BorrowedFd<'_>,
         offset: u64,
@@ -58,18 +58,18 @@ impl Mapping {
             unsafe { mmap_anonymous(ptr::null_mut(), reserved, ProtFlags::empty(), flags)? };
         let whole = NonNull::new(whole.cast::<u8>()).ok_or(io::ErrorKind::OutOfMemory)?;
         let before = whole.as_ptr().align_offset(alignment);
-        // SAFETY: there is less than `alignment` before it.
+        // SAFETY: `before` is less than `alignment`, so this is within the reservation.
         let start = unsafe { whole.add(before) };
         let protection = ProtFlags::READ | ProtFlags::WRITE;
         let flags = MapFlags::SHARED | MapFlags::FIXED;
-        // Where this fails, what was reserved stays so: the kernel may have given a part of it up, which
-        // may be another's by now.
-        // SAFETY: the place is in what was just reserved, which nobody else knows.
+        // On failure the reservation is leaked: the kernel may have unmapped a part of it, where
+        // another mapping may be by now.
+        // SAFETY: the range is within the reservation just made, which nothing else uses.
         unsafe { mmap(start.as_ptr().cast(), length, protection, flags, file, offset)? };
         Self { start, length, whole: (whole, reserved) }.not_dumped()
     }
 
-    /// A core dump has nothing of the guest's.
+    /// Exclude guest memory from core dumps.
     fn not_dumped(self) -> io::Result<Self> {
         let start = self.start.as_ptr().cast();
         // SAFETY: advice about our own mapping, whose content it does not change.
@@ -77,7 +77,7 @@ impl Mapping {
         Ok(self)
     }
 
-    /// Put large pages in the place of small ones. Each needs one small page at least.
+    /// Replace small pages with huge ones. Each huge page needs at least one small page.
     pub(super) fn collapse(&self, offset: u64, length: usize) -> io::Result<()> {
         let from = self.at(offset, length)?;
         // SAFETY: the range is mapped (`at`); its content stays as it is.
@@ -85,7 +85,7 @@ impl Mapping {
         if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
     }
 
-    /// The address of `offset`, after checking that `length` bytes from it are mapped.
+    /// Return the address of `offset`, after checking that `length` bytes from it are mapped.
     fn at(&self, offset: u64, length: usize) -> io::Result<*mut u8> {
         let fits = usize::try_from(offset)
             .ok()
@@ -97,7 +97,7 @@ impl Mapping {
         Ok(unsafe { self.start.as_ptr().add(at) })
     }
 
-    /// Where `length` bytes at `offset` are.
+    /// Return the address of `length` bytes at `offset`.
     pub(super) fn pointer(&self, offset: u64, length: usize) -> io::Result<NonNull<u8>> {
         NonNull::new(self.at(offset, length)?).ok_or_else(|| io::ErrorKind::InvalidInput.into())
     }
@@ -148,8 +148,8 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: the range is what `mmap` returned and kept, and no pointer into it outlives self.
-        // An error can only mean that it is no mapping, which `new` excludes.
+        // SAFETY: the range is what `mmap` returned, and no pointer into it outlives self. An error
+        // could only mean that it is not a mapping, which `new` excludes.
         let _ = unsafe { munmap(self.whole.0.as_ptr().cast(), self.whole.1) };
     }
 }
@@ -164,7 +164,7 @@ mod tests {
 
     const LENGTH: usize = 1 << 20;
 
-    /// What the kernel says of the mapping at `start`: its permissions and its flags.
+    /// Permissions and flags of the mapping at `start`, from smaps.
     fn said(start: *const u8) -> (String, String) {
         let smaps = fs::read_to_string("/proc/self/smaps").unwrap();
         let mut lines = smaps.lines();

@@ -1,8 +1,8 @@
-//! Guest RAM: the files behind it, their mappings, and the ways bytes enter and leave them.
+//! Guest RAM: the files that back it, their mappings, and the ways bytes enter and leave them.
 //!
-//! Owns every access to guest memory. Guest RAM changes under us while QEMU runs, so no reference
-//! to it (`&[u8]`) ever exists: bytes move between a region and a socket or a buffer of ours, by
-//! system call on the file or by raw pointer on the mapping. Knows neither messages nor fabrics.
+//! Owns every access to guest memory. Guest RAM changes while QEMU runs, so no reference to it
+//! (`&[u8]`) ever exists: bytes move between a region and a socket or a buffer of ours, by system
+//! call on the file or by raw pointer on the mapping. Knows neither messages nor fabrics.
 
 mod huge_pages;
 mod hugetlb;

@@ -9,16 +9,16 @@ use std::{
 /// Since Linux 6.5 (asm-generic/socket.h).
 const SO_PEERPIDFD: libc::c_int = 77;
 
-/// The process that has made the other end of `socket`, or listened there: that process, not what has
-/// its number by now.
+/// Return a pidfd of the process that created the other end of `socket`, or listened there: of that
+/// process, not of one that has its PID by now.
 ///
 /// # Errors
-/// The system's: `ENOPROTOOPT` before Linux 6.5; others if it is gone.
+/// An I/O error from the system: `ENOPROTOOPT` before Linux 6.5; others if the process is gone.
 pub fn peer_process(socket: impl AsFd) -> io::Result<OwnedFd> {
     let mut fd: RawFd = -1;
     let mut length = mem::size_of::<RawFd>() as libc::socklen_t;
     let socket = socket.as_fd().as_raw_fd();
-    // SAFETY: the kernel writes an int and its length, for which there is room.
+    // SAFETY: the kernel writes an int and its length, and both variables are large enough.
     let result = unsafe {
         libc::getsockopt(
             socket,
@@ -31,6 +31,6 @@ pub fn peer_process(socket: impl AsFd) -> io::Result<OwnedFd> {
     if result != 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: the kernel has just made it, for us.
+    // SAFETY: the kernel has just created this descriptor for us.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }

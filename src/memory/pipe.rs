@@ -1,4 +1,4 @@
-//! The kernel pipe through which bytes go from a socket into a file without being copied to us.
+//! A pipe that moves bytes from a socket into a file without copying them to user space.
 
 use std::{
     io,
@@ -10,7 +10,7 @@ use rustix::{
     pipe::{PipeFlags, SpliceFlags, fcntl_setpipe_size, pipe_with, splice},
 };
 
-/// Pipe size asked for, in bytes: what an unprivileged process may have (pipe-max-size).
+/// Requested pipe size in bytes: the limit for an unprivileged process (pipe-max-size).
 const SIZE: usize = 1 << 20;
 
 /// A pipe for [`Region::receive_from`](super::Region::receive_from); empty between calls.
@@ -18,23 +18,23 @@ const SIZE: usize = 1 << 20;
 pub struct Pipe {
     read: OwnedFd,
     write: OwnedFd,
-    /// Bytes that it holds.
+    /// Capacity in bytes.
     size: usize,
 }
 
 impl Pipe {
-    /// Make one.
+    /// Create a pipe.
     ///
     /// # Errors
-    /// The system's, when descriptors or pipe buffers run out.
+    /// An I/O error from the system, if descriptors or pipe buffers run out.
     pub fn new() -> io::Result<Self> {
         let (read, write) = pipe_with(PipeFlags::CLOEXEC)?;
-        // Without the larger size it is slower, not wrong.
+        // A smaller pipe is slower, not wrong.
         let size = fcntl_setpipe_size(&write, SIZE).unwrap_or(64 << 10);
         Ok(Self { read, write, size })
     }
 
-    /// Move up to `length` bytes from `socket` to `offset` of `file`; 0 is the socket's end.
+    /// Move up to `length` bytes from `socket` to `offset` of `file`; 0 means end of stream.
     pub(super) fn splice(
         &mut self,
         socket: BorrowedFd<'_>,
@@ -46,7 +46,7 @@ impl Pipe {
         let taken = splice(socket, None, &self.write, None, length.min(self.size), flags)?;
         let mut left = taken;
         while left > 0 {
-            // What is in the pipe must come out of it: nobody begins anew.
+            // Drain the pipe even if interrupted: no later call would.
             let moved =
                 retry_on_intr(|| splice(&self.read, None, file, Some(&mut offset), left, flags))?;
             if moved == 0 {

@@ -1,7 +1,7 @@
-//! Large pages in the place of holes that QEMU is about to read.
+//! Huge pages in place of holes that QEMU is about to read.
 //!
-//! Whoever reads shared memory that does not exist yet has it allocated, small page by small page, and
-//! that takes many times as long as the search for what is not zero.
+//! Reading shared memory that does not exist yet allocates it, small page by small page. That takes
+//! many times as long as the search for nonzero pages.
 
 use std::{ops::Range, os::fd::OwnedFd};
 
@@ -11,19 +11,20 @@ use tracing::debug;
 use super::huge_pages::make;
 use crate::ram::HUGE_PAGE;
 
-/// Pages that are asked for together: each request waits for all processors once, however many it is
-/// for. Until it is answered they count as the process's memory.
+/// Huge pages per request: each request waits for all CPUs once, whatever its size. Until it
+/// completes, its pages count as the process's memory.
 const TOGETHER: u64 = 8;
 
-/// How far ahead of the reader to work, in bytes: a page that both are at is refused, and takes long.
+/// How far ahead of the reader to work, in bytes: a request for a page that is being read is
+/// refused, and takes long.
 const LEAD: u64 = 64 << 20;
 
-/// Refusals that are taken as bad luck, and how many requests that are granted make up for another.
+/// Refusals to tolerate, and how many granted requests offset another refusal.
 const REFUSED_MAX: u64 = 8;
 const GRANTED_FOR_REFUSED: u64 = 4;
 
-/// Make large pages of the holes of `part` of `file`, as long as somebody `wants` them. Who reads has
-/// begun at the part's start.
+/// Replace the holes in `part` of `file` with huge pages, as long as `wants` returns true. The
+/// reader has started at the beginning of the part.
 pub(super) fn fill(file: &OwnedFd, part: Range<u64>, wants: impl Fn() -> bool) {
     let (mut granted, mut refused) = (0, 0);
     let mut at = part.start.next_multiple_of(HUGE_PAGE).saturating_add(LEAD);
@@ -41,7 +42,7 @@ pub(super) fn fill(file: &OwnedFd, part: Range<u64>, wants: impl Fn() -> bool) {
             Err(error) => {
                 refused += 1;
                 if refused > REFUSED_MAX + granted / GRANTED_FOR_REFUSED {
-                    debug!(%error, granted, refused, "no large pages are asked for any more");
+                    debug!(%error, granted, refused, "stopped requesting huge pages");
                     return;
                 }
                 at += LEAD;
@@ -50,11 +51,11 @@ pub(super) fn fill(file: &OwnedFd, part: Range<u64>, wants: impl Fn() -> bool) {
     }
 }
 
-/// Length of the hole that begins at the start of `part`, and at most the part's.
+/// Return the length of the hole at the start of `part`, within `part`.
 fn hole(file: &OwnedFd, part: Range<u64>) -> u64 {
     match seek(file, SeekFrom::Data(part.start)) {
         Ok(data) => data.min(part.end) - part.start,
-        // There is nothing up to the file's end. Other errors say themselves again in the request.
+        // A hole up to the end of the file. Other errors will recur in the request.
         Err(_) => part.end - part.start,
     }
 }
@@ -62,7 +63,7 @@ fn hole(file: &OwnedFd, part: Range<u64>) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory::huge_pages::tests::{KERNEL_HAS_THEM, allocated, block};
+    use crate::memory::huge_pages::tests::{HUGE_PAGES_AVAILABLE, allocated, block};
 
     #[test]
     fn holes_become_large_pages_and_the_rest_stays() {
@@ -73,11 +74,11 @@ mod tests {
         region.fill_holes(|| false);
         assert_eq!(allocated(&file), small);
         region.fill_holes(|| true);
-        // Without the lead, half a page at each end, and the page with data.
+        // All but the lead, half a page at each end, and the page with data.
         let most = length - LEAD - 2 * HUGE_PAGE + small;
         let allocated = allocated(&file);
         assert!(allocated <= most, "{allocated} of {most}");
-        assert_eq!(allocated >= most / 2, *KERNEL_HAS_THEM, "{allocated} of {most}");
+        assert_eq!(allocated >= most / 2, *HUGE_PAGES_AVAILABLE, "{allocated} of {most}");
         let mut bytes = vec![1; length as usize];
         region.read_at(&mut bytes, 0).unwrap();
         let data = data as usize..(data + small) as usize;

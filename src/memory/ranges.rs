@@ -1,19 +1,19 @@
-//! Ranges of a block that are registered as they are needed.
+//! Ranges of a block that are registered on demand.
 
 use std::{collections::BTreeMap, ops::Range};
 
 use crate::ram::CHUNK;
 
-/// Ranges without overlap, each with what it was registered as.
+/// Disjoint ranges, each with its registration.
 ///
-/// They grow as readahead does. A registration costs a round trip and more, so ranges should be
-/// large; but it gives the holes in it memory, so where little is written they should be small. A
-/// range that continues its predecessor is twice as long, any other is one chunk.
+/// They grow like readahead. A registration costs a round trip and more, so ranges should be large;
+/// but it allocates the holes in a range, so they should be small where little is written. A range
+/// that continues its predecessor is twice as long, any other is one chunk.
 #[derive(Debug)]
 pub struct Ranges<T> {
-    /// By their starts; with their ends.
+    /// Keyed by start; with the end.
     ranges: BTreeMap<u64, (u64, T)>,
-    /// Bytes of a chunk.
+    /// Chunk size in bytes.
     chunk: u64,
 }
 
@@ -24,25 +24,25 @@ impl<T> Default for Ranges<T> {
 }
 
 impl<T> Ranges<T> {
-    /// Of chunks of so many bytes.
+    /// Start without ranges, with chunks of `chunk` bytes.
     pub fn new(chunk: u64) -> Self {
         Self { ranges: BTreeMap::new(), chunk }
     }
 
-    /// The range that contains `offset`, and what it was registered as.
+    /// Return the range that contains `offset`, and its registration.
     pub fn get(&self, offset: u64) -> Option<(Range<u64>, &T)> {
         let (start, (end, registered)) = self.ranges.range(..=offset).next_back()?;
         (offset < *end).then_some((*start..*end, registered))
     }
 
-    /// Is any byte of `range` in one?
+    /// Whether a registered range overlaps `range`.
     pub fn overlaps(&self, range: &Range<u64>) -> bool {
         let before = self.ranges.range(..range.end).next_back();
         before.is_some_and(|(_, (end, _))| *end > range.start)
     }
 
-    /// The range to register for `offset` of a block of `length` bytes, which no range contains; of
-    /// `largest` bytes at the most, which are whole chunks.
+    /// Return the range to register for `offset`, which no range contains, in a block of `length`
+    /// bytes. It has at most `largest` bytes, a multiple of the chunk size.
     pub fn wanted(&self, offset: u64, length: u64, largest: u64) -> Range<u64> {
         let start = offset / self.chunk * self.chunk;
         let before = self.ranges.range(..=start).next_back();
@@ -54,12 +54,12 @@ impl<T> Ranges<T> {
         start..start.saturating_add(size).min(next).min(length)
     }
 
-    /// A range was registered.
+    /// Add a registered range.
     pub fn insert(&mut self, range: Range<u64>, registered: T) {
         self.ranges.insert(range.start, (range.end, registered));
     }
 
-    /// Forget the range that begins at `start`, and ends at `end`; false if there is none.
+    /// Remove exactly `range`, and return its registration; `None` if there is no such range.
     pub fn remove(&mut self, range: &Range<u64>) -> Option<T> {
         let (end, _) = self.ranges.get(&range.start)?;
         if *end != range.end {
@@ -95,7 +95,7 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever is asked for in blocks of up to 16 TiB: ranges contain it, are whole chunks,
+        /// Whatever is requested in blocks of up to 16 TiB: ranges contain it, are whole chunks,
         /// stay in the block, and never overlap.
         #[test]
         fn ranges_never_overlap(

@@ -22,19 +22,19 @@ use super::{
     write_window::WriteWindow,
 };
 
-/// Pages of guest RAM, in bytes.
+/// Page size of guest RAM in bytes.
 const PAGE: u64 = 4096;
 
-/// Zeroes are looked for in pieces of this size.
+/// Zero detection works in pieces of this size, in bytes.
 const PIECE: usize = 64 << 10;
 
-/// What is written over what is not zero.
+/// Overwrites nonzero data.
 static ZEROES: [u8; PIECE] = [0; PIECE];
 
 /// Why a file can't serve as a RAM block's memory.
 #[derive(Debug, thiserror::Error)]
 pub enum RegionError {
-    /// The range is not in the file.
+    /// The file is shorter than the block's end.
     #[error(
         "RAM block '{name}': its file has {size} bytes, less than the {end} that the block needs; \
          was it truncated?"
@@ -52,14 +52,14 @@ pub enum RegionError {
     Host {
         /// The block.
         name: String,
-        /// What failed.
+        /// The system call.
         call: &'static str,
         /// errno.
         source: io::Error,
     },
 }
 
-/// How bytes get in and out.
+/// How memory is accessed.
 #[derive(Debug)]
 enum Access {
     /// Through the file: writing a whole page needs neither a fault nor the zeroing of a new
@@ -77,9 +77,9 @@ pub struct Region {
     offset: u64,
     length: u64,
     access: Access,
-    /// For devices; made when one asks.
+    /// For devices; created on first use.
     mapping: OnceLock<Mapping>,
-    /// Of a block that is filled.
+    /// For a block that is being filled.
     huge_pages: OnceLock<Arc<HugePages>>,
 }
 
@@ -87,7 +87,7 @@ impl Region {
     /// Take `length` bytes of `file` from `offset` as RAM block `name`.
     ///
     /// # Errors
-    /// When the file is shorter, or can't be mapped where that is necessary.
+    /// If the file is shorter, or can't be mapped where that is necessary.
     pub fn new(name: &str, file: OwnedFd, offset: u64, length: u64) -> Result<Self, RegionError> {
         let host = |call| {
             let name = name.to_owned();
@@ -112,11 +112,11 @@ impl Region {
         Ok(Self { name, file, offset, length, access, mapping, huge_pages })
     }
 
-    /// Where `length` bytes at `offset` are mapped, as long as this exists, and how many bytes.
-    /// For devices that move bytes by themselves.
+    /// Return where `length` bytes at `offset` are mapped, and how many they are. Valid as long as
+    /// this region exists. For devices that move bytes by themselves.
     ///
     /// # Errors
-    /// When they are beyond the block, or the file can't be mapped.
+    /// If the bytes are beyond the block, or the file can't be mapped.
     pub fn mapped(&self, offset: u64, length: u64) -> io::Result<(NonNull<u8>, usize)> {
         let length = usize::try_from(length).map_err(|_| io::ErrorKind::InvalidInput)?;
         self.at(offset, length)?;
@@ -131,11 +131,11 @@ impl Region {
         Ok((mapping.pointer(offset, length)?, length))
     }
 
-    /// [`Self::mapped`] for a device that is about to pin the range. Where the host may lack memory for
-    /// it, that is found out here.
+    /// Like [`Self::mapped`], for a device that is about to pin the range. On hugetlbfs its pages
+    /// are allocated first, because the host may lack memory for them.
     ///
     /// # Errors
-    /// As for [`Self::mapped`], and when there is no memory for it.
+    /// As for [`Self::mapped`], or if there is no memory for the range.
     pub fn populated(&self, offset: u64, length: u64) -> io::Result<(NonNull<u8>, usize)> {
         let mapped = self.mapped(offset, length)?;
         if let Access::Mapping(pages) = &self.access {
@@ -145,10 +145,10 @@ impl Region {
         Ok(mapped)
     }
 
-    /// Memory of its own for a block whose memory can't be reached.
+    /// Create a region with memory of its own, for a block whose memory can't be accessed.
     ///
     /// # Errors
-    /// The system's.
+    /// An I/O error from the system.
     pub fn stand_in(name: &str, length: u64) -> Result<Self, RegionError> {
         let host = |call| {
             let name = name.to_owned();
@@ -169,7 +169,7 @@ impl Region {
         self.length
     }
 
-    /// Offset in the file of `length` bytes at `offset` of the block, if they lie in it.
+    /// Return the offset in the file of `length` bytes at `offset` of the block, if they are in it.
     fn at(&self, offset: u64, length: usize) -> io::Result<u64> {
         match offset.checked_add(length as u64) {
             Some(end) if end <= self.length => Ok(self.offset + offset),
@@ -180,12 +180,12 @@ impl Region {
         }
     }
 
-    /// Send some of `length` bytes at `offset` on a stream socket; returns how many.
+    /// Send some of `length` bytes at `offset` on a stream socket; return how many.
     ///
     /// The pages themselves are queued, not copies, so what arrives may be newer than this call.
     ///
     /// # Errors
-    /// The system's; `UnexpectedEof` if the file was truncated.
+    /// An I/O error from the system; `UnexpectedEof` if the file was truncated.
     pub fn send_to(&self, socket: BorrowedFd<'_>, offset: u64, length: usize) -> io::Result<usize> {
         let mut at = self.at(offset, length)?;
         let sent = match &self.access {
@@ -202,11 +202,11 @@ impl Region {
         Ok(sent)
     }
 
-    /// Prepare a write of `length` bytes at `offset`, for `window`. Where it is long and fills memory that does
-    /// not exist yet, it gets huge pages, which takes half of the time. What the block is given in
-    /// that way and is not written is at most a 32nd of what is.
+    /// Prepare `window` for a write of `length` bytes at `offset`. A long write to memory that does
+    /// not exist yet gets huge pages, which halves its time. At most a 32nd of what was written is
+    /// allocated in that way without having been written.
     ///
-    /// It is no matter if there are none: the memory comes in small pages then.
+    /// If no huge pages are available, small ones are used.
     pub fn prepare_write(&self, window: &mut WriteWindow, offset: u64, length: u64) {
         let end = offset.checked_add(length);
         if matches!(self.access, Access::Mapping(_)) || end.is_none_or(|end| end > self.length) {
@@ -217,19 +217,19 @@ impl Region {
         huge_pages.prepare_write(window, &self.file, self.offset, self.offset + offset, length);
     }
 
-    /// Make huge pages of zeroes of what does not exist yet, as long as somebody `wants` them, for one
-    /// who reads all from the start: it would be allocated anyway, and in small pages takes longer.
+    /// Replace holes with huge pages of zeroes, as long as `wants` returns true. For a reader that
+    /// reads everything from the start: it would allocate the memory anyway, and more slowly.
     pub fn fill_holes(&self, wants: impl Fn() -> bool) {
         if matches!(self.access, Access::File) {
             prefault::fill(&self.file, self.offset..self.offset + self.length, wants);
         }
     }
 
-    /// Receive some of `length` bytes from a stream socket to `offset`, in `window` where that is;
-    /// returns how many, 0 at the socket's end.
+    /// Receive some of `length` bytes from a stream socket to `offset`, through `window` if it
+    /// covers `offset`; return how many, 0 at end of stream.
     ///
     /// # Errors
-    /// The system's, with a hint if the host has no memory left.
+    /// An I/O error from the system, with a hint if the host is out of memory.
     pub fn receive_from(
         &self,
         socket: BorrowedFd<'_>,
@@ -250,10 +250,10 @@ impl Region {
         received.map_err(|error| explain(&self.file, error))
     }
 
-    /// Read what is at `offset` into all of `bytes`.
+    /// Fill `bytes` from `offset`.
     ///
     /// # Errors
-    /// The system's; `UnexpectedEof` if the file was truncated.
+    /// An I/O error from the system; `UnexpectedEof` if the file was truncated.
     pub fn read_at(&self, mut bytes: &mut [u8], offset: u64) -> io::Result<()> {
         let mut at = self.at(offset, bytes.len())?;
         while !bytes.is_empty() {
@@ -271,7 +271,7 @@ impl Region {
     /// Write `bytes` at `offset`.
     ///
     /// # Errors
-    /// The system's, with a hint if the host has no memory left.
+    /// An I/O error from the system, with a hint if the host is out of memory.
     pub fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         let at = self.at(offset, bytes.len())?;
         let written = match &self.access {
@@ -292,23 +292,23 @@ impl Region {
         Ok(())
     }
 
-    /// Where the first data of the block at or behind `offset` begins, to whole pages: what is before it
-    /// was never touched, or was discarded. The block's end if there is none. Nothing is read.
+    /// Find the first data of the block at or after `offset`, in whole pages; the block's end if
+    /// there is none. What is before it was never touched, or was discarded. Nothing is read.
     ///
     /// # Errors
-    /// The system's.
+    /// An I/O error from the system.
     pub fn next_data(&self, offset: u64) -> io::Result<u64> {
         let data = self.seek(offset, SeekFrom::Data)?;
         Ok(if data < self.length { (data / PAGE * PAGE).max(offset) } else { data })
     }
 
-    /// Where the first hole of the block at or behind `offset` begins, to whole pages; the block's end
-    /// if there is none. Nothing is read.
+    /// Find the first hole of the block at or after `offset`, in whole pages; the block's end if
+    /// there is none. Nothing is read.
     ///
-    /// Takes time in proportion to the data before it, so its result should be kept.
+    /// Takes time in proportion to the data before the hole: callers should keep the result.
     ///
     /// # Errors
-    /// The system's.
+    /// An I/O error from the system.
     pub fn next_hole(&self, offset: u64) -> io::Result<u64> {
         let hole = self.seek(offset, SeekFrom::Hole)?;
         Ok(hole.next_multiple_of(PAGE).min(self.length))
@@ -318,7 +318,7 @@ impl Region {
         self.at(offset, 0)?;
         let position = what(self.offset + offset);
         if matches!(self.access, Access::Mapping(_)) {
-            // hugetlbfs takes all for data.
+            // hugetlbfs reports everything as data.
             return Ok(if matches!(position, SeekFrom::Data(_)) { offset } else { self.length });
         }
         match seek(&self.file, position) {
@@ -328,10 +328,10 @@ impl Region {
         }
     }
 
-    /// Make `length` bytes at `offset` zero. What is a hole stays one.
+    /// Zero `length` bytes at `offset`. Holes stay holes.
     ///
     /// # Errors
-    /// The system's.
+    /// An I/O error from the system.
     pub fn zero(&self, offset: u64, length: u64) -> io::Result<()> {
         let fits = offset.checked_add(length).is_some_and(|end| end <= self.length);
         if !fits {
@@ -341,7 +341,7 @@ impl Region {
             ));
         }
         match &self.access {
-            // Most zero ranges were never touched: SEEK_DATA says so without making them exist.
+            // Most zero ranges were never touched. SEEK_DATA detects that without allocating them.
             Access::File => match seek(&self.file, SeekFrom::Data(self.offset + offset)) {
                 Ok(data) => {
                     let hole = (data - self.offset - offset).min(length);
@@ -354,8 +354,8 @@ impl Region {
         }
     }
 
-    /// Zero what is not zero. Nothing is released: the memory may have been allocated on purpose.
-    /// read(2) of a hole allocates nothing; a look through a mapping would.
+    /// Overwrite nonzero data. Nothing is released: the memory may have been allocated on purpose.
+    /// read(2) of a hole allocates nothing; a read through a mapping would.
     fn zero_data(&self, offset: u64, length: u64) -> io::Result<()> {
         let mut piece = [0; PIECE];
         let mut done = 0;
@@ -369,7 +369,7 @@ impl Region {
             if piece[..got].iter().any(|byte| *byte != 0) {
                 match &self.access {
                     Access::File => self.write_at(&ZEROES[..got], offset + done)?,
-                    // What is not zero exists.
+                    // Nonzero data is allocated.
                     Access::Mapping(pages) => pages.mapping().zero(offset + done, got)?,
                 }
             }
@@ -426,7 +426,7 @@ mod tests {
 
     #[test]
     fn data_and_holes_are_found_within_the_block() {
-        // Data before the block and behind it are not its.
+        // Data before and after the block does not belong to it.
         let file = memfd(8 * PAGE);
         for page in [0, 3, 4, 7] {
             pwrite(&file, &[1; PAGE as usize], page * PAGE).unwrap();

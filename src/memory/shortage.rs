@@ -1,4 +1,4 @@
-//! Why memory of a block could not be read or written, for people.
+//! Explanations for users of why a block's memory could not be read or written.
 
 use std::{fs, io, os::fd::OwnedFd};
 
@@ -10,10 +10,10 @@ use rustix::{
 /// `f_type` of hugetlbfs (linux/magic.h), memfds with MFD_HUGETLB included.
 pub(super) const HUGETLBFS_MAGIC: u64 = 0x958458f6;
 
-/// What `error` means where it comes from the memory of `file`; unchanged if it says enough by itself.
+/// Explain an error from accessing the memory of `file`; return it unchanged if clear by itself.
 pub(super) fn explain(file: &OwnedFd, error: io::Error) -> io::Error {
     let text = match error.raw_os_error().map(Errno::from_raw_os_error) {
-        // A fault in the kernel's hands, where a mapping's page can't be had.
+        // EFAULT: the kernel could not fault in a page of a mapping.
         Some(Errno::NOSPC | Errno::FAULT | Errno::NOMEM) => shortage(file, &error),
         Some(Errno::IO | Errno::HWPOISON) => Some(broken(&error)),
         _ => None,
@@ -29,7 +29,7 @@ fn broken(error: &io::Error) -> String {
     )
 }
 
-/// What there is too little of, and what helps.
+/// Describe which memory is short, and what helps.
 fn shortage(file: &OwnedFd, error: &io::Error) -> Option<String> {
     let (stat, file_system) = (fstat(file).ok()?, fstatfs(file).ok()?);
     let (size, exists) = (stat.st_size.cast_unsigned(), stat.st_blocks.cast_unsigned() * 512);
@@ -78,7 +78,7 @@ mod tests {
             assert!(text.contains("7 of the 8 MiB of its file do not exist yet"), "{text}");
         }
         assert!(said(&file, Errno::IO).contains("memory module"));
-        // What a socket says is not memory's.
+        // A socket's errors are not the memory's.
         for errno in [Errno::CONNRESET, Errno::AGAIN] {
             assert_eq!(explain(&file, errno.into()).raw_os_error(), Some(errno.raw_os_error()));
         }

@@ -1,4 +1,4 @@
-//! Where the writes of a connection land: the part of a block's file that it has mapped.
+//! The part of a block's file that a connection has mapped for its writes.
 
 use std::{
     io,
@@ -9,23 +9,23 @@ use std::{
 use super::mapping::Mapping;
 use crate::ram::HUGE_PAGE;
 
-/// Large pages that one connection maps at once, and all of them together: what is mapped counts as the
-/// process's memory. To map each for each write of a part of it was a quarter of the landing.
+/// Huge pages that one connection maps at once, and all of them together: what is mapped counts as
+/// the process's memory. Mapping per write cost 25 % of receive time.
 const WINDOW_MAX: u64 = 4;
 const WINDOWS_MAX: u64 = 16;
 
-/// The place of one connection's writes, one after another; see
+/// Mapping for one connection's writes, one after another; see
 /// [`Region::prepare_write`](super::Region::prepare_write).
 #[derive(Debug)]
 pub struct WriteWindow {
     /// Length of a window in bytes.
     length: u64,
     window: Option<Window>,
-    /// Where the large page of the present write begins in the file; it is in the window.
+    /// Offset in the file of the current write's huge page, which is in the window.
     page: Option<u64>,
 }
 
-/// Tells blocks apart, whatever becomes of their addresses and descriptors.
+/// Identifies a block, even if its address or descriptor is reused.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Identity(Arc<()>);
 
@@ -35,7 +35,7 @@ impl Identity {
     }
 }
 
-/// A part of a block's file that is mapped. Only large pages of it are touched.
+/// A mapped part of a block's file. Only its huge pages are touched.
 #[derive(Debug)]
 struct Window {
     of: Identity,
@@ -50,13 +50,13 @@ impl Default for WriteWindow {
 }
 
 impl WriteWindow {
-    /// For each of so many connections.
+    /// Create the window of one of `connections` connections.
     pub fn new(connections: usize) -> Self {
         let pages = (WINDOWS_MAX / connections.max(1) as u64).clamp(1, WINDOW_MAX);
         Self { length: pages * HUGE_PAGE, window: None, page: None }
     }
 
-    /// Receive some of `length` bytes to `at` of the file, if that is in the page.
+    /// Receive some of `length` bytes to `at` of the file; `None` if that is not in the huge page.
     pub(super) fn receive_from(
         &self,
         socket: BorrowedFd<'_>,
@@ -70,13 +70,13 @@ impl WriteWindow {
         Some(window.mapping.receive_from(socket, within, length.min(left as usize)))
     }
 
-    /// The present write goes to the page at `start` of `file`.
+    /// Use the page at `start` of `file` for the current write.
     pub(super) fn enter(&mut self, of: &Identity, file: &OwnedFd, start: u64) -> io::Result<()> {
         self.page = None;
         let begin = start / self.length * self.length;
         let is_it = |window: &Window| window.of.is(of) && window.start == begin;
         if !self.window.as_ref().is_some_and(is_it) {
-            // First: what is mapped should not be more for a moment.
+            // Unmap first, so that two windows are never mapped at once.
             self.window = None;
             let mapping =
                 Mapping::aligned(file.as_fd(), begin, self.length as usize, HUGE_PAGE as usize)?;
@@ -86,12 +86,12 @@ impl WriteWindow {
         Ok(())
     }
 
-    /// It goes to no large page.
+    /// Use no huge page for the current write.
     pub(super) fn leave(&mut self) {
         self.page = None;
     }
 
-    /// Make the page a large one.
+    /// Make the page a huge one.
     pub(super) fn collapse(&self) -> io::Result<()> {
         match (self.page, &self.window) {
             (Some(page), Some(window)) => {

@@ -1,29 +1,29 @@
-//! Which pages of a block have been written, or said to be zero, at least once.
+//! Tracks which pages of a block were written or announced as zero at least once.
 //!
-//! A bit for each page, so that it costs the same in whatever order pages come: QEMU's first pass is in
-//! order, but what its guest, a device or the balloon leave out of it comes later, page by page.
+//! One bit per page, so that the order of pages does not affect the cost. QEMU's first pass is in
+//! order, but pages that the guest, a device or the balloon make it skip arrive later, one by one.
 
 use std::ops::Range;
 
 use crate::ram::PAGE;
 
-/// Of one block.
+/// Coverage of one block.
 #[derive(Debug)]
 pub struct Coverage {
     length: u64,
     pages: Vec<u64>,
-    /// Pages that have not been.
+    /// Pages that are not covered.
     missing: u64,
 }
 
 impl Coverage {
-    /// Nothing yet of a block of `length` bytes.
+    /// Create empty coverage of a block of `length` bytes.
     pub fn new(length: u64) -> Self {
         let missing = length.div_ceil(PAGE);
         Self { length, pages: vec![0; missing.div_ceil(BITS) as usize], missing }
     }
 
-    /// These bytes are. A page counts when all of it is.
+    /// Add these bytes. A page counts if the range contains all of it.
     pub fn add(&mut self, range: Range<u64>) {
         let whole =
             if range.end >= self.length { self.length.div_ceil(PAGE) } else { range.end / PAGE };
@@ -38,7 +38,7 @@ impl Coverage {
         }
     }
 
-    /// How many bytes are not.
+    /// Return how many bytes are not covered.
     pub fn lacks(&self) -> u64 {
         (self.missing * PAGE).min(self.length)
     }
@@ -75,12 +75,12 @@ mod tests {
         assert_eq!(coverage.lacks(), 2 * PAGE + 100);
         coverage.add(PAGE..2 * PAGE + 100);
         assert_eq!(coverage.lacks(), PAGE);
-        // What is no part of the block.
+        // Beyond the end of the block.
         coverage.add(0..u64::MAX);
         assert_eq!(coverage.lacks(), 0);
     }
 
-    /// It is taken under a lock that all channels share.
+    /// Coverage is updated under a lock that all channels share.
     #[test]
     fn pages_in_any_order_cost_no_more() {
         let pages = 1 << 20;

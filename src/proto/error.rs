@@ -1,4 +1,4 @@
-//! What can end a migration.
+//! Errors that end a migration.
 
 use std::io;
 
@@ -13,33 +13,33 @@ pub enum MigrationError {
     /// A RAM block's memory can't be used.
     #[error(transparent)]
     Region(#[from] RegionError),
-    /// The peer sent bytes that are no message, or a message at the wrong time.
+    /// The peer sent bytes that are not a message, or a message at the wrong time.
     #[error("The peer broke the protocol: {0}; is it a helper of this version?")]
     Peer(String),
-    /// The peer is honest, and the two can't migrate.
+    /// The peer keeps to the protocol, but the two can't migrate.
     #[error("{0}")]
     Incompatible(String),
-    /// The peer said why it ends the migration.
+    /// The peer reported why it ends the migration.
     #[error("{text}")]
     PeerFailed {
-        /// Its sentence.
+        /// The peer's message.
         text: String,
-        /// It is certain that the guest never ran there.
+        /// Whether the guest certainly never ran there.
         guest_never_ran: bool,
     },
-    /// QEMU's migration stream can't be carried.
+    /// QEMU's migration stream can't be transferred.
     #[error("{0}")]
     Stream(String),
-    /// QEMU ended its stream, or took no more of it.
+    /// QEMU ended its stream, or stopped reading it.
     #[error("QEMU {0}")]
     Qemu(String),
     /// The socket to QEMU failed.
     #[error("The migration socket of QEMU failed: {0}")]
     QemuSocket(#[source] io::Error),
-    /// A thread of ours has ended before its time.
+    /// A thread of the worker ended early.
     #[error(transparent)]
     Lost(#[from] Lost),
-    /// The relay ended it, or is gone.
+    /// The relay ended the migration, or is gone.
     #[error("{0}")]
     Aborted(String),
 }

@@ -1,8 +1,9 @@
-//! RAM that QEMU announces without its content (capability `x-shared-ram-external` of
-//! `qemu-patches/`): what of it are holes, and what QEMU is told about it.
+//! RAM that QEMU announces without content (capability `x-shared-ram-external` of `qemu-patches/`):
+//! finds its holes, and acknowledges it to QEMU.
 //!
 //! Records without content fill no socket buffer. What holds QEMU back, and tells it the bandwidth,
-//! is the return-path message RAM_ACK: how much is done, and how much of that had to be transferred.
+//! is the return-path message RAM_ACK: how much is done, and how much of that had to be
+//! transferred.
 
 use std::{collections::VecDeque, io, ops::Range};
 
@@ -12,7 +13,7 @@ use crate::{
     stream::Extent,
 };
 
-/// QEMU is told again after so many bytes. It keeps no less than 1 MiB on its way.
+/// Bytes after which QEMU is told again. It keeps at least 1 MiB in flight.
 const STEP: u64 = 256 << 10;
 
 /// RAM_ACK: type and length (`migration/migration.c`, patched).
@@ -21,24 +22,26 @@ const HEAD: [u8; 4] = [0, 8, 0, 16];
 /// A RAM_ACK message.
 pub type RamAck = [u8; 20];
 
-/// Where a block's memory is data. To be asked in the order in which QEMU goes through RAM.
+/// Where the blocks' memory is data. Queries must be in the order in which QEMU goes through RAM.
 #[derive(Debug, Default)]
 pub struct Extents(Vec<Known>);
 
-/// What is known of a block.
+/// What is known about a block.
 #[derive(Debug, Clone, Default)]
 struct Known {
-    /// It was looked at up to here. What is announced before that was written by the guest since.
+    /// Memory was looked at up to here. An announcement before it means that the guest wrote the
+    /// page.
     seen: u64,
-    /// Data that was found last. A hole is not remembered: the guest may fill it at any time.
+    /// The data found last. Holes are not cached, because the guest may fill them at any time.
     data: Range<u64>,
 }
 
 impl Extents {
-    /// What `range` begins with, whose block is `region`. May say data where a hole was made since.
+    /// Return the extent at the start of `range` in `region`. May report data where a hole was made
+    /// since.
     ///
     /// # Errors
-    /// The system's.
+    /// An I/O error from the system.
     pub fn first(&mut self, range: BlockRange, region: &Region) -> io::Result<Extent> {
         let BlockRange { block, offset, length } = range;
         let block = block as usize;
@@ -53,8 +56,8 @@ impl Extents {
         let data = if in_data { offset } else { region.next_data(offset)? };
         let hole = data > offset;
         if !in_data && !hole {
-            // That takes its time: not for each piece of a hole before the data. It ends at once where a
-            // hole is made meanwhile.
+            // Slow, so not done for each piece of a hole before the data. Returns `offset` if a
+            // hole was made meanwhile.
             known.data = offset..region.next_hole(offset)?.max(offset + PAGE);
         }
         let end = if hole { data } else { known.data.end };
@@ -71,19 +74,20 @@ struct Count {
     transferred: u64,
 }
 
-/// Counts what has landed.
+/// Counts the announced RAM that has landed.
 #[derive(Debug, Default)]
 pub struct Acknowledgement {
-    /// What will be done when so many posted bytes have landed, in that order, a step apart. Over
-    /// several connections later bytes may land first: then it is said early by what is in flight.
+    /// Counts that apply when so many posted bytes have landed, in that order, a step apart. Over
+    /// several connections later bytes may land first; then QEMU is told early, by what is in
+    /// flight.
     marks: VecDeque<(u64, Count)>,
     handed: Count,
     told: Count,
 }
 
 impl Acknowledgement {
-    /// So many announced bytes were posted, with which `posted` bytes were in all; a `hole` is done
-    /// without. Says whether it is time to look what has landed.
+    /// Count announced bytes; `posted` is the total of posted bytes including them. A `hole` is not
+    /// posted. Returns whether it is time to check what has landed.
     pub fn handed(&mut self, bytes: u64, hole: bool, posted: u64) -> bool {
         self.handed.done += bytes;
         self.handed.transferred += if hole { 0 } else { bytes };
@@ -98,7 +102,7 @@ impl Acknowledgement {
         true
     }
 
-    /// What QEMU is to be told when `landed` of the posted bytes have landed.
+    /// Return the message for QEMU when `landed` of the posted bytes have landed.
     pub fn landed(&mut self, landed: u64) -> Option<RamAck> {
         let mut done = self.told;
         while let Some((posted, count)) = self.marks.front().copied()
@@ -110,7 +114,7 @@ impl Acknowledgement {
         self.tell(done)
     }
 
-    /// What QEMU is to be told when all of them have.
+    /// Return the message for QEMU when all of them have landed.
     pub fn all_landed(&mut self) -> Option<RamAck> {
         self.marks.clear();
         self.tell(self.handed)
@@ -187,13 +191,13 @@ mod tests {
             extents.first(range(2, 2), &region).unwrap(),
             Extent { hole: false, length: PAGE }
         );
-        // Not for the hole before it: who looks for the end of data goes through all of it.
+        // Not for the hole before it, because finding the end of data goes through all of it.
         assert_eq!(extents.0[2].data, 2 * PAGE..3 * PAGE);
         // The guest fills a hole before it is announced.
         region.write_at(&[1; 4096], 3 * PAGE).unwrap();
         assert!(!extents.first(range(3, 1), &region).unwrap().hole);
         assert!(extents.first(range(4, 4), &region).unwrap().hole);
-        // The second time it is announced because it was written.
+        // A second announcement means that the guest wrote it.
         assert!(!extents.first(range(4, 1), &region).unwrap().hole);
     }
 

@@ -1,6 +1,6 @@
-//! The ranges of the destination's blocks that the source may write, and when to ask for more.
+//! The ranges of the destination's blocks that the source may write, and when to request more.
 //!
-//! Decides only; the source's `remote_blocks` asks and waits.
+//! Only decides; the source's `remote_blocks` sends requests and waits.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -9,28 +9,28 @@ use std::{
 
 use crate::{fabric::RemoteKey, memory::Ranges, ram::RANGE_MAX};
 
-/// A range of a block, by the block's index.
+/// A block's index and a range of the block.
 pub type BlockRange = (usize, Range<u64>);
 
-/// What is known of an offset.
+/// What is known about an offset.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Known {
     /// The key to it.
     Key(RemoteKey),
-    /// It was asked for.
+    /// The key was requested.
     Asked,
-    /// Nothing.
+    /// The key was not requested.
     Nothing,
 }
 
-/// The ranges, and how much of the guest's memory is pinned by them.
+/// The ranges, and how much guest memory they pin.
 #[derive(Debug)]
 pub struct RkeyCache {
-    /// By block; without a key as long as that was only asked for.
+    /// By block; `None` until the key has arrived.
     ranges: HashMap<usize, Ranges<Option<RemoteKey>>>,
-    /// Answers come in this order.
+    /// Pending requests; answers arrive in this order.
     asked: VecDeque<BlockRange>,
-    /// Oldest first.
+    /// Requested and granted ranges, oldest first.
     held: VecDeque<BlockRange>,
     /// Bytes in `held`.
     used: u64,
@@ -41,10 +41,10 @@ pub struct RkeyCache {
 }
 
 impl RkeyCache {
-    /// Of `limit` bytes together at the most, though never less than one chunk of `chunk` bytes.
+    /// Create a cache for at most `limit` bytes, but never less than one chunk of `chunk` bytes.
     pub fn new(limit: Option<u64>, chunk: u64) -> Self {
         let limit = limit.unwrap_or(u64::MAX).max(chunk);
-        // A quarter, so that one range may go while others are in use.
+        // A quarter, so that one range can be released while others are in use.
         let largest = (limit / 4 / chunk * chunk).clamp(chunk, RANGE_MAX.max(chunk));
         Self {
             ranges: HashMap::new(),
@@ -57,7 +57,7 @@ impl RkeyCache {
         }
     }
 
-    /// Bytes of a chunk.
+    /// Return the bytes of a chunk.
     pub fn chunk(&self) -> u64 {
         self.chunk
     }
@@ -66,7 +66,7 @@ impl RkeyCache {
         self.ranges.entry(index).or_insert_with(|| Ranges::new(self.chunk))
     }
 
-    /// What is known of `offset` of block `index`.
+    /// Return what is known about `offset` of block `index`.
     pub fn get(&self, index: usize, offset: u64) -> Known {
         match self.ranges.get(&index).and_then(|ranges| ranges.get(offset)) {
             Some((_, Some(key))) => Known::Key(*key),
@@ -75,14 +75,14 @@ impl RkeyCache {
         }
     }
 
-    /// The range to ask for, for an offset of which nothing is known.
+    /// Return the range to request for an unknown offset.
     pub fn wanted(&mut self, index: usize, offset: u64, length: u64) -> Range<u64> {
         let largest = self.largest;
         self.of_block(index).wanted(offset, length, largest)
     }
 
-    /// Whoever writes at `offset` comes to the second half of a run's last range: the range to ask
-    /// for before it is needed, so that nobody waits for it.
+    /// Return the range to request before it is needed, so that no write waits for it: if a write
+    /// at `offset` is in the second half of a run's last range.
     pub fn ahead(&mut self, index: usize, offset: u64, length: u64) -> Option<Range<u64>> {
         let ranges = self.ranges.get(&index)?;
         let (range, _) = ranges.get(offset)?;
@@ -96,12 +96,12 @@ impl RkeyCache {
         self.fit(next.end - next.start).then_some(next)
     }
 
-    /// Do `bytes` more fit into the limit?
+    /// Return whether `bytes` more fit into the limit.
     pub fn fit(&self, bytes: u64) -> bool {
         self.used.saturating_add(bytes) <= self.limit
     }
 
-    /// Forget the oldest range, which was not only asked for; `None` if there is none.
+    /// Forget the oldest range, whose key must have arrived; `None` if there is none.
     pub fn release(&mut self) -> Option<BlockRange> {
         let (index, range) = self.held.pop_front()?;
         self.used -= range.end - range.start;
@@ -111,7 +111,7 @@ impl RkeyCache {
         Some((index, range))
     }
 
-    /// A range was asked for.
+    /// Note that a range was requested.
     pub fn ask(&mut self, index: usize, range: Range<u64>) {
         self.used += range.end - range.start;
         self.of_block(index).insert(range.clone(), None);
@@ -119,12 +119,12 @@ impl RkeyCache {
         self.asked.push_back((index, range));
     }
 
-    /// Something was asked for and not answered.
+    /// Return whether a request is unanswered.
     pub fn waits(&self) -> bool {
         !self.asked.is_empty()
     }
 
-    /// The oldest question was answered; false if there was none.
+    /// Note the answer to the oldest request; false if there was none.
     pub fn answer(&mut self, key: RemoteKey) -> bool {
         let Some((index, range)) = self.asked.pop_front() else { return false };
         self.of_block(index).insert(range, Some(key));
@@ -142,8 +142,8 @@ mod tests {
     const KEY: RemoteKey = RemoteKey { address: 1, rkey: 2 };
     const LENGTH: u64 = 1 << 30;
 
-    /// A destination gives the key of the chunk in which a request begins, and registers it once: what is
-    /// asked for has to begin and end with a chunk of its.
+    /// A destination returns the key of the chunk in which a request begins, and registers it once:
+    /// a requested range must begin and end at its chunk boundaries.
     #[test]
     fn ranges_are_the_destinations_chunks() {
         for (chunk, sizes) in [(32 * CHUNK, [32, 64, 64, 64]), (CHUNK_MAX, [1024; 4])] {
@@ -193,7 +193,7 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever is written, the limit holds, and what was released is not known any more.
+        /// Whatever is written, the limit holds, and a released range is unknown.
         #[test]
         fn the_limit_holds(
             limit in 1_u64..200,

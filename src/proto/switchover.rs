@@ -1,7 +1,7 @@
-//! Which was first: bytes that may make the destination's guest run, or the failure.
+//! Which came first: bytes that may make the destination's guest run, or the failure.
 //!
-//! The point of no return of a migration. Each side has one, and its state machine owns it: a side that
-//! said "the guest never ran" can't pass on the bytes that would make it run afterwards.
+//! The point of no return of a migration. The state machine of each side has one: a side that
+//! reported that the guest never ran can't pass on bytes that would make it run.
 
 /// Decided once.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -9,28 +9,28 @@ pub enum Switchover {
     /// Not decided yet.
     #[default]
     Open,
-    /// Bytes after the last RAM section may have gone on.
+    /// Bytes after the last RAM section may have been passed on.
     PastRam,
-    /// The migration failed before any could.
+    /// The migration failed before any could be.
     Withdrawn,
 }
 
 impl Switchover {
-    /// Ask before the first byte after the last RAM section goes on. False: the migration has failed, and
-    /// the byte must not.
+    /// Try to pass on the first byte after the last RAM section. False if the migration has failed:
+    /// the byte must not be passed on.
     #[must_use]
     pub fn try_commit(&mut self) -> bool {
         self.decide(Self::PastRam)
     }
 
-    /// The migration fails. True: nothing after RAM has gone on, or will, so the guest never ran at the
-    /// destination.
+    /// Fail the migration. True if nothing after RAM was or will be passed on, so that the guest
+    /// never ran at the destination.
     #[must_use]
     pub fn withdraw(&mut self) -> bool {
         self.decide(Self::Withdrawn)
     }
 
-    /// Bytes after RAM may have gone on.
+    /// Return whether bytes after RAM may have been passed on.
     pub fn is_past_ram(self) -> bool {
         self == Self::PastRam
     }

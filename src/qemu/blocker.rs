@@ -1,9 +1,9 @@
-//! One thing that would stop a migration.
+//! A migration blocker.
 
-/// One thing that would.
+/// Something that would stop a migration, or a warning in the same form.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Blocker {
-    /// What it is.
+    /// What would stop it.
     pub reason: String,
     /// What to do about it.
     pub hint: String,

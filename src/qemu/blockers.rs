@@ -14,7 +14,7 @@ use crate::{
     ram::Transfer,
 };
 
-/// Capabilities that change what the stream contains or who sends RAM.
+/// Capabilities that change the contents of the stream or how RAM is sent.
 const CAPABILITIES: [&str; 10] = [
     "background-snapshot",
     // Block migration, until 9.0.
@@ -25,22 +25,22 @@ const CAPABILITIES: [&str; 10] = [
     "postcopy-ram",
     "x-colo",
     "x-ignore-shared",
-    // It sends nothing of a page that is again what it was when it was last sent. What the
-    // destination got then may be newer: it was read behind the record.
+    // QEMU omits pages that match its last copy. The destination's copy may be newer, because the
+    // helper reads a page after its record.
     "xbzrle",
     "zero-copy-send",
 ];
 
-/// Devices whose sections in the stream have no length that can be known.
+/// Prefixes of device types whose sections in the stream have unknown length.
 const DEVICES: [&str; 2] = ["vfio-", "vhost-vdpa"];
 
-/// By this capability QEMU encodes pages, so that only QEMU can decode them (until 9.0).
+/// With this capability QEMU encodes pages so that only QEMU can decode them (until 9.0).
 const ENCODING: &str = "compress";
 
-/// Find them all.
+/// Find all blockers.
 ///
 /// # Errors
-/// When QEMU does not answer.
+/// If QEMU does not answer.
 pub async fn find(
     qmp: &mut impl Execute,
     blocks: &[RamBlock],
@@ -58,14 +58,14 @@ pub async fn find(
     }
     for device in devices(qmp).await? {
         blockers.push(Blocker {
-            reason: format!("Device '{device}' has state whose length can't be known"),
+            reason: format!("Device '{device}' has state of unknown length"),
             hint: "unplug it before the migration (device_del)".into(),
         });
     }
     Ok(blockers)
 }
 
-/// Pages that are copied from the stream have to come as they are.
+/// Refuse encoded pages if a block is copied from the stream.
 async fn encoding(
     qmp: &mut impl Execute,
     blocks: &[RamBlock],
@@ -86,10 +86,10 @@ async fn encoding(
     }))
 }
 
-/// Capabilities and parameters that exclude `rdma:`; looked at before each migration.
+/// Capabilities and parameters that exclude `rdma:`; checked before each migration.
 ///
 /// # Errors
-/// When QEMU does not answer.
+/// If QEMU does not answer.
 pub async fn settings(qmp: &mut impl Execute) -> Result<Vec<Blocker>, QmpError> {
     let mut blockers = Vec::new();
     let capabilities = qmp.execute("query-migrate-capabilities", Value::Null).await?;
@@ -102,7 +102,7 @@ pub async fn settings(qmp: &mut impl Execute) -> Result<Vec<Blocker>, QmpError> 
         }
     }
     let parameters = qmp.execute("query-migrate-parameters", Value::Null).await?;
-    // In any other mode QEMU leaves out memory, or ends when it has migrated.
+    // In other modes QEMU leaves out memory, or ends after the migration.
     if let Some(mode) = parameters["mode"].as_str().filter(|mode| *mode != "normal") {
         blockers.push(Blocker {
             reason: format!(
@@ -120,11 +120,11 @@ pub async fn settings(qmp: &mut impl Execute) -> Result<Vec<Blocker>, QmpError> 
     Ok(blockers)
 }
 
-/// Refuse a migration that something stops: all of it at once, because QEMU may let settings be
-/// changed only together.
+/// Refuse a migration that has blockers. The error lists all of them, because QEMU may accept some
+/// settings only when changed together.
 ///
 /// # Errors
-/// When there is anything.
+/// If there is a blocker.
 pub fn refuse(blockers: &[Blocker]) -> Result<(), QmpError> {
     if blockers.is_empty() {
         return Ok(());
@@ -139,7 +139,7 @@ pub fn is_on(capabilities: &Value, name: &str) -> bool {
     list.into_iter().any(|entry| entry["capability"] == name && entry["state"] == true)
 }
 
-/// Devices with state whose length can't be known.
+/// Devices whose state has unknown length.
 async fn devices(qmp: &mut impl Execute) -> Result<Vec<String>, QmpError> {
     let devices = devices::list(qmp).await?.into_iter();
     let unknown = |kind: &str| DEVICES.iter().any(|device| kind.starts_with(device));
@@ -147,8 +147,8 @@ async fn devices(qmp: &mut impl Execute) -> Result<Vec<String>, QmpError> {
     Ok(unknown.map(|Device { name, kind, .. }| format!("{name} ({kind})")).collect())
 }
 
-/// Guest memory that is not shared costs a copy at the source; at the destination all of it takes
-/// the stream through QEMU. Nothing is stopped by that.
+/// A warning about guest memory that is not shared: the source has to copy it, and at the
+/// destination all of it passes through QEMU's stream.
 pub fn memory(blocks: &[RamBlock]) -> Option<Blocker> {
     let largest = blocks.iter().max_by_key(|block| block.length)?;
     let why = largest.why_not.as_ref()?;
@@ -182,7 +182,7 @@ mod tests {
         }
     }
 
-    /// Its state begins before RAM and has no length that can be known.
+    /// The state of such a device begins before RAM and has unknown length.
     #[tokio::test]
     async fn a_device_with_state_of_unknown_length_is_named() {
         let mut qemu = Devices(json!([

@@ -1,21 +1,21 @@
-//! The devices that a user gave QEMU.
+//! The devices that the user gave QEMU.
 
 use serde_json::json;
 
 use crate::qmp::{Execute, QmpError};
 
-/// A device of QEMU's command line, or one that was plugged in later.
+/// A device from QEMU's command line, or a hotplugged one.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Device {
     /// Its QOM path.
     pub path: String,
-    /// What it is called in its container: its id, or `device[N]`.
+    /// Its name in its container: its id, or `device[N]`.
     pub name: String,
     /// Its type, such as `virtio-balloon-pci`.
     pub kind: String,
 }
 
-/// All of them.
+/// List all of them.
 ///
 /// # Errors
 /// The connection to QEMU is lost.

@@ -1,10 +1,10 @@
-//! What can go wrong where QEMU is asked or looked into.
+//! Errors of queries to QEMU and of reading its process.
 
 use std::io;
 
 use crate::qmp::QmpError;
 
-/// A failure to learn something of QEMU.
+/// A failure to get information from QEMU or its process.
 #[derive(Debug, thiserror::Error)]
 pub enum QemuError {
     /// QEMU refused a command.
@@ -12,10 +12,10 @@ pub enum QemuError {
     Qmp {
         /// The command.
         command: &'static str,
-        /// Its reply.
+        /// The error reply.
         error: QmpError,
     },
-    /// QEMU's answer is not what it was in any version that is known.
+    /// QEMU's reply has a form that no known version uses.
     #[error("QEMU's answer to '{command}' is not understood: {why}; is it QEMU 7.2 or newer?")]
     Answer {
         /// The command.
@@ -23,17 +23,17 @@ pub enum QemuError {
         /// What is wrong.
         why: String,
     },
-    /// QEMU's process can't be looked into.
+    /// QEMU's process can't be inspected.
     #[error(
-        "Cannot look into QEMU's process {pid} ({what}: {source}); run the helper as QEMU's user \
+        "Cannot inspect QEMU's process {pid} ({what}: {source}); run the helper as QEMU's user \
          or with CAP_SYS_PTRACE, and name the process with --pid if it is another"
     )]
     Process {
-        /// The process.
+        /// Its PID.
         pid: u32,
-        /// What was done.
+        /// The operation that failed.
         what: String,
-        /// errno.
+        /// The I/O error.
         source: io::Error,
     },
 }

@@ -1,4 +1,4 @@
-//! The tables that QEMU prints for people: `info ramblock` and `info mtree -f`.
+//! Parsers of QEMU's output for people: `info ramblock`, `info mtree -f` and `gpa2hva`.
 
 /// A row of `info ramblock`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -9,9 +9,9 @@ pub(super) struct Row {
     pub page_size: u64,
     /// Used length in bytes.
     pub used: u64,
-    /// Greatest length in bytes.
+    /// Maximum length in bytes.
     pub total: u64,
-    /// Address in QEMU, in versions that print it (from 8.2).
+    /// Host virtual address in QEMU; printed from 8.2 on.
     pub address: Option<u64>,
 }
 
@@ -19,10 +19,10 @@ fn hex(text: &str) -> Option<u64> {
     u64::from_str_radix(text.strip_prefix("0x")?, 16).ok()
 }
 
-/// Read the table (QEMU's `ram_block_format`, softmmu/physmem.c or system/physmem.c).
+/// Parse the table (QEMU's `ram_block_format`, softmmu/physmem.c or system/physmem.c).
 ///
 /// # Errors
-/// The line that is not understood.
+/// The line that can't be parsed.
 pub(super) fn rows(text: &str) -> Result<Vec<Row>, String> {
     let lines = text.lines().filter(|line| !line.trim().is_empty());
     lines.skip(1).map(|line| row(line).ok_or_else(|| line.to_owned())).collect()
@@ -80,7 +80,7 @@ fn flat_range(line: &str) -> Option<FlatRange> {
     Some(FlatRange { start, name: name.trim().to_owned(), offset })
 }
 
-/// The address in `gpa2hva`'s text.
+/// The host virtual address in the output of `gpa2hva`.
 pub(super) fn host_address(text: &str) -> Option<u64> {
     hex(text.trim().rsplit_once(" is ")?.1)
 }

@@ -1,6 +1,6 @@
-//! What we know of the attached QEMU: its process, its RAM blocks, what would stop a migration.
+//! What the helper knows of the attached QEMU: its process, RAM blocks and migration blockers.
 //!
-//! Asks over QMP and looks into /proc; changes nothing. Knows nothing of workers or clients.
+//! Queries QMP and reads /proc; changes nothing. Knows nothing of workers or clients.
 
 pub mod blocker;
 pub mod blockers;
@@ -22,18 +22,19 @@ pub use error::QemuError;
 pub use process::Process;
 pub use version::Version;
 
-/// Of `query-yank`: a migration has ended, but for its yank instance, the last that goes.
-pub fn cleans_up(yank: &Value) -> bool {
+/// Whether QEMU still cleans up after a migration that has ended: in the reply of `query-yank`, the
+/// migration's yank instance is the last to go.
+pub fn is_cleaning_up(yank: &Value) -> bool {
     let mut instances = yank.as_array().into_iter().flatten();
     instances.any(|instance| instance["type"] == "migration")
 }
 
 /// The process at the other end of QEMU's QMP socket.
 ///
-/// A socket that a manager made and QEMU inherited names the manager; see `--pid`.
+/// If a manager created the socket and QEMU inherited it, this is the manager; see `--pid`.
 ///
 /// # Errors
-/// The system's.
+/// An I/O error from the system.
 pub fn peer_pid(socket: impl AsFd) -> io::Result<u32> {
     let credentials = rustix::net::sockopt::socket_peercred(socket)?;
     Ok(credentials.pid.as_raw_nonzero().get().unsigned_abs())

@@ -9,9 +9,9 @@ use super::process::{Found, Process};
 pub(super) struct FileMapping {
     /// First address.
     pub start: u64,
-    /// Behind the last address.
+    /// End address, exclusive.
     pub end: u64,
-    /// Offset in the file of `start`.
+    /// File offset of `start`.
     pub offset: u64,
     device: (u32, u32),
     inode: u64,
@@ -20,20 +20,21 @@ pub(super) struct FileMapping {
 }
 
 impl FileMapping {
-    /// The same file.
+    /// Whether both map the same file.
     pub(super) fn same_file(&self, other: &Self) -> bool {
         (self.device, self.inode) == (other.device, other.inode)
     }
 
-    /// Open the file that `process` has mapped. It is found among its descriptors, for a memfd has no
-    /// other name, else by path.
+    /// Open the file that `process` has mapped. Search its descriptors first, because a memfd has
+    /// no other name, then the path.
     ///
-    /// Both are in the process's hands, and it may have less privilege than we: so what is found is
-    /// held and looked at before it is opened. While it is held, no other file has its number; and a
-    /// file that is mapped then, shared and writable, the process could write itself.
+    /// The process controls both, and may be less privileged than the helper. So the file is held
+    /// and compared before it is opened. While it is held, no other file gets its inode number; and
+    /// if the process has it mapped then, shared and writable, the process could write it by
+    /// itself.
     ///
-    /// To hold it a look (`O_PATH`) is preferred to the descriptor itself, by pidfd_getfd(2): Yama and
-    /// containers forbid that to a helper that runs as QEMU's user.
+    /// Hold the file with `O_PATH` rather than take the descriptor with pidfd_getfd(2), which Yama
+    /// and containers forbid to a helper that runs as QEMU's user.
     pub(super) fn open(&self, process: &Process) -> io::Result<OwnedFd> {
         let found = self.find(process)?;
         let now = parse(&process.maps()?);
@@ -53,7 +54,7 @@ impl FileMapping {
                 Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
                     denied = Some(error);
                 }
-                // Another one, or one that was closed meanwhile.
+                // Another file, or a descriptor closed meanwhile.
                 _ => {}
             }
         }
@@ -70,18 +71,18 @@ impl FileMapping {
     }
 }
 
-/// The shared, writable file mappings in `text`, in the order of their addresses.
+/// Parse the shared, writable file mappings in `text`, in address order.
 pub(super) fn parse(text: &str) -> Vec<FileMapping> {
     text.lines().filter_map(parse_line).collect()
 }
 
-/// Anything is mapped at `address`.
+/// Whether anything is mapped at `address`.
 pub(super) fn is_mapped(text: &str, address: u64) -> bool {
     let is_there = |line: &str| Some(range(line.split(' ').next()?)?.contains(&address));
     text.lines().any(|line| is_there(line) == Some(true))
 }
 
-/// What is mapped at `address` is the process's own memory: a write to it is seen by nobody else.
+/// Whether the mapping at `address` is private: no other process sees writes to it.
 pub(super) fn is_private(text: &str, address: u64) -> bool {
     let private = |line: &str| {
         let mut words = line.split(' ');
@@ -116,7 +117,7 @@ fn parse_line(line: &str) -> Option<FileMapping> {
     })
 }
 
-/// The file that backs `length` bytes from `address`, and the offset in it; mappings that the
+/// The file that backs `length` bytes from `address`, and the offset in it. Mappings that the
 /// kernel has split are joined.
 pub(super) fn backing(
     mappings: &[FileMapping],
@@ -150,7 +151,7 @@ mod tests {
 
     const LENGTH: u64 = 1 << 20;
 
-    /// A file that this process has mapped, what is known of that, and the mapping.
+    /// The parsed mapping of a file in this process, and the region that keeps it mapped.
     fn mapped(file: impl Into<OwnedFd>) -> (FileMapping, Region) {
         let region = Region::new("ram0", file.into(), 0, LENGTH).unwrap();
         let (address, _) = region.mapped(0, LENGTH).unwrap();
@@ -168,8 +169,8 @@ mod tests {
         File::from(file).metadata().unwrap().ino()
     }
 
-    /// A process that has a descriptor of a file need not be allowed to write it: only what it has
-    /// mapped so, at that very place, is taken.
+    /// A process may have a descriptor of a file that it must not write. So a file is opened only
+    /// if it is mapped writable at that very address.
     #[test]
     fn what_is_not_mapped_any_more_is_not_opened() {
         let memfd = memfd_create("ram0", MemfdFlags::CLOEXEC).unwrap();
@@ -177,7 +178,7 @@ mod tests {
         let (mapping, region) = mapped(memfd.try_clone().unwrap());
         assert_eq!(inode(mapping.open(&ourselves()).unwrap()), mapping.inode);
         drop(region);
-        // It is found as before, by its descriptor.
+        // Its descriptor still leads to it.
         assert!(mapping.find(&ourselves()).is_ok());
         assert_eq!(mapping.open(&ourselves()).unwrap_err().kind(), io::ErrorKind::NotFound);
         drop(memfd);

@@ -12,8 +12,8 @@ use rustix::{
     process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open},
 };
 
-/// The directory of a process in /proc. As long as it is open it is that process's, even if another
-/// gets the number.
+/// A process's directory in /proc. While it is open it belongs to that process, even if the PID is
+/// reused.
 #[derive(Debug)]
 pub struct Process {
     pid: u32,
@@ -21,18 +21,18 @@ pub struct Process {
 }
 
 impl Process {
-    /// The process `pid`. That it can't be found shows when it is looked into.
+    /// Open the directory of process `pid`. A failure is reported at the first access.
     pub fn open(pid: u32) -> Self {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         Self { pid, directory: open(format!("/proc/{pid}"), flags, Mode::empty()) }
     }
 
-    /// Nothing of it may be looked at: it is not certain who it is.
+    /// A process that must not be inspected, because its identity is uncertain.
     pub fn unknown(pid: u32) -> Self {
         Self { pid, directory: Err(Errno::SRCH) }
     }
 
-    /// Its number.
+    /// Its PID.
     pub fn pid(&self) -> u32 {
         self.pid
     }
@@ -48,13 +48,13 @@ impl Process {
         Ok(text)
     }
 
-    /// What it has mapped.
+    /// Its mappings (`maps`).
     pub(super) fn maps(&self) -> io::Result<String> {
         self.read("maps")
     }
 
-    /// The numbers of its descriptors, which are not in fd/ alone: that is its user's, while to trace it
-    /// (CAP_SYS_PTRACE) is enough for fdinfo/.
+    /// The numbers of its descriptors, from fdinfo/: only the process's user may list fd/, while
+    /// CAP_SYS_PTRACE is enough for fdinfo/.
     pub(super) fn descriptors(&self) -> io::Result<Vec<RawFd>> {
         let mut numbers = Vec::new();
         for entry in Dir::new(self.open_at("fdinfo", OFlags::RDONLY | OFlags::DIRECTORY)?)? {
@@ -64,7 +64,7 @@ impl Process {
         Ok(numbers)
     }
 
-    /// What its descriptor `number` is now, of use only if it is a file with this `inode` number.
+    /// What its descriptor `number` is now; of use only if it is a file with this `inode` number.
     pub(super) fn descriptor(&self, number: RawFd, inode: u64) -> io::Result<Found> {
         match self.open_at(&format!("fd/{number}"), OFlags::PATH) {
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
@@ -74,11 +74,11 @@ impl Process {
         }
     }
 
-    /// Take its descriptor `number`, if that is a file with this `inode` number: not any, because to let
-    /// go of a file may have effects.
+    /// Take its descriptor `number` if it is a file with this `inode` number. No other, because
+    /// closing a file may have effects.
     ///
-    /// It is another's, if that has the process's number by now. So look at this one's mappings
-    /// afterwards: whoever has some had its number until then.
+    /// If the PID was reused, the descriptor is another process's. So check this process's mappings
+    /// afterwards: if it has any, the PID was its own until then.
     fn take(&self, number: RawFd, inode: u64) -> io::Result<OwnedFd> {
         let info = self.read(&format!("fdinfo/{number}"))?;
         let shown = info.lines().find_map(|line| line.strip_prefix("ino:"));
@@ -91,32 +91,32 @@ impl Process {
     }
 }
 
-/// A file that was found, and not opened: what it is can be looked at, without a trace and whatever it
-/// is. Or QEMU's own descriptor of one.
+/// A file that was found but not opened, so that inspecting it has no side effects, whatever it is.
+/// Or a descriptor taken from QEMU.
 #[derive(Debug)]
 pub(super) struct Found(OwnedFd);
 
 impl Found {
-    /// What is at `path` now.
+    /// Hold what is at `path` now.
     pub(super) fn at(path: &str) -> io::Result<Self> {
         Ok(Self(openat(CWD, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?))
     }
 
-    /// The device and the number of a regular file; `None` for anything else.
+    /// Device and inode number of a regular file; `None` for anything else.
     pub(super) fn identity(&self) -> Option<((u32, u32), u64)> {
         use rustix::fs::{AtFlags, FileType, StatxFlags, statx};
 
-        // What is known of it: a file system of QEMU's own may never answer.
+        // Cached attributes only: a file system that QEMU provides may never answer.
         let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
         let stat = statx(self.0.as_fd(), "", flags, StatxFlags::TYPE | StatxFlags::INO).ok()?;
         let regular = FileType::from_raw_mode(stat.stx_mode.into()) == FileType::RegularFile;
         regular.then_some(((stat.stx_dev_major, stat.stx_dev_minor), stat.stx_ino))
     }
 
-    /// Open this file, whatever has the name or the number by now under which it was found.
+    /// Open this very file, whatever its path or descriptor number refers to by now.
     ///
-    /// Where its permissions are for QEMU's user alone, QEMU's own descriptor does: nobody has a use for
-    /// the position that is shared then.
+    /// If its permissions admit only QEMU's user, use QEMU's own descriptor: the file position is
+    /// then shared, but nothing uses it.
     pub(super) fn open(self) -> io::Result<OwnedFd> {
         let path = format!("/proc/self/fd/{}", self.0.as_raw_fd());
         let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::CLOEXEC;
@@ -145,7 +145,7 @@ mod tests {
         assert!(process.descriptors().unwrap().contains(&0));
         child.kill().unwrap();
         child.wait().unwrap();
-        // Whoever has its number by now.
+        // Whatever process has its PID by now.
         assert_eq!(process.maps().unwrap_err().raw_os_error(), Some(libc::ESRCH));
         assert!(process.descriptors().is_err());
     }

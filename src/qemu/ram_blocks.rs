@@ -1,4 +1,4 @@
-//! QEMU's RAM blocks, and the files behind those that can be mapped.
+//! QEMU's RAM blocks, and the backing files of those that can be mapped.
 
 use std::{io, os::fd::OwnedFd};
 
@@ -27,55 +27,55 @@ pub struct RamBlock {
     pub length: u64,
     /// Page size of its backing in bytes.
     pub page_size: u64,
-    /// The file behind it; `None` if its pages have to come from the stream.
+    /// The backing file; `None` if the pages must be taken from the stream.
     pub backing: Option<Backing>,
     /// Why there is no backing.
     pub why_not: Option<String>,
-    /// It is certain that nobody shares its memory.
+    /// Whether its memory is certainly not shared.
     pub private: bool,
-    /// Who may take pages of it away while the guest runs, if anybody.
+    /// What may discard its pages while the guest runs, if anything.
     pub discards: Option<String>,
-    /// A migration reads all of it. Of a virtio-mem device's memory QEMU reads what is plugged, and of
-    /// any what no balloon hints to be free.
+    /// Whether a migration reads all of it. QEMU skips the unplugged memory of a virtio-mem device,
+    /// and pages that a balloon hints to be free.
     pub read_whole: bool,
 }
 
 impl RamBlock {
-    /// How its pages are transferred from here over `fabric`; and why, if not directly.
+    /// How its pages are transferred from here over `fabric`, and why, if not directly.
     ///
-    /// Memory that is not shared is copied too if it is written at the destination. Until the
-    /// destination has said so, that is expected of all that is too long for a ROM.
+    /// Memory that is not shared is copied if it is written at the destination. Until the
+    /// destination reports that, assume it for every block that is too long for a ROM.
     pub fn transfer(&self, fabric: FabricKind) -> (Transfer, Option<&str>) {
         match (&self.backing, &self.discards) {
             (None, _) if self.length > ROM_MAX => (Transfer::Copied, self.why_not.as_deref()),
             (None, _) => (Transfer::Inline, self.why_not.as_deref()),
-            // What was pinned would not be what the guest has after that.
+            // After a discard the pinned pages would not be the guest's.
             (Some(_), Some(why)) if fabric.pins() => (Transfer::Copied, Some(why)),
             (Some(_), _) => (Transfer::Direct, None),
         }
     }
 }
 
-/// The file behind a RAM block.
+/// The file that backs a RAM block.
 #[derive(Debug)]
 pub struct Backing {
     /// The file, open for reading and writing.
     pub file: OwnedFd,
-    /// Offset in it of the block's first byte.
+    /// File offset of the block's first byte.
     pub offset: u64,
-    /// Its path, for people.
+    /// Its path, for display.
     pub path: String,
 }
 
-/// What a look at QEMU's process has shown of a block.
+/// What QEMU's process shows of a block.
 struct Found {
-    /// The file behind it, or why there is none.
+    /// The backing file, or why there is none.
     backing: Result<Backing, String>,
     /// See [`RamBlock::private`].
     private: bool,
 }
 
-/// Memory that was made for a RAM backend before QEMU was there.
+/// Memory that was made for a RAM backend before QEMU started.
 #[derive(Debug)]
 pub struct OwnMemory {
     /// The backend's id, which is its block's name.
@@ -86,10 +86,10 @@ pub struct OwnMemory {
     pub file: OwnedFd,
 }
 
-/// Find the RAM blocks of the QEMU that is `process`, of which some may be on our own memory.
+/// Find the RAM blocks of the QEMU in `process`. Some may use the helper's own `memory`.
 ///
 /// # Errors
-/// When QEMU does not say, or its process can't be looked into.
+/// If QEMU does not report them, or its process can't be inspected.
 pub async fn find(
     qmp: &mut impl Execute,
     process: &Process,
@@ -98,11 +98,11 @@ pub async fn find(
     let rows = rows(qmp).await?;
     let own = in_use(qmp, memory).await?;
     let of = |row: &Row| own.iter().find(|memory| memory.id == row.name);
-    // All that matters: what remains are ROMs, which are not shared.
+    // All blocks that matter: the others are ROMs, which are not shared.
     let all_own = rows.iter().all(|row| of(row).is_some() || row.used <= ROM_MAX);
     let backings = match backings(qmp, process, &rows).await {
         Err(QemuError::Process { .. }) if all_own && !own.is_empty() => {
-            let why = || "QEMU's process can't be looked into".to_owned();
+            let why = || "QEMU's process can't be inspected".to_owned();
             rows.iter().map(|_| Found { backing: Err(why()), private: false }).collect()
         }
         found => found?,
@@ -139,7 +139,8 @@ pub async fn find(
     Ok(blocks)
 }
 
-/// The memory of ours that is still a backend's: a user may have replaced it by another of that id.
+/// The helper's memory that a backend still uses. A user may have replaced the backend by another
+/// with the same id.
 async fn in_use<'a>(
     qmp: &mut impl Execute,
     memory: &'a [OwnMemory],
@@ -159,7 +160,7 @@ async fn in_use<'a>(
     Ok(own)
 }
 
-/// The file behind each block, or why there is none, as QEMU's process has them.
+/// The backing file of each block, or why there is none, according to QEMU's process.
 async fn backings(
     qmp: &mut impl Execute,
     process: &Process,
@@ -212,7 +213,7 @@ async fn rows(qmp: &mut impl Execute) -> Result<Vec<Row>, QemuError> {
     };
     let rows = info_ramblock::rows(&text);
     let mut rows = rows.map_err(|why| QemuError::Answer { command: COMMAND, why })?;
-    // Without a name: a backend that no device uses, which QEMU does not migrate.
+    // A block without a name is a backend that no device uses. QEMU does not migrate it.
     rows.retain(|row| row.used > 0 && !row.name.is_empty());
     if rows.is_empty() {
         return Err(QemuError::Answer { command: COMMAND, why: "no RAM block".into() });
@@ -220,7 +221,7 @@ async fn rows(qmp: &mut impl Execute) -> Result<Vec<Row>, QemuError> {
     Ok(rows)
 }
 
-/// The address in QEMU of each block, or why it is not known.
+/// The host virtual address of each block in QEMU, or why it is unknown.
 async fn addresses(
     qmp: &mut impl Execute,
     rows: &[Row],
@@ -230,7 +231,7 @@ async fn addresses(
     if let Some(known) = known {
         return Ok(known);
     }
-    // Before 8.2 the table has no addresses. Guest-physical memory leads to them.
+    // Before 8.2 the table has no addresses: find them through guest-physical memory.
     let mut addresses = Vec::with_capacity(rows.len());
     let command = "info mtree -f";
     let text = monitor_line(qmp, command).await;
@@ -254,8 +255,8 @@ async fn addresses(
     Ok(addresses)
 }
 
-/// The address of a block that is not in guest-physical memory now: by its length, if no other
-/// block and no other file has that length.
+/// The address of a block that is not in guest-physical memory now: found by its length, if no
+/// other block and no other file has that length.
 fn by_size(row: &Row, rows: &[Row], mappings: &[FileMapping]) -> Result<u64, String> {
     let same_length = rows.iter().filter(|other| other.total == row.total).count();
     let candidates: Vec<_> =

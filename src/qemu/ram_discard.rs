@@ -1,16 +1,17 @@
-//! Who may take pages of the guest's memory away, and give others back, while it runs.
+//! What may discard pages of guest memory, and return others, while the guest runs.
 
 use serde_json::{Value, json};
 
 use super::{devices, error::QemuError};
 use crate::qmp::Execute;
 
-/// What a QEMU has that discards pages: a balloon any of them, a virtio-mem device those of its own memory.
+/// The devices of a QEMU that discard pages: a balloon any of them, a virtio-mem device those of
+/// its own memory.
 pub(super) struct Discards {
     balloon: bool,
-    /// The balloon says what QEMU need not read.
+    /// Whether the balloon hints which pages QEMU need not read.
     hints: bool,
-    /// `query-memory-devices`.
+    /// The reply of `query-memory-devices`.
     devices: Value,
 }
 
@@ -18,10 +19,10 @@ impl Discards {
     /// Ask QEMU.
     ///
     /// # Errors
-    /// When it does not answer.
+    /// If QEMU does not answer.
     pub(super) async fn ask(qmp: &mut impl Execute) -> Result<Self, QemuError> {
         const COMMAND: &str = "query-memory-devices";
-        // There is a balloon if it can be asked how large the guest is. It reports free pages too.
+        // `query-balloon` succeeds only with a balloon, which also does free page reporting.
         let balloon = qmp.execute("query-balloon", Value::Null).await.is_ok();
         let hints = balloon && hints(qmp).await?;
         let devices = match qmp.execute(COMMAND, Value::Null).await {
@@ -32,7 +33,7 @@ impl Discards {
         Ok(Self { balloon, hints, devices })
     }
 
-    /// Who may discard pages of this block; and whether QEMU reads them all.
+    /// What may discard pages of this block, and whether QEMU reads all of them.
     pub(super) fn of(&self, block: &str) -> (Option<String>, bool) {
         let device = virtio_mem(&self.devices, block);
         let read_whole = device.is_none() && !self.hints;
@@ -44,14 +45,14 @@ impl Discards {
     }
 }
 
-/// Does a balloon tell QEMU, while it migrates, what it need not read (`free-page-hint`)?
+/// Whether a balloon may hint during a migration what QEMU need not read (`free-page-hint`).
 async fn hints(qmp: &mut impl Execute) -> Result<bool, QemuError> {
     const COMMAND: &str = "qom-list";
     let devices = devices::list(qmp).await;
     let devices = devices.map_err(|error| QemuError::Qmp { command: COMMAND, error })?;
     for device in devices.iter().filter(|device| device.kind.starts_with("virtio-balloon")) {
         let property = json!({ "path": device.path, "property": "free-page-hint" });
-        // One that does not say so may.
+        // If the property can't be read, assume that it does.
         if qmp.execute("qom-get", property).await != Ok(Value::Bool(false)) {
             return Ok(true);
         }
@@ -59,8 +60,8 @@ async fn hints(qmp: &mut impl Execute) -> Result<bool, QemuError> {
     Ok(false)
 }
 
-/// The virtio-mem device whose memory is block `name`: that ends with the name of the memory's
-/// object, behind the device's path or the object's.
+/// The virtio-mem device whose memory is block `name`. The block's name ends with the name of the
+/// memory object, after the path of the device or the object.
 fn virtio_mem<'a>(devices: &'a Value, name: &str) -> Option<&'a str> {
     let last = |path: &str| path.rsplit('/').next().unwrap_or_default().to_owned();
     let mut devices = devices.as_array().into_iter().flatten();

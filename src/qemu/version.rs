@@ -1,4 +1,4 @@
-//! QEMU's version, and what was tried of which.
+//! QEMU's version, and which versions were tested.
 
 use serde_json::Value;
 
@@ -6,22 +6,22 @@ use super::blocker::Blocker;
 pub use crate::qmp::Version;
 use crate::qmp::{Execute, QmpError};
 
-/// The oldest whose stream was tried.
+/// Oldest version whose stream was tested.
 const OLDEST: (u64, u64) = (7, 2);
 
-/// The newest.
+/// Newest version whose stream was tested.
 const NEWEST: (u64, u64) = (11, 1);
 
 impl Version {
-    /// Ask QEMU for its own.
+    /// Query QEMU's version.
     ///
     /// # Errors
-    /// When it does not answer.
+    /// If QEMU does not answer.
     pub async fn ask(qmp: &mut impl Execute) -> Result<Self, QmpError> {
         Ok(Self::read(&qmp.execute("query-version", Value::Null).await?))
     }
 
-    /// It is older than all that were tried.
+    /// A blocker if it is older than all tested versions.
     pub fn too_old(self) -> Option<Blocker> {
         let Self { major, minor, .. } = self;
         (self.release() < OLDEST).then(|| Blocker {
@@ -30,11 +30,10 @@ impl Version {
         })
     }
 
-    /// It is newer than all that were tried: what it does otherwise is not known, and what is known of
-    /// it may be no longer so.
+    /// A warning if it is newer than all tested versions: its behaviour may have changed.
     pub fn too_new(self) -> Option<Blocker> {
         let (major, minor) = NEWEST;
-        // Its developers' trees have 50 and more, until the next is there.
+        // Development trees have a micro version of 50 or more, until the next release.
         let newer = self.release() > NEWEST || self.release() == NEWEST && self.micro >= 50;
         newer.then(|| Blocker {
             reason: format!("QEMU {self} is newer than {major}.{minor}, the newest that was tried"),
@@ -43,10 +42,10 @@ impl Version {
         })
     }
 
-    /// Its multifd was made to fail in all phases of a migration, and guests ran on: of 7.2, 10.0 and
-    /// 11.1; newer ones are taken to be like these. In those between 7.2 and 10.0, a channel that ends
-    /// at the wrong moment may end QEMU.
-    pub fn multifd_is_tried(self) -> bool {
+    /// Whether multifd of this version was tested: in 7.2, 10.0 and 11.1 it was made to fail in all
+    /// phases of a migration, and guests kept running. Newer versions are assumed to be like these.
+    /// Between 7.2 and 10.0, a channel that closes at the wrong moment may terminate QEMU.
+    pub fn multifd_is_tested(self) -> bool {
         matches!(self.release(), (7, 2) | (10.., _))
     }
 
@@ -89,7 +88,7 @@ mod tests {
     #[test]
     fn multifd_is_used_where_it_was_tried() {
         let tried = [(7, 1), (7, 2), (8, 2), (9, 2), (10, 0), (11, 1), (12, 0)]
-            .map(|(major, minor)| version(major, minor, 0).multifd_is_tried());
+            .map(|(major, minor)| version(major, minor, 0).multifd_is_tested());
         assert_eq!(tried, [false, true, false, false, true, true, true]);
     }
 }

@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 use super::{QmpError, scan};
 use crate::text;
 
-/// A command's id, exactly as the client wrote it; QEMU takes any value.
+/// A command's id, exactly as the client wrote it; QEMU accepts any value.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Id(Box<[u8]>);
 
@@ -18,34 +18,34 @@ impl Id {
     }
 }
 
-/// A client's command, read for what is to be done with it. What is only relayed keeps its bytes.
+/// A client's command, parsed as far as needed to dispatch it. Relayed commands keep their bytes.
 #[derive(Debug)]
 pub struct Command {
     /// The command's name.
     pub name: String,
-    /// It is to overtake others: `exec-oob`.
+    /// Whether it is out of band (`exec-oob`), and overtakes others.
     pub out_of_band: bool,
-    /// Its arguments, unread: they may be many, and are nobody's business unless the command is
-    /// ours.
+    /// Its arguments, unparsed: they may be long, and matter only if the helper handles the
+    /// command.
     arguments: Option<Box<[u8]>>,
     /// Its id.
     pub id: Option<Id>,
 }
 
-/// Longest arguments of a command of ours, in bytes.
+/// Longest arguments of a command that the helper handles, in bytes.
 const ARGUMENTS_MAX: usize = 256 << 10;
 
-/// Why a command is not read.
+/// Why a command could not be read.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Unread {
-    /// It is no proper command: QEMU knows what to say, and does nothing else.
+    /// Not a valid command. QEMU answers it with an error, and does nothing else.
     NoCommand,
-    /// It is one out of band, or looks like it, and the client has not enabled that.
+    /// It has `exec-oob`, and the client has not enabled out-of-band execution.
     OutOfBand(Option<Id>),
 }
 
 impl Unread {
-    /// What QEMU says of a command out of band where that is not enabled.
+    /// QEMU's error for an out-of-band command where that is not enabled.
     pub fn not_enabled() -> QmpError {
         QmpError::generic("QMP input member 'exec-oob' is unexpected")
     }
@@ -55,7 +55,7 @@ impl Command {
     /// Read a command of a client that has `oob` enabled, or not.
     ///
     /// # Errors
-    /// When it is none.
+    /// If it is not a valid command.
     pub fn read(bytes: &[u8], oob: bool) -> Result<Self, Unread> {
         let members = scan::members(bytes).filter(|_| scan::is_value(bytes));
         let members = members.ok_or(Unread::NoCommand)?;
@@ -73,7 +73,7 @@ impl Command {
                 }
             };
             if member.replace(value).is_some() {
-                // For QEMU that is no JSON.
+                // To QEMU that is not JSON.
                 return Err(Unread::NoCommand);
             }
         }
@@ -92,17 +92,17 @@ impl Command {
         })
     }
 
-    /// The line of a `human-monitor-command`, however long; `None` where QEMU finds none either.
+    /// The line of a `human-monitor-command`, however long; `None` if QEMU would find none either.
     pub fn line(&self) -> Option<String> {
         let arguments = scan::members(self.arguments.as_ref()?)?;
         let line = arguments.iter().find(|(key, _)| key == "command-line");
         scan::string(line?.1)
     }
 
-    /// Read its arguments.
+    /// Parse its arguments.
     ///
     /// # Errors
-    /// For a client: they are too long for any command of ours, or no arguments of one.
+    /// For a client: they are too long for a command of the helper's, or invalid.
     pub fn arguments(&self) -> Result<Map<String, Value>, QmpError> {
         let Some(arguments) = &self.arguments else { return Ok(Map::new()) };
         if arguments.len() > ARGUMENTS_MAX {
@@ -122,7 +122,7 @@ impl Command {
     }
 }
 
-/// What QEMU takes for a command out of band, be it a proper one or not: it answers at once.
+/// What QEMU takes for an out-of-band command, valid or not: QEMU answers it at once.
 #[derive(Debug)]
 pub struct OutOfBand<'a> {
     members: Vec<(String, &'a [u8])>,
@@ -131,8 +131,8 @@ pub struct OutOfBand<'a> {
 }
 
 impl<'a> OutOfBand<'a> {
-    /// Read one. `None` also if it is longer than any that there is: what QEMU can't read it answers in
-    /// band, and without an id, so it must be certain that QEMU can.
+    /// Read one. `None` also if it is longer than any real one: QEMU answers what it can't parse in
+    /// band and without an id, so the helper must be certain that QEMU can parse it.
     pub fn read(bytes: &'a [u8]) -> Option<Self> {
         if bytes.len() > ARGUMENTS_MAX || !scan::is_value(bytes) {
             return None;
@@ -144,7 +144,7 @@ impl<'a> OutOfBand<'a> {
         is_its.then_some(Self { members, id })
     }
 
-    /// The same under another id.
+    /// The same command under another id.
     pub fn under(&self, id: &str) -> Vec<u8> {
         let id = json!(id).to_string();
         let others = self.members.iter().filter(|(key, _)| key != "id");
@@ -153,7 +153,7 @@ impl<'a> OutOfBand<'a> {
     }
 }
 
-/// The members of a line in QMP's framing, which libvirt takes at its word: `\r\n`.
+/// A line of these members in QMP's framing. libvirt relies on the `\r\n`.
 fn line<'a>(members: impl IntoIterator<Item = (&'a str, &'a [u8])>) -> Vec<u8> {
     let mut line = Vec::new();
     for (key, value) in members {
@@ -166,7 +166,7 @@ fn line<'a>(members: impl IntoIterator<Item = (&'a str, &'a [u8])>) -> Vec<u8> {
     line
 }
 
-/// The reply to a command with this id, its members in QEMU's order.
+/// The reply to a command with this id. Members are in QEMU's order.
 pub fn reply(result: &Result<Value, QmpError>, id: Option<&Id>) -> Vec<u8> {
     let id = id.map(|Id(id)| ("id", &**id));
     match result {
@@ -181,7 +181,7 @@ pub fn reply(result: &Result<Value, QmpError>, id: Option<&Id>) -> Vec<u8> {
     }
 }
 
-/// A reply of QEMU's with this id in the place of its own, or none.
+/// QEMU's reply with this id in place of its own, or without one.
 pub fn with_id(reply: &[u8], id: Option<&Id>) -> Vec<u8> {
     let members = scan::members(reply).unwrap_or_default();
     line(members.iter().filter_map(|(key, value)| match key.as_str() {
@@ -192,7 +192,7 @@ pub fn with_id(reply: &[u8], id: Option<&Id>) -> Vec<u8> {
 
 /// An event that happens now.
 pub fn event(name: &str, data: &Value) -> Vec<u8> {
-    // A clock before 1970 is as unreadable as none: -1, as QEMU says.
+    // A clock before 1970 counts as unreadable: -1, as in QEMU.
     let now = SystemTime::now().duration_since(UNIX_EPOCH).ok();
     let seconds = now.map_or(-1, |now| i64::try_from(now.as_secs()).unwrap_or(-1));
     let microseconds = now.map_or(-1, |now| i64::from(now.subsec_micros()));
@@ -202,19 +202,19 @@ pub fn event(name: &str, data: &Value) -> Vec<u8> {
     line(members.map(|(key, value)| (key, value.as_bytes())))
 }
 
-/// What a line of QEMU's is. Its values are not looked at: they may be what no JSON is.
+/// The kind of a line from QEMU. Its values are not examined: they may not be JSON.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Kind<'a> {
     /// An event.
     Event,
     /// A reply, with the bytes of its id.
     Reply(Option<&'a [u8]>),
-    /// The greeting, or what no specification knows.
+    /// The greeting, or anything unspecified.
     Other,
 }
 
 impl<'a> Kind<'a> {
-    /// Of a line; `None` if it is no object.
+    /// Classify a line; `None` if it is not an object.
     pub fn of(bytes: &'a [u8]) -> Option<Self> {
         let members = scan::members(bytes)?;
         let member = |name: &str| members.iter().find(|(key, _)| key == name);
@@ -228,12 +228,12 @@ impl<'a> Kind<'a> {
     }
 }
 
-/// MIGRATION with this status.
+/// A MIGRATION event with this status.
 pub fn status(status: &str) -> Vec<u8> {
     event("MIGRATION", &json!({ "status": status }))
 }
 
-/// A line of QEMU's.
+/// A line from QEMU.
 #[derive(Debug)]
 pub enum FromQemu {
     /// An event.
@@ -245,10 +245,10 @@ pub enum FromQemu {
     },
     /// A reply.
     Reply {
-        /// What it says; an error too if that is not understood.
+        /// The result; an error if the reply is not understood.
         result: Result<Value, QmpError>,
     },
-    /// The greeting, or what no specification knows.
+    /// The greeting, or anything unspecified.
     Other(Value),
 }
 
@@ -261,13 +261,13 @@ struct RawError {
 }
 
 impl FromQemu {
-    /// Read a line. What it says is for the helper's own use, so its text is made plain. `None` if it
-    /// is no JSON object.
+    /// Read a line for the helper's own use: its text is sanitized. `None` if it is not a JSON
+    /// object.
     pub fn read(bytes: &[u8]) -> Option<Self> {
         Self::read_with(bytes, text::reply)
     }
 
-    /// Read a line whose result goes to a client, who gets it as it is from QEMU.
+    /// Read a line whose result is passed to a client unchanged.
     pub fn read_verbatim(bytes: &[u8]) -> Option<Self> {
         Self::read_with(bytes, |result| result)
     }
@@ -375,7 +375,7 @@ mod tests {
         assert_eq!(Command::read(both, false).unwrap_err(), Unread::OutOfBand(None));
     }
 
-    /// Whatever else is wrong with it.
+    /// Whatever else is invalid in the command.
     #[test]
     fn out_of_band_is_what_qemu_takes_for_it() {
         let text = b"{'exec-oob': 'x', 'id': [1.50], \"a\": {'b': []}}";
@@ -423,7 +423,7 @@ mod tests {
         assert!(FromQemu::read(b"nonsense").is_none() && Kind::of(b"nonsense").is_none());
     }
 
-    /// A reply whatever it says: nobody may wait for another.
+    /// A line with unreadable values is still a reply: no other one follows.
     #[test]
     fn what_is_not_understood_is_a_reply() {
         let deep = "[".repeat(5000) + &"]".repeat(5000);

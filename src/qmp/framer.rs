@@ -1,8 +1,8 @@
-//! Where one command of a client ends and the next begins.
+//! Splits a client's bytes into commands.
 //!
-//! QEMU goes by the balance of brackets, not by lines (`qobject/json-streamer.c`), so several
-//! commands on a line and one over many lines both work. It answers each piece that is cut here once,
-//! and none of them leaves it in the midst of something: between any two it takes other commands.
+//! Like QEMU it counts brackets, not lines (`qobject/json-streamer.c`), so several commands on one
+//! line and one command over many lines both work. QEMU answers each piece that is cut here once.
+//! No piece leaves QEMU in the middle of a value, so other commands can be sent between any two.
 
 use super::{
     ITEM_MAX,
@@ -10,47 +10,47 @@ use super::{
     scan::DEPTH_MAX,
 };
 
-/// What a client sent.
+/// A piece of a client's input.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Framed {
     /// A value in brackets.
     Value(Vec<u8>),
-    /// What QEMU finds wrong as it is: a token outside brackets, brackets that do not match, or all up
-    /// to a byte that no JSON has.
+    /// Input that QEMU rejects as it is: a token outside brackets, mismatched brackets, or
+    /// everything up to a byte that JSON does not have.
     Malformed(Vec<u8>),
-    /// A value longer than [`ITEM_MAX`], or of more than QEMU's own limit of tokens; it is dropped, up
-    /// to the end of a line or a byte that no JSON has.
+    /// A value longer than [`ITEM_MAX`], or with more tokens than QEMU's limit. It is dropped up to
+    /// the end of a line or a byte that JSON does not have.
     TooLong,
-    /// Likewise one of more than [`DEPTH_MAX`] brackets in brackets.
+    /// A value of more than [`DEPTH_MAX`] nested brackets, dropped in the same way.
     TooDeep,
 }
 
 /// Most tokens in a value (`MAX_TOKEN_COUNT` of `qobject/json-streamer.c`).
 const TOKENS_MAX: usize = 2 << 20;
 
-/// Cuts bytes into commands.
+/// Splits bytes into commands.
 #[derive(Debug, Default)]
 pub struct Framer {
     buffer: Vec<u8>,
-    /// Where in it the value begins that is being read.
+    /// Index in `buffer` of the value that is being read.
     start: usize,
     scanned: usize,
     lexer: Lexer,
-    /// How many are open: QEMU counts each kind for itself.
+    /// How many are open. QEMU counts each kind separately.
     braces: isize,
     brackets: isize,
     tokens: usize,
-    /// What is being dropped.
+    /// What is being dropped, if anything.
     dropping: Option<Framed>,
 }
 
 impl Framer {
-    /// Take bytes.
+    /// Append bytes.
     pub fn push(&mut self, bytes: &[u8]) {
         self.buffer.extend_from_slice(bytes);
     }
 
-    /// The next command that is complete.
+    /// The next complete command.
     pub fn take(&mut self) -> Option<Framed> {
         while let Some(&byte) = self.buffer.get(self.scanned) {
             let framed = if self.dropping.is_some() { self.skip(byte) } else { self.step(byte) };
@@ -64,7 +64,7 @@ impl Framer {
         None
     }
 
-    /// Scan one byte, or leave it to the next token.
+    /// Scan one byte, or leave it for the next token.
     fn step(&mut self, byte: u8) -> Option<Framed> {
         let step = self.lexer.step(byte);
         self.scanned += usize::from(!matches!(step, Step::Ended(_)));
@@ -105,7 +105,7 @@ impl Framer {
         None
     }
 
-    /// Remove what was scanned, and begin anew.
+    /// Remove the scanned bytes, and start over.
     fn cut(&mut self) -> Vec<u8> {
         let bytes = self.buffer[self.start..self.scanned].to_vec();
         self.begin();
@@ -177,7 +177,7 @@ mod tests {
         assert_eq!(frame(&[b"{}", b"\n", b"{}\n"]), [value("{}"), value("{}")]);
     }
 
-    /// Each is what QEMU answers with one error.
+    /// QEMU answers each piece with one error.
     #[test]
     fn what_is_wrong_ends_where_qemu_answers_it() {
         for (text, expected) in [

@@ -1,34 +1,34 @@
-//! JSON's tokens, as QEMU's own lexer finds them (`qobject/json-lexer.c`).
+//! JSON tokens, as QEMU's own lexer finds them (`qobject/json-lexer.c`).
 //!
-//! It takes more than JSON: strings in single quotes, any word of small letters. And it goes on behind
-//! what is no token in a way that clients rely on, which put a byte that JSON has not, such as 0xff,
-//! before a command so that it is read whatever came before (`docs/interop/qmp-spec.rst`).
+//! QEMU accepts more than JSON: strings in single quotes, and any word of lowercase letters.
+//! Clients also rely on its error recovery: they send a byte that JSON does not have, such as 0xff,
+//! before a command, so that it is read whatever preceded it (`docs/interop/qmp-spec.rst`).
 
 use std::ops::Range;
 
-/// What a token is.
+/// The kind of a token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Token {
     /// One of `{}[],:`.
     Structure(u8),
-    /// In quotes of either kind; escapes and encoding are not looked at.
+    /// In quotes of either kind; escapes and encoding are not checked.
     String,
     /// A number.
     Number,
-    /// A word of small letters.
+    /// A word of lowercase letters.
     Keyword,
-    /// A byte that can't be there. What came before it of a token, and of a value, is lost with it.
+    /// An invalid byte. The token and the value that it interrupts are lost.
     Stray,
 }
 
-/// What a byte does.
+/// The effect of a byte.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Step {
-    /// It ends nothing.
+    /// It ends no token.
     Goes,
     /// It ends this token.
     Ends(Token),
-    /// This token ended before it. The byte is still to be taken.
+    /// This token ended before it. The byte must be processed again.
     Ended(Token),
 }
 
@@ -37,40 +37,40 @@ enum State {
     /// Between tokens.
     #[default]
     Start,
-    /// Behind a stray byte.
+    /// After a stray byte.
     Recovery,
     /// In a string with this quote.
     String(u8),
-    /// There, behind a backslash.
+    /// In such a string, after a backslash.
     Escape(u8),
-    /// Behind a minus.
+    /// After a minus sign.
     Sign,
-    /// Behind a zero that begins a number.
+    /// After a leading zero.
     Zero,
     Digits,
-    /// Behind a decimal point.
+    /// After a decimal point.
     Point,
     Fraction,
-    /// Behind the `e`.
+    /// After the `e`.
     Exponent,
     ExponentSign,
     ExponentDigits,
     Keyword,
 }
 
-/// Cuts bytes into tokens.
+/// Splits bytes into tokens.
 #[derive(Debug, Clone, Default)]
 pub struct Lexer {
     state: State,
 }
 
 impl Lexer {
-    /// Take a byte.
+    /// Process a byte.
     pub fn step(&mut self, byte: u8) -> Step {
         use State as S;
         self.state = match (self.state, byte) {
             (S::Start, _) => return self.begin(byte),
-            // The rest of what is no JSON is skipped up to where a value may begin or end.
+            // Skip invalid input up to where a value may begin or end.
             (S::Recovery, b'\t' | 0x20..=0xfd) if !b"[]{}:,".contains(&byte) => S::Recovery,
             (S::Recovery, _) => return self.begin(byte),
             (S::String(quote), _) if byte == quote => return self.end(Token::String),
@@ -94,7 +94,7 @@ impl Lexer {
         Step::Goes
     }
 
-    /// No token has begun.
+    /// Whether no token has begun.
     pub fn is_between(&self) -> bool {
         matches!(self.state, State::Start | State::Recovery)
     }
@@ -129,7 +129,7 @@ impl Lexer {
     }
 }
 
-/// The tokens of whole bytes, and where they are.
+/// The tokens of `bytes`, and their positions.
 pub fn tokens(bytes: &[u8]) -> impl Iterator<Item = (Token, Range<usize>)> {
     let (mut lexer, mut at) = (Lexer::default(), 0);
     std::iter::from_fn(move || {
@@ -149,7 +149,7 @@ pub fn tokens(bytes: &[u8]) -> impl Iterator<Item = (Token, Range<usize>)> {
                 Step::Ended(token) => return Some((token, start..at)),
             }
         }
-        // The last one may end with the bytes.
+        // The last token may end with the input.
         if lexer.is_between() {
             return None;
         }
@@ -191,7 +191,7 @@ mod tests {
         ];
         assert_eq!(texts, expected);
         assert_eq!(lexed(b"nul 5"), [(Token::Keyword, &b"nul"[..]), (Token::Number, b"5")]);
-        // QEMU's zero has no exponent.
+        // In QEMU a zero has no exponent.
         let zero = [(Token::Number, &b"0"[..]), (Token::Keyword, b"e"), (Token::Number, b"5")];
         assert_eq!(lexed(b"0e5"), zero);
     }
@@ -210,7 +210,7 @@ mod tests {
         ] {
             assert_eq!(lexed(text), expected, "{}", text.escape_ascii());
         }
-        // The skipped rest is no part of the next token.
+        // The skipped rest is not part of the next token.
         let skipped = lexed(b"A\tbc \xfe 1");
         assert_eq!(skipped, [stray(b"A"), stray(b"\xfe")]);
     }

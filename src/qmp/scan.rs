@@ -1,18 +1,18 @@
-//! Looking at JSON without understanding its values.
+//! Scans JSON without interpreting its values.
 //!
-//! QEMU nests deeper than a reader that calls itself may go, and prints numbers that are no JSON. What
-//! is only relayed must get through all the same: here is no recursion, and no limit but [`DEPTH_MAX`].
+//! QEMU nests deeper than a recursive parser may go, and prints numbers that are not JSON. Relayed
+//! data must pass all the same: no recursion here, and no limit but [`DEPTH_MAX`].
 
 use std::{borrow::Cow, collections::HashSet};
 
 use super::lexer::{Token, tokens};
 
-/// Most brackets in brackets that QEMU takes (`MAX_NESTING` of `qobject/json-streamer.c`).
+/// Deepest nesting that QEMU accepts (`MAX_NESTING` of `qobject/json-streamer.c`).
 pub const DEPTH_MAX: usize = 1 << 10;
 
-/// The members of an object, with the bytes of their values; `None` if it is none.
+/// The members of an object, with the bytes of their values; `None` if it is not an object.
 ///
-/// Of the values only the brackets are looked at.
+/// Only the brackets of the values are checked.
 pub fn members(object: &[u8]) -> Option<Vec<(String, &[u8])>> {
     let mut tokens = tokens(object);
     let (Token::Structure(b'{'), _) = tokens.next()? else { return None };
@@ -42,27 +42,27 @@ pub fn members(object: &[u8]) -> Option<Vec<(String, &[u8])>> {
     tokens.next().is_none().then_some(members)
 }
 
-/// What may come next in a value.
+/// What may follow in a value.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Expected {
     Value,
-    /// Or the end of an array.
+    /// A value, or the end of an array.
     FirstValue,
     Key,
-    /// Or the end of an object.
+    /// A key, or the end of an object.
     FirstKey,
     Colon,
-    /// What comes behind a value.
+    /// What follows a value.
     Behind,
 }
 
-/// Members whose names are looked at whether they are there twice.
+/// Most members whose names are checked for duplicates.
 const NAMES_MAX: usize = 1 << 16;
 
-/// Is it one value, by QEMU's grammar? What is none QEMU does not execute.
+/// Whether it is one value of QEMU's grammar. QEMU executes nothing else.
 pub fn is_value(bytes: &[u8]) -> bool {
     use Expected as E;
-    // What ends each that is open, and the names in it.
+    // The closing bracket of each open value, and the names in it.
     let mut open = Vec::new();
     let mut names = 0;
     let mut expected = E::Value;
@@ -119,7 +119,7 @@ fn is_string(token: &[u8]) -> bool {
     is_plain || string(token).is_some()
 }
 
-/// What a string says; `None` where QEMU finds it wrong too.
+/// Decode a string; `None` if QEMU rejects it too.
 pub fn string(token: &[u8]) -> Option<String> {
     let string: String = serde_json::from_slice(&json(token)).ok()?;
     let is_noncharacter =
@@ -127,7 +127,7 @@ pub fn string(token: &[u8]) -> Option<String> {
     (!string.contains(is_noncharacter)).then_some(string)
 }
 
-/// JSON for QEMU's extension of it: strings in single quotes, and NUL in two bytes.
+/// Convert QEMU's extensions to JSON: strings in single quotes, and NUL in two bytes.
 pub fn json(bytes: &[u8]) -> Cow<'_, [u8]> {
     if !bytes.iter().any(|byte| [b'\'', 0xc0].contains(byte)) {
         return Cow::Borrowed(bytes);
@@ -240,7 +240,7 @@ mod tests {
     }
 
     proptest! {
-        /// All that serde_json writes is found again as it was written.
+        /// Whatever serde_json writes is found as it was written.
         #[test]
         fn what_json_says_is_found(
             values in prop::collection::btree_map("[ -~é]{0,5}", any_value(), 0..5),
@@ -255,7 +255,7 @@ mod tests {
             }
         }
 
-        /// Bytes of any kind: what is no value for serde_json is none here, but for QEMU's extensions.
+        /// What serde_json rejects is not a value here either, except for QEMU's extensions.
         #[test]
         fn no_bytes_are_taken_for_more_than_they_are(
             text in "[{}\\[\\]\"\\\\,:a-z0-9. +-]{0,40}",

@@ -1,8 +1,8 @@
 //! Bytes with file descriptors over a Unix stream socket.
 //!
-//! Descriptors belong to the first byte of the `sendmsg` that carried them. A read ends behind the
-//! bytes of such a `sendmsg`, but may begin with bytes from before them: where in it they belong only
-//! [`recv_apart`] tells.
+//! Descriptors belong to the first byte of the `sendmsg` that carried them. A read ends after the
+//! bytes of such a `sendmsg`, but may begin with earlier bytes. Only [`recv_apart`] tells where in
+//! a read the descriptors belong.
 
 use std::{
     io::{self, IoSlice, IoSliceMut},
@@ -25,15 +25,16 @@ use tokio::{io::Interest, net::UnixStream};
 /// Most descriptors that one `sendmsg` may carry (Linux: SCM_MAX_FD).
 pub const FDS_MAX: usize = 253;
 
-/// Receive bytes and the descriptors that came with them; 0 bytes mean the end.
+/// Receive bytes and the descriptors attached to them; 0 bytes mean the end.
 ///
 /// # Errors
-/// The system's; `InvalidData` if descriptors were lost because more came than [`FDS_MAX`].
+/// An I/O error from the system; `InvalidData` if descriptors were lost because more than
+/// [`FDS_MAX`] arrived.
 pub fn recv(fd: impl AsFd, buf: &mut [u8], fds: &mut Vec<OwnedFd>) -> io::Result<usize> {
     Ok(receive(fd, buf, fds)?.0)
 }
 
-/// [`recv`] on a tokio socket that names the process that sent (SO_PASSCRED is set on it).
+/// [`recv`] on a tokio socket with SO_PASSCRED set; also returns the sender's PID.
 ///
 /// # Errors
 /// As [`recv`].
@@ -69,10 +70,10 @@ fn receive(
     Ok((received.bytes, sender))
 }
 
-/// Send some of `bytes`, with `fds` attached to the first; returns how many were taken.
+/// Send some of `bytes`, with `fds` attached to the first. Returns how many were sent.
 ///
 /// # Errors
-/// The system's; `EPIPE` rather than a signal when the peer is gone.
+/// An I/O error from the system; `EPIPE` rather than a signal if the peer is gone.
 pub fn send(fd: impl AsFd, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<usize> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS_MAX))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
@@ -84,8 +85,8 @@ pub fn send(fd: impl AsFd, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<u
     Ok(sent?)
 }
 
-/// Send all of `bytes` on a blocking socket, with `fds` attached to the first; more than fit into one
-/// `sendmsg` to the next ones.
+/// Send all of `bytes` on a blocking socket, with `fds` attached to the first byte. Descriptors
+/// that don't fit into one `sendmsg` are attached to the next bytes.
 ///
 /// # Errors
 /// As [`send`].
@@ -98,7 +99,7 @@ pub fn send_all(fd: impl AsFd, mut bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::
     Ok(())
 }
 
-/// What goes into the next `sendmsg`.
+/// The bytes and the descriptors of the next `sendmsg`.
 fn next<'a, 'fd>(
     bytes: &'a [u8],
     batches: &mut Peekable<Chunks<'a, BorrowedFd<'fd>>>,
@@ -119,7 +120,7 @@ pub async fn recv_async(
     socket.async_io(Interest::READABLE, || recv(socket, buf, fds)).await
 }
 
-/// [`recv_async`]. Descriptors that come belong to the last of the bytes.
+/// [`recv_async`], but descriptors that arrive belong to the last byte.
 ///
 /// # Errors
 /// As [`recv`].
@@ -129,10 +130,10 @@ pub async fn recv_apart(
     fds: &mut Vec<OwnedFd>,
 ) -> io::Result<usize> {
     let receive = || {
-        let mut no_room = RecvAncillaryBuffer::default();
+        let mut no_ancillary = RecvAncillaryBuffer::default();
         let slices = &mut [IoSliceMut::new(buf)];
-        let seen = retry_on_intr(|| recvmsg(socket, slices, &mut no_room, RecvFlags::PEEK))?;
-        // It looks beyond what fits too. As QEMU does, byte by byte that is led up to.
+        let seen = retry_on_intr(|| recvmsg(socket, slices, &mut no_ancillary, RecvFlags::PEEK))?;
+        // MSG_PEEK sees descriptors beyond what fits too. Go there byte by byte, as QEMU does.
         let has_descriptors = seen.flags.contains(ReturnFlags::CTRUNC);
         let length = if has_descriptors { 1 } else { seen.bytes };
         recv(socket, &mut buf[..length], fds)

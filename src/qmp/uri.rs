@@ -8,19 +8,19 @@ use crate::{address::Address, text};
 /// What a `migrate` or `migrate-incoming` asks for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Target {
-    /// A migration of ours.
+    /// A migration over `rdma:`.
     Rdma(Address),
-    /// Another transport: QEMU's business.
+    /// Another transport, left to QEMU.
     Other,
 }
 
-/// What an address of ours begins with. QEMU tells capital letters from small ones.
+/// Scheme of the helper's addresses; case-sensitive, as in QEMU.
 pub const SCHEME: &str = "rdma:";
 
 /// Read `rdma:HOST:PORT`.
 ///
 /// # Errors
-/// When host or port is missing or no such thing.
+/// If host or port is missing or invalid.
 pub fn parse(uri: &str) -> Result<Target, QmpError> {
     let Some(rest) = uri.strip_prefix(SCHEME) else { return Ok(Target::Other) };
     let bad = |why: &str| {
@@ -29,10 +29,10 @@ pub fn parse(uri: &str) -> Result<Target, QmpError> {
              address in brackets"
         ))
     };
-    // `,to=` and its like are parsed and unused by QEMU's rdma.
+    // QEMU's rdma parses `,to=` and the like, but does not use them.
     let rest = rest.split_once(',').map_or(rest, |(address, _)| address);
     let (host, port) = match rest.strip_prefix('[') {
-        Some(rest) => rest.split_once("]:").ok_or_else(|| bad("no port behind the brackets"))?,
+        Some(rest) => rest.split_once("]:").ok_or_else(|| bad("no port after the brackets"))?,
         None => rest.rsplit_once(':').ok_or_else(|| bad("no port"))?,
     };
     if host.contains(':') && !rest.starts_with('[') {
@@ -44,7 +44,7 @@ pub fn parse(uri: &str) -> Result<Target, QmpError> {
 /// Refuse the options of `migrate` that can't be combined with `rdma:`, if they are on.
 ///
 /// # Errors
-/// The refusal; or what `is_on` says.
+/// The refusal, or an error of `is_on`.
 pub fn refuse(is_on: impl Fn(&str) -> Result<bool, QmpError>) -> Result<(), QmpError> {
     if is_on("resume")? {
         return Err(not_resumed());
@@ -60,27 +60,28 @@ pub fn refuse(is_on: impl Fn(&str) -> Result<bool, QmpError>) -> Result<(), QmpE
     Ok(())
 }
 
-/// The refusal to go on with a postcopy migration over `rdma:`.
+/// The refusal to resume a postcopy migration over `rdma:`.
 pub fn not_resumed() -> QmpError {
     QmpError::generic("A migration over rdma: can't be resumed")
 }
 
 fn address(host: &str, port: &str) -> Result<Target, String> {
-    let port = port.parse().map_err(|_| format!("port '{port}' is no number from 0 to 65535"))?;
+    let port =
+        port.parse().map_err(|_| format!("port '{port}' is not a number from 0 to 65535"))?;
     if !host.chars().all(text::is_plain) {
-        return Err("the host is no name and no address".into());
+        return Err("the host is neither a name nor an address".into());
     }
     Ok(Target::Rdma(Address { host: host.to_owned(), port }))
 }
 
 /// Read the target from the arguments `uri` or `channels`.
 ///
-/// Whatever is wrong with an address of another transport is left for QEMU to say.
+/// Errors in addresses of other transports are left to QEMU.
 ///
 /// # Errors
-/// When it names rdma and is wrong.
+/// If the arguments name rdma and are invalid.
 pub fn target(arguments: &Map<String, Value>) -> Result<Target, QmpError> {
-    // An empty list is none to QEMU.
+    // QEMU treats an empty list as absent.
     let channels = arguments.get("channels").and_then(Value::as_array);
     let channels = channels.filter(|channels| !channels.is_empty());
     let rdma = |channel: &&Value| channel["addr"]["transport"] == "rdma";

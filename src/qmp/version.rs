@@ -1,26 +1,26 @@
-//! QEMU's version, by which the form of what it says and takes differs.
+//! QEMU's version, on which the form of its input and output depends.
 
 use serde_json::Value;
 
 /// A version: QAPI's `VersionTriple`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Version {
-    /// As 10 in 10.0.2.
+    /// 10 in 10.0.2.
     pub major: u64,
-    /// As 0.
+    /// 0 in 10.0.2.
     pub minor: u64,
-    /// As 2.
+    /// 2 in 10.0.2.
     pub micro: u64,
 }
 
 impl Version {
-    /// That of a `VersionInfo`, as `query-version` returns and the greeting has it. What is missing is 0.
+    /// Read a `VersionInfo` of `query-version` or of the greeting. Missing parts are 0.
     pub fn read(info: &Value) -> Self {
         let number = |part: &str| info["qemu"][part].as_u64().unwrap_or(0);
         Self { major: number("major"), minor: number("minor"), micro: number("micro") }
     }
 
-    /// Is it this one, or newer?
+    /// Whether it is this version or a newer one.
     pub fn is_at_least(self, major: u64, minor: u64) -> bool {
         (self.major, self.minor) >= (major, minor)
     }

@@ -1,4 +1,4 @@
-//! A relay that stands beside a running QEMU.
+//! A relay that attaches to a running QEMU.
 
 use std::{io, path::PathBuf, sync::Arc, time::Duration};
 
@@ -26,7 +26,7 @@ use crate::{
     sandbox::{Role, confine},
 };
 
-/// What `attach` is told.
+/// Options of `attach`.
 #[derive(Debug, Clone)]
 pub struct AttachOptions {
     /// QEMU's QMP socket.
@@ -37,7 +37,7 @@ pub struct AttachOptions {
     pub wait: Duration,
     /// How migrations are carried.
     pub settings: Settings,
-    /// QEMU's process, where the socket does not tell.
+    /// QEMU's PID, if the socket does not tell it.
     pub pid: Option<u32>,
 }
 
@@ -69,7 +69,7 @@ pub async fn attach(options: AttachOptions) -> Result<(), RelayError> {
         memory: Arc::default(),
     };
     let (migrations, mut outputs) = Migrations::new(1);
-    // It fails only where no service manager waits for it.
+    // Fails only if no service manager waits for it.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
     info!(path = %qmp.display(), pid = context.pid, "serving QMP");
     look_at_version(&session.greeting);
@@ -85,7 +85,7 @@ pub async fn attach(options: AttachOptions) -> Result<(), RelayError> {
     Ok(())
 }
 
-/// Say in the log what a QEMU that is newer than all that were tried deserves.
+/// Log a warning for a QEMU newer than all tested versions.
 pub fn look_at_version(greeting: &Value) {
     let version = Version::read(&greeting["QMP"]["version"]);
     if let Some(Blocker { reason, hint }) = version.too_new() {
@@ -93,7 +93,7 @@ pub fn look_at_version(greeting: &Value) {
     }
 }
 
-/// Becomes the reason when a signal tells us to end.
+/// Return a channel that gets the reason when a signal ends the relay.
 fn told_to_end() -> io::Result<watch::Receiver<Option<&'static str>>> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;

@@ -1,4 +1,4 @@
-//! What migrations and commands need of the relay: QEMU, and how it is to be migrated.
+//! What migrations and commands need from the relay: QEMU, and how to migrate it.
 
 use std::{sync::Arc, time::Duration};
 
@@ -21,16 +21,16 @@ use crate::{
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum FabricChoice {
-    /// `verbs` where there is a device, else `tcp`.
+    /// `verbs` if there is an RDMA device, else `tcp`.
     Auto,
-    /// RDMA or nothing.
+    /// RDMA only.
     Verbs,
     /// TCP.
     Tcp,
 }
 
 impl FabricChoice {
-    /// What carries a migration that starts now.
+    /// Return the fabric of a migration that starts now.
     pub fn kind(self) -> FabricKind {
         match self {
             Self::Auto => fabric::auto(),
@@ -39,7 +39,7 @@ impl FabricChoice {
         }
     }
 
-    /// Can it be had on this host?
+    /// Check that this fabric is available on this host.
     ///
     /// # Errors
     /// [`RelayError::NoVerbs`] or [`RelayError::NoDevice`].
@@ -58,9 +58,9 @@ impl FabricChoice {
 pub struct Settings {
     /// Which fabric to use.
     pub fabric: FabricChoice,
-    /// How long a transfer that is due may make no progress.
+    /// Longest time without progress of a transfer that is due.
     pub stall_timeout: Duration,
-    /// How long the peer's RDMA device may give no sign of life.
+    /// Longest time without a sign of life from the peer's RDMA device.
     pub peer_timeout: Duration,
     /// Connections, or queue pairs, that carry RAM between two helpers.
     pub connections: u16,
@@ -68,35 +68,35 @@ pub struct Settings {
     pub channels: u16,
     /// Bytes of guest RAM that may be pinned at a time; `None`: all of it.
     pub pin_limit: Option<u64>,
-    /// Processors that workers may use; none: all.
+    /// CPUs that workers may use; empty for all.
     #[serde(default)]
     pub cpus: Vec<u16>,
 }
 
-/// What migrations and commands need of the relay.
+/// What migrations and commands need from the relay.
 #[derive(Clone)]
 pub struct Context {
-    /// The session.
+    /// The session with QEMU.
     pub qemu: Qemu,
-    /// QEMU's own socket, for a worker whose relay is gone.
+    /// QEMU's own QMP socket, for a worker whose relay is gone.
     pub qemu_qmp: Option<QmpSocket>,
-    /// QEMU's process.
+    /// QEMU's PID.
     pub pid: u32,
-    /// The same, and its files.
+    /// QEMU's process and its files in /proc.
     pub process: Arc<Process>,
     /// How migrations are carried.
     pub settings: Settings,
-    /// Backends on memory of the helper's.
+    /// RAM backends in memory that the helper made.
     pub memory: Arc<[OwnMemory]>,
 }
 
 impl Context {
-    /// QEMU's RAM blocks.
+    /// Find QEMU's RAM blocks.
     pub async fn blocks(&self) -> Result<Vec<RamBlock>, QemuError> {
         ram_blocks::find(&mut self.qemu.clone(), self.process.files(), &self.memory).await
     }
 
-    /// What the client set in QEMU that matters to a worker.
+    /// Query the settings in QEMU that matter to a worker.
     pub async fn options(&self, qemu: &mut Qemu) -> Result<Options, QmpError> {
         let capabilities = qemu.execute("query-migrate-capabilities", Value::Null).await?;
         let parameters = qemu.execute("query-migrate-parameters", Value::Null).await?;
@@ -115,14 +115,15 @@ impl Context {
     }
 }
 
-/// By which chunks QEMU's own RDMA would register memory (since 11.1), as a stock peer does.
+/// Return the size of the chunks in which QEMU's own RDMA would register memory, as a stock peer
+/// does (settable since 11.1).
 fn chunk_size(parameters: &Value) -> u64 {
     let size = parameters["x-rdma-chunk-size"].as_u64();
     let is_one = |size: &u64| size.is_power_of_two() && (CHUNK..=CHUNK_MAX).contains(size);
     size.filter(is_one).unwrap_or(CHUNK)
 }
 
-/// The blocks of an order.
+/// Convert blocks for an order to a worker.
 pub fn listed(blocks: &[RamBlock]) -> Vec<control::Block> {
     let listed = |block: &RamBlock| control::Block {
         name: block.name.clone(),

@@ -1,11 +1,11 @@
-//! Why a relay ends.
+//! Errors that end a relay.
 
 use std::{io, path::PathBuf};
 
 /// Why the relay ended.
 #[derive(Debug, thiserror::Error)]
 pub enum RelayError {
-    /// No session with QEMU.
+    /// Attaching to QEMU failed.
     #[error(
         "Cannot attach to QEMU at {path}: {source}; is it the socket of a running '-qmp unix:...,server=on,wait=off'?"
     )]
@@ -15,9 +15,9 @@ pub enum RelayError {
         /// What went wrong.
         source: io::Error,
     },
-    /// The own socket can't be served.
+    /// The relay's own socket can't be served.
     #[error(
-        "Cannot serve QMP at {path}: {source}; choose another path or end whoever serves there"
+        "Cannot serve QMP at {path}: {source}; choose another path or stop the process that serves it"
     )]
     Serve {
         /// The socket.
@@ -25,10 +25,10 @@ pub enum RelayError {
         /// errno.
         source: io::Error,
     },
-    /// Not in this build.
+    /// The build has no `verbs` fabric.
     #[error("This build has no 'verbs' fabric; use --fabric tcp")]
     NoVerbs,
-    /// Not on this host.
+    /// The host has no RDMA device.
     #[error(
         "This host has no RDMA device; load its driver ('rdma link' shows it), or use --fabric tcp"
     )]

@@ -1,8 +1,7 @@
-//! Before a QEMU is there: its command line is read, the relay is started, and this process
-//! becomes QEMU.
+//! Starts QEMU with a relay: reads QEMU's command line, starts the relay, and becomes QEMU.
 //!
-//! So QEMU has the process id, the parent and the limits that management gave it, and no child of
-//! ours. The relay's own start is in [`started`](super::wrapped).
+//! So QEMU has the PID, the parent and the limits that management gave it, and no child of ours.
+//! The relay's side of the start is in [`wrapped`](super::wrapped).
 
 use std::{
     convert::Infallible,
@@ -38,40 +37,40 @@ use crate::{
 /// How long the relay may take to start. A host that starts all its guests at once is slow.
 const START: Duration = Duration::from_secs(60);
 
-/// Sizes of memory are multiples of it, in bytes.
+/// Memory sizes are multiples of this many bytes.
 const PAGE: u64 = 4096;
 
 /// Why QEMU could not be started.
 #[derive(Debug, thiserror::Error)]
 pub enum LaunchError {
-    /// `-incoming rdma:` is wrong.
+    /// `-incoming rdma:` is invalid.
     #[error("-incoming: {0}")]
     Incoming(QmpError),
-    /// A monitor's socket.
+    /// A monitor's socket can't be served.
     #[error("Cannot serve QEMU's monitor at {place}: {source}; look at -qmp or -chardev")]
     Monitor {
-        /// Where.
+        /// Its address.
         place: String,
         /// errno.
         source: io::Error,
     },
-    /// A RAM backend.
+    /// Memory for a RAM backend can't be created.
     #[error(
         "Cannot make {size} bytes of shared memory for RAM backend '{id}': {why}; --keep-backends \
          leaves the guest's RAM as it is"
     )]
     Memory {
-        /// The backend.
+        /// The backend's id.
         id: String,
-        /// Its size.
+        /// Its size in bytes.
         size: u64,
         /// What went wrong.
         why: String,
     },
-    /// The relay.
+    /// The relay can't be started.
     #[error("Cannot start the relay process: {0}")]
     Relay(String),
-    /// QEMU.
+    /// QEMU can't be executed.
     #[error("Cannot run {}: {source}; is it the path of a QEMU?", binary.display())]
     Qemu {
         /// The program.
@@ -81,12 +80,12 @@ pub enum LaunchError {
     },
 }
 
-/// What is to be started.
+/// What to start.
 #[derive(Debug)]
 pub struct Launch {
-    /// QEMU.
+    /// QEMU's program.
     pub binary: OsString,
-    /// Its arguments.
+    /// QEMU's arguments.
     pub arguments: Vec<OsString>,
     /// How migrations are carried.
     pub settings: Settings,
@@ -94,7 +93,7 @@ pub struct Launch {
     pub keep_backends: bool,
 }
 
-/// Become QEMU, with a relay before its monitors. Returns only if that fails.
+/// Become QEMU, with a relay in front of its monitors. Returns only if that fails.
 ///
 /// # Errors
 /// [`LaunchError`].
@@ -123,11 +122,11 @@ pub fn launch(launch: Launch) -> Result<Infallible, LaunchError> {
     become_qemu(&binary, arguments, kept)
 }
 
-/// A session between QEMU and the relay, and the listener to it.
+/// The session between QEMU and the relay for one monitor, and the listener for its clients.
 struct Session {
     /// The relay's end.
     relay: OwnedFd,
-    /// QEMU's end, and its number there.
+    /// QEMU's end, and its descriptor number in QEMU.
     qemu: OwnedFd,
     number: RawFd,
     listener: StartListener,
@@ -146,7 +145,7 @@ impl Session {
     }
 }
 
-/// Where management comes in, in QEMU's place.
+/// Make the socket on which management connects, in QEMU's place.
 fn listener(endpoint: &Endpoint) -> io::Result<(StartListener, Option<OwnedFd>)> {
     Ok(match endpoint {
         Endpoint::Listen { path, wait } => {
@@ -174,7 +173,7 @@ fn listener(endpoint: &Endpoint) -> io::Result<(StartListener, Option<OwnedFd>)>
     })
 }
 
-/// Memory for a backend, of a size that nobody can change.
+/// Create memory for a backend, sealed to its size.
 fn memfd(memory: &Memory) -> Result<OwnedFd, LaunchError> {
     let Memory { id, size, .. } = memory;
     let fail = |why: String| LaunchError::Memory { id: id.clone(), size: *size, why };
@@ -225,13 +224,13 @@ fn start_relay(
         Ok(status) if !status.success() => {
             return Err(LaunchError::Relay(format!("it ended with {status}; see its messages")));
         }
-        // Management may ignore SIGCHLD, and QEMU inherits that: nothing is left to wait for.
+        // If management ignores SIGCHLD, so does this process: there is nothing left to wait for.
         Err(error) if error.raw_os_error() != Some(libc::ECHILD) => return Err(relay(error)),
         _ => {}
     }
     let line = line(&start, fds.len()).map_err(relay)?;
     socket::send_all(&ours, &line, &fds).map_err(relay)?;
-    // Whoever asked QEMU to wait for management waits here.
+    // With `wait=on` QEMU waits for management without a limit; so does this.
     let waits =
         |session: &Session| matches!(session.listener, StartListener::Listening { wait: true, .. });
     let patience = (!sessions.iter().any(waits)).then_some(START);
@@ -250,8 +249,7 @@ fn start_relay(
     }
 }
 
-/// Run QEMU in this process. Everything else that we have opened is closed; what we have inherited
-/// stays.
+/// Execute QEMU in this process. Descriptors opened here are closed; inherited ones stay open.
 fn become_qemu(
     binary: &OsStr,
     arguments: Vec<OsString>,

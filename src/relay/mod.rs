@@ -1,11 +1,12 @@
 //! The long-lived process between management and QEMU.
 //!
 //! Owns the QMP connections and nothing else that can fail: it parses no migration stream, maps no
-//! guest memory and loads no RDMA library; a worker process per migration does. One task per monitor
-//! takes QEMU's events, the client's commands and what migrations have to say, in turn; each command
-//! runs in a task of its own, and the next in band is taken when it was answered.
+//! guest memory and loads no RDMA library; each migration's worker process does. Each monitor has a
+//! task that handles QEMU's events, the client's commands and the migrations' output in turn. Each
+//! command runs in a task of its own; the next in-band command is taken after the reply to the
+//! previous one.
 //!
-//! It stands beside a running QEMU ([`attach()`]), or is started with it ([`launch`]).
+//! It attaches to a running QEMU ([`attach()`]), or is started with one ([`launch`]).
 
 mod attach;
 mod context;

@@ -1,4 +1,4 @@
-//! QEMU's process, as far as one must know whether it still is.
+//! QEMU's process: notices its exit, and is never fooled by a reused PID.
 
 use std::{
     fs,
@@ -17,18 +17,18 @@ use tokio::{sync::watch, time::timeout};
 
 use crate::{memory, qemu};
 
-/// How long a process may take to end after its sockets were closed.
+/// How long a process may take to exit after its sockets were closed.
 const END: Duration = Duration::from_secs(2);
 
-/// A process that may have ended, but is never mistaken for another with its number.
+/// A process that may have exited. It is never mistaken for another one that reuses its PID.
 pub struct Process {
-    /// `None` if it can't be watched.
+    /// `None` if the process can't be watched.
     ended: Option<watch::Receiver<bool>>,
     files: qemu::Process,
 }
 
 impl Process {
-    /// The process `pid`. If it can't be watched, no more is known of it than that.
+    /// Open the process `pid`. If it can't be watched, only its PID is known.
     pub fn open(pid: u32) -> Self {
         match pidfd(pid) {
             Some(process) => Self::watched(pid, process),
@@ -36,11 +36,11 @@ impl Process {
         }
     }
 
-    /// The process at the other end of `socket`, whose number is, or was, `pid`.
+    /// Open the process at the other end of `socket`, whose PID is, or was, `pid`.
     pub fn peer(socket: impl AsFd, pid: u32) -> Self {
         match memory::peer_process(&socket) {
             Ok(process) => Self::watched(pid, process),
-            // Before Linux 6.5.
+            // Linux before 6.5.
             Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => {
                 let user = socket_peercred(&socket).map(|then| then.uid.as_raw());
                 Self::of_user(pid, user.ok())
@@ -49,11 +49,11 @@ impl Process {
         }
     }
 
-    /// The process `pid`, if it is this user's, of whom the one with that number was. Another's may know
-    /// more than QEMU; root's has become whom it likes.
+    /// Open the process `pid` if it runs as `user`, the socket peer's. Another user's process may
+    /// have more access than QEMU; a peer that was root may have switched to any user.
     fn of_user(pid: u32, user: Option<u32>) -> Self {
         let process = Self::open(pid);
-        // Looked at behind the process: as long as that is there, its number is no other's.
+        // Checked after the process was opened: while it exists, its PID is not reused.
         match user {
             Some(0) => process,
             Some(user) if effective_user(pid) == Some(user) => process,
@@ -63,8 +63,8 @@ impl Process {
 
     fn watched(pid: u32, process: OwnedFd) -> Self {
         let files = qemu::Process::open(pid);
-        // As long as it is there, its number is no other's. Who has ended may have left the session to
-        // somebody else.
+        // While the process exists, its PID is not reused. One that has exited may have left the
+        // session to another process.
         if is_alive(&process) { Self { ended: watch(process), files } } else { Self::unknown(pid) }
     }
 
@@ -72,12 +72,12 @@ impl Process {
         Self { ended: None, files: qemu::Process::unknown(pid) }
     }
 
-    /// Its directory in /proc.
+    /// Return the process's directory in /proc.
     pub fn files(&self) -> &qemu::Process {
         &self.files
     }
 
-    /// Wait until it has ended; for ever if that can't be known.
+    /// Wait until the process has exited; forever if it can't be watched.
     pub async fn ended(&self) {
         if let Some(ended) = &self.ended
             && ended.clone().wait_for(|ended| *ended).await.is_ok()
@@ -87,13 +87,13 @@ impl Process {
         std::future::pending().await
     }
 
-    /// Has it ended, or does it within a moment? False if that can't be known.
+    /// Return whether the process has exited, or exits within `END`. False if it can't be watched.
     pub async fn exits(&self) -> bool {
         timeout(END, self.ended()).await.is_ok()
     }
 }
 
-/// Whose process it is (proc_pid_status(5)).
+/// Return the effective user id of a process (proc_pid_status(5)).
 fn effective_user(pid: u32) -> Option<u32> {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     let users = status.lines().find_map(|line| line.strip_prefix("Uid:"))?;
@@ -110,8 +110,8 @@ fn is_alive(process: &OwnedFd) -> bool {
     poll(&mut [PollFd::new(process, PollFlags::IN)], Some(&now)) == Ok(0)
 }
 
-/// Becomes true when the process has ended. A thread waits for it: it costs nothing, and safe code
-/// can't give the descriptor to the event loop.
+/// Return a flag that becomes true when the process has exited. A thread waits for it: that is
+/// cheap, and safe code can't register the descriptor with the event loop.
 fn watch(process: OwnedFd) -> Option<watch::Receiver<bool>> {
     let (tell, ended) = watch::channel(false);
     let wait = move || {
@@ -152,7 +152,7 @@ mod tests {
         process.ended().await;
     }
 
-    /// Before Linux 6.5.
+    /// The fallback before Linux 6.5.
     #[tokio::test]
     async fn a_number_of_anothers_process_is_no_peers() {
         let (pid, user) = (std::process::id(), rustix::process::geteuid().as_raw());
@@ -163,7 +163,8 @@ mod tests {
         }
     }
 
-    /// Nothing is concluded from a process that was gone before: it may have left the session to another.
+    /// A process that was gone before may have left the session to another: nothing is concluded
+    /// from it.
     #[tokio::test]
     async fn nothing_is_known_of_a_process_that_was_gone_before() {
         let mut child = Command::new("sleep").arg("1000").spawn().unwrap();

@@ -1,4 +1,4 @@
-//! Sockets with a name, also in directories that others may write: QEMU's own, above all.
+//! Unix socket files, also in directories that others, above all QEMU, may write to.
 
 use std::{
     ffi::OsString,
@@ -18,14 +18,14 @@ use rustix::{
 };
 use tokio::net::UnixStream;
 
-/// As many as the system allows.
+/// The longest backlog that the system allows.
 const BACKLOG: i32 = -1;
 
-/// Who sets the file mode creation mask, and back.
+/// Held while the file mode creation mask is changed.
 static UMASK: Mutex<()> = Mutex::new(());
 
-/// A name in a directory, which stays the same directory if somebody puts another in its place: all
-/// that is done here is done in that one.
+/// A file name in a directory that is kept open: all operations happen in that directory, even if
+/// another one takes over its path.
 #[derive(Debug)]
 pub(super) struct Place {
     directory: OwnedFd,
@@ -33,10 +33,10 @@ pub(super) struct Place {
 }
 
 impl Place {
-    /// Where `path` leads now.
+    /// Resolve `path` now.
     ///
     /// # Errors
-    /// The system's; `InvalidInput` for a path without a name.
+    /// An I/O error from the system; `InvalidInput` for a path without a file name.
     pub(super) fn open(path: &Path) -> io::Result<Self> {
         let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?.to_owned();
         let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
@@ -49,30 +49,30 @@ impl Place {
         Ok(statat(&self.directory, &self.name, AtFlags::SYMLINK_NOFOLLOW)?)
     }
 
-    /// There is a socket.
+    /// Return whether there is a socket.
     pub(super) fn has_socket(&self) -> bool {
         let is_socket = |stat: Stat| FileType::from_raw_mode(stat.st_mode) == FileType::Socket;
         self.stat().is_ok_and(is_socket)
     }
 
-    /// Another way to what is there.
+    /// Return a path to the file through the open directory.
     fn path(&self) -> PathBuf {
         Path::new("/proc/self/fd").join(self.directory.as_raw_fd().to_string()).join(&self.name)
     }
 
-    /// Connect to the socket that is there.
+    /// Connect to the socket.
     ///
     /// # Errors
-    /// The system's; `InvalidInput` for a link, and for what is no socket.
+    /// An I/O error from the system; `InvalidInput` for a symbolic link or another type of file.
     pub(super) async fn connect(&self) -> io::Result<UnixStream> {
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let file = openat(&self.directory, &self.name, flags, Mode::empty())?;
         let why = match FileType::from_raw_mode(fstat(&file)?.st_mode) {
             FileType::Socket => None,
             FileType::Symlink => {
-                Some("it is a link, which may lead elsewhere at any time; name the socket itself")
+                Some("it is a symbolic link, whose target may change; give the socket's own path")
             }
-            _ => Some("it is no socket"),
+            _ => Some("it is not a socket"),
         };
         if let Some(why) = why {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
@@ -80,17 +80,17 @@ impl Place {
         UnixStream::connect(format!("/proc/self/fd/{}", file.as_raw_fd())).await
     }
 
-    /// Listen here, with this mode. The socket has it before it has the name, which somebody else might
-    /// make another file's.
+    /// Listen here, with this file mode. The mode is set before `bind`: afterwards the name may
+    /// refer to another file.
     ///
     /// # Errors
-    /// The system's.
+    /// An I/O error from the system.
     pub(super) fn listen(&self, mode: Mode) -> io::Result<UnixListener> {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
         fchmod(&socket, mode)?;
         let address = SocketAddrUnix::new(self.path())?;
-        // It is the process's, where nobody else makes files meanwhile.
+        // The mask is per process; nothing else creates files meanwhile.
         let taken = UMASK.lock().unwrap_or_else(PoisonError::into_inner);
         let before = umask(Mode::empty());
         let bound = bind(&socket, &address);
@@ -101,25 +101,25 @@ impl Place {
         Ok(socket.into())
     }
 
-    /// Remove what is there.
+    /// Remove the file.
     ///
     /// # Errors
-    /// The system's.
+    /// An I/O error from the system.
     pub(super) fn remove(&self) -> io::Result<()> {
         Ok(unlinkat(&self.directory, &self.name, AtFlags::empty())?)
     }
 }
 
-/// The file of a socket, which goes with it.
+/// The file of a socket, removed on drop.
 #[derive(Debug)]
 pub(super) struct SocketFile {
     place: Place,
-    /// Which file it is: another QEMU that was started at this path since has its own there.
+    /// Device and inode: a QEMU started later may have its own socket at the same path.
     identity: (u64, u64),
 }
 
 impl SocketFile {
-    /// The file at `place`; `None` if there is none any more.
+    /// Identify the file at `place`; `None` if it is gone.
     pub(super) fn at(place: Place) -> Option<Self> {
         let stat = place.stat().ok()?;
         Some(Self { place, identity: (stat.st_dev, stat.st_ino) })
@@ -129,7 +129,7 @@ impl SocketFile {
 impl Drop for SocketFile {
     fn drop(&mut self) {
         if self.place.stat().is_ok_and(|stat| (stat.st_dev, stat.st_ino) == self.identity) {
-            // Somebody else may be just about to remove it.
+            // Another process may be about to remove it.
             let _ = self.place.remove();
         }
     }
@@ -163,7 +163,7 @@ mod tests {
         Place::open(path)?.listen(mode)
     }
 
-    /// And nobody has seen it without: no change of a mode follows.
+    /// No change of its mode follows, so nobody has seen another one.
     #[test]
     fn a_socket_has_its_mode_from_the_start() {
         let dir = tempfile::tempdir().unwrap();
@@ -182,7 +182,7 @@ mod tests {
         }
     }
 
-    /// Whoever owns the directory above puts another in its place.
+    /// The owner of the parent directory replaces the directory.
     #[test]
     fn all_is_done_in_one_directory() {
         let dir = tempfile::tempdir().unwrap();
@@ -214,12 +214,12 @@ mod tests {
         let error = Place::open(&link).unwrap().connect().await.unwrap_err();
         assert!(error.to_string().contains("it is a link"), "{error}");
         let error = Place::open(dir.path()).unwrap().connect().await.unwrap_err();
-        assert_eq!(error.to_string(), "it is no socket");
+        assert_eq!(error.to_string(), "it is not a socket");
         let error = Place::open(&dir.path().join("none")).unwrap().connect().await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::NotFound);
     }
 
-    /// Whoever owns the directory puts a link in the place of each new socket.
+    /// The owner of the directory replaces each new socket by a symbolic link.
     #[test]
     fn no_link_is_followed_to_another_file() {
         const TRIES: usize = 300;
@@ -256,7 +256,7 @@ mod tests {
         assert_eq!(swapped.into_inner(), TRIES);
     }
 
-    /// Whoever owns the directory above puts a link to another in its place.
+    /// The owner of the parent directory replaces the directory by a symbolic link to another one.
     #[test]
     fn nothing_is_removed_elsewhere() {
         let dir = tempfile::tempdir().unwrap();

@@ -1,6 +1,6 @@
-//! The relay of a QEMU that is just starting; see [`launch`](super::launch).
+//! The relay of a QEMU that is started with it; see [`launch`](super::launch).
 //!
-//! It lives exactly as long as QEMU: a manager that loses its monitor takes the guest for dead.
+//! It exits only when QEMU exits: a manager takes the loss of a monitor for the guest's end.
 
 use std::{
     io,
@@ -39,16 +39,16 @@ use crate::{
     sandbox::{Role, confine},
 };
 
-/// Name of a migration socket that nobody writes to.
+/// fdname of a migration socket that is never written to.
 const FDNAME: &str = "qemu-rdma-helper-failed";
 
 /// The last signal of Linux (signal(7), real-time signals).
 const SIGNAL_MAX: libc::c_int = 64;
 
-/// Signals that stay what they are: those that can't be caught, that do nothing by themselves, that
-/// a fault raises, and those of the C library (32 and 33).
+/// Signals whose disposition is left alone: those that can't be caught, those that do nothing by
+/// default, those that a fault raises, and the C library's (32 and 33).
 ///
-/// SIGCHLD is not among them: where it is ignored, nobody learns how a worker ended.
+/// SIGCHLD is not among them: while it is ignored, a worker's exit status is lost.
 const SIGNALS_KEPT: [libc::c_int; 14] = [
     libc::SIGKILL,
     libc::SIGSTOP,
@@ -66,8 +66,8 @@ const SIGNALS_KEPT: [libc::c_int; 14] = [
     33,
 ];
 
-/// What the relay is told, as a line of JSON. Descriptors come with it: for each monitor its
-/// session with QEMU, then what its listener is made of; then the memory.
+/// The order that starts the relay, a line of JSON. Its descriptors: for each monitor the session
+/// with QEMU, then the listener's socket, if it has one; then the memory.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Start {
@@ -77,85 +77,85 @@ pub struct Start {
     pub monitors: Vec<StartMonitor>,
     /// Memory of RAM backends.
     pub memory: Vec<StartMemory>,
-    /// Where to listen from the start on.
+    /// Where to listen from the start.
     pub incoming: Option<Address>,
-    /// QEMU goes to the background: it leaves standard error once it has started.
+    /// QEMU daemonizes: standard error is left once QEMU has started.
     pub background: bool,
 }
 
-/// A monitor.
+/// One of QEMU's monitors.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct StartMonitor {
-    /// Where clients come in.
+    /// Where its clients connect.
     pub listener: StartListener,
 }
 
-/// Where clients come in.
+/// Where a monitor's clients connect.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub enum StartListener {
-    /// At this socket, which comes along.
+    /// On this listening socket, whose descriptor is attached.
     Listening {
-        /// Its path, if it is to be removed at the end.
+        /// Its path, if the file is to be removed at the end.
         path: Option<PathBuf>,
-        /// QEMU is to start only when a client is there.
+        /// QEMU starts only when a client has connected.
         wait: bool,
     },
-    /// It is there: its connection comes along.
+    /// The client is connected already; its descriptor is attached.
     Connected,
-    /// It is to be connected to.
+    /// The relay connects to the client.
     Connecting {
-        /// Its socket.
+        /// The client's socket.
         path: PathBuf,
-        /// How often to try.
+        /// Interval between attempts.
         every: Duration,
     },
     /// Nowhere.
     Closed,
 }
 
-/// Memory of a RAM backend; it comes along.
+/// Memory of a RAM backend; its descriptor is attached.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct StartMemory {
     /// The backend's id.
     pub id: String,
-    /// Where QEMU finds it.
+    /// Path under which QEMU opens it.
     pub path: String,
 }
 
-/// The answer.
+/// The relay's answer to [`Start`].
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Started {
     /// Clients can connect.
     Ready,
-    /// Why they can't.
+    /// Why clients can't connect.
     Failed(String),
 }
 
-/// Leave what management has started, and give up what is not needed. Called while there is one
-/// thread.
+/// Detach from what management started, and drop privileges that are not needed. Call it while
+/// there is one thread.
 ///
 /// # Errors
-/// The system's.
+/// An I/O error from the system.
 pub fn detach() -> io::Result<()> {
-    // Signals of a terminal are for QEMU.
+    // Signals from a terminal are meant for QEMU.
     rustix::process::setsid()?;
-    // Hold no file system.
+    // Keep no file system busy.
     std::env::set_current_dir("/")?;
     confine(Role::Started);
     Ok(())
 }
 
-/// Take the order that comes at `control`, and serve until QEMU is gone.
+/// Receive the order from `control`, and serve until QEMU is gone.
 ///
 /// # Errors
-/// When no proper order comes, and who should have sent it can't be told.
+/// An I/O error from the system; or no valid order arrived and its sender can't be told.
 pub async fn run(control: StdUnixStream) -> io::Result<()> {
     for number in (1..=SIGNAL_MAX).filter(|number| !SIGNALS_KEPT.contains(number)) {
-        // From now on it has no effect.
+        // Has no effect from now on.
         let _ = signal(SignalKind::from_raw(number))?;
     }
     let order = receive(&control);
@@ -167,17 +167,17 @@ pub async fn run(control: StdUnixStream) -> io::Result<()> {
     };
     let result = tokio::select! {
         result = prepared => result,
-        // Nobody will become QEMU any more.
+        // The launcher is gone and will not become QEMU.
         () = closed(&control) => return Ok(()),
     };
     match result {
         Ok(prepared) => {
-            // Whoever is gone needs no answer: QEMU will not come.
+            // A launcher that is gone needs no answer: QEMU will not start.
             let _ = answer(&control, &Started::Ready).await;
             drop(control);
             serve(prepared).await
         }
-        // Whoever is told says it, once.
+        // The launcher prints the error. Print it here only if the launcher is gone.
         Err(error) => match answer(&control, &Started::Failed(error.to_string())).await {
             Ok(()) => Ok(()),
             Err(_) => Err(error),
@@ -185,12 +185,12 @@ pub async fn run(control: StdUnixStream) -> io::Result<()> {
     }
 }
 
-/// Wait until the other end is closed; it says nothing more.
+/// Wait until the other end is closed; it sends nothing more.
 async fn closed(control: &UnixStream) {
     while let Ok(1..) = socket::recv_async(control, &mut [0; 64], &mut Vec::new()).await {}
 }
 
-/// What an order has become.
+/// An order whose sockets and memory are set up.
 struct Prepared {
     settings: Settings,
     monitors: Vec<(UnixStream, MonitorListener)>,
@@ -229,7 +229,6 @@ async fn prepare(start: Start, fds: Vec<OwnedFd>) -> io::Result<Prepared> {
     Ok(Prepared { settings, monitors, memory, incoming, background })
 }
 
-/// The order, and its descriptors.
 fn receive(control: &StdUnixStream) -> io::Result<(Start, Vec<OwnedFd>)> {
     let mut lines = Lines::default();
     loop {
@@ -259,7 +258,7 @@ async fn serve(prepared: Prepared) -> io::Result<()> {
     for (stream, listener) in monitors {
         match Session::begin(stream).await? {
             Some(session) => sessions.push((session, listener)),
-            // It refused its arguments, or never came.
+            // QEMU refused its arguments, or was never started.
             None => return Ok(()),
         }
     }
@@ -285,12 +284,12 @@ async fn serve(prepared: Prepared) -> io::Result<()> {
     if let Some((session, _)) = sessions.first() {
         look_at_version(&session.greeting);
     }
-    // No more than that: a manager quotes the last words of a QEMU that has died.
+    // At debug level only: a manager quotes the last lines of a QEMU that died.
     debug!(pid, "serving QMP");
     if background {
         leave_stderr();
     }
-    // Only QEMU's end is a reason to end.
+    // Only QEMU's exit ends the relay.
     let (_tell, ending) = watch::channel(None);
     let mut running = JoinSet::new();
     for ((session, listener), output) in sessions.into_iter().zip(outputs) {
@@ -303,7 +302,7 @@ async fn serve(prepared: Prepared) -> io::Result<()> {
     Ok(())
 }
 
-/// Whoever reads what QEMU said while it started waits for its end.
+/// Leave standard error: a reader of QEMU's startup messages waits for end of file.
 fn leave_stderr() {
     let null = std::fs::OpenOptions::new().write(true).open("/dev/null");
     if let Err(error) = null.and_then(|null| Ok(rustix::stdio::dup2_stderr(null)?)) {
@@ -311,7 +310,7 @@ fn leave_stderr() {
     }
 }
 
-/// Let QEMU end as it does by itself when it can't listen: with a message, and exit status 1.
+/// Make QEMU exit as it does when it can't listen: with a message and exit status 1.
 async fn refuse_incoming(mut qemu: Qemu) {
     let refused = async {
         let (nobody, theirs) =

@@ -1,40 +1,40 @@
-//! Which system calls are allowed.
+//! The allow list of system calls.
 //!
-//! What tokio, the standard library, the C library and the RDMA libraries need, by what it is for.
-//! Not on it is whatever changes the machine or who we are, traces other processes, opens another role
-//! (namespaces, mounts), or gives the kernel more surface than a migration needs: io_uring, BPF,
-//! performance events, userfaultfd, keys, loading kernels and modules. Nor is clone3, whose flags can't
-//! be seen by a filter: the C library falls back to clone.
+//! It has what tokio, the standard library, the C library and the RDMA libraries need, grouped by
+//! purpose. It lacks calls that change the machine or the process's identity, trace other
+//! processes, create namespaces or mounts, or expose more of the kernel than a migration needs:
+//! io_uring, BPF, performance events, userfaultfd, keys, loading kernels and modules. It lacks
+//! clone3 too, because a filter can't see its flags: the C library falls back to clone.
 //!
-//! Limits and processors are set of the calling process alone. Signals a worker sends to itself alone;
-//! a relay ends workers, so it may send any that its user may.
+//! Limits and CPU affinity can be set only for the calling process. A worker may signal only
+//! itself; a relay terminates workers, so it may send any signal that its user may.
 //!
-//! A worker, which reads what comes from the network, makes, renames and removes no file, and opens
-//! those that are there: libraries, devices, /sys.
+//! A worker, which reads data from the network, may not create, rename or remove files. It may open
+//! existing ones: libraries, devices, /sys.
 
 use libc::c_long;
 
 use super::role::Role;
 
-/// When a call is allowed.
+/// The condition under which a call is allowed.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Allowed {
     /// Whatever its arguments.
     Always,
-    /// If this argument is this.
+    /// If this argument has this value.
     IfIs(u8, u32),
     /// If this argument is one of these.
     IfOneOf(u8, &'static [u32]),
-    /// If of this argument the bits of the mask are the value's.
+    /// If the bits of this argument under the mask equal the value.
     IfMasked(u8, u32, u32),
-    /// If this argument is none of these.
+    /// If this argument is not one of these.
     UnlessOneOf(u8, &'static [u32]),
 }
 
-/// CLONE_NEW* (`linux/sched.h`): namespaces of time come only by clone3 and unshare.
+/// CLONE_NEW* (`linux/sched.h`). Time namespaces are created only by clone3 and unshare.
 const NAMESPACES: u32 = 0x7e02_0000;
 
-/// Socket families: QMP and files' descriptors, the network, RDMA's devices and routes.
+/// Socket families: QMP and descriptor passing, the network, RDMA devices and routes.
 const FAMILIES: &[u32] = &[
     libc::AF_UNIX.cast_unsigned(),
     libc::AF_INET.cast_unsigned(),
@@ -42,15 +42,15 @@ const FAMILIES: &[u32] = &[
     libc::AF_NETLINK.cast_unsigned(),
 ];
 
-/// ioctls by which a terminal that was inherited could be made to type (`asm-generic/ioctls.h`).
+/// ioctls that inject input into an inherited terminal (`asm-generic/ioctls.h`).
 const TYPING: &[u32] = &[libc::TIOCSTI as u32, libc::TIOCLINUX as u32];
 
-/// What makes a file by opening it, or empties one (`asm-generic/fcntl.h`); O_TMPFILE without its
+/// Flags with which open creates or empties a file (`asm-generic/fcntl.h`); O_TMPFILE without its
 /// O_DIRECTORY.
 const MAKING: u32 =
     (libc::O_CREAT | libc::O_TRUNC | libc::O_TMPFILE & !libc::O_DIRECTORY).cast_unsigned();
 
-/// All rooms.
+/// Calls for all roles.
 const COMMON: &[c_long] = &[
     // Descriptors.
     libc::SYS_close,
@@ -112,7 +112,7 @@ const COMMON: &[c_long] = &[
     libc::SYS_msync,
     libc::SYS_munlock,
     libc::SYS_munmap,
-    // Sockets; which ones is looked at where they are made.
+    // Sockets; the family is checked at creation.
     libc::SYS_accept,
     libc::SYS_accept4,
     libc::SYS_bind,
@@ -146,7 +146,7 @@ const COMMON: &[c_long] = &[
     libc::SYS_select,
     libc::SYS_timerfd_create,
     libc::SYS_timerfd_settime,
-    // Signals; who sends them is looked at.
+    // Signals; the calls that send them depend on the role.
     libc::SYS_rt_sigaction,
     libc::SYS_rt_sigpending,
     libc::SYS_rt_sigprocmask,
@@ -154,7 +154,7 @@ const COMMON: &[c_long] = &[
     libc::SYS_rt_sigtimedwait,
     libc::SYS_sigaltstack,
     libc::SYS_signalfd4,
-    // Threads and the end.
+    // Threads and exit.
     libc::SYS_arch_prctl,
     libc::SYS_exit,
     libc::SYS_exit_group,
@@ -171,7 +171,7 @@ const COMMON: &[c_long] = &[
     libc::SYS_sched_yield,
     libc::SYS_set_robust_list,
     libc::SYS_set_tid_address,
-    // Who and where we are; how much we may have.
+    // Identity, system information and resource limits.
     libc::SYS_capget,
     libc::SYS_capset,
     libc::SYS_clock_getres,
@@ -199,12 +199,12 @@ const COMMON: &[c_long] = &[
     libc::SYS_time,
     libc::SYS_times,
     libc::SYS_uname,
-    // Less still: the worker's own list.
+    // For the worker's own, stricter list.
     libc::SYS_seccomp,
 ];
 
-/// The relay's besides: it starts workers and ends them, finds QEMU's memory and end at its process, and
-/// serves sockets in directories.
+/// Further calls for the relay: it starts and terminates workers, finds QEMU's memory and notices
+/// the exit of its process, and serves sockets in directories.
 const RELAY: &[c_long] = &[
     libc::SYS_execve,
     libc::SYS_fchmod,
@@ -225,7 +225,7 @@ const RELAY: &[c_long] = &[
     libc::SYS_waitid,
 ];
 
-/// All that is allowed in `role` to the process `pid`.
+/// All calls that the process `pid` may make in `role`.
 pub(super) fn of(role: Role, pid: u32) -> Vec<(c_long, Allowed)> {
     let common = [
         (libc::SYS_ioctl, Allowed::UnlessOneOf(1, TYPING)),
@@ -245,19 +245,19 @@ pub(super) fn of(role: Role, pid: u32) -> Vec<(c_long, Allowed)> {
     }
 }
 
-/// A worker's besides.
+/// Further calls for a worker.
 fn workers(pid: u32) -> [(c_long, Allowed); 4] {
     [
-        // A thread of this process, no other one.
+        // A thread of this process, not a new process.
         (libc::SYS_clone, Allowed::IfMasked(0, NAMESPACES | THREAD, THREAD)),
         (libc::SYS_open, Allowed::IfMasked(1, MAKING, 0)),
         (libc::SYS_openat, Allowed::IfMasked(2, MAKING, 0)),
-        // An abort's.
+        // For abort(3).
         (libc::SYS_tgkill, Allowed::IfIs(0, pid)),
     ]
 }
 
 const THREAD: u32 = libc::CLONE_THREAD.cast_unsigned();
 
-/// In the place of a process's number.
+/// The calling process, in place of a PID.
 const OURSELVES: u32 = 0;

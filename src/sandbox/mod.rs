@@ -1,8 +1,8 @@
-//! What relay and worker give up before they begin: capabilities, and system calls.
+//! What relay and worker give up before they begin: capabilities and system calls.
 //!
-//! System calls are an allow list (`calls`). What is not on it the kernel does not have, as far as
-//! the process is told (ENOSYS): so a C library that learns a new call falls back to an old one, and no
-//! guest is lost of that. The same holds for the numbers of another architecture, x32 among them.
+//! System calls are filtered by an allow list (`calls`). All others fail with ENOSYS, as if the
+//! kernel did not have them: a C library that learns a new call then falls back to an old one, and
+//! no guest is lost. The same holds for the call numbers of other architectures, x32 among them.
 
 mod calls;
 mod role;
@@ -19,10 +19,10 @@ use tracing::warn;
 use calls::Allowed;
 pub use role::Role;
 
-/// Give up what is not needed, for good. Called while there is one thread.
+/// Give up what is not needed, permanently. Called while there is one thread.
 ///
-/// What can't be given up is said and kept: a guest that starts is worth more. A Landlock domain is none
-/// of it: from within one, QEMU's process could not be looked into any more.
+/// What can't be given up is logged and kept: a guest that starts is worth more. Landlock is not
+/// used: from within a domain, QEMU's process could not be inspected any more.
 pub fn confine(role: Role) {
     if let Err(error) = drop_capabilities(role) {
         warn!(%error, "capabilities could not be given up");
@@ -41,18 +41,18 @@ fn drop_capabilities(role: Role) -> rustix::io::Result<()> {
         CapabilitySets {
             effective: now.effective & kept,
             permitted: now.permitted & kept,
-            // No ambient capability is left that is not in it (capabilities(7)).
+            // Also drops ambient capabilities that are not in it (capabilities(7)).
             inheritable: now.inheritable & role.inherited(),
         },
     )?;
-    // No program gets more than the one that starts it.
+    // No program gets more privileges than the process that starts it.
     rustix::thread::set_no_new_privs(true)
 }
 
-/// The program that the kernel runs at each system call of the process `pid`.
+/// The BPF program that the kernel runs at each system call of the process `pid`.
 ///
 /// # Errors
-/// On a machine that the library does not know.
+/// If the library does not support the architecture.
 pub fn filter(role: Role, pid: u32) -> Result<BpfProgram, seccompiler::Error> {
     let backend = seccompiler::Error::Backend;
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
@@ -67,7 +67,7 @@ pub fn filter(role: Role, pid: u32) -> Result<BpfProgram, seccompiler::Error> {
     Ok(program)
 }
 
-/// When arguments are right. Rules are alternatives; no rule: always.
+/// The rules for a call's arguments. Rules are alternatives; no rule means always.
 fn rules(allowed: Allowed) -> Result<Vec<SeccompRule>, seccompiler::BackendError> {
     let rule = |argument, operation, value: u32| {
         let length = SeccompCmpArgLen::Dword;
@@ -93,8 +93,8 @@ fn rules(allowed: Allowed) -> Result<Vec<SeccompRule>, seccompiler::BackendError
     }
 }
 
-/// The library kills a process for a call of another architecture. Ours is not killed: its guest may
-/// be lost with it.
+/// Return ENOSYS for calls of other architectures. By default the library kills the process, and
+/// its guest may be lost with it.
 fn spare(program: &mut BpfProgram) {
     const RETURN: u16 = (libc::BPF_RET | libc::BPF_K) as u16;
     let enosys = libc::SECCOMP_RET_ERRNO | libc::ENOSYS.cast_unsigned();

@@ -1,9 +1,9 @@
-//! Fields at the front of bytes that may not all be there yet.
+//! Fields at the start of input that may be incomplete.
 
-/// Longest data of a command, and longest machine type, in bytes.
+/// Longest command data, and longest machine type, in bytes.
 pub(super) const FIELD_MAX: usize = 1024;
 
-/// Reads fields from the front of bytes; `None` when they are not all there.
+/// Reads fields from the start of `bytes`; `None` if one is incomplete.
 pub(super) struct Fields<'a> {
     bytes: &'a [u8],
     /// Bytes read so far.
@@ -45,14 +45,14 @@ impl<'a> Fields<'a> {
         self.array().map(u64::from_be_bytes)
     }
 
-    /// `u8` length, then the string.
+    /// Read a string with a `u8` length.
     pub(super) fn string(&mut self) -> Option<&'a [u8]> {
         let length = self.u8()?;
         self.take(length.into())
     }
 
-    /// `u32` length, then as many bytes; returns the length, even while the bytes are missing
-    /// if it is too long ever to be honest.
+    /// Skip a string with a `u32` length, and return the length. If it exceeds [`FIELD_MAX`],
+    /// return it without waiting for the string.
     pub(super) fn long_string(&mut self) -> Option<usize> {
         let length = self.u32()? as usize;
         if length <= FIELD_MAX {

@@ -1,34 +1,34 @@
-//! The destination's side: the rewritten stream goes to QEMU without the hooks.
+//! The destination's side: forwards the rewritten stream to QEMU without the hooks.
 
 use super::{
     error::{PushError, StreamError},
     parser::{Item, ItemHandler, Parser, Payload, StreamBlock},
 };
 
-/// Carries out what [`Forwarder`] finds, in the order of the calls.
+/// Carries out what [`Forwarder`] finds, in call order.
 pub trait ForwardSink {
-    /// Why it can't.
+    /// The sink's error.
     type Error;
 
-    /// The block list is complete.
+    /// Called with the complete block list.
     ///
     /// # Errors
-    /// The sink's own; any ends the stream. So for the other calls.
+    /// The sink's own. An error of any method ends the stream.
     fn ram_blocks(&mut self, blocks: &[StreamBlock]) -> Result<(), Self::Error>;
 
-    /// Bytes for QEMU.
+    /// Send these bytes to QEMU.
     ///
     /// # Errors
     /// The sink's own.
     fn stream(&mut self, bytes: &[u8]) -> Result<(), Self::Error>;
 
-    /// A HOOK: writes follow until REGISTER_FINISHED.
+    /// Called at a HOOK: writes follow until REGISTER_FINISHED.
     ///
     /// # Errors
     /// The sink's own.
     fn hook(&mut self) -> Result<(), Self::Error>;
 
-    /// The last RAM section's records have all been passed on; its end has not.
+    /// Called after all records of the last RAM section were passed on, and before its end is.
     ///
     /// # Errors
     /// The sink's own.
@@ -48,10 +48,10 @@ impl Default for Forwarder {
 }
 
 impl Forwarder {
-    /// Take the bytes of a QEMU_FILE message.
+    /// Process the bytes of a QEMU_FILE message.
     ///
     /// # Errors
-    /// When they are malformed, or a HOOK is not the message's last word; or the sink's.
+    /// If they are malformed or a HOOK is not the message's last word, or if the sink fails.
     pub fn push<I: ForwardSink>(
         &mut self,
         message: &[u8],
@@ -60,10 +60,10 @@ impl Forwarder {
         self.parser.push(message, &mut Passing { sink, hooked: false })
     }
 
-    /// The source says that the stream is complete.
+    /// End the stream, after the source has reported it complete.
     ///
     /// # Errors
-    /// [`StreamError::Cut`] before the last RAM section.
+    /// [`StreamError::Cut`] before the end of the last RAM section.
     pub fn finish(self) -> Result<(), StreamError> {
         self.parser.finish()
     }
@@ -71,7 +71,7 @@ impl Forwarder {
 
 struct Passing<'a, I> {
     sink: &'a mut I,
-    /// The message's last word must have been this HOOK.
+    /// A HOOK was read, which must be the message's last word.
     hooked: bool,
 }
 
@@ -100,10 +100,10 @@ impl<I: ForwardSink> ItemHandler for Passing<'_, I> {
         blocks: &[StreamBlock],
     ) -> Result<Payload, PushError<I::Error>> {
         if self.hooked {
-            let why = "bytes behind a HOOK in its message".to_owned();
+            let why = "bytes after a HOOK in its message".to_owned();
             return Err(PushError::Stream(StreamError::Malformed { at: 0, why }));
         }
-        // QEMU would take the content for granted.
+        // QEMU would assume that it has the content.
         if matches!(item, Item::Announced { .. }) {
             let why = "pages without content".to_owned();
             return Err(PushError::Stream(StreamError::Malformed { at: 0, why }));

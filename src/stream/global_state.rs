@@ -1,24 +1,24 @@
-//! What QEMU tells the destination that the guest did before it was stopped for the switchover.
+//! The guest's run state before the switchover, which QEMU sends to the destination.
 //!
-//! Of the device state behind RAM only QEMU knows where its sections begin; this one can be told by its
-//! head (`vmstate_globalstate` of `migration/global_state.c`).
+//! Only QEMU knows where the sections of the device state after RAM begin. This one is recognised
+//! by its header (`vmstate_globalstate` of `migration/global_state.c`).
 
 /// The section's name with its length, instance 0, version 1.
 const HEAD: &[u8] = b"\x0bglobalstate\0\0\0\0\0\0\0\x01";
 
-/// What follows: the length of the text, and the text in a field of 100 bytes.
+/// Length of what follows: the text's length, and the text in a field of 100 bytes.
 const FIELDS: usize = 4 + 100;
 
-/// Looks for it in bytes that are cut anywhere.
+/// Searches for the section in input split at any byte.
 #[derive(Debug, Default)]
 pub(super) struct GlobalState {
-    /// What it may have begun in.
+    /// Bytes in which the section may have begun.
     rest: Vec<u8>,
     found: bool,
 }
 
 impl GlobalState {
-    /// Look at the next bytes behind RAM; says the state, as in `query-status`, once.
+    /// Search the next bytes after RAM. Return the state, as in `query-status`, once.
     pub(super) fn push(&mut self, bytes: &[u8]) -> Option<String> {
         if self.found {
             return None;

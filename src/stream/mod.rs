@@ -1,10 +1,10 @@
-//! QEMU's migration stream: read it, and rewrite it for a peer that gets RAM by other means.
+//! QEMU's migration stream: parse it, and rewrite it for a peer that receives RAM separately.
 //!
-//! [`Rewriter`] is the source's side: it takes RAM records out and says what to write instead.
-//! [`Forwarder`] is the destination's: it passes the rest on to QEMU and knows where RAM ends. Both
-//! are fed bytes cut anywhere, do no I/O, and stand on one grammar (`parser`). Precopy streams
-//! of QEMU 7.2 to 10.0 are understood (`migration/savevm.c`, `migration/ram.c`); whatever has no
-//! length that can be known is refused by name.
+//! [`Rewriter`] is the source's side: it removes RAM records and tells its sink what to write
+//! instead. [`Forwarder`] is the destination's: it passes the rest on to QEMU and detects where RAM
+//! ends. Both accept input split at any byte, do no I/O and share one grammar (`parser`). Precopy
+//! streams of QEMU 7.2 to 10.0 are understood (`migration/savevm.c`, `migration/ram.c`); anything
+//! of unknown length is refused, and named in the error.
 
 mod error;
 mod fields;

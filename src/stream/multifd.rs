@@ -1,11 +1,10 @@
-//! QEMU's multifd channels: RAM beside the stream (`migration/multifd.c`).
+//! QEMU's multifd channels, which carry RAM beside the stream (`migration/multifd.c`).
 //!
-//! Each channel begins with an init packet and is a sequence of packets from then on, each with the
-//! offsets of up to 128 pages of one block and the pages' content behind it. The stream's channel,
-//! the main one, has no pages then but those that are zero in QEMU up to 8.2; where all channels have
-//! to be at the same point, each has a packet with SYNC, and the main one either a word
-//! MULTIFD_FLUSH (from 8.1 on) or just the end of a RAM section (before, and with older machine
-//! types).
+//! Each channel starts with an init packet, followed by data packets: the offsets of up to 128
+//! pages of one block, then the pages' content. The main channel (the stream) then has no pages,
+//! except zero pages in QEMU up to 8.2. At a sync point each channel has a packet with SYNC, and
+//! the main channel either a MULTIFD_FLUSH word (from 8.1 on) or just the end of a RAM section
+//! (before, and with older machine types).
 
 use zerocopy::{
     FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned,
@@ -14,22 +13,22 @@ use zerocopy::{
 
 use crate::ram::PAGE;
 
-/// Bytes of the init packet.
+/// Length of the init packet in bytes.
 pub const INIT_SIZE: usize = size_of::<RawInit>();
 
-/// Bytes of a packet, its pages' content not counted.
+/// Length of a packet in bytes, without its pages' content.
 pub const PACKET_SIZE: usize = size_of::<RawPacket>();
 
-/// Pages of a packet: MULTIFD_PACKET_SIZE of 512 KiB.
+/// Most pages of a packet: MULTIFD_PACKET_SIZE of 512 KiB.
 pub const PAGES_MAX: usize = (512 << 10) / PAGE as usize;
 
-/// Begins both kinds of packets (MULTIFD_MAGIC).
+/// Starts both kinds of packets (MULTIFD_MAGIC).
 const MAGIC: u32 = 0x1122_3344;
 
 /// MULTIFD_VERSION.
 const VERSION: u32 = 1;
 
-/// MULTIFD_FLAG_SYNC. All others say that the content is compressed, or no RAM.
+/// MULTIFD_FLAG_SYNC. All others mean that the content is compressed, or not RAM.
 const SYNC: u32 = 1;
 
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -52,7 +51,7 @@ struct RawPacket {
     normal_pages: U32,
     next_packet_size: U32,
     packet_num: U64,
-    /// Reserved, and zero, up to QEMU 8.2: zero pages are on the main channel.
+    /// Reserved and zero up to QEMU 8.2, which sends zero pages on the main channel.
     zero_pages: U32,
     reserved: [u8; 28],
     ramblock: [u8; 256],
@@ -60,15 +59,15 @@ struct RawPacket {
     offset: [U64; PAGES_MAX],
 }
 
-/// Bytes of a channel that are none.
+/// A malformed packet, or unsupported content.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("Malformed packet on a multifd channel: {0}")]
 pub struct PacketError(String);
 
-/// What a packet says.
+/// A parsed packet.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Packet<'a> {
-    /// All channels come to this point, behind the pages of this packet.
+    /// All channels synchronise after the pages of this packet.
     pub sync: bool,
     /// The block of the pages, if there are any.
     pub block: &'a str,
@@ -76,10 +75,10 @@ pub struct Packet<'a> {
     zero: &'a [U64],
 }
 
-/// The number of a channel, from its init packet.
+/// Return the number of a channel, from its init packet.
 ///
 /// # Errors
-/// It is none.
+/// If it is not an init packet.
 pub fn init(bytes: &[u8; INIT_SIZE]) -> Result<u8, PacketError> {
     let init: &RawInit = zerocopy::transmute_ref!(bytes);
     check_head(init.magic, init.version)?;
@@ -95,10 +94,10 @@ fn check_head(magic: U32, version: U32) -> Result<(), PacketError> {
 }
 
 impl<'a> Packet<'a> {
-    /// Read one.
+    /// Parse a packet.
     ///
     /// # Errors
-    /// When it is malformed, or contains what can't be carried: compressed pages, device state.
+    /// If it is malformed, or has unsupported content: compressed pages, device state.
     pub fn read(bytes: &'a [u8; PACKET_SIZE]) -> Result<Self, PacketError> {
         let raw: &RawPacket = zerocopy::transmute_ref!(bytes);
         check_head(raw.magic, raw.version)?;
@@ -112,7 +111,7 @@ impl<'a> Packet<'a> {
             return Err(PacketError(format!("{normal} pages and {zero} that are zero")));
         };
         let content = raw.next_packet_size.get() as usize;
-        // Without pages it is the last packet's (7.2).
+        // Without pages, QEMU 7.2 repeats the last packet's size.
         if !normal.is_empty() && content != normal.len() * PAGE as usize {
             return Err(PacketError(format!("{content} bytes for {} pages", normal.len())));
         }
@@ -123,25 +122,25 @@ impl<'a> Packet<'a> {
         Ok(Self { sync: flags & SYNC != 0, block, normal, zero })
     }
 
-    /// Bytes of content behind the packet.
+    /// Bytes of content after the packet.
     pub fn content(&self) -> usize {
         self.normal.len() * PAGE as usize
     }
 
-    /// Offsets of the pages with content, in its order.
+    /// Offsets of the pages with content, in the content's order.
     pub fn normal(&self) -> impl ExactSizeIterator<Item = u64> {
         self.normal.iter().map(|offset| offset.get())
     }
 
-    /// Offsets of the pages that are zero.
+    /// Offsets of the zero pages.
     pub fn zero(&self) -> impl ExactSizeIterator<Item = u64> {
         self.zero.iter().map(|offset| offset.get())
     }
 }
 
-/// Joins pages to ranges (offset, length) that cross no multiple of `limit` bytes.
+/// Join pages into ranges (offset, length) that cross not a multiple of `limit` bytes.
 ///
-/// QEMU puts zero pages behind the others by exchanging them, which leaves either out of order.
+/// QEMU moves zero pages to the end by swapping, which leaves both kinds out of order.
 pub fn ranges(offsets: impl Iterator<Item = u64>, limit: u64) -> impl Iterator<Item = (u64, u64)> {
     let mut sorted = [0; PAGES_MAX];
     let mut count = 0;
@@ -149,7 +148,7 @@ pub fn ranges(offsets: impl Iterator<Item = u64>, limit: u64) -> impl Iterator<I
         *place = offset;
         count += 1;
     }
-    // Already in order as a rule, which costs one pass.
+    // Usually in order already, which costs one pass.
     sorted[..count].sort_unstable();
     let mut next = 0;
     std::iter::from_fn(move || {
@@ -202,7 +201,7 @@ mod tests {
         assert_eq!(packet.zero().collect::<Vec<_>>(), [8192]);
     }
 
-    /// Up to 8.2 it may have pages.
+    /// Up to QEMU 8.2 a SYNC packet may have pages.
     #[test]
     fn sync_may_come_with_pages() {
         assert!(Packet::read(&packet(SYNC, &[], &[])).unwrap().sync);
@@ -259,7 +258,7 @@ mod tests {
             }
         }
 
-        /// Any that fit are what they were, wherever they lie.
+        /// All pages that fit are read back unchanged, at any offset.
         #[test]
         fn a_packet_has_the_pages_that_it_names(
             flags in prop::sample::select(vec![0, SYNC]),

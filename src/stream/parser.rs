@@ -1,4 +1,4 @@
-//! The grammar of the stream, fed with bytes cut anywhere.
+//! Push parser for the stream. Input may be split at any byte.
 
 mod sections;
 
@@ -13,12 +13,12 @@ use crate::{
     text,
 };
 
-/// Longest item that has to be seen whole, in bytes: a record's or a command's head with a name.
+/// Longest item to buffer, in bytes: the header of a record or command, with a name.
 const ITEM_MAX: usize = 2048;
 
 /// Flags in the low bits of a RAM record's word (RAM_SAVE_FLAG_* of `migration/ram.c`).
 pub(super) mod flag {
-    /// Of `qemu-patches/`; FULL in the streams of 2009.
+    /// From `qemu-patches/`; RAM_SAVE_FLAG_FULL in streams of 2009.
     pub const RANGE: u64 = 0x001;
     pub const ZERO: u64 = 0x002;
     pub const MEM_SIZE: u64 = 0x004;
@@ -44,52 +44,52 @@ mod section {
     pub const FOOTER: u8 = 0x7e;
 }
 
-/// A RAM block, as the stream's block list names it.
+/// A RAM block, as listed in the stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StreamBlock {
-    /// QEMU's idstr.
+    /// QEMU's `idstr`.
     pub name: String,
     /// Used length in bytes.
     pub length: u64,
 }
 
-/// What a piece of the stream is. Its bytes come along; see [`ItemHandler`].
+/// Kind of a stream item. [`ItemHandler::item`] also gets its bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Item {
     /// Framing, commands, configuration.
     Other,
     /// The last entry of the block list.
     BlocksEnd,
-    /// The head of a record with a page's content as payload: the plain bytes, or encoded.
+    /// Header of a record whose payload is a page's content, `plain` or encoded.
     Page { block: u32, offset: u64, plain: bool },
-    /// A page that is zero; no payload.
+    /// A zero page; no payload.
     Zero { block: u32, offset: u64 },
-    /// Pages that have to be sent, without their content; no payload.
+    /// Pages to send, announced without their content; no payload.
     Announced { block: u32, offset: u64, length: u64 },
     /// RDMA's synchronisation point.
     Hook,
-    /// Multifd's.
+    /// Multifd's synchronisation point.
     MultifdFlush,
-    /// A RAM section's body ends; the last one's?
+    /// End of a RAM section's body; `last` for the last section.
     Eos { last: bool },
-    /// Behind the last RAM section.
+    /// Bytes after the last RAM section.
     Opaque,
 }
 
-/// What becomes of a record's payload.
+/// What the parser does with a record's payload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Payload {
-    /// [`ItemHandler::payload`] gets it.
+    /// Pass it to [`ItemHandler::payload`].
     Take,
-    /// It is skipped.
+    /// Skip it.
     Drop,
 }
 
-/// Takes what the parser finds.
+/// Receives the items that the parser finds.
 pub(super) trait ItemHandler {
     type Error;
 
-    /// An item; `raw` are its bytes without payload, `blocks` the block list so far.
+    /// Handle an item. `raw` is the item without payload, `blocks` the block list so far.
     fn item(
         &mut self,
         item: Item,
@@ -97,11 +97,11 @@ pub(super) trait ItemHandler {
         blocks: &[StreamBlock],
     ) -> Result<Payload, PushError<Self::Error>>;
 
-    /// Some of the payload of the last item.
+    /// Handle a piece of the last item's payload.
     fn payload(&mut self, bytes: &[u8]) -> Result<(), PushError<Self::Error>>;
 }
 
-/// Which RAM section.
+/// Kind of RAM section.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Ram {
     Start,
@@ -113,45 +113,44 @@ enum Ram {
 enum State {
     /// Magic and version.
     Header,
-    /// The configuration section may come.
+    /// The configuration section, if there is one.
     Configuration,
-    /// Subsections of the configuration may come.
+    /// Subsections of the configuration, if there are any.
     Subsection,
-    /// Strings of `configuration/capabilities`.
+    /// Strings of `configuration/capabilities`, with the number left.
     Capabilities(u32),
     /// A section or a command.
     Section,
     /// The word that begins the block list.
     MemSize,
-    /// Entries of the block list, with the bytes that their lengths must still sum up to.
+    /// Entries of the block list, with the bytes left to list.
     Blocks(u64),
     /// Records.
     Body(Ram),
-    /// Behind a RAM section's body.
+    /// Footer of a RAM section.
     Footer(Ram),
-    /// Behind the body of a device's section.
+    /// Footer of a device's section, with its ID.
     DeviceFooter(u32),
-    /// Behind the last RAM section.
+    /// After the last RAM section.
     Opaque,
 }
 
-/// An item that was found at the front of the bytes.
+/// An item at the start of the input.
 struct Found {
-    /// Bytes of it, payload not included.
+    /// Length in bytes, without payload.
     size: usize,
     item: Item,
-    /// Bytes of payload.
+    /// Length of the payload in bytes.
     payload: u64,
     next: State,
 }
 
-/// The parser.
 #[derive(Debug)]
 pub(super) struct Parser {
     state: State,
-    /// Bytes of an item that is not whole yet.
+    /// Start of an incomplete item.
     carry: Vec<u8>,
-    /// Payload still to come, and what becomes of it.
+    /// Payload bytes still to come, and whether the handler gets them.
     payload: u64,
     take_payload: bool,
     /// Bytes parsed.
@@ -159,7 +158,7 @@ pub(super) struct Parser {
     ram_id: Option<u32>,
     blocks: Vec<StreamBlock>,
     by_name: HashMap<String, u32>,
-    /// The block that CONTINUE means.
+    /// The block that CONTINUE refers to.
     last_block: Option<u32>,
 }
 
@@ -178,13 +177,13 @@ impl Parser {
         }
     }
 
-    /// The last RAM section's body has ended.
+    /// Whether the last RAM section's body has ended.
     pub(super) fn ram_ended(&self) -> bool {
         matches!(self.state, State::Footer(Ram::End) | State::Opaque)
     }
 
-    /// Check that the stream may end here. What follows RAM has no length that is known, so a
-    /// cut there is for the destination's QEMU to notice.
+    /// Check that the stream may end here. The data after RAM has no known length, so only the
+    /// destination's QEMU can notice a cut there.
     pub(super) fn finish(&self) -> Result<(), StreamError> {
         let phase = match self.state {
             State::Opaque => return Ok(()),
@@ -234,7 +233,7 @@ impl Parser {
                 carry.extend_from_slice(&input[..more]);
                 input = match self.find(&carry).map_err(PushError::Stream)? {
                     Some(found) => {
-                        // The item was not whole before, so it ends within the new bytes.
+                        // The item was incomplete before, so it ends within the new bytes.
                         let size = found.size;
                         self.apply(found, &carry[..size], taker)?;
                         carry.clear();
@@ -243,19 +242,19 @@ impl Parser {
                     None if carry.len() < ITEM_MAX => &input[more..],
                     None => return Err(self.endless()),
                 };
-                // Its memory serves the next cut too.
+                // Reuse the allocation.
                 self.carry = carry;
             }
         }
         Ok(())
     }
 
-    /// So many bytes, and still no whole item.
+    /// The error for an item that exceeds [`ITEM_MAX`].
     fn endless<E>(&self) -> PushError<E> {
-        PushError::Stream(self.malformed("an item that does not end"))
+        PushError::Stream(self.malformed("an item that is too long"))
     }
 
-    /// Hand an item over and move on.
+    /// Pass an item to the handler and advance.
     fn apply<T: ItemHandler>(
         &mut self,
         found: Found,
@@ -274,7 +273,7 @@ impl Parser {
         StreamError::Malformed { at: self.at, why: why.into() }
     }
 
-    /// The item at the front of `bytes`, or `None` if more of it must come.
+    /// Find the item at the start of `bytes`; `None` if it is incomplete.
     fn find(&mut self, bytes: &[u8]) -> Result<Option<Found>, StreamError> {
         let mut fields = Fields::new(bytes);
         let other = |fields: &Fields<'_>, next| {
@@ -293,7 +292,7 @@ impl Parser {
                     return Ok(None);
                 };
                 if (magic, version) != (u32::from_be_bytes(*b"QEVM"), 3) {
-                    return Err(self.malformed("no QEMU migration stream of version 3"));
+                    return Err(self.malformed("not a QEMU migration stream of version 3"));
                 }
                 Ok(other(&fields, State::Configuration))
             }
@@ -326,21 +325,21 @@ impl Parser {
             State::Footer(ram) => {
                 let (Some(mark), Some(id)) = (fields.u8(), fields.u32()) else { return Ok(None) };
                 if mark != section::FOOTER || Some(id) != self.ram_id {
-                    return Err(self.malformed("no footer behind a RAM section"));
+                    return Err(self.malformed("no footer after a RAM section"));
                 }
                 Ok(other(&fields, if ram == Ram::End { State::Opaque } else { State::Section }))
             }
             State::DeviceFooter(section) => {
                 let (Some(mark), Some(id)) = (fields.u8(), fields.u32()) else { return Ok(None) };
                 if mark != section::FOOTER || id != section {
-                    return Err(self.malformed("no footer behind a device's section"));
+                    return Err(self.malformed("no footer after a device's section"));
                 }
                 Ok(other(&fields, State::Section))
             }
         }
     }
 
-    /// Refuse a length-prefixed field that is too long to be honest.
+    /// Refuse a length-prefixed field of more than `most` bytes.
     fn bounded(&self, found: Option<usize>, most: usize, what: &str) -> Result<(), StreamError> {
         match found {
             Some(length) if length > most => {
@@ -350,7 +349,7 @@ impl Parser {
         }
     }
 
-    /// An entry of the block list.
+    /// Parse an entry of the block list.
     fn block(&mut self, fields: &mut Fields<'_>, left: u64) -> Result<Option<Found>, StreamError> {
         let (Some(name), Some(length)) = (fields.string(), fields.u64()) else { return Ok(None) };
         let name = std::str::from_utf8(name).ok().filter(|name| !name.is_empty());
@@ -375,7 +374,7 @@ impl Parser {
         Ok(Some(Found { size: fields.next, item, payload: 0, next }))
     }
 
-    /// A word of a RAM section's body, and what belongs to it.
+    /// Parse a word of a RAM section's body, and the fields that belong to it.
     fn record(&mut self, fields: &mut Fields<'_>, ram: Ram) -> Result<Option<Found>, StreamError> {
         let Some(word) = fields.u64() else { return Ok(None) };
         let (offset, flags) = (word & !(PAGE - 1), word & (PAGE - 1));
@@ -415,13 +414,13 @@ impl Parser {
                     return Ok(None);
                 };
                 if encoding != 1 || u64::from(length) > PAGE {
-                    return Err(self.malformed("an XBZRLE page that is none"));
+                    return Err(self.malformed("an invalid XBZRLE page"));
                 }
                 (Item::Page { block, offset, plain: false }, length.into())
             }
             flag::COMPRESS_PAGE => {
                 let Some(length) = fields.u32() else { return Ok(None) };
-                // zlib's compressBound of a page, and some.
+                // zlib's `compressBound` of a page, with a margin.
                 if u64::from(length) > PAGE + 64 {
                     return Err(self.malformed(format!("a compressed page of {length} bytes")));
                 }
@@ -433,7 +432,7 @@ impl Parser {
         Ok(Some(Found { size: fields.next, item, payload, next }))
     }
 
-    /// Pages of a block that are announced without content.
+    /// Check pages that are announced without content.
     fn announced(&self, block: u32, offset: u64, pages: u64) -> Result<Item, StreamError> {
         let StreamBlock { name, length: most } = &self.blocks[block as usize];
         let length = pages.checked_mul(PAGE).filter(|length| *length > 0);
@@ -445,7 +444,7 @@ impl Parser {
         Ok(Item::Announced { block, offset, length })
     }
 
-    /// The block of a record: the last one's, or the one that its name says.
+    /// Find a record's block: the last one for CONTINUE, else the named one.
     fn record_block(
         &self,
         fields: &mut Fields<'_>,
@@ -482,7 +481,7 @@ impl Parser {
     }
 }
 
-/// A name that is no known one, for messages.
+/// Make an unknown name printable, for error messages.
 fn shown(name: &[u8]) -> String {
     text::line(&String::from_utf8_lossy(name)).into_owned()
 }

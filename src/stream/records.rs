@@ -1,18 +1,18 @@
-//! RAM records, for memory that has to reach QEMU by its stream.
+//! RAM records, for memory that must reach QEMU through its stream.
 
 use super::parser::flag;
 use crate::ram::PAGE;
 
-/// Makes the records of one block's pages.
+/// Encodes records for the pages of one block.
 #[derive(Debug)]
 pub struct Records<'a> {
     name: &'a str,
-    /// The block was named in this run of records.
+    /// Whether a record has named the block.
     named: bool,
 }
 
 impl<'a> Records<'a> {
-    /// For block `name`, at most 255 bytes long.
+    /// Start records for block `name`, at most 255 bytes long.
     pub fn new(name: &'a str) -> Self {
         Self { name, named: false }
     }

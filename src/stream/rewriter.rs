@@ -1,4 +1,4 @@
-//! The source's side: RAM records become writes, the rest goes on.
+//! The source's side: RAM records become writes, everything else is forwarded.
 
 use super::{
     error::{PushError, StreamError},
@@ -7,7 +7,7 @@ use super::{
 };
 use crate::ram::{BlockRange, PAGE, Transfer};
 
-/// Most bytes of inline records that are held back while writes are under way.
+/// Most bytes of inline records to hold back while writes are in flight.
 const HELD_MAX: usize = 256 << 10;
 
 /// A page from a multifd channel whose block is not [`Transfer::Direct`].
@@ -17,20 +17,20 @@ pub struct ChannelPage {
     pub block: u32,
     /// Offset in the block in bytes.
     pub offset: u64,
-    /// What it contains; `None` if it is zero.
+    /// Content; `None` for a zero page.
     pub content: Option<Box<[u8; PAGE as usize]>>,
 }
 
-/// The beginning of a range: what all of it is alike.
+/// The leading part of a range, all of it either data or a hole.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Extent {
-    /// A hole of the memory's file, which reads as zero.
+    /// A hole in the memory's file, which reads as zero.
     pub hole: bool,
-    /// Bytes, at least a page of them.
+    /// Length in bytes, at least one page.
     pub length: u64,
 }
 
-/// Neighbouring pages are joined to ranges that never cross a multiple of these, in bytes.
+/// Neighbouring pages are joined into ranges that never cross a multiple of these, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
     /// For writes. Version 1 of the protocol registers memory in chunks of 1 MiB.
@@ -51,25 +51,25 @@ impl Limits {
     }
 }
 
-/// Carries out what the rewriter finds, in the order of the calls.
+/// Carries out what the rewriter finds, in call order.
 pub trait RewriteSink {
-    /// Why it can't.
+    /// The sink's error.
     type Error;
 
-    /// The block list is complete: say for each block how its pages are transferred.
+    /// Called with the complete block list. Return how each block's pages are transferred.
     ///
     /// # Errors
-    /// The sink's own; any ends the stream. So for the other calls.
+    /// The sink's own. An error of any method ends the stream.
     fn ram_blocks(&mut self, blocks: &[StreamBlock]) -> Result<Vec<Transfer>, Self::Error>;
 
-    /// Bytes to forward; to be gathered as the sink likes.
+    /// Forward these bytes. The sink may batch them.
     ///
     /// # Errors
     /// The sink's own.
     fn stream(&mut self, bytes: &[u8]) -> Result<(), Self::Error>;
 
-    /// The HOOK word was just forwarded: it must be the last of its QEMU_FILE message, and no
-    /// other may follow before [`RewriteSink::finished`] (specification, "RAM section").
+    /// Called after the HOOK word was forwarded. HOOK must end its QEMU_FILE message, and no other
+    /// may follow before [`RewriteSink::finished`] (specification, "RAM section").
     ///
     /// # Errors
     /// The sink's own.
@@ -81,27 +81,26 @@ pub trait RewriteSink {
     /// The sink's own.
     fn write(&mut self, range: BlockRange) -> Result<(), Self::Error>;
 
-    /// The next bytes for [`RewriteSink::write_staged`], at most [`Limits::write`] before it is called.
+    /// Stage content for [`RewriteSink::write_staged`], at most [`Limits::write`] bytes per write.
     ///
     /// # Errors
     /// The sink's own.
     fn stage(&mut self, bytes: &[u8]) -> Result<(), Self::Error>;
 
-    /// Write these pages now. Their content is what was staged since the last call, no more and no
-    /// less.
+    /// Write these pages now. Their content is exactly what was staged since the last call.
     ///
     /// # Errors
     /// The sink's own.
     fn write_staged(&mut self, range: BlockRange) -> Result<(), Self::Error>;
 
-    /// These pages are zero.
+    /// Zero these pages.
     ///
     /// # Errors
     /// The sink's own.
     fn zero(&mut self, range: BlockRange) -> Result<(), Self::Error>;
 
-    /// What does this range of a mapped block begin with? QEMU announced it without content, and
-    /// thus without having looked whether anybody ever used it. To send all of it is never wrong.
+    /// Return the extent at the start of this range of a direct block. QEMU announced it without
+    /// checking whether it was ever used. Reporting a hole as data is always correct.
     ///
     /// # Errors
     /// The sink's own.
@@ -109,8 +108,8 @@ pub trait RewriteSink {
         Ok(Extent { hole: false, length: range.length })
     }
 
-    /// So many bytes that QEMU announced without content have been handed over, by the last call
-    /// of [`RewriteSink::write`] or, if they are a `hole`, of [`RewriteSink::zero`].
+    /// Called after [`RewriteSink::write`] (for a `hole`, [`RewriteSink::zero`]) with the number of
+    /// bytes in the range that QEMU announced without content.
     ///
     /// # Errors
     /// The sink's own.
@@ -118,18 +117,18 @@ pub trait RewriteSink {
         Ok(())
     }
 
-    /// All writes since the hook must land; then REGISTER_FINISHED.
+    /// Complete all writes since the hook, then send REGISTER_FINISHED.
     ///
     /// # Errors
     /// The sink's own.
     fn finished(&mut self) -> Result<(), Self::Error>;
 
-    /// Behind RAM: what the guest did before it was stopped, as in `query-status`.
+    /// Called after RAM with the guest's run state before it was stopped, as in `query-status`.
     fn guest_before(&mut self, _status: String) {}
 
-    /// QEMU's multifd channels come to this point too, and all that they have written must land.
-    /// Returns the other pages that they had, oldest first. Called only of a rewriter
-    /// [`beside_channels`](Rewriter::beside_channels).
+    /// Wait until QEMU's multifd channels have reached this sync point and all their writes have
+    /// landed. Return the pages that they could not write, oldest first. Called only with
+    /// [`Rewriter::beside_channels`].
     ///
     /// # Errors
     /// The sink's own.
@@ -146,7 +145,7 @@ pub struct Rewriter {
 }
 
 impl Rewriter {
-    /// At the stream's first byte.
+    /// Start at the stream's first byte.
     pub fn new(limits: Limits) -> Self {
         let state = State {
             limits,
@@ -162,22 +161,23 @@ impl Rewriter {
         Self { parser: Parser::new(), state }
     }
 
-    /// Look for what the guest did before the switchover in bytes that are rewritten no more; says it once.
+    /// Find the guest's run state before the switchover in bytes that are no longer rewritten.
+    /// Return it once.
     pub fn look_for_guest(&mut self, bytes: &[u8]) -> Option<String> {
         self.state.global_state.push(bytes)
     }
 
-    /// The same for a stream whose pages come through multifd channels beside it.
+    /// Start a stream whose pages arrive through multifd channels beside it.
     pub fn beside_channels(limits: Limits) -> Self {
         let mut rewriter = Self::new(limits);
         rewriter.state.channels = Some(Meeting::Sections);
         rewriter
     }
 
-    /// Take the next bytes of the stream, cut anywhere.
+    /// Process the next bytes of the stream, split anywhere.
     ///
     /// # Errors
-    /// When they are malformed, or contain what can't be carried; or the sink's.
+    /// If they are malformed or contain something unsupported, or if the sink fails.
     pub fn push<O: RewriteSink>(
         &mut self,
         input: &[u8],
@@ -186,11 +186,11 @@ impl Rewriter {
         self.parser.push(input, &mut Rewriting { state: &mut self.state, out })
     }
 
-    /// Let go of a range that might still grow: for when no more bytes are at hand. One whose last
-    /// page is not whole stays: QEMU is about to send the rest.
+    /// Flush the pending range: for use when no input is available. A range whose last page is
+    /// incomplete stays pending, because QEMU is about to send the rest.
     ///
     /// # Errors
-    /// The sink's.
+    /// The sink's own.
     pub fn flush<O: RewriteSink>(&mut self, out: &mut O) -> Result<(), PushError<O::Error>> {
         if self.state.awaited > 0 {
             return Ok(());
@@ -198,21 +198,21 @@ impl Rewriter {
         Rewriting { state: &mut self.state, out }.flush_run().map_err(PushError::Handler)
     }
 
-    /// The last RAM section's records are behind us.
+    /// Whether all records of the last RAM section have been processed.
     pub fn ram_ended(&self) -> bool {
         self.parser.ram_ended()
     }
 
-    /// The stream has ended.
+    /// End the stream.
     ///
     /// # Errors
-    /// [`StreamError::Cut`] before the last RAM section.
+    /// [`StreamError::Cut`] before the end of the last RAM section.
     pub fn finish(self) -> Result<(), StreamError> {
         self.parser.finish()
     }
 }
 
-/// Where the bytes of a run's pages are.
+/// Where the content of a run's pages is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Source {
     Memory,
@@ -220,19 +220,19 @@ enum Source {
     Zero,
 }
 
-/// Pages that were joined so far.
+/// Neighbouring pages joined so far.
 #[derive(Debug, Clone, Copy)]
 struct Run {
     source: Source,
     block: u32,
     start: u64,
     end: u64,
-    /// Bytes of it that QEMU announced without content.
+    /// Bytes that QEMU announced without content.
     announced: u64,
 }
 
-/// Where multifd channels meet the stream. QEMU synchronises once before the first section ends:
-/// whether there is a word for it then says how it goes on.
+/// Where multifd sync points are in the stream. QEMU syncs once before the first section ends: if
+/// that sync has a MULTIFD_FLUSH, so have all later ones.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Meeting {
     /// At the end of each RAM section.
@@ -246,15 +246,15 @@ struct State {
     limits: Limits,
     transfers: Vec<Transfer>,
     run: Option<Run>,
-    /// Bytes of the last staged page that have not come yet.
+    /// Missing bytes of the last staged page.
     awaited: usize,
     /// Between HOOK and REGISTER_FINISHED.
     hook_open: bool,
-    /// In-stream records that wait for REGISTER_FINISHED.
+    /// Inline records held back until REGISTER_FINISHED.
     held: Vec<u8>,
-    /// The block that a CONTINUE in the rewritten stream would mean.
+    /// The block that CONTINUE would refer to in the rewritten stream.
     named: Option<u32>,
-    /// There are multifd channels.
+    /// Set if there are multifd channels.
     channels: Option<Meeting>,
     global_state: GlobalState,
 }
@@ -265,12 +265,12 @@ struct Rewriting<'a, O> {
 }
 
 impl<O: RewriteSink> Rewriting<'_, O> {
-    /// Join a page to the run, or begin a new one with it.
+    /// Append a page to the run, or start a new run with it.
     fn page(&mut self, source: Source, block: u32, offset: u64) -> Result<(), O::Error> {
         self.join(Run { source, block, start: offset, end: offset + PAGE, announced: 0 })
     }
 
-    /// Join pages to the run, or begin a new one with them. They cross no limit.
+    /// Append pages to the run, or start a new run with them. They cross no limit.
     fn join(&mut self, more: Run) -> Result<(), O::Error> {
         if let Some(run) = &mut self.state.run
             && (run.source, run.block, run.end) == (more.source, more.block, more.start)
@@ -285,7 +285,7 @@ impl<O: RewriteSink> Rewriting<'_, O> {
         Ok(())
     }
 
-    /// Pages of a mapped block that were announced without content.
+    /// Process pages of a direct block that were announced without content.
     fn announced(&mut self, block: u32, offset: u64, length: u64) -> Result<(), O::Error> {
         let (mut start, end) = (offset, offset + length);
         while start < end {
@@ -301,7 +301,7 @@ impl<O: RewriteSink> Rewriting<'_, O> {
         Ok(())
     }
 
-    /// Carry out the run.
+    /// Pass the run to the sink.
     fn flush_run(&mut self) -> Result<(), O::Error> {
         let Some(run) = self.state.run.take() else { return Ok(()) };
         if !self.state.hook_open {
@@ -326,7 +326,7 @@ impl<O: RewriteSink> Rewriting<'_, O> {
         Ok(())
     }
 
-    /// End the writes of a hook, and let the held records follow.
+    /// Finish the writes of a hook, then forward the held records.
     fn close_hook(&mut self) -> Result<(), O::Error> {
         self.flush_run()?;
         if self.state.hook_open {
@@ -350,8 +350,7 @@ impl<O: RewriteSink> Rewriting<'_, O> {
         }
     }
 
-    /// Forward a record's head. Records were taken out in between, so whether CONTINUE holds is
-    /// decided anew.
+    /// Forward a record's header. Records before it may have been removed, so CONTINUE is set anew.
     fn record_head(
         &mut self,
         raw: &[u8],
@@ -361,8 +360,8 @@ impl<O: RewriteSink> Rewriting<'_, O> {
         if self.state.held.len() >= HELD_MAX {
             self.close_hook()?;
         }
-        // Held from its first byte on: the run may be let go of between the pieces of the record,
-        // and no HOOK may come between those.
+        // Hold the record from its first byte on: the run may be flushed between pieces of the
+        // record, and no HOOK may come between them.
         if self.state.run.is_some() && !self.state.hook_open {
             self.open_hook()?;
         }
@@ -382,7 +381,8 @@ impl<O: RewriteSink> Rewriting<'_, O> {
         self.in_stream(rest)
     }
 
-    /// Meet the channels, and take the pages that they can't write as if they had come here.
+    /// Synchronise with the channels, and process the pages that they can't write as if the stream
+    /// had contained them.
     fn synchronise(&mut self, blocks: &[StreamBlock]) -> Result<(), O::Error> {
         self.flush_run()?;
         for ChannelPage { block, offset, content } in self.out.synchronise()? {
@@ -432,7 +432,7 @@ impl<O: RewriteSink> Rewriting<'_, O> {
             Item::BlocksEnd => {
                 self.out.stream(raw)?;
                 self.state.transfers = self.out.ram_blocks(blocks)?;
-                // The place of the RAM-block exchange in version 1.
+                // The RAM-block exchange of version 1 happens here.
                 self.open_hook()?;
                 self.close_hook()?;
             }
@@ -452,7 +452,7 @@ impl<O: RewriteSink> Rewriting<'_, O> {
                 Transfer::Inline => self.record_head(raw, block, blocks)?,
             },
             Item::Hook => {}
-            // It is none of the destination's business.
+            // Not forwarded: the destination's QEMU has no channels.
             Item::MultifdFlush => {
                 if let Some(meeting) = &mut self.state.channels {
                     *meeting = Meeting::Flushes;
@@ -483,16 +483,16 @@ impl<O: RewriteSink> ItemHandler for Rewriting<'_, O> {
     ) -> Result<Payload, PushError<O::Error>> {
         match item {
             Item::Hook => {
-                return Err(PushError::Stream(StreamError::Unsupported("RDMA of QEMU's own")));
+                return Err(PushError::Stream(StreamError::Unsupported("QEMU's own RDMA")));
             }
-            // Only QEMU can decode them, and it would race with what is written.
+            // Only QEMU can decode these pages, and that would race with our writes.
             Item::Page { block, plain: false, .. } if self.transfer(block) == Transfer::Copied => {
-                let what = "XBZRLE or compression for memory that is sent from it";
+                let what = "XBZRLE or compression for a copied block";
                 return Err(PushError::Stream(StreamError::Unsupported(what)));
             }
-            // QEMU decides by itself which blocks to announce, and the relay whether it may.
+            // QEMU chooses which blocks to announce; the relay decides whether it may.
             Item::Announced { block, .. } if self.transfer(block) != Transfer::Direct => {
-                let what = "x-shared-ram-external for memory that is not sent from it";
+                let what = "x-shared-ram-external for a block that is not transferred directly";
                 return Err(PushError::Stream(StreamError::Unsupported(what)));
             }
             _ => {}

@@ -1,4 +1,4 @@
-//! Streams built by hand, any cut of them, and hostile ones.
+//! Handmade streams, split at any byte, and hostile ones.
 
 mod announced;
 mod channels;
@@ -12,7 +12,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::ram::{BlockRange, Transfer};
 
-/// What a sink was asked, stream bytes joined.
+/// A call to a sink. Consecutive stream bytes are joined.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Asked {
     Blocks(Vec<(String, u64)>),
@@ -300,7 +300,7 @@ fn byte_by_byte_asks_the_same() {
     assert_eq!(rewrite(&stream, &cuts).unwrap().asked, rewrite(&stream, &[]).unwrap().asked);
 }
 
-/// Whenever QEMU pauses, what was gathered goes on; no record is torn by that.
+/// When QEMU pauses, pending pages are flushed, and no record is split.
 #[test]
 fn a_flush_at_any_cut_changes_no_byte() {
     let stream = Build::with_blocks(&[("pc.ram", 4 << 20), ("rom", 8192)])
@@ -353,7 +353,7 @@ fn many_in_stream_records_are_held_in_bounds() {
 }
 
 #[test]
-fn the_landing_passes_all_but_the_hooks() {
+fn the_forwarder_passes_all_but_the_hooks() {
     let recorder = rewrite(&sample(), &[]).unwrap();
     let mut landed = Recorder::default();
     let mut forwarder = Forwarder::default();
@@ -372,7 +372,7 @@ fn the_landing_passes_all_but_the_hooks() {
 }
 
 #[test]
-fn bytes_behind_a_hook_are_refused() {
+fn bytes_after_a_hook_are_refused() {
     let stream = Build::with_blocks(&[("pc.ram", 4096)]).part().word(0x80).end_of_section().0;
     let error = Forwarder::default().push(&stream, &mut Recorder::default()).unwrap_err();
     assert!(error.to_string().contains("behind a HOOK"), "{error}");
@@ -409,7 +409,7 @@ fn what_can_not_be_carried_is_named() {
         ("flags 0x400", setup().part().word(0x400)),
         ("compressed page", setup().part().word(0x100).name("pc.ram").raw(&[1, 0, 0, 0])),
         ("XBZRLE", setup().part().word(0x40).name("pc.ram").raw(&[1, 0xff, 0])),
-        ("RDMA of QEMU's own", setup().part().word(0x80)),
+        ("QEMU's own RDMA", setup().part().word(0x80)),
         ("in the set-up", {
             let build = setup();
             Build(build.0[..build.0.len() - 13].to_vec()).page(0, Some("pc.ram"), 0)
@@ -472,7 +472,7 @@ proptest! {
         prop_assert_eq!(rewrite(&stream, &cuts).unwrap().asked, rewrite(&stream, &[]).unwrap().asked);
     }
 
-    /// Damage is carried or refused, and what is asked stays within the blocks.
+    /// Damaged streams are forwarded or refused, and all ranges stay within their blocks.
     #[test]
     fn damaged_streams_stay_in_bounds(
         damage in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..8),

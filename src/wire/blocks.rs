@@ -10,14 +10,14 @@ use crate::ram::BLOCKS_MAX;
 
 use crate::ram::CHUNK;
 
-/// Find each block of `source` among `own`, the destination's.
+/// Match each block of `source` to one of `own`, the destination's blocks.
 ///
-/// Returns indices into `own`, in the source's order. `fixed_length` tells of an own block that
-/// its length must be the source's; QEMU itself resizes the others (ROMs) when it loads.
+/// Return indices into `own`, in the source's order. `fixed_length` tells whether an own block must
+/// have the source's length; QEMU itself resizes the others (ROMs) when it loads.
 ///
 /// # Errors
-/// [`WireError::Misbehaved`] for a list that is wrong by itself; else the first difference in count,
-/// name or length, with both values.
+/// [`WireError::Misbehaved`] for an invalid list; otherwise the first difference in count, name or
+/// length, with both values.
 pub fn compare(
     source: &[ListedBlock],
     own: &[ListedBlock],
@@ -57,7 +57,7 @@ pub fn compare(
     Ok(indices)
 }
 
-/// The first block that one side has and the other lacks, for the message.
+/// Name the first block that only one side has, for the error message.
 fn first_missing(source: &[ListedBlock], own: &[ListedBlock]) -> String {
     let lacks = |list: &[ListedBlock], name: &str| !list.iter().any(|block| block.name == name);
     if let Some(block) = source.iter().find(|block| lacks(own, &block.name)) {
@@ -69,13 +69,12 @@ fn first_missing(source: &[ListedBlock], own: &[ListedBlock]) -> String {
     }
 }
 
-/// The destination's blocks in the source's order, against which the source's ranges are checked.
+/// The destination's blocks in the source's order, for checking the source's ranges.
 #[derive(Debug, Clone)]
 pub struct BlockTable {
     /// `(offset in the destination's numbering, length)`.
     blocks: Vec<(u64, u64)>,
-    /// Bytes of the chunks that are registered. Nobody says on the wire how many: both ends have to
-    /// know.
+    /// Bytes of a registered chunk. The size is not on the wire: both ends must know it.
     chunk: u64,
 }
 
@@ -86,10 +85,10 @@ impl Default for BlockTable {
 }
 
 impl BlockTable {
-    /// Number blocks of these lengths one behind the other, as chunks of `chunk` bytes.
+    /// Number blocks of these lengths consecutively, in chunks of `chunk` bytes.
     ///
     /// # Errors
-    /// Too many blocks, or more bytes than an address can count.
+    /// Too many blocks, or more bytes than 64 bits can address.
     pub fn new(lengths: impl IntoIterator<Item = u64>, chunk: u64) -> Result<Self, WireError> {
         let mut blocks = Vec::new();
         let mut next = 0_u64;
@@ -107,12 +106,12 @@ impl BlockTable {
         Ok(Self { blocks, chunk })
     }
 
-    /// What the source adds to offsets in block `index`.
+    /// Return what the source adds to offsets in block `index`.
     pub fn offset(&self, index: usize) -> Option<u64> {
         self.blocks.get(index).map(|(offset, _)| *offset)
     }
 
-    /// The block and the range in it that a COMPRESS means.
+    /// Return the block of a COMPRESS, and the range in it.
     ///
     /// # Errors
     /// A value other than zero; a block or a range that does not exist.
@@ -128,7 +127,7 @@ impl BlockTable {
         })
     }
 
-    /// The block and the range in it that a REGISTER_REQUEST means: whole chunks, the last one
+    /// Return the block of a REGISTER_REQUEST, and the range in it: whole chunks, the last one
     /// clamped to the block's end.
     ///
     /// # Errors
@@ -150,8 +149,8 @@ impl BlockTable {
         Ok((index, range.start / chunk * chunk..range.end))
     }
 
-    /// The block and the range in it that an UNREGISTER_REQUEST means: as many chunks, from the one
-    /// with this number in the block.
+    /// Return the block of an UNREGISTER_REQUEST, and the range in it. The key is the number of the
+    /// first chunk in the block.
     ///
     /// # Errors
     /// A block or a range that does not exist.
@@ -161,8 +160,8 @@ impl BlockTable {
         self.register(&Register { key: start.unwrap_or(u64::MAX).into(), ..*request })
     }
 
-    /// The range from `address` in block `index` to what `end` makes of the offset in the block
-    /// and the block's length.
+    /// Return the range in block `index` that begins at `address`. `end` computes its end from the
+    /// offset in the block and the block's length.
     fn range(
         &self,
         what: &str,
@@ -190,7 +189,7 @@ impl BlockTable {
     }
 }
 
-/// Chunks of a block, as QEMU counts them: one spare where the length is a multiple.
+/// Count a block's chunks as QEMU does: one spare if the length is a multiple.
 fn chunks(length: u64, chunk: u64) -> u64 {
     (length / chunk).saturating_add(1)
 }
@@ -205,13 +204,13 @@ mod tests {
 
     const TIB: u64 = 1 << 40;
 
-    /// What a stock QEMU may be told, the smallest, the largest and one between.
+    /// Chunk sizes that a stock QEMU may be set to: the smallest, the largest and one between.
     fn chunk() -> impl Strategy<Value = u64> {
         prop_oneof![Just(CHUNK), Just(32 * CHUNK), Just(CHUNK_MAX)]
     }
 
-    /// A write at any offset lies in what a stock source takes its key for, its own chunk; and nothing
-    /// that it did not ask for is granted to it.
+    /// A write at any offset lies in the chunk whose key a stock source uses for it, and the source
+    /// is granted nothing that it did not ask for.
     #[test]
     fn a_request_means_chunks_of_the_size_that_both_ends_have() {
         let length = 3 * CHUNK_MAX + 4096;
@@ -285,8 +284,8 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever the peer asks for, what is granted lies in the block: up to 16383 blocks of up
-        /// to 16 TiB.
+        /// Whatever the peer asks for, the granted range lies in the block: up to 16383 blocks of
+        /// up to 16 TiB.
         #[test]
         fn ranges_lie_in_their_block(
             lengths in prop::collection::vec(1..=16 * TIB, 1..20),
@@ -299,7 +298,7 @@ mod tests {
         ) {
             let lengths: Vec<_> = lengths.into_iter().cycle().take(count).collect();
             let table = BlockTable::new(lengths.iter().copied(), chunk).unwrap();
-            // Now and then a key that is in the block.
+            // Bias half of the keys towards the block.
             let base = table.offset(index as usize).unwrap_or(0);
             let key = if key % 2 == 0 { key } else { base.saturating_add(key % (32 * TIB)) };
             let compress = Compress {
@@ -323,7 +322,7 @@ mod tests {
             }
         }
 
-        /// Blocks are numbered one behind the other: no address means two of them.
+        /// Blocks are numbered consecutively: no address belongs to two of them.
         #[test]
         fn blocks_do_not_overlap(
             lengths in prop::collection::vec(1..=16 * TIB, 1..20),
@@ -338,7 +337,7 @@ mod tests {
             prop_assert!(end <= table.offset(at + 1).unwrap());
         }
 
-        /// Every chunk of every block can be registered, and its ranges cover it.
+        /// Every chunk of every block can be registered, and the granted range covers it.
         #[test]
         fn every_chunk_is_granted(length in 1..=16 * TIB, at in any::<prop::sample::Index>(), chunk in chunk()) {
             let table = BlockTable::new([4096, length], chunk).unwrap();

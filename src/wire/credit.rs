@@ -1,24 +1,24 @@
-//! READY: who may send, and when to say so.
+//! Credits: who may send, and when READY grants more.
 //!
-//! Version 1 is lock-step: the reader of a message grants one credit, by READY, before each. Two
-//! helpers begin with as many credits as the reader has buffers, and a READY returns as many as
-//! its `repeat` says. Replies to a request, READY itself and errors need no credit.
+//! Version 1 is lock-step: the receiver grants one credit, by READY, before each message. Two
+//! helpers start with as many credits as the receiver has buffers, and a READY returns as many as
+//! its `repeat` says. Replies, READY itself and errors need no credit.
 
 use super::WireError;
 
-/// Buffers for control messages that a helper offers: enough that zero ranges and stream bytes
-/// need no round trip, 8 MiB of them at the most.
+/// Buffers for control messages that a helper offers: enough that zero ranges and stream bytes need
+/// no round trip, at most 8 MiB in total.
 pub const WINDOW: u16 = 16;
 
 /// How the two sides of a connection grant credits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Flow {
-    /// Version 1: no credit at first, one by each READY.
+    /// Version 1: no initial credit, one with each READY.
     Lockstep,
-    /// The same, with one credit from the start: how QEMU takes a return path, whose first message
-    /// it sends without READY.
+    /// The same, with one initial credit: QEMU sends the first message of a return path without
+    /// READY.
     LockstepAhead,
-    /// Between helpers: this many from the start, returned in batches.
+    /// Between helpers: this many initial credits, returned in batches.
     Window(u16),
 }
 
@@ -31,28 +31,28 @@ impl Flow {
     }
 }
 
-/// The credits of the side that sends.
+/// Credits of the sending side.
 #[derive(Debug)]
 pub struct Sender {
     window: u32,
     credits: u32,
-    /// Credits that were taken since the start.
+    /// Credits taken since the start.
     taken: u64,
 }
 
 impl Sender {
-    /// At the connection's start.
+    /// Start a connection.
     pub fn new(flow: Flow) -> Self {
         let credits = if flow == Flow::Lockstep { 0 } else { flow.window() };
         Self { window: flow.window(), credits, taken: 0 }
     }
 
-    /// There is a credit.
+    /// Whether a credit is available.
     pub fn any(&self) -> bool {
         self.credits > 0
     }
 
-    /// Take a credit for a message, if there is one.
+    /// Take a credit for a message; false if there is none.
     #[must_use]
     pub fn take(&mut self) -> bool {
         let some = self.credits > 0;
@@ -61,22 +61,22 @@ impl Sender {
         some
     }
 
-    /// How many messages took a credit.
+    /// Number of messages that took a credit.
     pub fn taken(&self) -> u64 {
         self.taken
     }
 
-    /// The peer has dealt with the first `messages` of them: as far as it said.
+    /// Whether the credits returned so far show that the peer has processed the first `messages`.
     pub fn consumed(&self, messages: u64) -> bool {
-        // A credit comes back for each that was dealt with, in their order.
+        // The peer returns one credit per processed message, in order.
         let outstanding = self.window.saturating_sub(self.credits);
         self.taken.saturating_sub(outstanding.into()) >= messages
     }
 
-    /// A READY with this `repeat` arrived.
+    /// Process a READY with this `repeat`.
     ///
     /// # Errors
-    /// It grants nothing, or more than the peer has buffers.
+    /// If READY grants nothing, or more than the peer has buffers.
     pub fn ready(&mut self, repeat: u32) -> Result<(), WireError> {
         match self.credits.checked_add(repeat) {
             Some(credits) if repeat > 0 && credits <= self.window => {
@@ -91,18 +91,18 @@ impl Sender {
     }
 }
 
-/// The credits that the side that receives has granted.
+/// Credits granted by the receiving side.
 #[derive(Debug)]
 pub struct Receiver {
     window: u32,
     /// Granted and not used yet.
     granted: u32,
-    /// Buffers that are free again and not granted yet.
+    /// Free buffers that are not granted yet.
     free: u32,
 }
 
 impl Receiver {
-    /// At the connection's start.
+    /// Start a connection.
     pub fn new(flow: Flow) -> Self {
         let window = flow.window();
         match flow {
@@ -111,10 +111,10 @@ impl Receiver {
         }
     }
 
-    /// A message that needs a credit arrived.
+    /// Account for the arrival of a message that needs a credit.
     ///
     /// # Errors
-    /// It had none.
+    /// If the peer had no credit.
     pub fn received(&mut self) -> Result<(), WireError> {
         match self.granted.checked_sub(1) {
             Some(granted) => {
@@ -125,18 +125,18 @@ impl Receiver {
         }
     }
 
-    /// The message was dealt with: its buffer is free.
+    /// Account for a processed message, whose buffer is free again.
     pub fn consumed(&mut self) {
         self.free = (self.free + 1).min(self.window - self.granted);
     }
 
-    /// The `repeat` of the READY to send now, if one is due: in lock-step for each message, else
-    /// when half the window is free.
+    /// Return the `repeat` of the READY to send now, if one is due: in lock-step after each
+    /// message, else when half the window is free.
     pub fn grant(&mut self) -> Option<u32> {
         if self.free < self.window / 2 { None } else { self.grant_all() }
     }
 
-    /// The same, for all that is free: the peer waits for it.
+    /// Like [`Self::grant`], for any number of free buffers: the peer is waiting for it.
     pub fn grant_all(&mut self) -> Option<u32> {
         self.granted += self.free;
         Some(std::mem::take(&mut self.free)).filter(|free| *free > 0)
@@ -199,8 +199,8 @@ mod tests {
     }
 
     proptest! {
-        /// However sends and receptions interleave, no message arrives without a buffer, and
-        /// the pair never gets stuck.
+        /// However sends and receptions interleave, no message arrives without a buffer, and the
+        /// pair never gets stuck.
         #[test]
         fn never_overruns_and_never_sticks(window in 1_u16..40, steps in prop::collection::vec(0..3, 1..500)) {
             let flow = Flow::Window(window);

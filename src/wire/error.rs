@@ -1,9 +1,9 @@
-//! What can be wrong with what a peer sent.
+//! Errors in what a peer sent.
 
-/// What can be wrong with what a peer sent.
+/// Error in what a peer sent.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum WireError {
-    /// The bytes are no message.
+    /// The bytes are not a valid message.
     #[error("Malformed {what}: {why}")]
     Malformed {
         /// Which message.
@@ -11,10 +11,10 @@ pub enum WireError {
         /// What is wrong with it.
         why: String,
     },
-    /// A message that is well formed and out of turn, or names what does not exist.
+    /// A well-formed message that is out of turn, or refers to something that does not exist.
     #[error("{0}")]
     Misbehaved(String),
-    /// An honest peer with which no migration is possible.
+    /// A correct peer with which no migration is possible.
     #[error("{0}")]
     Incompatible(String),
 }

@@ -10,16 +10,16 @@ use zerocopy::{
 use super::error::WireError;
 use crate::{ram::BLOCKS_MAX, text};
 
-/// Bytes of a message's header.
+/// Length of a message's header in bytes.
 pub const HEADER_SIZE: usize = size_of::<Header>();
 
-/// Bytes of a control buffer, header included: the longest message (RDMA_CONTROL_MAX_BUFFER).
+/// Longest message in bytes, header included: a control buffer (RDMA_CONTROL_MAX_BUFFER).
 pub const MESSAGE_MAX: usize = 512 << 10;
 
 /// Most requests in one REGISTER_REQUEST (RDMA_CONTROL_MAX_COMMANDS_PER_MESSAGE).
 pub const REQUESTS_MAX: u32 = 4096;
 
-/// Most bytes behind the header (RDMA_CONTROL_MAX_BUFFER - 16).
+/// Longest payload in bytes (RDMA_CONTROL_MAX_BUFFER - 16).
 pub const PAYLOAD_MAX: usize = MESSAGE_MAX - HEADER_SIZE;
 
 const _: () = assert!(BLOCKS_MAX == PAYLOAD_MAX / 32);
@@ -55,7 +55,7 @@ struct Header {
     padding: U32,
 }
 
-/// One block of a RAM_BLOCKS_RESULT, in the order in which the source named the blocks.
+/// One block of a RAM_BLOCKS_RESULT, which lists blocks in the source's order.
 #[derive(
     Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,
 )]
@@ -67,25 +67,25 @@ pub struct RamBlockEntry {
     pub offset: U64,
     /// Used length in bytes.
     pub length: U64,
-    /// Key for all of the block, or 0.
+    /// `rkey` of the whole block, or 0.
     pub remote_rkey: U32,
     /// Not used.
     pub padding: U32,
 }
 
-/// A range that became zero.
+/// A range that is now zero.
 #[derive(
     Debug, Clone, Copy, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,
 )]
 #[repr(C)]
 pub struct Compress {
-    /// The byte to fill with; only 0 is accepted (as by QEMU from 8.2).
+    /// The byte to fill with; only 0 is accepted (as in QEMU from 8.2 on).
     pub value: U32,
     /// Block, in the source's order.
     pub block_idx: U32,
     /// The block's `offset` plus the offset in it.
     pub offset: U64,
-    /// Bytes.
+    /// Length in bytes.
     pub length: U64,
 }
 
@@ -101,7 +101,7 @@ pub struct Register {
     pub index: U32,
     /// Not used.
     pub padding: U32,
-    /// Chunks beyond the first.
+    /// Number of chunks after the first.
     pub chunks: U64,
 }
 
@@ -115,11 +115,11 @@ pub struct RegisterResult {
     pub rkey: U32,
     /// Not used.
     pub padding: U32,
-    /// Address of the block's first byte, whatever chunk was asked for.
+    /// Address of the block's first byte, whichever chunk was requested.
     pub host_addr: U64,
 }
 
-/// One block of the source, as BLOCK_LIST names it.
+/// One block of the source in a BLOCK_LIST.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ListedBlock {
     /// QEMU's idstr, 1 to 255 bytes.
@@ -133,7 +133,7 @@ pub struct ListedBlock {
 pub enum Message<'a> {
     /// The sender failed.
     Error,
-    /// The sender has this many more buffers.
+    /// Grants this many credits.
     Ready(u32),
     /// Bytes of the migration stream, or of the return path.
     QemuFile(&'a [u8]),
@@ -143,24 +143,24 @@ pub enum Message<'a> {
     RamBlocksResult(Vec<RamBlockEntry>),
     /// A range is zero.
     Compress(Compress),
-    /// Asks for keys.
+    /// Requests keys for ranges.
     RegisterRequest(Vec<Register>),
-    /// A key.
+    /// The key for a range.
     RegisterResult(RegisterResult),
     /// All writes of this round are done.
     RegisterFinished,
-    /// Takes keys back.
+    /// Asks the destination to unregister ranges.
     UnregisterRequest(Vec<Register>),
-    /// They were taken back.
+    /// The ranges were unregistered.
     UnregisterFinished,
     /// Extension: the source's blocks; more follow unless `last`.
     BlockList {
-        /// Some of them.
+        /// Part of the list.
         blocks: Vec<ListedBlock>,
-        /// These are the last ones.
+        /// Whether this is the last part.
         last: bool,
     },
-    /// Extension: the sender failed, and why.
+    /// Extension: why the sender failed.
     ErrorText {
         /// One sentence, at most [`TEXT_MAX`] bytes.
         text: Cow<'a, str>,
@@ -169,7 +169,7 @@ pub enum Message<'a> {
     },
     /// Extension: the stream is complete.
     StreamEnd {
-        /// Bytes of all its QEMU_FILE messages.
+        /// Total bytes of its QEMU_FILE messages.
         bytes: u64,
     },
     /// Extension: the destination's QEMU completed.
@@ -177,7 +177,7 @@ pub enum Message<'a> {
 }
 
 impl<'a> Message<'a> {
-    /// Its type's name in the protocol.
+    /// Return the message type's name in the protocol.
     pub fn name(&self) -> &'static str {
         match self {
             Self::Error => "ERROR",
@@ -198,8 +198,8 @@ impl<'a> Message<'a> {
         }
     }
 
-    /// Header and payload to send; `scratch` holds the payload where the message itself does not.
-    /// It does for those of which there may be one a page: they cost no allocation.
+    /// Encode header and payload. `scratch` holds the payload if it can't be borrowed from the
+    /// message. Messages that may be sent once per page borrow it, and so cost no allocation.
     pub fn encode<'b>(&'b self, scratch: &'b mut Vec<u8>) -> ([u8; HEADER_SIZE], &'b [u8]) {
         scratch.clear();
         let mut repeat = 1_u32;
@@ -211,7 +211,7 @@ impl<'a> Message<'a> {
                 kind::READY
             }
             Self::QemuFile(bytes) => {
-                // As QEMU from 8.2.
+                // As in QEMU from 8.2 on.
                 repeat = 0;
                 borrowed = Some(*bytes);
                 kind::QEMU_FILE
@@ -264,10 +264,10 @@ impl<'a> Message<'a> {
         (zerocopy::transmute!(header), payload)
     }
 
-    /// Read the message that `bytes`, header and payload, are.
+    /// Decode a message from `bytes`, header and payload.
     ///
     /// # Errors
-    /// When they are none: every length and count is checked.
+    /// If the bytes are not a valid message: every length and count is checked.
     pub fn decode(bytes: &'a [u8]) -> Result<Self, WireError> {
         let Ok((header, payload)) = Header::read_from_prefix(bytes) else {
             let why = format!("{} bytes, less than its 16", bytes.len());
@@ -313,7 +313,7 @@ impl<'a> Message<'a> {
         })
     }
 
-    /// It uses up a credit: all do but READY itself, the replies, and a failing peer's words.
+    /// Whether sending consumes a credit. READY, replies and errors do not.
     pub fn needs_credit(&self) -> bool {
         !matches!(
             self,
@@ -326,8 +326,8 @@ impl<'a> Message<'a> {
         )
     }
 
-    /// It says that writes have landed, or may not come any more: whoever receives it deals with it
-    /// when they have.
+    /// Whether the message says that writes have landed, or that no more may come. The receiver
+    /// processes it when those writes have landed.
     pub fn follows_writes(&self) -> bool {
         matches!(self, Self::RegisterFinished | Self::UnregisterRequest(_))
     }
@@ -341,7 +341,7 @@ fn empty<'a>(
     if payload.is_empty() {
         Ok(message)
     } else {
-        Err(WireError::malformed(what, format!("{} bytes where none belong", payload.len())))
+        Err(WireError::malformed(what, format!("{} bytes of unexpected payload", payload.len())))
     }
 }
 
@@ -356,7 +356,7 @@ where
     T: FromBytes + Immutable + KnownLayout + Unaligned + Clone,
 {
     <[T]>::ref_from_bytes(payload).map(<[T]>::to_vec).map_err(|_| {
-        let why = format!("{} bytes, no multiple of {}", payload.len(), size_of::<T>());
+        let why = format!("{} bytes, not a multiple of {}", payload.len(), size_of::<T>());
         WireError::malformed(what, why)
     })
 }
@@ -370,7 +370,7 @@ fn requests(what: &'static str, payload: &[u8], repeat: u32) -> Result<Vec<Regis
     Ok(requests)
 }
 
-/// At most [`TEXT_MAX`] bytes of `text`, cut between characters.
+/// Truncate `text` to [`TEXT_MAX`] bytes, between characters.
 fn truncated(text: &str) -> &str {
     &text[..text.floor_char_boundary(TEXT_MAX)]
 }
@@ -381,7 +381,7 @@ fn decode_text(payload: &[u8]) -> Result<Message<'_>, WireError> {
     if *flag > 1 || text.len() > TEXT_MAX {
         return Err(malformed("an unknown flag, or too long"));
     }
-    let text = std::str::from_utf8(text).map_err(|_| malformed("no UTF-8"))?;
+    let text = std::str::from_utf8(text).map_err(|_| malformed("not UTF-8"))?;
     Ok(Message::ErrorText { text: text::line(text), guest_never_ran: *flag == 1 })
 }
 
@@ -409,7 +409,7 @@ fn decode_list(payload: &[u8]) -> Result<Message<'_>, WireError> {
         let name = behind.get(..usize::from(*size)).filter(|name| !name.is_empty());
         let name = name.and_then(|name| std::str::from_utf8(name).ok());
         let name = name.filter(|name| name.chars().all(text::is_plain));
-        let name = name.ok_or_else(|| malformed("a name that is empty, cut or no plain text"))?;
+        let name = name.ok_or_else(|| malformed("a name that is empty, cut or not plain text"))?;
         if blocks.len() == BLOCKS_MAX {
             return Err(malformed("too many blocks"));
         }

@@ -1,9 +1,9 @@
 //! QEMU's "RDMA Live Migration Specification, Version 1", and what two helpers add to it.
 //!
 //! Messages, credits and the RAM-block exchange, as values and state machines without I/O. Knows
-//! neither fabrics nor files. All numbers on the wire are big endian, and everything that comes
-//! from it is hostile until checked here. The layout is in `docs/protocol.md`; the sources are
-//! QEMU's `docs/rdma.txt` and `migration/rdma.c` (the same from 7.2 to 10.0).
+//! neither fabrics nor files. All numbers on the wire are big endian, and everything received is
+//! untrusted until checked here. The layout is in `docs/protocol.md`; the sources are QEMU's
+//! `docs/rdma.txt` and `migration/rdma.c` (the same from 7.2 to 10.0).
 
 pub mod blocks;
 pub mod credit;

@@ -13,7 +13,7 @@ pub const VERSION: u32 = 1;
 /// Flag: register all memory at the start (RDMA_CAPABILITY_PIN_ALL).
 const PIN_ALL: u32 = 1;
 
-/// "QRH1": begins the extension, which a stock QEMU ignores.
+/// "QRH1": starts the extension, which a stock QEMU ignores.
 const EXTENSION_MAGIC: u32 = u32::from_be_bytes(*b"QRH1");
 
 #[derive(FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
@@ -37,9 +37,9 @@ struct RawExtension {
 pub struct Extension {
     /// Version of the extension; both sides use the lower one.
     pub version: u16,
-    /// Control messages that the sender of this has buffers for; at least 1.
+    /// Number of control messages that the sender has buffers for; at least 1.
     pub window: u16,
-    /// Guest RAM that may be pinned at a time at the sender of this, in MiB; 0: all of it.
+    /// Guest RAM that the sender may have pinned at a time, in MiB; 0 for all of it.
     pub pin_limit: u32,
 }
 
@@ -47,7 +47,7 @@ impl Extension {
     /// The version described in `docs/protocol.md`.
     pub const VERSION: u16 = 2;
 
-    /// Messages about RAM may come at any time: since version 2.
+    /// Whether messages about RAM may arrive at any time, as they may from version 2 on.
     pub fn any_time(&self) -> bool {
         self.version >= 2
     }
@@ -63,7 +63,7 @@ pub struct PrivateData {
 }
 
 impl PrivateData {
-    /// The bytes to send.
+    /// Encode the bytes to send.
     pub fn encode(&self) -> Vec<u8> {
         let flags = if self.pin_all { PIN_ALL } else { 0 };
         let base = Base { version: VERSION.into(), flags: flags.into() };
@@ -80,7 +80,7 @@ impl PrivateData {
         bytes
     }
 
-    /// Read a peer's. Unknown flags are masked and unknown trailing bytes ignored, as QEMU does.
+    /// Decode a peer's. Unknown flags are masked and unknown trailing bytes ignored, as in QEMU.
     ///
     /// # Errors
     /// Fewer than 8 bytes, another version, or an extension without buffers.

@@ -1,4 +1,4 @@
-//! Messages against bytes written down from the specification, not from the encoder.
+//! Messages compared with bytes taken from the specification, not from the encoder.
 
 use proptest::prelude::*;
 
@@ -139,7 +139,7 @@ fn private_data_is_the_specifications_bytes() {
     let helper = PrivateData { pin_all: false, extension };
     assert_eq!(helper.encode(), *b"\0\0\0\x01\0\0\0\0QRH1\0\x01\0\x40\0\0\x02\0");
     assert_eq!(PrivateData::decode(&helper.encode()).unwrap(), helper);
-    // Unknown flags, and bytes behind what this version knows.
+    // Unknown flags, and bytes after those that this version knows.
     let later = [&helper.encode()[..4], &[0xff; 4], &helper.encode()[8..], &[7; 40]].concat();
     assert_eq!(PrivateData::decode(&later).unwrap(), PrivateData { pin_all: true, extension });
     assert!(PrivateData::decode(&[0, 0, 0, 1, 0, 0, 0]).is_err());
@@ -148,7 +148,7 @@ fn private_data_is_the_specifications_bytes() {
     assert!(error.to_string().contains("version 2"), "{error}");
 }
 
-/// As many blocks as a message can name, which is as many as are let in.
+/// As many blocks as fit into a message, which is also the limit that is accepted.
 #[test]
 fn the_longest_list_of_blocks_fits_into_a_message() {
     let entry = RamBlockEntry {

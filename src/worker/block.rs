@@ -1,4 +1,4 @@
-//! The attached QEMU's memory, as a worker has it.
+//! The attached QEMU's RAM blocks, as a worker has them.
 
 use std::sync::Arc;
 
@@ -10,8 +10,8 @@ pub struct Block {
     pub name: String,
     /// Used length in bytes.
     pub length: u64,
-    /// Its memory; `None` if its pages stay in the stream.
+    /// The block's memory; `None` if its pages stay in the stream.
     pub region: Option<Arc<Region>>,
-    /// QEMU reads all of it.
+    /// Whether QEMU reads all of the block in a migration.
     pub read_whole: bool,
 }

@@ -1,4 +1,5 @@
-//! What the thread of a state machine does: takes what other threads tell, and does what the machine says.
+//! The thread of a state machine: takes inputs from other threads and performs the machine's
+//! actions.
 
 use std::{
     sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, sync_channel},
@@ -11,7 +12,8 @@ use crate::{
     proto::{INTERVAL, Machine},
 };
 
-/// Tells the thread of the state machine what happens. After the end of the migration nobody listens.
+/// Sends inputs to the thread of the state machine. After the end of the migration they are
+/// dropped.
 pub struct Events<I>(Sender<I>);
 
 impl<I> Clone for Events<I> {
@@ -21,12 +23,12 @@ impl<I> Clone for Events<I> {
 }
 
 impl<I> Events<I> {
-    /// For threads that tell `inputs`.
+    /// Send to the receiver of `inputs`.
     pub fn new(inputs: Sender<I>) -> Self {
         Self(inputs)
     }
 
-    /// Tell it.
+    /// Send an input.
     pub fn send(&self, input: impl Into<I>) {
         // The receiver is gone only when the migration has ended.
         let _ = self.0.send(input.into());
@@ -34,42 +36,45 @@ impl<I> Events<I> {
 }
 
 impl<I: From<RamEnded>> Events<I> {
-    /// All of RAM was dealt with: may what follows it go on? False if the migration has failed.
+    /// Ask, when all of RAM was transferred, whether the bytes after it may go on. False if the
+    /// migration has failed.
     pub fn may_pass_ram(&self) -> bool {
         let (reply, answer) = sync_channel(1);
         self.send(RamEnded(reply));
-        // Nobody answers after the end of the migration.
+        // There is no answer after the end of the migration.
         answer.recv().unwrap_or(false)
     }
 }
 
-/// Whoever has taken all of RAM waits for the answer: may what follows it go on?
+/// A data thread's question when it has all of RAM: may the bytes after it go on?
 pub struct RamEnded(SyncSender<bool>);
 
 impl RamEnded {
-    /// Answer it.
+    /// Answer the question.
     pub fn answer(self, passes: bool) {
-        // Whoever asked may be gone; there is room for one answer.
+        // The asking thread may be gone. The channel has capacity for one answer.
         let _ = self.0.try_send(passes);
     }
 }
 
-/// What one side does for its state machine. Nothing in here waits for anybody.
+/// Performs the I/O of one side's state machine. No method blocks.
 pub trait Driver {
     /// The state machine.
     type Machine: Machine;
-    /// What threads tell.
+    /// What other threads send.
     type Input;
 
-    /// Take what a thread tells; returns what happened, if the machine has to know.
+    /// Take an input; returns the event, if the machine has to know of one.
     fn take(&mut self, input: Self::Input) -> Option<<Self::Machine as Machine>::Event>;
 
-    /// Do something.
+    /// Perform an action.
     fn perform(&mut self, action: <Self::Machine as Machine>::Action);
 }
 
-/// Drive a state machine until nothing more happens to it, reporting figures until it has ended. A
-/// deadline passes after all that has happened before it, and not because this process was stopped.
+/// Drive a state machine until it is closed, and report figures until it has ended.
+///
+/// A deadline passes after the inputs that arrived before it, and not because this process was
+/// stopped.
 pub fn drive<D: Driver>(
     mut machine: D::Machine,
     driver: &mut D,

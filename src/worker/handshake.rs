@@ -1,4 +1,4 @@
-//! Before anything moves: versions, and that both sides have the same RAM blocks. What both sides share; their
+//! Shared part of the handshake: versions, and whether both sides have the same RAM blocks. The
 //! halves are `source/handshake.rs` and `destination/handshake.rs`.
 
 use std::time::Duration;
@@ -10,16 +10,16 @@ use crate::{
     wire::{Extension, ListedBlock, Message, PrivateData, credit::WINDOW},
 };
 
-/// How long each side waits for the other's next step of the agreement.
+/// How long each side waits for the peer's next step of the handshake.
 pub const TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The blocks, as a list names them.
+/// Return the blocks as entries of a block list.
 pub fn listed(blocks: &[Block]) -> Vec<ListedBlock> {
     let listed = |block: &Block| ListedBlock { name: block.name.clone(), length: block.length };
     blocks.iter().map(listed).collect()
 }
 
-/// What this side offers another helper.
+/// Return the extension that this side offers another helper.
 pub fn ours(options: &Options) -> Extension {
     let mib = |bytes: u64| u32::try_from(bytes >> 20).unwrap_or(u32::MAX).max(1);
     Extension {
@@ -29,7 +29,7 @@ pub fn ours(options: &Options) -> Extension {
     }
 }
 
-/// A helper's extension; `None` for a stock QEMU, which speaks only RDMA.
+/// Return the peer's extension; `None` for a stock QEMU, which speaks only RDMA.
 pub fn extension(private_data: &PrivateData, options: &Options) -> Result<Option<Extension>> {
     match private_data.extension {
         Some(extension) => Ok(Some(extension)),
@@ -40,13 +40,14 @@ pub fn extension(private_data: &PrivateData, options: &Options) -> Result<Option
 
 fn no_helper() -> MigrationError {
     MigrationError::Incompatible(
-        "The peer is no helper (it lacks the protocol's extension); start \
+        "The peer is not a helper (it lacks the protocol's extension); start \
          'qemu-rdma-helper attach' beside its QEMU"
             .into(),
     )
 }
 
-/// A stock destination registers memory by chunks, and so does this end.
+/// Check that the pin limit holds a chunk: a stock destination registers memory by chunks, and so
+/// does this end.
 pub fn check_chunk(options: &Options) -> Result<()> {
     match options.pin_limit {
         Some(limit) if !options.pin_all && limit < options.chunk_size => {
@@ -61,7 +62,7 @@ pub fn check_chunk(options: &Options) -> Result<()> {
     }
 }
 
-/// With pin-all the limit has to hold all of the blocks that are written.
+/// Check that the limit holds all blocks that are written, if pin-all pins them.
 pub fn check_limit(
     blocks: &[Block],
     pin_all: bool,
@@ -84,7 +85,7 @@ pub fn check_limit(
     )))
 }
 
-/// A message that is out of turn.
+/// Return the error for a message that is out of turn.
 pub fn unexpected(message: &Message<'_>, wanted: &str) -> MigrationError {
     MigrationError::Peer(format!("{} where {wanted} belongs", message.name()))
 }

@@ -1,4 +1,5 @@
-//! A link to a peer that takes nothing and says nothing, until it is closed; or one that takes all.
+//! Test links: to a peer that accepts and sends nothing until it is closed, or to one that accepts
+//! all messages.
 
 use std::{
     ops::Range,
@@ -15,7 +16,7 @@ use crate::{
     wire::credit::Flow,
 };
 
-/// Both ends of one.
+/// Return both halves of a link to an idle peer.
 pub(super) fn link() -> (Arc<Link>, LinkReceiver) {
     link_of(Duration::from_secs(60))
 }
@@ -26,10 +27,10 @@ pub(super) fn link_of(stall_timeout: Duration) -> (Arc<Link>, LinkReceiver) {
     Link::new(Box::new(Idle::default()), flow, flow, stall_timeout)
 }
 
-/// What a sending half was asked, in its order.
+/// Calls to a sending half, in order.
 pub(super) type Asked = Arc<Mutex<Vec<&'static str>>>;
 
-/// Both ends of one to a peer that takes all.
+/// Return both halves of a link to a peer that accepts all messages, and the calls to it.
 pub(super) fn willing() -> (Arc<Link>, LinkReceiver, Asked) {
     let (flow, asked) = (Flow::Window(64), Asked::default());
     let connection = Idle { asked: Some(asked.clone()), ..Idle::default() };
@@ -40,7 +41,7 @@ pub(super) fn willing() -> (Arc<Link>, LinkReceiver, Asked) {
 #[derive(Clone, Default)]
 struct Idle {
     state: Arc<(Mutex<bool>, Condvar)>,
-    /// Of one that takes all.
+    /// Set if the peer accepts all messages.
     asked: Option<Asked>,
 }
 
@@ -77,7 +78,7 @@ impl SendHalf for Idle {
         self.ask("send")
     }
 
-    fn send_behind_writes(&self, _: &[u8], _: &[u8]) -> Result<()> {
+    fn send_after_writes(&self, _: &[u8], _: &[u8]) -> Result<()> {
         self.ask("send behind writes")
     }
 

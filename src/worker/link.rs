@@ -1,4 +1,4 @@
-//! Messages over a connection: who may send, and what was consumed.
+//! Messages over a connection, and the credits that they take.
 
 use std::{
     ops::Range,
@@ -25,41 +25,41 @@ use crate::{
     },
 };
 
-/// How long the peer may take to hear why a migration has failed.
+/// Time limit for telling the peer why a migration has failed.
 const LAST_WORDS: Duration = Duration::from_secs(3);
 
-/// How much of a block that is pinned as a whole is pinned at a time, in bytes.
+/// How many bytes of a block that is pinned as a whole are pinned at a time.
 const PIECE: u64 = 1 << 30;
 
 /// The sending side of a connection, shared by the threads of a worker.
 pub struct Link {
     send_half: Arc<dyn SendHalf>,
     handle: Handle,
-    /// What the peer granted.
+    /// Credits that the peer granted.
     granted: Mutex<credit::Sender>,
     /// Signalled when credits arrive, and when the connection ends.
     changed: Condvar,
-    /// What the peer was granted.
+    /// Credits that were granted to the peer.
     grants: Mutex<credit::Receiver>,
     stall_timeout: Duration,
-    /// Whoever waits for a credit waits as long as the connection stands.
+    /// Whether to wait for credits as long as the connection stands.
     patient: AtomicBool,
-    /// Nothing more is received: no credit either.
+    /// Whether the receiver is gone, so that no more credits arrive.
     over: AtomicBool,
-    /// Why the connection was ended from here, if it was not for its own reasons.
+    /// Why this side ended the connection, if a deadline did.
     ended: Mutex<Option<End>>,
-    /// The peer is a stock QEMU.
+    /// Whether the peer is a stock QEMU.
     stock: bool,
-    /// A stock peer's connection for the return path, which ends with this one.
+    /// A stock peer's connection for the return path, which is closed together with this one.
     companion: Mutex<Option<Arc<Link>>>,
 }
 
-/// Why a connection was ended from here.
+/// Why this side ended a connection.
 #[derive(Debug, Clone)]
 enum End {
     /// The peer took too long.
     Late(Duration),
-    /// Nobody looks at the time any more.
+    /// The thread that watched the deadline is lost.
     Lost(Lost),
 }
 
@@ -77,7 +77,7 @@ pub struct Deadline {
     _pending: mpsc::Sender<()>,
 }
 
-/// The receiving side. When it goes, nothing can be waited for any more.
+/// The receiving side. Dropping it releases all threads that wait for credits.
 pub struct LinkReceiver {
     receiver: Box<dyn RecvHalf>,
     link: Arc<Link>,
@@ -85,7 +85,7 @@ pub struct LinkReceiver {
 
 impl Drop for LinkReceiver {
     fn drop(&mut self) {
-        // Under the lock: nobody is between looking and waiting.
+        // Under the lock, so that no thread is between checking and waiting.
         let granted = lock(&self.link.granted);
         self.link.over.store(true, Ordering::Relaxed);
         drop(granted);
@@ -98,7 +98,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Link {
-    /// A link over `connection`; `sending` and `receiving` say how credits are granted.
+    /// Create a link over `connection`; `sending` and `receiving` say how credits are granted.
     pub fn new(
         connection: Box<dyn Connection>,
         sending: Flow,
@@ -108,7 +108,7 @@ impl Link {
         Self::with(connection, sending, receiving, stall_timeout, false)
     }
 
-    /// A link to a stock QEMU, which grants a credit a message.
+    /// Create a link to a stock QEMU, which grants one credit per message.
     pub fn stock(
         connection: Box<dyn Connection>,
         receiving: Flow,
@@ -143,7 +143,7 @@ impl Link {
         (link.clone(), LinkReceiver { receiver, link })
     }
 
-    /// Give the peer so long, however busy it is meanwhile.
+    /// Close the connection after `limit`, however busy it is, unless the result is dropped before.
     pub fn deadline(self: &Arc<Self>, limit: Duration) -> Deadline {
         let (pending, done) = mpsc::channel();
         let link = self.clone();
@@ -165,10 +165,10 @@ impl Link {
         Deadline { _pending: pending }
     }
 
-    /// Send a message, once the peer has a buffer for it if it needs one.
+    /// Send a message, after waiting for a credit if it needs one.
     ///
     /// # Errors
-    /// When the connection is lost, or the peer grants nothing for the stall timeout.
+    /// When the connection is lost, or the peer grants no credit for the stall timeout.
     pub fn send(&self, message: &Message<'_>) -> Result<()> {
         if message.needs_credit() {
             self.take_credit()?;
@@ -176,23 +176,23 @@ impl Link {
         let mut scratch = Vec::new();
         let (header, payload) = message.encode(&mut scratch);
         let sent = match message.follows_writes() {
-            true => self.send_half.send_behind_writes(&header, payload),
+            true => self.send_half.send_after_writes(&header, payload),
             false => self.send_half.send(&header, payload),
         };
         Ok(sent?)
     }
 
-    /// The peer is a stock QEMU: version 1 and nothing more.
+    /// Return whether the peer is a stock QEMU, which knows version 1 and nothing more.
     pub fn is_stock(&self) -> bool {
         self.stock
     }
 
-    /// Ends the connection from any thread.
+    /// Return a handle that closes the connection from any thread.
     pub fn handle(&self) -> Handle {
         self.handle.clone()
     }
 
-    /// End `companion` together with this, and be as patient there.
+    /// Close `companion` together with this link, and make it as patient.
     pub fn accompany(&self, companion: &Arc<Self>) {
         *lock(&self.companion) = Some(companion.clone());
         if self.patient.load(Ordering::Relaxed) {
@@ -200,24 +200,24 @@ impl Link {
         }
     }
 
-    /// Wait until the peer is ready for a message.
+    /// Wait until the peer can receive a message.
     ///
     /// # Errors
-    /// As for sending one.
+    /// As for [`Self::send`].
     pub fn await_ready(&self) -> Result<()> {
         self.await_credit(|granted| granted.any())
     }
 
-    /// How many messages have taken a credit so far.
+    /// Return how many messages have taken a credit so far.
     pub fn messages(&self) -> u64 {
         lock(&self.granted).taken()
     }
 
-    /// Wait until the peer has dealt with the first `messages` of them. It says so at once only
-    /// of REGISTER_FINISHED and what came before.
+    /// Wait until the peer has consumed the first `messages` of them. It confirms at once only
+    /// REGISTER_FINISHED and what was sent before.
     ///
     /// # Errors
-    /// As for sending one.
+    /// As for [`Self::send`].
     pub fn await_consumed(&self, messages: u64) -> Result<()> {
         self.await_credit(|granted| granted.consumed(messages))
     }
@@ -249,7 +249,7 @@ impl Link {
         }
     }
 
-    /// A received message that had taken a credit is dealt with: its buffer is free.
+    /// Count a received message that had taken a credit as consumed: its buffer is free.
     ///
     /// # Errors
     /// When the connection is lost.
@@ -258,7 +258,7 @@ impl Link {
         self.grant()
     }
 
-    /// The same, for a message behind which the peer may wait until all were dealt with.
+    /// The same, for a message after which the peer may wait until all messages are consumed.
     ///
     /// # Errors
     /// When the connection is lost.
@@ -270,7 +270,7 @@ impl Link {
         grant.map_or(Ok(()), |repeat| self.send(&Message::Ready(repeat)))
     }
 
-    /// Say READY if that is due: it is at the start of a link with READY for each message.
+    /// Send READY if it is due. At the start it is, on a link with a READY per message.
     ///
     /// # Errors
     /// When the connection is lost.
@@ -301,7 +301,7 @@ impl Link {
         Ok(self.send_half.write_bytes(bytes, offset, to)?)
     }
 
-    /// Get a range of a region ready to be written from; see [`SendHalf::pin`].
+    /// Prepare a range of a region to be written from; see [`SendHalf::pin`].
     ///
     /// # Errors
     /// When the device can't register it.
@@ -309,7 +309,7 @@ impl Link {
         Ok(self.send_half.pin(region, range)?)
     }
 
-    /// Get all of a region ready, piece by piece, so that its progress is seen.
+    /// Prepare all of a region, piece by piece, so that its progress is visible.
     ///
     /// # Errors
     /// When the device can't register it.
@@ -325,28 +325,29 @@ impl Link {
         self.send_half.unpin(region, range);
     }
 
-    /// Connections that carry RAM.
+    /// Return how many connections carry RAM.
     pub fn connections(&self) -> u32 {
         self.send_half.connections()
     }
 
-    /// Guest memory that is pinned on this side.
+    /// Return how much guest memory is pinned on this side.
     pub fn pinned(&self) -> Pinned {
         self.send_half.pinned()
     }
 
-    /// How long a transfer that is due may make no progress.
+    /// Return how long a pending transfer may make no progress.
     pub fn stall_timeout(&self) -> Duration {
         self.stall_timeout
     }
 
-    /// What is written again has to wait for the peer's word; see [`SendHalf::orders_writes`].
+    /// Return whether an older write never lands after a newer one; see
+    /// [`SendHalf::orders_writes`].
     pub fn orders_writes(&self) -> bool {
         self.send_half.orders_writes()
     }
 
-    /// The guest may come to run at the destination: from here on a peer that takes its time is no
-    /// failure any more, as long as the connection stands. Its QEMU may need it to load a device.
+    /// Stop treating a slow peer as failed while the connection stands. From here on the guest may
+    /// run at the destination, and its QEMU may need time to load a device.
     pub fn be_patient(&self) {
         self.patient.store(true, Ordering::Relaxed);
         self.send_half.be_patient();
@@ -363,32 +364,32 @@ impl Link {
         Ok(self.send_half.drain()?)
     }
 
-    /// Bytes of writes that were posted, and that have landed.
+    /// Return how many bytes of writes were posted, and how many have landed.
     pub fn written(&self) -> (u64, u64) {
         let landed = self.send_half.landed();
         (self.send_half.posted(), landed)
     }
 
-    /// Tell the peer that the migration has failed here. It notices the end of the connection in any case.
+    /// Tell the peer that the migration has failed here; it notices the closed connection anyway.
     pub fn tell(&self, text: String, guest_never_ran: bool) {
-        // It may be gone.
+        // The peer may be gone.
         let _ = self.send(&match self.stock {
             true => Message::Error,
             false => Message::ErrorText { text: text.into(), guest_never_ran },
         });
     }
 
-    /// End the connection; if it still stands, tell the peer why, which may take [`LAST_WORDS`].
+    /// Close the connection; if it still stands, tell the peer why, for at most [`LAST_WORDS`].
     pub fn end(self: &Arc<Self>, error: &MigrationError, guest_never_ran: bool) {
-        // Others may be sending, to a peer that takes nothing.
+        // Other threads may be sending, to a peer that accepts nothing.
         let _deadline = self.deadline(LAST_WORDS);
         let text = match error {
-            // It has failed behind RAM, and does not know what is known here.
+            // The peer failed after RAM, and does not know that the guest never ran.
             MigrationError::PeerFailed { guest_never_ran: false, .. } if guest_never_ran => {
                 Some(error.to_string())
             }
             MigrationError::PeerFailed { .. } => None,
-            // What this host lacks, the peer's operator can't see.
+            // The peer's operator can't see what this host lacks.
             MigrationError::Fabric(error) => {
                 error.leaves_connection().then(|| format!("The other host says: {error}"))
             }
@@ -401,7 +402,7 @@ impl Link {
         self.close();
     }
 
-    /// End the connection.
+    /// Close the connection.
     pub fn close(&self) {
         self.handle.close();
         if let Some(companion) = &*lock(&self.companion) {
@@ -410,8 +411,8 @@ impl Link {
     }
 }
 
-/// Tell peers why a migration has failed, on a thread that the process should outlive, and end their
-/// connections; then do `after`.
+/// Tell peers why a migration has failed and close their connections, then call `after`. This runs
+/// on the returned thread, which the process should join before it exits.
 pub fn end_all(
     links: Vec<Arc<Link>>,
     error: MigrationError,
@@ -434,7 +435,8 @@ pub fn end_all(
 }
 
 impl LinkReceiver {
-    /// The next message, with READY dealt with; one that follows writes when those have landed.
+    /// Return the next message. Handles READY; a message that follows writes is returned when they
+    /// have landed.
     ///
     /// # Errors
     /// When the connection is lost or the peer breaks the protocol.
@@ -458,17 +460,17 @@ impl LinkReceiver {
         Ok(message)
     }
 
-    /// Bytes of the peer's writes that have landed here.
+    /// Return how many bytes of the peer's writes have landed here.
     pub fn landed(&self) -> u64 {
         self.receiver.landed()
     }
 
-    /// Ask before the peer's first write lands; see [`RecvHalf::guard`].
+    /// Set a check that runs before the peer's first write lands; see [`RecvHalf::guard`].
     pub fn guard(&mut self, may_land: Guard) {
         self.receiver.guard(may_land);
     }
 
-    /// Name a region to the peer; see [`RecvHalf::announce`].
+    /// Announce a region to the peer; see [`RecvHalf::announce`].
     ///
     /// # Errors
     /// When it can't be mapped.
@@ -476,7 +478,7 @@ impl LinkReceiver {
         Ok(self.receiver.announce(region)?)
     }
 
-    /// Let the peer write into `range` of `region`; see [`RecvHalf::register`].
+    /// Let the peer write to `range` of `region`; see [`RecvHalf::register`].
     ///
     /// # Errors
     /// When the device can't register it.
@@ -489,7 +491,7 @@ impl LinkReceiver {
         self.receiver.unregister(region, range);
     }
 
-    /// Withdraw the peer's access to memory.
+    /// Withdraw all of the peer's access to memory.
     pub fn revoke(&mut self) {
         self.receiver.revoke();
     }
@@ -502,7 +504,7 @@ mod tests {
     use super::*;
     use crate::worker::idle_link;
 
-    /// And is no burden meanwhile.
+    /// Patience lifts the stall timeout, and does not busy-wait.
     #[test]
     fn the_patient_wait_as_long_as_the_connection_stands() {
         const LIMIT: Duration = Duration::from_millis(20);
@@ -529,7 +531,6 @@ mod tests {
         assert!(looks.get() <= 15, "{} looks in {:?}", looks.get(), begun.elapsed());
     }
 
-    /// Who waits for a credit is let go with the thread that would have received it.
     #[test]
     fn whoever_waits_for_a_credit_is_let_go_when_nothing_is_received_any_more() {
         let (link, receiver) = idle_link::link();
@@ -546,7 +547,7 @@ mod tests {
         assert!(begun.elapsed() < link.stall_timeout() / 2);
     }
 
-    /// The last words wait for nobody who takes none.
+    /// A peer that accepts nothing does not hold up the end.
     #[test]
     fn last_words_take_a_moment_only() {
         let (link, _receiver) = idle_link::link();

@@ -1,10 +1,10 @@
-//! The worker of one migration: stream, memory and fabric in a process that may die.
+//! The worker of one migration: stream, memory and fabric, in a process that may crash.
 //!
-//! Owns the threads of a migration. What is decided is decided in [`proto`](crate::proto), by the state
-//! machine of this side, which one thread drives (`drive`); data threads take QEMU's stream and the
-//! peer's messages, and tell it what happens, their own end above all (`threads`). That thread itself waits for
-//! nobody but them: what may take the peer, QEMU or the relay its time is theirs to do. Knows nothing of
-//! QMP: the relay says what QEMU and the client said, in [`control`](crate::control).
+//! The state machine of this side ([`proto`](crate::proto)) makes all decisions. One thread drives
+//! it (`drive`) and never blocks on the peer, QEMU or the relay: other threads do what may. Data
+//! threads handle QEMU's stream and the peer's messages, and send events, above all when they end
+//! (`threads`). The relay speaks QMP, and passes on what QEMU and the client said, in
+//! [`control`](crate::control).
 
 mod block;
 mod destination;

@@ -1,4 +1,4 @@
-//! The worker process: its first order, then the migration.
+//! The worker process: takes its first order, then runs the migration.
 
 use std::{
     os::{fd::OwnedFd, unix::net::UnixStream},
@@ -33,17 +33,17 @@ use crate::{
 };
 
 impl Options {
-    /// How long a transfer that is due may make no progress.
+    /// Return how long a pending transfer may make no progress.
     pub(super) fn stall_timeout(&self) -> Duration {
         Duration::from_secs(self.stall_timeout)
     }
 }
 
-/// Run the migration that the relay at the other end of `control` orders. Its outcome is
-/// reported there.
+/// Run the migration that the relay at the other end of `control` orders, and report the outcome
+/// there.
 ///
 /// # Errors
-/// When no proper order comes.
+/// When no valid order arrives.
 pub fn run(control: UnixStream) -> std::io::Result<()> {
     let reports = Arc::new(Reports::new(control.try_clone()?));
     let mut orders = Orders::new(control);
@@ -61,7 +61,7 @@ pub fn run(control: UnixStream) -> std::io::Result<()> {
             progress: control::Progress::default(),
         });
     }
-    // A relay that was busy till now.
+    // The relay may have been busy until now.
     reports.flush();
     Ok(())
 }
@@ -123,7 +123,7 @@ fn start(order: Order, fds: Vec<OwnedFd>, orders: Orders, reports: &Arc<Reports>
     Ok(())
 }
 
-/// Leave all other processors to others: from here on, and with all threads that are started.
+/// Restrict this thread, and all threads that it starts later, to these CPUs.
 fn keep_to(cpus: &[u16]) -> Result<()> {
     if cpus.is_empty() {
         return Ok(());
@@ -140,7 +140,7 @@ fn keep_to(cpus: &[u16]) -> Result<()> {
     })
 }
 
-/// Do what takes time and can be done before anything is known.
+/// Do the slow work that needs no knowledge of the migration.
 fn prepare(fabric: FabricKind) {
     #[cfg(feature = "verbs")]
     if fabric == FabricKind::Verbs {
@@ -167,7 +167,7 @@ fn fabric(options: &Options) -> Result<Arc<dyn Fabric>> {
     }
 }
 
-/// Hand orders to the state machine, from a thread of their own.
+/// Forward orders to the state machine, on a thread of their own.
 fn forward<E: Send + 'static>(
     mut orders: Orders,
     events: mpsc::Sender<E>,
@@ -189,7 +189,7 @@ fn forward<E: Send + 'static>(
     });
 }
 
-/// Give the blocks their memory.
+/// Create the blocks' memory regions from the files.
 fn take_blocks(
     blocks: Vec<control::Block>,
     mut fds: impl Iterator<Item = OwnedFd>,

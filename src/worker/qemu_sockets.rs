@@ -16,33 +16,34 @@ use rustix::{
 
 use crate::{patience::Patience, threads};
 
-/// How long QEMU may write nothing to channels that are drained, before they are left alone.
+/// How long drained channels may be idle before they are left alone.
 const IDLE: Duration = Duration::from_secs(30);
 
-/// The stream, and QEMU's multifd channels if it was told to use any. QEMU does not notice the
-/// worker's end by itself, because the relay has them too: it decides what QEMU is told.
+/// The stream, and QEMU's multifd channels if it was told to use any. The relay holds them too, so
+/// that QEMU does not notice the worker's death: the relay decides what QEMU is told.
 #[derive(Debug)]
 pub struct QemuSockets {
-    /// The stream, and the return path in the other direction.
+    /// The stream, with the return path in the other direction.
     pub main: Arc<UnixStream>,
-    /// The channels, in no order.
+    /// The channels, in no particular order.
     pub channels: Vec<Arc<UnixStream>>,
 }
 
 impl QemuSockets {
-    /// From descriptors, the stream's first; `None` if there are none.
+    /// Take over descriptors, the stream's first; `None` if there are none.
     pub fn new(fds: Vec<OwnedFd>) -> Option<Self> {
         let mut sockets = fds.into_iter().map(|fd| Arc::new(UnixStream::from(fd)));
         let main = sockets.next()?;
         Some(Self { main, channels: sockets.collect() })
     }
 
-    /// Let QEMU's migration fail. Only the stream breaks: when a channel does, another that has not
-    /// noticed yet that it should be synchronised ends without a word, and the migration thread waits
-    /// for it for good (`multifd_send_thread`, QEMU 10.0). So what comes on the channels is taken, to
-    /// nowhere, until QEMU closes them; by this thread, which the process should outlive.
+    /// Make QEMU's migration fail. Only the stream breaks: if a channel did, another channel thread
+    /// that does not know yet of a pending synchronisation would exit silently, and the migration
+    /// thread would wait for it forever (`multifd_send_thread`, QEMU 10.0). So the channels are
+    /// drained until QEMU closes them, on the returned thread, which the process should join before
+    /// it exits.
     pub fn end(&self) -> Option<JoinHandle<()>> {
-        // It fails only when QEMU has closed its end.
+        // Fails only if QEMU has closed its end.
         let _ = self.main.shutdown(Shutdown::Both);
         if self.channels.is_empty() {
             return None;
@@ -52,8 +53,8 @@ impl QemuSockets {
     }
 }
 
-/// Take what comes on these channels until all are closed. If nothing does for long, QEMU is stuck, or
-/// gone; neither is helped by more patience.
+/// Read and drop what arrives on these channels until all are closed. If they are idle for long,
+/// QEMU is stuck or gone, and waiting longer does not help.
 fn drain(mut channels: Vec<Arc<UnixStream>>) {
     let mut buffer = vec![0; 64 << 10];
     let mut patience = Patience::new(IDLE);
@@ -79,7 +80,7 @@ mod tests {
 
     use super::*;
 
-    /// Whichever of them QEMU writes first, and closes first.
+    /// In whatever order QEMU writes and closes them.
     #[test]
     fn all_channels_are_drained_until_they_are_closed() {
         let ends: Vec<_> = (0..3).map(|_| UnixStream::pair().unwrap()).collect();

@@ -17,7 +17,7 @@ use crate::{
     qmp::socket,
 };
 
-/// Reads the orders of the relay.
+/// Reads the relay's orders.
 #[derive(Debug)]
 pub struct Orders {
     socket: UnixStream,
@@ -25,15 +25,15 @@ pub struct Orders {
 }
 
 impl Orders {
-    /// Orders that arrive on `socket`.
+    /// Read orders from `socket`.
     pub fn new(socket: UnixStream) -> Self {
         Self { socket, lines: Lines::default() }
     }
 
-    /// The next order, with its descriptors; `None` when the relay is gone.
+    /// Return the next order with its descriptors; `None` when the relay is gone.
     ///
     /// # Errors
-    /// The system's; `InvalidData` for a line that is no order.
+    /// An I/O error from the system; `InvalidData` for a line that is not an order.
     pub fn receive(&mut self) -> io::Result<Option<(Order, Vec<OwnedFd>)>> {
         loop {
             if let Some(order) = self.lines.take()? {
@@ -56,19 +56,19 @@ impl Orders {
 #[derive(Debug)]
 pub struct Reports {
     socket: UnixStream,
-    /// What the relay has not taken yet. Little: figures are not added to it.
+    /// What the relay has not taken yet. Stays small: figures are not added to it.
     backlog: Mutex<Vec<u8>>,
 }
 
 impl Reports {
-    /// Reports that go out on `socket`.
+    /// Send reports to `socket`.
     pub fn new(socket: UnixStream) -> Self {
         Self { socket, backlog: Mutex::default() }
     }
 
-    /// Send one, and wait for nobody: what a relay that is busy does not take is sent with the next
-    /// one, or by [`Reports::flush`]. Figures are dropped then. A relay that is gone is noticed where
-    /// orders are read.
+    /// Send a report without blocking. What a busy relay does not take is sent with the next report
+    /// or by [`Reports::flush`]; figures are dropped instead. The thread that reads orders notices
+    /// when the relay is gone.
     pub fn send(&self, report: &Report) {
         let Ok(mut line) = serde_json::to_vec(report) else { return };
         line.push(b'\n');
@@ -81,36 +81,36 @@ impl Reports {
         self.push(&mut backlog);
     }
 
-    /// Send what a busy relay has not taken, as far as it does now.
+    /// Send what a busy relay has not taken, as far as it takes it now.
     pub fn resend(&self) {
         self.push(&mut self.backlog.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
-    /// Send one, and wait until the relay has taken it, and all before it. Not for the state machine.
+    /// Send a report, and wait until the relay has taken all reports. Not for the state machine.
     pub fn deliver(&self, report: &Report) {
         self.send(report);
         self.flush();
     }
 
-    /// Wait until the relay has taken all that was sent, or is gone.
+    /// Wait until the relay has taken all reports, or is gone.
     pub fn flush(&self) {
         loop {
             if self.push(&mut self.backlog.lock().unwrap_or_else(PoisonError::into_inner)) {
                 return;
             }
-            // Not under the lock. If it fails, sending says why.
+            // Not under the lock. If it fails, the next send finds out why.
             let _ = poll(&mut [PollFd::new(&self.socket, PollFlags::OUT)], None);
         }
     }
 
-    /// Send what can be sent now; true if nothing is left.
+    /// Send what the socket takes now; true if nothing is left.
     fn push(&self, backlog: &mut Vec<u8>) -> bool {
         let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
         while !backlog.is_empty() {
             match retry_on_intr(|| send(&self.socket, backlog, flags)) {
                 Ok(sent) => drop(backlog.drain(..sent)),
                 Err(Errno::AGAIN) => return false,
-                // Nobody will take it.
+                // The relay is gone.
                 Err(_) => backlog.clear(),
             }
         }
@@ -125,8 +125,8 @@ mod tests {
     use super::*;
     use crate::control::Progress;
 
-    /// A relay that is stopped must not stop the state machine; and when it goes on it hears all but
-    /// figures, in their order.
+    /// A stopped relay must not stop the state machine. When it continues, it gets all reports but
+    /// figures, in order.
     #[test]
     fn a_busy_relay_holds_nobody_and_misses_nothing() {
         let (ours, theirs) = UnixStream::pair().unwrap();

@@ -1,6 +1,6 @@
-//! QEMU's return path: from the destination's QEMU back to the source's.
+//! QEMU's return path: from the destination's QEMU to the source's.
 //!
-//! Its messages are `u16 type, u16 length, data` (`source_return_path_thread` of
+//! Its messages are `u16 type, u16 length, data` (`source_return_path_thread` in
 //! `migration/migration.c`).
 
 use std::{
@@ -24,7 +24,7 @@ use crate::{
     },
 };
 
-/// Longest data of a message in bytes (the buffer of QEMU's reader).
+/// Maximum data of a message in bytes (the buffer of QEMU's reader).
 const DATA_MAX: usize = 512;
 
 /// Bytes of type and length.
@@ -39,21 +39,21 @@ const SHUT: [u8; 8] = [0, 1, 0, 4, 0, 0, 0, 0];
 /// How long QEMU may take to write the rest of its stream.
 const REST: Duration = Duration::from_secs(15);
 
-/// The source's side: hands on whole messages only, so that QEMU can be told the end at any time.
+/// The source's side: passes on whole messages only, so that QEMU can be sent SHUT at any time.
 #[derive(Debug, Default)]
 pub struct WholeMessages {
     rest: Vec<u8>,
 }
 
 impl WholeMessages {
-    /// The messages that are complete with `bytes`, one behind the other, for QEMU.
+    /// Add `bytes`; returns the messages that are now complete, for QEMU.
     ///
-    /// It does not hear of an end with an error, by which it would let its guest run again: a destination
-    /// whose stream broke off in the description behind the devices says so too, and has the guest
-    /// (`migration_incoming_state_destroy`, 11.1). The verdict ends its migration one way or the other.
+    /// Drops a SHUT with an error, because QEMU would resume its guest. A destination whose stream
+    /// broke off in the vmdesc after the devices sends one too, and has the guest
+    /// (`migration_incoming_state_destroy`, 11.1). The verdict ends QEMU's migration either way.
     ///
     /// # Errors
-    /// One is longer than QEMU can read.
+    /// When a message is longer than QEMU can read.
     pub fn push(&mut self, bytes: &[u8]) -> Result<Vec<u8>> {
         self.rest.extend_from_slice(bytes);
         let (mut whole, mut end) = (Vec::new(), 0);
@@ -76,7 +76,7 @@ impl WholeMessages {
     }
 }
 
-/// Do whole messages say that the destination's QEMU has the guest?
+/// Return whether the messages report that the destination's QEMU has the guest.
 pub fn says_done(whole: &[u8]) -> bool {
     let mut rest = whole;
     while let Some(head) = rest.first_chunk::<HEAD>() {
@@ -89,30 +89,30 @@ pub fn says_done(whole: &[u8]) -> bool {
     false
 }
 
-/// The source's side: the way to QEMU, for whole messages of any thread.
+/// The source's side: writes whole messages to QEMU, from any thread.
 ///
-/// A QEMU that reads no more holds whoever writes, until its migration ends: then the socket does.
+/// Writing to a QEMU that no longer reads blocks until its migration ends and the socket is closed.
 #[derive(Debug)]
 pub struct ToQemu {
     qemu: Arc<UnixStream>,
-    /// Messages come one behind the other, however they are cut.
+    /// Keeps the messages of different threads apart.
     writing: Mutex<()>,
 }
 
 impl ToQemu {
-    /// Over QEMU's migration socket.
+    /// Write to QEMU's migration socket.
     pub fn new(qemu: Arc<UnixStream>) -> Self {
         Self { qemu, writing: Mutex::new(()) }
     }
 
-    /// Hand on what [`WholeMessages`] gave.
+    /// Pass on what [`WholeMessages`] returned.
     pub fn send(&self, whole: &[u8]) {
         let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
-        // QEMU closes its end when it has cancelled or failed; it needs no words then.
+        // QEMU closes its end after a cancel or a failure, and needs no messages then.
         let _ = (&*self.qemu).write_all(whole);
     }
 
-    /// Acknowledge announced RAM, if there is something to say.
+    /// Acknowledge announced RAM, if there is an acknowledgement.
     pub fn acknowledge(&self, message: Option<RamAck>) {
         if let Some(message) = message {
             self.send(&message);
@@ -120,13 +120,13 @@ impl ToQemu {
     }
 }
 
-/// Let the source's QEMU end its migration as done, without its guest running again: the guest may
-/// be running at the destination.
+/// Let the source's QEMU end its migration as done without resuming its guest, which may be running
+/// at the destination.
 ///
-/// A QEMU that waits for the return path's end would take the end of its socket for a failure and
-/// run its guest; so would one that can't write the rest of its stream.
+/// If QEMU waits for the end of the return path, or can't write the rest of its stream, it would
+/// take a closed socket for a failure and run its guest.
 pub fn settle(mut qemu: &UnixStream) {
-    // It fails where QEMU has closed its end, and is done.
+    // Fails if QEMU has closed its end, and is done.
     let _ = qemu.write_all(&SHUT);
     let mut patience = Patience::new(REST);
     let mut rest = [0; 16384];
@@ -158,7 +158,7 @@ mod tests {
         assert!(WholeMessages::default().push(&[0, 2, 0xff, 0xff]).is_err());
     }
 
-    /// QEMU would let its guest run.
+    /// QEMU would resume its guest.
     #[test]
     fn an_end_with_an_error_is_kept_from_qemu() {
         let (pong, failed) = ([0, 2, 0, 4, 0, 0, 0, 1], [0, 1, 0, 4, 0, 0, 0, 1]);
@@ -169,7 +169,7 @@ mod tests {
     #[test]
     fn only_shut_without_an_error_says_that_it_is_done() {
         let pong = [0, 2, 0, 4, 0, 0, 0, 1];
-        // Its bytes are another message's here.
+        // The payload of another message contains the bytes of SHUT.
         let ram = [&[0, 7, 0, 8][..], &SHUT].concat();
         let failed = [0, 1, 0, 4, 0, 0, 0, 1];
         for (whole, done) in [

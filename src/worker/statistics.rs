@@ -1,4 +1,4 @@
-//! Counters that the data threads bump and the reports read.
+//! Counters that data threads update and reports read.
 
 use std::{
     sync::{
@@ -11,7 +11,7 @@ use std::{
 use super::link::Link;
 use crate::{control::Progress, fabric::Pinned};
 
-/// Figures of one migration. Each counter has one writer; readers may see them a moment apart.
+/// Figures of one migration. Readers may see counters from slightly different moments.
 pub struct Statistics {
     started: Instant,
     fabric: &'static str,
@@ -25,12 +25,12 @@ pub struct Statistics {
     pub ram_posted: AtomicU64,
     /// RAM bytes known to have landed.
     pub ram_landed: AtomicU64,
-    /// Milliseconds to the agreed block lists.
+    /// Milliseconds until the block lists agreed.
     pub setup_ms: AtomicU64,
 }
 
 impl Statistics {
-    /// All zero, from now.
+    /// Create counters that are zero; time starts now.
     pub fn new(fabric: &'static str) -> Arc<Self> {
         Arc::new(Self {
             started: Instant::now(),
@@ -48,7 +48,7 @@ impl Statistics {
         u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 
-    /// From now on this connection's figures count.
+    /// Report the figures of this connection from now on.
     pub fn follow(&self, link: &Arc<Link>) {
         *self.link.lock().unwrap_or_else(PoisonError::into_inner) = Some(link.clone());
     }
@@ -57,12 +57,12 @@ impl Statistics {
         self.link.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// The block lists agree: set-up ends.
+    /// Note the end of the set-up: the block lists agree.
     pub fn set_up(&self) {
         self.setup_ms.store(self.elapsed_ms(), Ordering::Relaxed);
     }
 
-    /// The figures as they are now.
+    /// Return the current figures.
     pub fn progress(&self) -> Progress {
         let landed = self.ram_landed.load(Ordering::Relaxed);
         let link = self.link();

@@ -1,4 +1,4 @@
-//! Random commands, of those that a QEMU has.
+//! Random commands, drawn from those that a QEMU has.
 
 use std::collections::HashMap;
 
@@ -7,25 +7,25 @@ use serde_json::{Map, Value, json};
 
 use crate::support::Qmp;
 
-/// Numbers that mean something to some parameter: percentages, channels, milliseconds, bytes.
+/// Numbers that are meaningful for some parameter: percentages, channels, milliseconds, bytes.
 const NUMBERS: [u64; 14] = [0, 1, 2, 3, 7, 9, 50, 99, 100, 255, 1000, 1 << 20, 64 << 20, 1 << 32];
 
-/// What is drawn besides what is drawn in all rounds. QEMU itself crashes of a snapshot with multifd on.
+/// Commands besides those of all rounds. QEMU itself crashes on a snapshot with multifd on.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Besides {
     Multifd,
     Snapshots,
-    /// And snapshots. Rarely: each `device_add` that QEMU refuses may block its main loop for good while
-    /// the guest is stopped under TCG (drain_call_rcu() in qmp_device_add()).
+    /// Devices and snapshots. Drawn rarely: each `device_add` that QEMU refuses may block its main
+    /// loop forever while the guest is stopped under TCG (drain_call_rcu() in qmp_device_add()).
     Devices,
 }
 
-/// What a QEMU alone does not survive (`what_is_left_out_ends_qemu_alone`) at the source while it compresses:
-/// more threads than it has started (7.2).
+/// A setting that kills QEMU alone (`what_is_left_out_ends_qemu_alone`) at a source that
+/// compresses: more threads than it has started (7.2).
 pub const LEFT_OUT_AT_SOURCE: &str = "compress-threads";
 
-/// The same at a destination that loads: threads that nobody has started (7.2), and a primary that is none
-/// (11.1).
+/// The same at a destination that loads: threads that were never started (7.2), and a primary that
+/// is not one (11.1).
 pub fn left_out_at_destination(version: &str) -> &'static str {
     if version == "11.1" { "x-colo" } else { "compress" }
 }
@@ -33,14 +33,14 @@ pub fn left_out_at_destination(version: &str) -> &'static str {
 /// A command and its arguments.
 pub type Command = (&'static str, Value);
 
-/// What a client may set, by QEMU's own account.
+/// What a client may set, according to QEMU.
 pub struct Commands {
     parameters: Vec<(String, Vec<Value>)>,
     capabilities: Vec<String>,
 }
 
 impl Commands {
-    /// Ask QEMU; all but one.
+    /// Ask QEMU for everything except `left_out`.
     pub fn of(qemu: &mut Qmp, left_out: &str) -> Self {
         let schema = qemu.run("query-qmp-schema", json!({}));
         let types: HashMap<_, _> =
@@ -64,7 +64,7 @@ impl Commands {
         Self { parameters, capabilities }
     }
 
-    /// One of them.
+    /// Draw a command.
     pub fn draw(&self, rng: &mut Rng, besides: Besides) -> Command {
         let commands = match besides {
             Besides::Multifd => 0..9,
@@ -133,7 +133,7 @@ fn on_off(rng: &mut Rng) -> &'static str {
     if rng.bool() { "on" } else { "off" }
 }
 
-/// Values of a type of the schema; none for what is no scalar.
+/// Values for a type of the schema; none if it is not a scalar.
 fn values(kind: &Value, types: &HashMap<Value, &Value>) -> Vec<Value> {
     match kind["meta-type"].as_str().unwrap() {
         "builtin" => match kind["json-type"].as_str().unwrap() {
@@ -143,7 +143,7 @@ fn values(kind: &Value, types: &HashMap<Value, &Value>) -> Vec<Value> {
             _ => Vec::new(),
         },
         "enum" => kind["values"].as_array().unwrap().clone(),
-        // Null or a string, of QEMU's StrOrNull.
+        // Null or a string: QEMU's StrOrNull.
         "alternate" => {
             let members = kind["members"].as_array().unwrap().iter();
             members.flat_map(|member| values(types[&member["type"]], types)).collect()

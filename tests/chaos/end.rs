@@ -23,11 +23,11 @@ use crate::{
     },
 };
 
-/// Who carries the migration.
+/// What carries the migration.
 #[derive(Clone, Copy, PartialEq)]
 pub enum Carrier {
     Helpers,
-    /// QEMU, over `tcp:`. There is no worker to kill.
+    /// QEMU itself, over `tcp:`. There is no worker to kill.
     Qemu,
 }
 
@@ -40,7 +40,7 @@ impl Carrier {
     }
 }
 
-/// What kind of thing went wrong. Only the same kind, with QEMU alone, is QEMU's own.
+/// Kind of failure. It is QEMU's own only if QEMU alone fails with the same kind.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Kind {
     /// The QEMU of this name died of a signal.
@@ -50,19 +50,18 @@ pub enum Kind {
     /// A command that must succeed was refused.
     Refused(&'static str),
     Endless,
-    /// The guest is stopped at the source, and the destination has not got it.
+    /// The guest is stopped at the source, and the destination does not have it.
     Nowhere,
-    /// Both ends have it.
+    /// Both ends have the guest.
     Twice,
-    /// The guest does not go on.
+    /// The guest makes no progress.
     Stands,
     /// The next migration failed.
     Next,
-    /// RAM is not the same at both ends.
+    /// RAM differs between the ends.
     Differs,
 }
 
-/// What went wrong.
 #[derive(Debug)]
 pub struct Wrong {
     pub kind: Kind,
@@ -129,7 +128,7 @@ impl End {
         self.run("migrate-set-capabilities", json!({ "capabilities": list })).map(drop)
     }
 
-    /// The guest runs, or is let run.
+    /// Check that the guest runs, or resume it.
     pub fn goes_on(&mut self) -> Result<(), Wrong> {
         if self.guest()? != "running" {
             self.run("cont", json!({}))?;
@@ -141,7 +140,7 @@ impl End {
         runs.map_err(|_| Wrong::new(Kind::Stands, self.qemu.log()))
     }
 
-    /// The signal that its QEMU died of, if it did. One that has hung up may still have to write its core.
+    /// The signal that QEMU died of, if any. After hanging up it may still write its core dump.
     pub fn crash(&mut self) -> Option<Wrong> {
         let deadline = Instant::now() + PATIENCE;
         let hung_up = |end: &mut Self| {

@@ -1,13 +1,14 @@
-//! Migrations whose workers are killed at any moment, while other monitors send whatever QMP allows:
-//! what QEMU alone survives is survived.
+//! Migrations whose workers are killed at any moment, while other monitors send random commands:
+//! whatever QEMU survives alone, it survives with a helper.
 //!
-//! A round starts two QEMUs and their relays, begins a migration, and lets a client at either end
-//! send random commands until it is over. Then the guest must run, or be able to, at exactly one
-//! end, and where that is the source the next migration must succeed. What goes wrong in a round is
-//! tried with QEMU alone over `tcp:`; if it goes wrong in the same way there, it is QEMU's own.
+//! A round starts two QEMUs and their relays, begins a migration, and lets a client at each end
+//! send random commands until the migration is over. Then the guest must run, or be able to run, at
+//! exactly one end. If that is the source, the next migration must succeed. A round that fails is
+//! repeated with QEMU alone over `tcp:`; if it fails in the same way, the failure is QEMU's own.
 //!
-//! A round is drawn from its seed, which is printed. `QEMU_RDMA_HELPER_TEST_SEED` is that of the first
-//! one, and `QEMU_RDMA_HELPER_TEST_MINUTES` says how long to go on; a few rounds are made without it.
+//! A round is drawn from its seed, which is printed. `QEMU_RDMA_HELPER_TEST_SEED` sets that of the
+//! first round, and `QEMU_RDMA_HELPER_TEST_MINUTES` the duration; without a duration a few rounds
+//! are run.
 
 #[path = "../support/mod.rs"]
 mod support;
@@ -24,11 +25,12 @@ use std::{
 use end::{Carrier, Kind};
 use round::Round;
 
-/// Rounds for each version where no time is given.
+/// Rounds for each version if no duration is set.
 const ROUNDS: u64 = 2;
 
-/// How often a round that went wrong is tried with QEMU alone. Often: QEMU has more than one way to go wrong
-/// in most of them.
+/// How often a failed round is repeated with QEMU alone.
+///
+/// Many times: in most rounds QEMU can fail in more than one way.
 const CONTROLS: u32 = 20;
 
 fn number(name: &str) -> Option<u64> {
@@ -81,7 +83,7 @@ fn qemu_11_1() {
     rounds("11.1");
 }
 
-/// What the random clients do not send is QEMU's own end.
+/// The random clients leave out only what ends QEMU alone, too.
 #[test]
 fn what_is_left_out_ends_qemu_alone() {
     let source = ("7.2", "source", None);

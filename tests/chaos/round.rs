@@ -1,4 +1,4 @@
-//! One migration, what is done to it, and what must hold at its end.
+//! One migration, how it is disturbed, and what must hold at its end.
 
 use std::{
     sync::{
@@ -22,22 +22,22 @@ use crate::{
     },
 };
 
-/// How long commands are sent; then the migration is helped to its end.
+/// How long commands are sent. After that, the migration is helped to its end.
 const DISTURBED: Duration = Duration::from_secs(6);
 
-/// How long its end may take then before it is cancelled, and how long after that.
+/// How long the migration may then take before it is cancelled, and how long after the cancel.
 const UNDISTURBED: Duration = Duration::from_secs(25);
 
-/// How long a reply may take; that of `migrate` comes when two helpers have agreed.
+/// How long a reply may take. `migrate` is answered when two helpers have agreed.
 pub const PATIENCE: Duration = Duration::from_secs(45);
 
-/// How often things are looked at.
+/// Polling interval.
 pub const LOOK: Duration = Duration::from_millis(10);
 
 /// States of a migration that is over.
 const ENDS: [&str; 4] = ["none", "completed", "failed", "cancelled"];
 
-/// When a worker dies: when the client at its end has sent so many commands.
+/// When a worker dies: after the client at its end has sent this many commands.
 #[derive(Debug)]
 struct Kill {
     source: bool,
@@ -45,27 +45,27 @@ struct Kill {
     signal: Signal,
 }
 
-/// What is done.
+/// What is done in a round.
 #[derive(Debug)]
 pub struct Round {
     version: &'static str,
     seed: u64,
     kill: Option<Kill>,
     capabilities: Vec<String>,
-    /// MiB a second.
+    /// MiB/s.
     rate: u64,
     besides: Besides,
 }
 
-/// What the disturbing client at one end tells the others.
+/// What the disturbing client at one end shares with other threads.
 #[derive(Default)]
 struct Disturbance {
     sent: AtomicUsize,
-    /// It has let a guest run again whose migration had completed.
+    /// The client has resumed a guest whose migration had completed.
     let_run: AtomicBool,
-    /// It has stopped the guest, and not let it run since.
+    /// The client has stopped the guest, and has not resumed it since.
     stopped: AtomicBool,
-    /// What it sent, and what came back.
+    /// Commands and their replies.
     trail: Mutex<Vec<String>>,
 }
 
@@ -95,7 +95,7 @@ impl Round {
         Self { version, seed, kill, capabilities, rate, besides }
     }
 
-    /// Make it.
+    /// Run the round.
     ///
     /// # Errors
     /// What went wrong.
@@ -136,7 +136,7 @@ impl Round {
         moved.map_err(|wrong| Wrong { what: wrong.what + &logs(&source, &destination), ..wrong })
     }
 
-    /// Migrate and disturb. Returns whether the guest has moved, if that can be said.
+    /// Migrate and disturb. Return whether the guest has moved, if that can be determined.
     fn migrate(
         &self,
         source: &mut End,
@@ -173,7 +173,7 @@ impl Round {
         let may_run = disturbances[0].let_run.load(SeqCst);
         let stopped = disturbances[0].stopped.load(SeqCst);
         let moved = ended.and_then(|()| has_moved(source, destination, stopped));
-        // One that went wrong without a word of it has died.
+        // A QEMU may also have crashed without an error.
         if moved.is_err()
             || [&mut *source, &mut *destination].iter_mut().any(|end| end.crash().is_some())
         {
@@ -202,7 +202,7 @@ impl Round {
     }
 }
 
-/// Send whatever QMP allows, until the migration is over or QEMU gone.
+/// Send whatever QMP allows, until the migration is over or QEMU is gone.
 fn disturb(
     mut client: Qmp,
     mut draw: impl FnMut() -> Command,
@@ -231,7 +231,7 @@ fn disturb(
     }
 }
 
-/// Begin a migration, and help it to its end when it was disturbed for long enough.
+/// Start a migration, and help it to its end when it was disturbed for long enough.
 fn follow(
     source: &mut End,
     destination: &mut End,
@@ -241,7 +241,7 @@ fn follow(
     let uri = json!({ "uri": format!("{}:127.0.0.1:{}", carrier.scheme(), free_port()) });
     for (end, command) in [(destination, "migrate-incoming"), (&mut *source, "migrate")] {
         match end.run(command, uri.clone()) {
-            // Some settings don't go together.
+            // QEMU refuses some combinations of settings.
             Err(Wrong { kind: Kind::Refused(_), .. }) => return Ok(()),
             Err(wrong) => return Err(wrong),
             Ok(_) => {}
@@ -260,13 +260,13 @@ fn follow(
             over.store(true, SeqCst);
             let fast = json!({ "max-bandwidth": 4_u64 << 30, "downtime-limit": 1000 });
             match source.run("migrate-set-parameters", fast) {
-                // What was set before does not go together.
+                // Refused because of earlier settings.
                 Err(Wrong { kind: Kind::Refused(_), .. }) | Ok(_) => {}
                 Err(wrong) => return Err(wrong),
             }
         }
         if taken > DISTURBED && status == "pre-switchover" {
-            // It may have gone on by itself.
+            // The migration may have continued by itself.
             let _ = source.run("migrate-continue", json!({ "state": status }));
         }
         if taken > DISTURBED + UNDISTURBED && !cancelled {
@@ -278,14 +278,16 @@ fn follow(
     }
 }
 
-/// Where the guest is: at exactly one end. One that was `stopped` by a client stays so; QEMU 7.2 makes it
-/// `postmigrate` then, as if it had left (`migration_iteration_finish`).
+/// Check that the guest is at exactly one end, and return whether it has moved.
+///
+/// A guest `stopped` by a client stays so; QEMU 7.2 makes it `postmigrate`, as if it had left
+/// (`migration_iteration_finish`).
 fn has_moved(source: &mut End, destination: &mut End, stopped: bool) -> Result<bool, Wrong> {
     let deadline = Instant::now() + UNDISTURBED;
-    // A QEMU that is gone is none that could run the guest.
+    // A QEMU that is gone cannot run the guest.
     let there = loop {
         let there = destination.migration().unwrap_or_else(|_| json!({ "status": "gone" }));
-        // At `setup` no source has come; none will.
+        // At `setup` no source has connected, and none will.
         if there["status"] != "active" || Instant::now() > deadline {
             break there;
         }
@@ -293,7 +295,7 @@ fn has_moved(source: &mut End, destination: &mut End, stopped: bool) -> Result<b
     };
     let (here, guest) = (source.migration()?, source.guest()?);
     let moved = there["status"] == "completed";
-    // One that has left, or was reset after that.
+    // The guest has left, or was reset after that.
     let left = guest == "postmigrate" || moved && guest == "prelaunch";
     let why = || {
         format!(
@@ -309,19 +311,19 @@ fn has_moved(source: &mut End, destination: &mut End, stopped: bool) -> Result<b
     }
 }
 
-/// Set back what was set, and take away what was plugged in.
+/// Restore the settings, and unplug the device.
 fn reset(source: &mut End, parameters: &Value) -> Result<(), Wrong> {
     let capabilities = source.run("query-migrate-capabilities", json!({}))?;
     let on = capabilities.as_array().unwrap().iter().filter(|entry| entry["state"] == true);
     let on: Vec<_> = on.map(|entry| entry["capability"].as_str().unwrap().to_owned()).collect();
     source.set_capabilities(&on, false)?;
     source.run("migrate-set-parameters", parameters.clone())?;
-    // It may not be there.
+    // The device may not be there.
     let _ = source.run("device_del", json!({ "id": "tablet" }));
     Ok(())
 }
 
-/// The next migration succeeds.
+/// Check that the next migration succeeds.
 fn once_more(source: &mut End, destination: &mut End, carrier: Carrier) -> Result<(), Wrong> {
     let uri = json!({ "uri": format!("{}:127.0.0.1:{}", carrier.scheme(), free_port()) });
     destination.run("migrate-incoming", uri.clone())?;
@@ -344,8 +346,10 @@ fn once_more(source: &mut End, destination: &mut End, carrier: Carrier) -> Resul
     destination.goes_on()
 }
 
-/// A migration over `tcp:`: how it ends a QEMU, if it does. Both compress, and the source is told to do so by more
-/// threads; or the destination gets a capability in the midst of the stream.
+/// Migrate over `tcp:`. Return how a QEMU died, if one did.
+///
+/// Both ends compress, and the source is told to use more threads; or the destination is given a
+/// capability in mid-stream.
 pub fn fate_of_qemu_alone(version: &'static str, given: Option<&str>) -> Option<Kind> {
     let guest = Guest::Dirty { fill: 48, hot: 8, spin: 3000 };
     let config = Config { version, memory: Memory::Private, mib: 64, guest, ..Config::default() };
@@ -373,7 +377,7 @@ pub fn fate_of_qemu_alone(version: &'static str, given: Option<&str>) -> Option<
         }
         None => fast["compress-threads"] = 255.into(),
     }
-    // One that is gone by now is found below.
+    // A QEMU that is gone by now is found below.
     let _ = source.run("migrate-set-parameters", fast);
     while source.migration().is_ok_and(|state| !ENDS.contains(&state["status"].as_str().unwrap())) {
         thread::park_timeout(LOOK);

@@ -1,5 +1,5 @@
-//! Clients of QMP that know nothing of the helpers, as they are: QEMU's Python library, its
-//! qmp-shell, and a shell with the monitor's lines (docs/examples).
+//! Unmodified QMP clients: QEMU's Python library, its qmp-shell, and a shell with lines of the
+//! human monitor (docs/examples).
 
 use std::{
     env,
@@ -20,7 +20,7 @@ fn example(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/examples").join(name)
 }
 
-/// A program that has QEMU's Python package and the helper at hand.
+/// Return a command that finds QEMU's Python package and the helper.
 fn command(program: &Path) -> Command {
     let helper = Path::new(BINARY).parent().unwrap().to_owned();
     let others = env::var_os("PATH").unwrap_or_default();
@@ -35,14 +35,14 @@ fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-/// A helper serves one client at a time: the test's own make room.
-fn make_room(pair: &mut Pair) {
+/// Disconnect the test's own clients: a helper serves one client at a time.
+fn disconnect_clients(pair: &mut Pair) {
     for host in [&mut pair.source, &mut pair.destination] {
         host.client = Qmp::connect(&host.qemu.spare_socket());
     }
 }
 
-/// An example for these two hosts, in a group of processes of its own as a shell would start it.
+/// Return a command for an example, in its own process group as from a shell.
 fn migrate_by(name: &str, pair: &Pair, destination: &str, uri: &str) -> Command {
     let mut command = command(&example(name));
     command.arg(&pair.source.helper.socket).arg(destination).arg(uri).process_group(0);
@@ -65,7 +65,7 @@ fn succeeds(output: &Output) -> String {
     out
 }
 
-/// Ctrl-C at the terminal once it printed a line with `word`; what it ended with.
+/// Send SIGINT, as Ctrl-C does, when a line with `word` was printed. Return the output.
 fn interrupted_at(word: &str, command: &mut Command) -> Output {
     let mut child = command.spawn().unwrap();
     let mut out = BufReader::new(child.stdout.take().unwrap());
@@ -80,7 +80,7 @@ fn interrupted_at(word: &str, command: &mut Command) -> Output {
     Output { stdout: seen.into_bytes(), ..output }
 }
 
-/// Slow enough to be interrupted.
+/// Make the migration slow enough to be interrupted.
 fn slow_down(pair: &mut Pair) {
     pair.source.client.run("migrate-set-parameters", json!({ "max-bandwidth": 8 << 20 }));
 }
@@ -88,13 +88,13 @@ fn slow_down(pair: &mut Pair) {
 #[test]
 fn qemus_python_library() {
     let mut pair = Pair::start(&Config::default());
-    make_room(&mut pair);
+    disconnect_clients(&mut pair);
     let mut script = migrate_by("migrate.py", &pair, socket(&pair.destination), &some_uri());
     script.args(["--pin-all", "--max-bandwidth", &(256_u32 << 20).to_string()]);
     let out = succeeds(&script.output().unwrap());
     let states: Vec<_> = out.lines().filter_map(|line| line.strip_prefix("migration: ")).collect();
     assert_eq!(states, ["setup", "active", "device", "completed"], "{out}");
-    // The event of the end comes before the state.
+    // The last progress event precedes the final state.
     let last = out.lines().rev().nth(2).unwrap();
     assert!(last.starts_with("tcp: ") && last.ends_with(" mbps, 0 MiB left"), "{out}");
     let summary = out.lines().last().unwrap();
@@ -109,7 +109,7 @@ fn qemus_python_library() {
 fn interrupting_qemus_python_library_cancels() {
     let mut pair = Pair::start(&Config::default());
     slow_down(&mut pair);
-    make_room(&mut pair);
+    disconnect_clients(&mut pair);
     let mut script = migrate_by("migrate.py", &pair, socket(&pair.destination), &some_uri());
     let output = interrupted_at("mbps", &mut script);
     assert_eq!(output.status.code(), Some(1), "{}", text(&output.stderr));
@@ -120,7 +120,7 @@ fn interrupting_qemus_python_library_cancels() {
 #[test]
 fn qemus_python_library_shows_our_refusals() {
     let mut pair = Pair::start(&Config::default());
-    make_room(&mut pair);
+    disconnect_clients(&mut pair);
     let uri = "rdma:127.0.0.1";
     let output = migrate_by("migrate.py", &pair, socket(&pair.destination), uri).output().unwrap();
     assert_eq!(output.status.code(), Some(1));
@@ -129,7 +129,7 @@ fn qemus_python_library_shows_our_refusals() {
     pair.source.qemu.assert_goes_on();
 }
 
-/// A qmp-shell at a terminal of its own.
+/// A qmp-shell on a terminal of its own.
 struct Shell {
     child: Child,
     keyboard: ChildStdin,
@@ -161,7 +161,7 @@ impl Shell {
         Self { child, keyboard, screen }
     }
 
-    /// What it shows until it asks for the next command.
+    /// Return what it shows up to the next prompt.
     #[track_caller]
     fn until_prompt(&mut self) -> String {
         let deadline = Instant::now() + crate::support::PATIENCE;
@@ -193,7 +193,7 @@ impl Shell {
 #[test]
 fn qmp_shell() {
     let mut pair = Pair::start(&Config::default());
-    make_room(&mut pair);
+    disconnect_clients(&mut pair);
     let mut destination = Shell::start(pair.dir.path(), "", socket(&pair.destination));
     let mut source = Shell::start(pair.dir.path(), "", socket(&pair.source));
     for shell in [&mut destination, &mut source] {
@@ -211,11 +211,11 @@ fn qmp_shell() {
     crate::support::eventually("completion", || {
         source.run("query-migrate").contains(r#""status": "completed""#).then_some(())
     });
-    // An empty line shows the events that came.
+    // An empty line shows the pending events.
     let events = source.run("");
     let of = |name: &str| events.rfind(name).unwrap_or_else(|| panic!("no {name}: {events}"));
     assert!(of("RDMA_MIGRATION_THROUGHPUT") < of("'completed'"), "{events}");
-    // Tab completes what it knows by asking.
+    // Tab completes commands that qmp-shell knows from `query-commands`.
     for word in ["query-rdma-he\t", "__org.qemu-rdma-helper_query-rdma-h\t"] {
         let shown = source.run(word);
         assert!(shown.contains(r#""fabric": "tcp""#), "{shown}");
@@ -228,7 +228,7 @@ fn qmp_shell() {
 #[test]
 fn qmp_shell_with_lines_of_the_monitor() {
     let mut pair = Pair::start(&Config::default());
-    make_room(&mut pair);
+    disconnect_clients(&mut pair);
     let mut destination = Shell::start(pair.dir.path(), "-H", socket(&pair.destination));
     let mut source = Shell::start(pair.dir.path(), "-H", socket(&pair.source));
     let uri = some_uri();
@@ -257,7 +257,7 @@ fn qmp_shell_with_lines_of_the_monitor() {
 #[test]
 fn a_runbook_of_monitor_lines() {
     let mut pair = Pair::start(&Config::default());
-    make_room(&mut pair);
+    disconnect_clients(&mut pair);
     let mut script = migrate_by("migrate.sh", &pair, socket(&pair.destination), &some_uri());
     let out = succeeds(&script.env("MAX_BANDWIDTH", "64m").output().unwrap());
     assert!(out.starts_with("active") || out.starts_with("setup"), "{out}");
@@ -269,11 +269,11 @@ fn a_runbook_of_monitor_lines() {
     assert_eq!(parameters["max-bandwidth"], 64 << 20);
 }
 
-/// QEMU shows the same in another form there.
+/// The script also works with the form of `info migrate` in QEMU 11.1.
 #[test]
 fn a_runbook_of_monitor_lines_on_qemu_11_1() {
     let mut pair = Pair::start(&Config { version: "11.1", ..Config::default() });
-    make_room(&mut pair);
+    disconnect_clients(&mut pair);
     let mut script = migrate_by("migrate.sh", &pair, socket(&pair.destination), &some_uri());
     let out = succeeds(&script.env("MAX_BANDWIDTH", "64m").output().unwrap());
     assert!(out.starts_with("active, ") || out.starts_with("setup"), "{out}");
@@ -288,7 +288,7 @@ fn a_runbook_of_monitor_lines_on_qemu_11_1() {
 #[test]
 fn interrupting_a_runbook_cancels() {
     let mut pair = Pair::start(&Config::default());
-    make_room(&mut pair);
+    disconnect_clients(&mut pair);
     let mut script = migrate_by("migrate.sh", &pair, socket(&pair.destination), &some_uri());
     let output = interrupted_at("active", script.env("MAX_BANDWIDTH", "8m"));
     assert_eq!(output.status.code(), Some(1), "{}", text(&output.stdout));
@@ -301,7 +301,7 @@ fn interrupting_a_runbook_cancels() {
 #[test]
 fn a_runbook_whose_destination_is_not_there() {
     let mut pair = Pair::start(&Config::default());
-    make_room(&mut pair);
+    disconnect_clients(&mut pair);
     let missing = pair.dir.path().join("missing.qmp");
     for (destination, said) in [
         (missing.to_str().unwrap(), "migrate.sh: destination: qemu-rdma-helper: Cannot connect"),
@@ -318,7 +318,7 @@ fn a_runbook_whose_destination_is_not_there() {
     let output = command(&example("migrate.sh")).arg("source.qmp").output().unwrap();
     assert_eq!(output.status.code(), Some(2));
     assert!(text(&output.stderr).starts_with("usage: migrate.sh SOURCE.qmp "));
-    // And there it is.
+    // Now the destination listens.
     let uri = some_uri();
     pair.destination.client = Qmp::connect(&pair.destination.helper.socket);
     pair.destination.client.run("migrate-incoming", json!({ "uri": uri }));

@@ -1,4 +1,4 @@
-//! `migrate_cancel` while QEMU switches over: the guest runs at one end, and no more.
+//! `migrate_cancel` while QEMU switches over: the guest runs at exactly one end.
 
 use crate::support::{
     Config, Pair, Qmp, VERSIONS, eventually,
@@ -8,7 +8,7 @@ use crate::support::{
 use rustix::process::Signal;
 use serde_json::json;
 
-/// The destination lets the guest run as soon as it has it.
+/// A pair whose destination runs the guest as soon as it has loaded it.
 fn start(version: &'static str, return_path: bool) -> Pair {
     let config = Config { version, ..Config::default() };
     with_destination(Pair::start(&config), config, return_path)
@@ -27,7 +27,7 @@ fn with_destination(mut pair: Pair, config: Config, return_path: bool) -> Pair {
     pair
 }
 
-/// Where the guest runs, once that is certain: at the source, or not.
+/// Wait until the migration is over. Return whether the guest runs at the source.
 fn runs_at_source(pair: &mut Pair) -> bool {
     let end = pair.source.await_status(&["completed", "failed", "cancelled"]);
     pair.source.helper.await_no_worker();
@@ -36,8 +36,8 @@ fn runs_at_source(pair: &mut Pair) -> bool {
     here
 }
 
-/// The command comes in the same moment as the one that lets QEMU go on, or a little later, in which
-/// `between` other commands were answered.
+/// Cancel at the same moment as `migrate-continue`, or a little later, after `between` other
+/// commands were answered.
 fn switch_over_and_cancel(pair: &mut Pair, between: usize) {
     let uri = pair.listen();
     pair.source.client.run("migrate", json!({ "uri": uri }));
@@ -53,13 +53,13 @@ fn switch_over_and_cancel(pair: &mut Pair, between: usize) {
     pair.source.client.run("migrate_cancel", json!({}));
 }
 
-/// The guest goes on where it is said to, and nowhere else.
+/// Assert that the guest runs where reported. Return whether that is the source.
 #[track_caller]
 fn runs_once(pair: &mut Pair) -> bool {
     let here = runs_at_source(pair);
     if here {
         pair.source.qemu.assert_goes_on();
-        // Its QEMU ends with a migration that fails.
+        // The destination's QEMU ends when its migration fails.
         let there = pair.destination.qemu.pid();
         eventually("the destination's QEMU to end", || has_ended(there).then_some(()));
     } else {
@@ -71,13 +71,15 @@ fn runs_once(pair: &mut Pair) -> bool {
     here
 }
 
-/// QEMU has written all of its stream and waits for the destination, which has not got it, because the
-/// worker is stopped: cancelled then, QEMU lets its guest run, and the worker goes on.
+/// A cancel while a stopped worker holds the end of the stream: the guest runs at the source only.
+///
+/// QEMU, which has written its whole stream and waits for the destination, resumes its guest when
+/// it is cancelled, and the worker continues.
 #[test]
-fn cancelled_behind_a_worker_that_stands_still() {
+fn cancelled_while_the_worker_stands_still() {
     for version in VERSIONS {
         let mut pair = start(version, true);
-        // What is left then has room on the way.
+        // So that the rest fits into the buffers on the way.
         pair.source.client.run("migrate-set-parameters", json!({ "downtime-limit": 1 }));
         let uri = pair.listen();
         pair.source.client.run("migrate", json!({ "uri": uri }));
@@ -87,7 +89,7 @@ fn cancelled_behind_a_worker_that_stands_still() {
         let mut qemu = Qmp::connect(&pair.source.qemu.spare_socket());
         qemu.run("migrate-continue", json!({ "state": "pre-switchover" }));
         let mut is = |state: &str| qemu.run("query-migrate", json!({}))["status"] == state;
-        // What is left may be too much: then QEMU can't go on, and the worker is given up.
+        // If the rest is too much, QEMU can't continue, and the worker is given up.
         eventually("the end of the stream", || (is("device") || has_ended(worker)).then_some(()));
         pair.source.client.run("migrate_cancel", json!({}));
         eventually("QEMU or the worker to end", || {
@@ -109,8 +111,9 @@ fn cancelled_while_it_switches_over() {
     }
 }
 
-/// A destination's QEMU that has the guest waits for a description behind it that never comes. Where the
-/// stream ends there, it says on its return path that it failed, and lets the guest run all the same.
+/// The guest runs once, although the destination's QEMU waits for a description that never arrives.
+///
+/// If the stream ends there, that QEMU reports a failure on its return path, yet runs the guest.
 #[test]
 fn cancelled_while_the_destination_waits_for_a_description() {
     for version in VERSIONS {
@@ -123,7 +126,7 @@ fn cancelled_while_the_destination_waits_for_a_description() {
         pair.source.client.run("migrate-continue", json!({ "state": "pre-switchover" }));
         let mut there = Qmp::connect(&pair.destination.qemu.spare_socket());
         eventually("the guest's devices to be loaded", || {
-            // Of a machine that was just made.
+            // EIP of a machine that was just created.
             (!there.hmp("info registers").contains("EIP=0000fff0")).then_some(())
         });
         pair.source.client.run("migrate_cancel", json!({}));

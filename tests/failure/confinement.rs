@@ -1,5 +1,5 @@
-//! What relay and worker can't do any more: each forbidden call is tried behind the very filters, and
-//! the filters are there, under `run` and under `attach`.
+//! The sandbox of relay and worker: forbidden system calls are tried under the real filters, and
+//! the filters are in place under `run` and under `attach`.
 
 use std::{
     fs,
@@ -12,8 +12,10 @@ use crate::support::{Config, Helper, Pair, Qmp, wrapped::WrappedPair};
 use qemu_rdma_helper::sandbox::{Role, filter};
 use serde_json::json;
 
-/// Takes a filter in hexadecimal, and calls with their numbers and arguments, one a line; installs the
-/// filter and says of each call with which error it ended, 0 if with none.
+/// Python program: installs a filter, given in hexadecimal, and makes system calls, given one per
+/// line as name, number and arguments.
+///
+/// Prints the name and errno (or 0) of each call.
 const CALLER: &str = r#"
 import ctypes, sys
 filter, calls = bytes.fromhex(sys.argv[1]), [line.split() for line in sys.argv[2].splitlines()]
@@ -28,12 +30,12 @@ for name, *numbers in calls:
     print(name, ctypes.get_errno() if result == -1 else 0, flush=True)
 "#;
 
-const ROOMS: [Role; 4] = [Role::Attached, Role::Started, Role::Source, Role::Destination];
+const ROLES: [Role; 4] = [Role::Attached, Role::Started, Role::Source, Role::Destination];
 
-/// Whose filter it is, as far as it knows: nobody's.
+/// The PID that the filters are built for. No process has it.
 const OURSELVES: u32 = 0x7fff_fff0;
 
-/// Call by call: name and error.
+/// Make the calls under the filter. Return their names and errnos.
 fn tried(room: Role, calls: &[(&str, i64, &[i64])]) -> Vec<(String, i32)> {
     let program = filter(room, OURSELVES).unwrap();
     let code = program.iter().flat_map(|it| {
@@ -61,10 +63,10 @@ fn tried(room: Role, calls: &[(&str, i64, &[i64])]) -> Vec<(String, i32)> {
     text.lines().map(read).collect()
 }
 
-/// The number of a call for x32.
+/// `__X32_SYSCALL_BIT`: set in the call numbers of the x32 ABI.
 const X32: i64 = 0x4000_0000;
 
-/// What neither may do. Arguments are such that nothing happens where it is allowed by mistake.
+/// Forbidden to relay and worker. The arguments make a call harmless if it is allowed by mistake.
 const FORBIDDEN: &[(&str, i64, &[i64])] = &[
     ("x32-read", X32, &[-1, 0, 0]),
     ("x32-execve", X32 | 520, &[0, 0, 0]),
@@ -123,17 +125,17 @@ const FORBIDDEN: &[(&str, i64, &[i64])] = &[
     ("vsock", libc::SYS_socket, &[40, 1, 0]),
     // TIOCSTI.
     ("typing", libc::SYS_ioctl, &[-1, 0x5412, 0]),
-    // Others' limits and processors.
+    // Limits, CPUs and priority of other processes, and signals to them.
     ("prlimit64", libc::SYS_prlimit64, &[-1, 0, 0, 0]),
     ("sched_setaffinity", libc::SYS_sched_setaffinity, &[-1, 0, 0]),
     ("setpriority", libc::SYS_setpriority, &[0, -1, 0]),
     ("pidfd_send_signal", libc::SYS_pidfd_send_signal, &[-1, 0, 0, 0]),
     ("rt_sigqueueinfo", libc::SYS_rt_sigqueueinfo, &[-1, 0, 0]),
-    // What no kernel has yet.
+    // A number that no kernel uses yet.
     ("unknown", 1000, &[]),
 ];
 
-/// What only a relay does. A process is begun where it is allowed by mistake.
+/// Allowed to the relay only.
 const RELAYS: &[(&str, i64, &[i64])] = &[
     ("execve", libc::SYS_execve, &[0, 0, 0]),
     ("pidfd_open", libc::SYS_pidfd_open, &[-1, 0]),
@@ -143,8 +145,8 @@ const RELAYS: &[(&str, i64, &[i64])] = &[
     ("fchmod", libc::SYS_fchmod, &[-1, 0]),
 ];
 
-/// What a worker does not do: processes, signals to others, and files that are made, renamed, removed or
-/// another's.
+/// Forbidden to a worker: starting processes (one starts if allowed by mistake), signals to others,
+/// and files that are created, renamed, removed or changed in mode or owner.
 const NO_WORKERS: &[(&str, i64, &[i64])] = &[
     ("fork", libc::SYS_fork, &[]),
     ("clone", libc::SYS_clone, &[17, 0, 0, 0, 0]),
@@ -200,9 +202,9 @@ fn assert_there(room: Role, calls: &[(&str, i64, &[i64])]) {
 
 #[test]
 fn no_forbidden_call_is_there() {
-    for room in ROOMS {
+    for room in ROLES {
         assert_missing(room, FORBIDDEN);
-        // And what is needed is.
+        // What every role needs is allowed.
         assert_there(room, ALLOWED);
     }
 }
@@ -218,32 +220,32 @@ fn a_worker_starts_no_process_and_makes_no_file() {
     }
 }
 
-/// A process of another architecture's calls is told that there are none, and lives.
+/// A process that makes system calls of another architecture gets ENOSYS and is not killed.
 #[test]
 fn nothing_is_killed() {
-    for room in ROOMS {
+    for room in ROLES {
         let program = filter(room, OURSELVES).unwrap();
         let kills = program.iter().filter(|it| it.code == 6 && it.k >> 31 == 1);
         assert_eq!(kills.count(), 0, "{room:?}");
     }
 }
 
-/// A field of a process' status.
+/// A field of `/proc/PID/status`.
 fn field(pid: u32, name: &str) -> String {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     let line = status.lines().find(|line| line.starts_with(name)).unwrap();
     line.split_whitespace().nth(1).unwrap().to_owned()
 }
 
-/// A process's capabilities, of a set.
+/// One of the capability sets of a process.
 fn capabilities(pid: u32, set: &str) -> u64 {
     u64::from_str_radix(&field(pid, set), 16).unwrap()
 }
 
-/// What a process has at the most: permitted, and what a process that it starts has.
+/// Upper bounds of a process's capabilities: permitted, and passed on to processes it starts.
 struct AtMost(u64, u64);
 
-/// It can get no privilege, has these capabilities at the most, and so many filters.
+/// Assert `no_new_privs`, the upper bounds of the capabilities and the number of seccomp filters.
 #[track_caller]
 fn assert_confined(pid: u32, AtMost(permitted, inherited): AtMost, filters: u32) {
     assert_eq!((field(pid, "NoNewPrivs:"), field(pid, "Seccomp:")), ("1".into(), "2".into()));
@@ -256,7 +258,7 @@ fn assert_confined(pid: u32, AtMost(permitted, inherited): AtMost, filters: u32)
         let there = capabilities(pid, set);
         assert_eq!(there & !allowed, 0, "{set} {there:x}");
     }
-    // Those of who runs the tests count too.
+    // Filters inherited from the test process count too.
     let before: u32 = field(std::process::id(), "Seccomp_filters:").parse().unwrap();
     assert_eq!(field(pid, "Seccomp_filters:").parse(), Ok(before + filters));
 }
@@ -268,19 +270,19 @@ const SYS_PTRACE: u64 = 1 << 19;
 /// CAP_IPC_LOCK and CAP_SYS_RESOURCE.
 const ALL: u64 = 1 << 14 | 1 << 24;
 
-/// A relay that was started with QEMU.
+/// A relay of `run`.
 const STARTED: AtMost = AtMost(ALL | SYS_PTRACE, ALL);
-/// One that found QEMU.
+/// A relay of `attach`.
 const ATTACHED: AtMost = AtMost(
     ALL | SYS_PTRACE | DAC_OVERRIDE | DAC_READ_SEARCH | NET_BIND_SERVICE,
     ALL | DAC_OVERRIDE | NET_BIND_SERVICE,
 );
-/// Their workers.
+/// Workers: of `attach` at either end, and of `run`.
 const SOURCE: AtMost = AtMost(ALL | DAC_OVERRIDE, 0);
 const DESTINATION: AtMost = AtMost(ALL | NET_BIND_SERVICE, 0);
 const WORKER: AtMost = AtMost(ALL, 0);
 
-/// Hold both ends of a migration.
+/// Assert that both ends are confined during a migration.
 fn confined_under_attach(pair: &mut Pair) {
     pair.source.client.run("migrate-set-parameters", json!({ "max-bandwidth": 16 << 20 }));
     let uri = pair.listen();
@@ -299,8 +301,9 @@ fn relay_and_worker_are_confined_under_attach() {
     confined_under_attach(&mut Pair::start(&Config::default()));
 }
 
-/// Another user's helper, which has got what it needs as the packaged unit's gets it: of what leads to
-/// other processes and files, nothing comes to its workers.
+/// A helper of another user may get ambient capabilities, as from the packaged unit.
+///
+/// Its workers do not keep those that open other processes and files.
 #[test]
 fn a_worker_does_not_get_what_its_relay_was_given() {
     const GIVEN: u64 = DAC_READ_SEARCH | SYS_PTRACE;
@@ -320,7 +323,7 @@ fn a_worker_does_not_get_what_its_relay_was_given() {
         let socket = host.qemu.helper_socket();
         host.helper = Helper::attach_under(NOBODY, pair.dir.path(), name, &socket, &[]);
         host.client = Qmp::connect(&host.helper.socket);
-        // What the test is about is there.
+        // The relay has the capabilities under test.
         assert_eq!(capabilities(host.helper.pid(), "CapEff:"), GIVEN | DAC_OVERRIDE);
     }
     confined_under_attach(&mut pair);

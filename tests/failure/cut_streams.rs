@@ -1,4 +1,4 @@
-//! Streams of real QEMUs that end early: none is taken for a whole one.
+//! Truncated streams of real QEMUs: none is taken for a complete one.
 
 use std::{
     io::{Read as _, Write as _},
@@ -12,10 +12,10 @@ use crate::support::{
 use serde_json::json;
 use tempfile::TempDir;
 
-/// Bytes of a message: long enough that all of them have buffers at the destination.
+/// Bytes per message: large enough that the destination has a buffer for each message of a stream.
 const MESSAGE: usize = 100_000;
 
-/// What a QEMU with this machine writes over `unix:`.
+/// The stream that a QEMU with this configuration writes to `unix:`.
 fn stream_of(dir: &TempDir, config: &Config) -> Vec<u8> {
     let mut qemu = Qemu::start(dir.path(), "source", config);
     qemu.await_guest();
@@ -28,7 +28,7 @@ fn stream_of(dir: &TempDir, config: &Config) -> Vec<u8> {
     stream
 }
 
-/// Where a stream's end mark is: QEMU_VM_EOF, and behind it nothing but a description of the devices
+/// Offset of a stream's end mark: QEMU_VM_EOF, followed only by the description of the devices
 /// (QEMU_VM_VMDESCRIPTION, u32 length, JSON; `migration/savevm.c`).
 fn end_mark(stream: &[u8]) -> usize {
     let is_end = |at: &usize| {
@@ -39,7 +39,7 @@ fn end_mark(stream: &[u8]) -> usize {
     (0..stream.len() - 6).rev().find(is_end).expect("no description of the devices")
 }
 
-/// Send a destination so much of a stream, as a whole one. Returns what it says then.
+/// Send `stream` to a destination as a complete one. Return its last message: type and payload.
 fn send(destination: &mut Host, stream: &[u8]) -> (u32, Vec<u8>) {
     let port = crate::support::free_port();
     let uri = json!({ "uri": format!("rdma:127.0.0.1:{port}") });
@@ -49,7 +49,7 @@ fn send(destination: &mut Host, stream: &[u8]) -> (u32, Vec<u8>) {
     for piece in stream.chunks(MESSAGE) {
         peer.send(&message(wire::QEMU_FILE, 0, piece));
     }
-    // It may be gone before that has left.
+    // The destination may close the connection first.
     let end = message(wire::STREAM_END, 1, &(stream.len() as u64).to_be_bytes());
     let _ = peer.0.write_all(&end);
     loop {
@@ -60,10 +60,12 @@ fn send(destination: &mut Host, stream: &[u8]) -> (u32, Vec<u8>) {
     }
 }
 
-/// The helpers do not know where the state of a device ends: the destination's QEMU says whether it
-/// has loaded all.
+/// A stream cut after RAM never completes a migration.
+///
+/// Helpers do not know where device state ends: the destination's QEMU decides whether it has
+/// loaded everything.
 #[test]
-fn a_cut_behind_ram_is_noticed_by_each_version() {
+fn a_cut_after_ram_is_noticed_by_each_version() {
     for version in VERSIONS {
         let guest = Guest::Dirty { fill: 4, hot: 1, spin: 3000 };
         let config = Config { version, mib: 32, guest, ..Config::default() };

@@ -21,7 +21,7 @@ fn port_of(uri: &str) -> u16 {
     uri.rsplit_once(':').unwrap().1.parse().unwrap()
 }
 
-/// Whatever comes before the stream leaves the destination waiting for a proper source.
+/// A peer that fails before the stream begins leaves the destination waiting for a proper source.
 #[test]
 fn strange_clients_are_turned_away_and_the_next_source_is_let_in() {
     let mut pair = Pair::start(&Config::default());
@@ -34,7 +34,7 @@ fn strange_clients_are_turned_away_and_the_next_source_is_let_in() {
     drop(Peer::connect(port));
     let silent = Peer::connect(port);
 
-    // Private data: another version, none of ours, too short, too long.
+    // Private data: another version, no extension, too short, no buffers, too long.
     for (data, word) in [
         (&b"\0\0\0\x02\0\0\0\0QRH1\0\x01\0\x40"[..], "version 2"),
         (b"\0\0\0\x01\0\0\0\0", "no helper"),
@@ -48,7 +48,7 @@ fn strange_clients_are_turned_away_and_the_next_source_is_let_in() {
         eventually(word, || pair.destination.helper.log().contains(word).then_some(()));
     }
 
-    // Block lists: count, name, length, twice, malformed.
+    // Block lists: wrong count, name or length, a duplicate, malformed.
     let mut fewer = good.clone();
     fewer.pop();
     let mut renamed = good.clone();
@@ -68,7 +68,7 @@ fn strange_clients_are_turned_away_and_the_next_source_is_let_in() {
         if word == "twice" {
             assert!(words.contains(word), "{words}");
         } else {
-            // What the guest has is none of a stranger's business.
+            // A stranger learns nothing about the guest's RAM blocks.
             assert!(words.contains("its helper's log says what differs"), "{words}");
             let known = good.iter().flat_map(|(name, length)| [name.clone(), length.to_string()]);
             let told = known.filter(|it| words.contains(it.as_str())).collect::<Vec<_>>();
@@ -81,7 +81,7 @@ fn strange_clients_are_turned_away_and_the_next_source_is_let_in() {
     peer.send(&message(wire::BLOCK_LIST, 1, b"\x01\0\0"));
     assert!(peer.last_words().contains("BLOCK_LIST"));
 
-    // Out of turn, or into thin air, before the stream.
+    // Before the stream: messages out of turn, writes with a bad key or beyond the block.
     let cases: [(&str, Vec<u8>); 6] = [
         ("FINAL_ACK", message(wire::FINAL_ACK, 1, &[])),
         ("REGISTER_FINISHED", message(wire::REGISTER_FINISHED, 1, &[])),
@@ -97,7 +97,7 @@ fn strange_clients_are_turned_away_and_the_next_source_is_let_in() {
         drop(peer.last_words());
         eventually(word, || pair.destination.helper.log().contains(word).then_some(()));
     }
-    // A peer that goes after the agreement.
+    // A peer that disconnects after the block lists agreed.
     drop(Peer::listed(port, &good));
     drop(silent);
 
@@ -106,7 +106,7 @@ fn strange_clients_are_turned_away_and_the_next_source_is_let_in() {
     pair.verify();
 }
 
-/// Further connections, and none that are: each time the destination goes on waiting.
+/// Strangers, missing connections and protocol errors leave the destination waiting for a source.
 #[test]
 fn further_connections_that_are_strangers_or_break_the_protocol() {
     let dir = tempfile::tempdir().unwrap();
@@ -124,16 +124,16 @@ fn further_connections_that_are_strangers_or_break_the_protocol() {
         eventually(word, || pair.destination.helper.log().contains(word).then_some(()));
     };
 
-    // One that belongs to nobody.
+    // A connection of an unknown session.
     let mut stranger = Peer::connect(port);
     stranger.send(&hello(&wire::connections(0, 1, 42)));
     assert!(stranger.frame().is_err());
     logged(&pair, "its connection belongs to none");
 
-    // One that is promised and does not come; a stranger's does not count.
+    // A promised connection that never arrives. One of another session does not count.
     let first = || {
         let mut first = Peer::connect(port);
-        // It gets what the destination has.
+        // It asks for 7 more and gets the destination's 1.
         first.send(&hello(&wire::connections(7, 0, 0)));
         let (_, reply) = first.frame().unwrap();
         assert_eq!(reply[40..48], *b"QRL1\0\x01\0\0");
@@ -146,7 +146,7 @@ fn further_connections_that_are_strangers_or_break_the_protocol() {
     logged(&pair, "no progress for 5 s");
     drop(lame);
 
-    // One with another number, and what must not come on one.
+    // One with a wrong number, and content not allowed on a further connection.
     let cases: [(&str, u16, Vec<u8>); 5] = [
         ("connection 2 where 1 belongs", 2, vec![]),
         ("a message where only writes belong", 1, message(wire::READY, 1, &[])),
@@ -172,7 +172,7 @@ fn further_connections_that_are_strangers_or_break_the_protocol() {
     pair.verify();
 }
 
-/// The head of a stream, up to the block list's end.
+/// The head of a stream, up to the end of the block list.
 fn stream_head(blocks: &[(String, u64)]) -> Vec<u8> {
     let mut bytes =
         b"QEVM\0\0\0\x03\x07\0\0\0\x02pc\x01\0\0\0\x02\x03ram\0\0\0\0\0\0\0\x04".to_vec();
@@ -186,8 +186,10 @@ fn stream_head(blocks: &[(String, u64)]) -> Vec<u8> {
     bytes
 }
 
-/// Once the stream has begun the destination's QEMU can't begin anew, as with any transport; but
-/// the helper says why, and nothing else happens.
+/// Break the protocol after the stream has begun.
+///
+/// The destination's QEMU cannot start over, as with any transport; the helper logs why, and both
+/// exit.
 fn breaks_within_the_stream(word: &str, then: impl FnOnce(&mut Peer, &[(String, u64)])) {
     let dir = tempfile::tempdir().unwrap();
     let mut host = Host::start(&dir, "destination", &Config::default().incoming());
@@ -287,14 +289,14 @@ fn broken_streams_and_frames() {
     });
 }
 
-/// A destination that a test plays, with one connection.
+/// Play a destination with one connection. Return its URI and its thread.
 fn played(play: impl FnOnce(Peer) + Send + 'static) -> (String, thread::JoinHandle<()>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let uri = format!("rdma:127.0.0.1:{}", listener.local_addr().unwrap().port());
     (uri, thread::spawn(move || play(Peer::accept(&listener))))
 }
 
-/// Answer a hello and the block list, with as many entries as `count` makes of the right number.
+/// Answer the hello and the block list, the latter with `count(n)` entries for `n` blocks.
 fn agree(peer: &mut Peer, count: impl FnOnce(usize) -> usize) {
     peer.frame().unwrap();
     peer.send(&hello(wire::PRIVATE_DATA));
@@ -417,8 +419,10 @@ fn destinations_that_break_off_at_any_step() {
     pair.verify();
 }
 
-/// Zero ranges are the destination's processor's work, and writes may be a device's: where the one
-/// was not done, the other must wait.
+/// A page is never overwritten by older zeroes.
+///
+/// The destination's CPU zeroes ranges while a device may write, so the source waits for the
+/// zeroing.
 #[test]
 fn no_page_is_written_before_older_zeros_are_done() {
     let dir = tempfile::tempdir().unwrap();
@@ -431,7 +435,7 @@ fn no_page_is_written_before_older_zeros_are_done() {
         let (mut zeros, mut finished, mut written) = (false, false, 0_u64);
         while let Ok((kind, payload)) = peer.frame() {
             match kind {
-                // MESSAGE: no READY is ever said, and there are buffers enough.
+                // MESSAGE. READY is never sent: there are enough buffers.
                 2 => {
                     let kind = u32::from_be_bytes(payload[4..8].try_into().unwrap());
                     zeros |= kind == wire::COMPRESS;
@@ -443,7 +447,7 @@ fn no_page_is_written_before_older_zeros_are_done() {
                     written += payload.len() as u64;
                     peer.send(&frame(5, 0, written, &[]));
                 }
-                // FLUSH, which LANDED answers
+                // FLUSH, answered by LANDED
                 _ => peer.send(&frame(5, 0, written, &[])),
             }
         }
@@ -467,7 +471,7 @@ fn a_destination_that_stops_reading() {
     let (enough, waits) = mpsc::channel::<()>();
     let (uri, player) = played(move |mut peer| {
         agree(&mut peer, |count| count);
-        // Until the test has seen the source give up.
+        // Wait until the test has seen the source give up.
         assert!(waits.recv().is_err());
     });
     source.client.run("migrate", json!({ "uri": uri }));
@@ -485,7 +489,7 @@ fn a_destination_that_stops_reading() {
     pair.verify();
 }
 
-/// What a peer says comes to the client and to the log as one plain line.
+/// Text from a peer reaches the client and the log as one line of plain text.
 #[test]
 fn what_a_peer_says_is_plain_text() {
     let mut pair = Pair::start(&Config::default());
@@ -499,19 +503,19 @@ fn what_a_peer_says_is_plain_text() {
     println!("{error}");
     assert_eq!(error, "?]0;owned??[2Jnot  2026-01-01 ERROR today?");
     player.join().unwrap();
-    // A source's.
+    // The same from a source.
     let uri = pair.listen();
     let mut peer = Peer::connect(port_of(&uri));
     peer.send(&hello(wire::PRIVATE_DATA));
     peer.send(&message(wire::BLOCK_LIST, 1, &wire::block_list(&[("\u{1b}[2J".into(), 4096)])));
-    assert!(peer.last_words().contains("no plain text"));
+    assert!(peer.last_words().contains("not plain text"));
     for log in [pair.source.helper.log(), pair.destination.helper.log()] {
         let bad = log.chars().find(|it| it.is_control() && *it != '\n' || *it == '\u{202e}');
         assert_eq!(bad, None, "{log}");
     }
 }
 
-/// However long it is, each message in the log is a line of its own.
+/// Every log message is a line of its own, however long the peer's error text is.
 #[test]
 fn a_long_word_of_a_peer_does_not_reach_into_the_next_message() {
     let config = Config::default();
@@ -528,13 +532,13 @@ fn a_long_word_of_a_peer_does_not_reach_into_the_next_message() {
         eventually("the helper's end", || helper.try_wait().unwrap());
         let log = pair.destination.helper.log();
         assert!(log.contains(&"A\u{f6}".repeat(1000)), "{log}");
-        // Each begins with the time: this is the day.
+        // Every line begins with a timestamp; this is its date.
         let day = &log[..11];
         for line in log.lines() {
             assert!(line.starts_with(day) && line.matches(day).count() == 1, "{line}");
             assert!(line.len() < 4096, "{}", line.len());
         }
-        // Its words have ended the wait.
+        // The error has ended the incoming migration.
         pair.new_destination(&config, turn);
     }
     let uri = pair.listen();
@@ -542,17 +546,16 @@ fn a_long_word_of_a_peer_does_not_reach_into_the_next_message() {
     pair.source.await_status(&["completed"]);
 }
 
-/// What the test's own QEMU has as its RAM block: something is at its address.
+/// The RAM block of the played QEMU, whose address must be mapped.
 static ROM: [u8; 4096] = [0; 4096];
 
-/// Plays a QEMU that answers one command with something else than any version does.
+/// Plays a QEMU that answers one command as no version does.
 #[derive(Clone)]
 struct OddQemu {
-    /// Its version.
     version: Value,
-    /// That command, and the answer.
+    /// The odd command and its answer.
     odd: Arc<Mutex<(String, Value)>>,
-    /// All that it was asked.
+    /// All commands received so far.
     asked: Arc<Mutex<BTreeSet<String>>>,
 }
 
@@ -632,7 +635,7 @@ impl OddQemu {
     }
 }
 
-/// Whatever a command of the helper's own is answered with, the helper stays, and so does its client.
+/// Helper and client connection survive any answer of QEMU's to the helper's own commands.
 #[test]
 fn an_answer_of_another_kind_harms_nobody() {
     let dir = tempfile::tempdir().unwrap();
@@ -666,7 +669,7 @@ fn an_answer_of_another_kind_harms_nobody() {
         json!({ "status": "active", "ram": 5, "qemu": 5, "human-readable-text": 5 }),
         json!({ "status": "active", "ram": huge }),
     ];
-    // At first they are all right, so that all is asked.
+    // At first all answers are proper, so that the helper sends all its commands.
     let mut todo = vec![(String::new(), json!(null))];
     let mut known = BTreeSet::new();
     while let Some((command, answer)) = todo.pop() {
@@ -681,7 +684,7 @@ fn an_answer_of_another_kind_harms_nobody() {
             ("query-migrate-capabilities", json!({})),
             ("human-monitor-command", line),
         ] {
-            // It is answered, and be it by a refusal.
+            // Any answer will do, an error included.
             let _ = client.execute(execute, arguments);
         }
         helper.await_no_worker();
@@ -697,8 +700,9 @@ fn an_answer_of_another_kind_harms_nobody() {
     }
 }
 
-/// What a QEMU that is newer than all that were tried does otherwise is not known: that is said, and
-/// stops nothing.
+/// A QEMU newer than any tested version causes a warning, because it may behave differently.
+///
+/// It is accepted all the same.
 #[test]
 fn a_newer_qemu_is_warned_of() {
     let dir = tempfile::tempdir().unwrap();
@@ -730,7 +734,7 @@ fn who_does_not_greet_as_qmp_does_is_not_attached_to() {
         let played = thread::spawn(move || {
             let stream = listener.accept().unwrap().0;
             writeln!(&stream, "{greeting}\r").unwrap();
-            // Until it is left.
+            // Until the helper hangs up.
             BufReader::new(&stream).lines().map_while(Result::ok).count()
         });
         let attach = Command::new(crate::support::helper::BINARY)

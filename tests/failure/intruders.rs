@@ -1,4 +1,4 @@
-//! Others on the host who have less privilege than the helper.
+//! Local processes with less privilege than the helper.
 
 use std::{
     fs::{self, File, Permissions},
@@ -32,7 +32,7 @@ use tempfile::TempDir;
 
 const LENGTH: u64 = 1 << 20;
 
-/// A QEMU whose one RAM block is at this address.
+/// A QEMU that reports one RAM block, at this address.
 struct SaysSo(u64);
 
 impl Execute for SaysSo {
@@ -59,12 +59,13 @@ fn is(fd: impl Into<File>, other: &File) -> bool {
     (one.dev(), one.ino()) == (other.dev(), other.ino())
 }
 
-/// A process that has its RAM's file and another one in turn under one number. Found by that number
-/// and opened by it, the other one is taken now and then.
+/// Only the file of the guest's RAM is taken from a descriptor that alternates with another file.
+///
+/// A search that finds it by number and opens that number takes the other now and then.
 #[tokio::test]
 async fn a_descriptor_that_changes_is_not_taken() {
     const TRIES: usize = 500;
-    // The first that is looked at.
+    // The first descriptor that the search looks at.
     let mut changing = OwnedFd::from(File::open("/dev/null").unwrap());
     let memfd = rustix::fs::memfd_create("ram0", MemfdFlags::CLOEXEC).unwrap();
     rustix::fs::ftruncate(&memfd, LENGTH).unwrap();
@@ -115,7 +116,7 @@ async fn a_descriptor_that_changes_is_not_taken() {
     println!("{tries} tries; without care {fooled} would have taken the other file");
 }
 
-/// A process of nobody's that does the same; it says where its RAM is, and what.
+/// Python program that does the same. Prints the address of its RAM, the inode and the descriptor.
 const CHANGES: &str = "
 import ctypes, mmap, os, sys, tempfile
 length = int(sys.argv[1])
@@ -129,7 +130,7 @@ while True:
     os.dup2(other.fileno(), changing)
 ";
 
-/// The same of another user: its descriptors can't be opened, but taken.
+/// The same holds for another user's process, whose descriptors can be duplicated but not opened.
 #[test]
 fn a_descriptor_that_changes_is_not_taken_from_another_user() {
     const TRIES: usize = 500;
@@ -169,7 +170,7 @@ fn a_descriptor_that_changes_is_not_taken_from_another_user() {
     println!("{tries} tries; without care {fooled} would have taken the other file");
 }
 
-/// This thread may look into others' processes, and into no file that is not let.
+/// Let this thread trace other users' processes, but open no file that it has no permission for.
 fn only_trace() {
     let mut sets = capabilities(None).unwrap();
     sets.effective -= CapabilitySet::DAC_OVERRIDE | CapabilitySet::DAC_READ_SEARCH;
@@ -177,7 +178,7 @@ fn only_trace() {
     set_capabilities(None, sets).unwrap();
 }
 
-/// Maps the file at a path, has no descriptor of it any more, and says where it is.
+/// Python program: maps the file at a path, closes its descriptor and prints the address.
 const MAPPER: &str = r#"
 import ctypes, os, sys
 libc = ctypes.CDLL(None)
@@ -189,7 +190,7 @@ print(address, flush=True)
 sys.stdin.read()
 "#;
 
-/// A process whose RAM's file is found by its path alone.
+/// A process whose RAM's file can be found by its path only.
 struct ByPath {
     child: Child,
     process: Process,
@@ -212,7 +213,7 @@ impl ByPath {
         Self { process: Process::open(child.id()), child, qemu }
     }
 
-    /// What is taken for its RAM, and the path that is shown.
+    /// The file that the search takes for its RAM, and the path shown for it.
     async fn found(&mut self) -> Option<(OwnedFd, String)> {
         let blocks = ram_blocks::find(&mut self.qemu, &self.process, &[]).await.ok()?;
         let backing = blocks.into_iter().next()?.backing?;
@@ -241,9 +242,9 @@ async fn a_file_by_path_is_the_one_that_is_mapped() {
     let mut qemu = ByPath::start(&path);
     let (file, shown) = qemu.found().await.unwrap();
     assert!(is(file, &ram));
-    // It comes to terminals.
+    // Terminals will show it.
     assert!(shown.ends_with("a?b?c"), "{shown}");
-    // Another one is in its place.
+    // Another file takes its place.
     fs::rename(&path, &moved).unwrap();
     assert!(qemu.found().await.is_some_and(|(file, _)| is(file, &ram)), "by its new name");
     file_of_ram(&path);
@@ -252,8 +253,9 @@ async fn a_file_by_path_is_the_one_that_is_mapped() {
     assert!(qemu.found().await.is_none());
 }
 
-/// The same while the names of its RAM and of another file change places all the while. Opened by what
-/// was seen at its path, the other one is taken now and then.
+/// Only the file of the guest's RAM is taken while its path and another's keep being exchanged.
+///
+/// A search that checks a path and then opens it takes the other now and then.
 #[tokio::test]
 async fn a_path_that_changes_is_not_followed() {
     const TRIES: usize = 500;
@@ -295,7 +297,7 @@ async fn a_path_that_changes_is_not_followed() {
     println!("{tries} tries, {found} found; without care {fooled} would have taken the other file");
 }
 
-/// Whoever owns the directory of QEMU's socket puts a link to another guest's there.
+/// `attach` follows no link to another guest's socket, planted by the directory's owner.
 #[test]
 fn another_guests_socket_is_not_attached_to() {
     let dir = tempfile::tempdir().unwrap();
@@ -315,10 +317,10 @@ fn another_guests_socket_is_not_attached_to() {
     assert!(said.contains("it is a link") && !socket.exists(), "{said}");
 }
 
-/// Nobody, who has no privilege.
+/// Runs a program as the unprivileged user nobody.
 const NOBODY: &[&str] = &["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"];
 
-/// The same, whose files nobody else may open.
+/// The same, with files that no other user may open.
 const NOBODY_ALONE: &[&str] = &[
     "setpriv",
     "--reuid=65534",
@@ -330,7 +332,7 @@ const NOBODY_ALONE: &[&str] = &[
     "sh",
 ];
 
-/// Another one, with the one capability of the packaged unit.
+/// Runs a program as another user with the one capability of the packaged unit.
 const TRACER: &[&str] = &[
     "setpriv",
     "--reuid=65533",
@@ -341,7 +343,7 @@ const TRACER: &[&str] = &[
     "--bounding-set=-all,+sys_ptrace",
 ];
 
-/// Whoever the helper is, as long as he may look into QEMU's process; and whoever may open the memory.
+/// Memory is found by any user that may inspect QEMU's process, whatever user may open the memory.
 #[test]
 fn memory_of_another_users_qemu_is_found() {
     for version in VERSIONS {
@@ -356,7 +358,7 @@ fn memory_of_another_users_qemu_is_found() {
     }
 }
 
-/// Nobody's QEMU, whose files are his alone, and a helper beside it whom he lets in.
+/// A QEMU of user nobody with private files, and a helper that may use its socket.
 fn beside(dir: &TempDir, name: &str, config: &Config, helper: &[&str]) -> Host {
     let let_in = |path: &Path| fs::set_permissions(path, Permissions::from_mode(0o777)).unwrap();
     let_in(dir.path());
@@ -367,8 +369,9 @@ fn beside(dir: &TempDir, name: &str, config: &Config, helper: &[&str]) -> Host {
     Host { client: Qmp::connect(&helper.socket), helper, qemu }
 }
 
-/// What is in /proc of a process that is not dumped is root's, whoever's it is. Where a host sends core
-/// dumps elsewhere, it shows by this that there will be none.
+/// Assert that a process will not be dumped: root owns its files in /proc, whatever its user.
+///
+/// This also works where the host sends core dumps elsewhere.
 #[track_caller]
 fn assert_not_dumped(worker: u32) {
     let status = fs::metadata(format!("/proc/{worker}/status")).unwrap();
@@ -386,7 +389,7 @@ fn a_worker_of_nobodys_is_not_dumped() {
     assert_not_dumped(host.helper.await_worker());
 }
 
-/// Over memory that its user alone may open, too.
+/// A guest of another user migrates, even if that user alone may open its memory.
 #[test]
 fn another_users_guest_migrates() {
     for (helper, memory) in
@@ -405,7 +408,7 @@ fn another_users_guest_migrates() {
     }
 }
 
-/// Memory that a process shares with QEMU, and what is said of it.
+/// The `VmFlags` of each mapping that a worker shares with QEMU.
 fn guest_memory(worker: u32) -> Vec<String> {
     let smaps = fs::read_to_string(format!("/proc/{worker}/smaps")).unwrap_or_default();
     let (mut ours, mut all) = (false, Vec::new());
@@ -433,7 +436,7 @@ fn writes_cores(under: &[&str], cores: &Path) -> bool {
     !files.is_empty()
 }
 
-/// A worker that faults in mid migration, where core dumps are wanted, leaves nothing of the guest's.
+/// A worker that crashes leaves no guest memory behind, even with core dumps enabled.
 #[test]
 fn a_core_dump_has_no_guest_memory() {
     let dir = tempfile::tempdir().unwrap();
@@ -474,7 +477,7 @@ fn a_core_dump_has_no_guest_memory() {
         }
     }
     for worker in workers {
-        // The first one takes away the handler of Rust's library, which looks for a stack overflow.
+        // The first signal removes the handler of Rust's library, which looks for stack overflows.
         eventually("the worker to end", || {
             let there = fs::exists(format!("/proc/{worker}")).unwrap();
             if there {

@@ -1,7 +1,7 @@
-//! A worker that is killed by any signal in any phase, or hangs; and signals to the relay: the
-//! guest runs on, its monitor stays connected, and the next migration succeeds.
+//! Workers that hang or are killed by any signal in any phase, and signals to the relay: the guest
+//! keeps running, its monitor stays connected, and the next migration succeeds.
 //!
-//! Some signals are tried everywhere, and all of them by `scripts/test --full`.
+//! A few signals are tried by default, and all of them by `scripts/test --full`.
 
 use std::{fs, net::TcpListener, thread};
 
@@ -13,7 +13,7 @@ use crate::support::{
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
-/// Signals that end a process that does not expect them (signal(7)); SIGPIPE is expected.
+/// Signals that terminate a process by default (signal(7)), without SIGPIPE, which is expected.
 const DEADLY: [Signal; 22] = [
     Signal::KILL,
     Signal::SEGV,
@@ -39,7 +39,7 @@ const DEADLY: [Signal; 22] = [
     Signal::XFSZ,
 ];
 
-/// End a worker. The first SIGSEGV or SIGBUS without a fault is taken for none by the runtime.
+/// Kill a worker, repeatedly: Rust's runtime ignores a first SIGSEGV or SIGBUS without a fault.
 #[track_caller]
 fn end(worker: u32, signal: Signal) {
     signal_process(worker, signal);
@@ -59,21 +59,21 @@ fn name(signal: Signal) -> String {
     format!("{signal:?}").trim_matches('"').replace("Signal::", "SIG")
 }
 
-/// The process hangs.
+/// Makes a process hang.
 const HANG: Signal = Signal::STOP;
 
 fn full() -> bool {
     std::env::var_os("QEMU_RDMA_HELPER_TEST_FULL").is_some()
 }
 
-/// What is tried in each phase.
+/// The signals to try in each phase.
 fn signals() -> Vec<Signal> {
     let count = if full() { DEADLY.len() } else { 3 };
     let hang = full().then_some(HANG);
     DEADLY.into_iter().take(count).chain(hang).collect()
 }
 
-/// A guest that writes faster than it is sent.
+/// A guest that dirties RAM faster than it is sent.
 fn config() -> Config {
     let guest = Guest::Dirty { fill: 48, hot: 32, spin: 100 };
     Config { memory: Memory::Private, mib: 64, guest, ..Config::default() }
@@ -86,13 +86,13 @@ enum Phase {
     PreSwitchover,
 }
 
-/// Bring a migration into this phase.
+/// Start a migration and wait for this phase.
 #[track_caller]
 fn enter(pair: &mut WrappedPair, phase: Phase) {
     let pause = phase == Phase::PreSwitchover;
     pair.source.client.capability("pause-before-switchover", pause);
     if phase == Phase::LaterPass {
-        // No pass is the last one.
+        // So that no pass is the last one.
         pair.source.client.run("migrate-set-parameters", json!({ "downtime-limit": 1 }));
     }
     pair.begin(match phase {
@@ -114,7 +114,7 @@ fn enter(pair: &mut WrappedPair, phase: Phase) {
     }
 }
 
-/// The migration failed; the guest runs, and whoever asks is answered.
+/// Assert that the migration failed, the guest runs and the monitor answers.
 #[track_caller]
 fn failed(source: &mut Wrapped) -> Value {
     let end = source.await_status(&["failed", "completed", "cancelled"]);
@@ -125,7 +125,7 @@ fn failed(source: &mut Wrapped) -> Value {
     end
 }
 
-/// One row of the table a signal.
+/// Kill a worker by each signal, and print a table row each.
 #[track_caller]
 fn kill_worker(phase: Phase, side: fn(&WrappedPair) -> &Wrapped) {
     let mut pair = WrappedPair::start(&config());
@@ -179,7 +179,7 @@ fn the_destinations_worker_at_pre_switchover() {
     kill_worker(Phase::PreSwitchover, |pair| &pair.destination);
 }
 
-/// At pre-switchover the guest is stopped: it must not stay so for long.
+/// A worker that hangs at pre-switchover does not keep the guest stopped for long.
 #[test]
 fn a_worker_that_hangs_is_noticed() {
     for side in [
@@ -197,7 +197,7 @@ fn a_worker_that_hangs_is_noticed() {
     }
 }
 
-/// A process that this one has just started, by whichever of its threads.
+/// Wait for a child of any thread of process `of`.
 fn new_child(of: u32) -> u32 {
     loop {
         let tasks = fs::read_dir(format!("/proc/{of}/task")).into_iter().flatten().flatten();
@@ -210,7 +210,8 @@ fn new_child(of: u32) -> u32 {
     }
 }
 
-/// As early as can be: before its program runs, as a rule, for which the system makes its parent wait.
+/// A worker that is stopped at once blocks no monitor, although usually its program has not
+/// started, for which the kernel makes its parent wait.
 #[test]
 fn a_worker_that_is_stopped_at_once_holds_no_monitor() {
     let mut pair = WrappedPair::start(&config());
@@ -234,7 +235,7 @@ fn a_worker_that_is_stopped_at_once_holds_no_monitor() {
     pair.migrate();
 }
 
-/// What clients set and do is for the worker too, which takes no more of it.
+/// A hung worker that takes no orders blocks no monitor, although clients' commands cause some.
 #[test]
 fn a_worker_that_takes_no_orders_holds_no_monitor() {
     let mut pair = WrappedPair::start(&config());
@@ -260,7 +261,8 @@ fn a_worker_that_takes_no_orders_holds_no_monitor() {
     pair.migrate();
 }
 
-/// QEMU writes its last bytes with the lock held that its monitor needs: it answers nobody then.
+/// A worker that reads nothing at the end is noticed, although QEMU answers nobody then: it writes
+/// its last bytes with the lock held that its monitor needs.
 #[test]
 fn a_worker_that_takes_nothing_at_the_end_is_noticed() {
     let mut pair = WrappedPair::start(&config());
@@ -290,11 +292,11 @@ fn a_worker_that_takes_nothing_at_the_end_is_noticed() {
     pair.migrate();
 }
 
-/// Before QEMU knows of the migration.
+/// A worker that dies before QEMU knows of the migration fails only that migration.
 #[test]
 fn the_sources_worker_while_it_connects() {
     let mut pair = WrappedPair::start(&config());
-    // It takes the connection and says nothing.
+    // Accepts the connection and stays silent.
     let silent = TcpListener::bind("127.0.0.1:0").unwrap();
     let uri = format!("rdma:{}", silent.local_addr().unwrap());
     for signal in signals() {
@@ -305,7 +307,7 @@ fn the_sources_worker_while_it_connects() {
         });
         let (connection, _) = silent.accept().unwrap();
         let worker = pair.source.await_worker();
-        // If it hangs, nobody waits longer than for a destination that says nothing.
+        // A hung worker is waited for no longer than a silent destination.
         end(worker, signal);
         let why = asked.join().unwrap();
         println!("| source | connecting | {} | failed | {why} |", name(signal));
@@ -316,7 +318,7 @@ fn the_sources_worker_while_it_connects() {
     pair.migrate();
 }
 
-/// Before a source is there. QEMU's incoming migration has failed then, and with it this QEMU.
+/// A worker that dies before a source connects fails the incoming migration and ends that QEMU.
 #[test]
 fn the_destinations_worker_while_it_listens() {
     let mut pair = WrappedPair::start(&config());
@@ -335,7 +337,7 @@ fn the_destinations_worker_while_it_listens() {
     pair.migrate();
 }
 
-/// Where memory ends, the kernel ends a migration rather than a guest.
+/// When memory runs out, the kernel kills a migration's worker rather than a guest.
 #[test]
 fn the_worker_goes_first_where_memory_ends() {
     let mut pair = WrappedPair::start(&config());
@@ -350,7 +352,7 @@ fn the_worker_goes_first_where_memory_ends() {
     }
 }
 
-/// The relay ends with QEMU, and with nothing else.
+/// The relay ends only with QEMU: signals other than SIGKILL, SIGSTOP and faults have no effect.
 #[test]
 fn signals_to_the_relay_have_no_effect() {
     let mut pair = WrappedPair::start(&config());

@@ -1,4 +1,4 @@
-//! What goes wrong: cancellation, processes that are killed or stopped, peers and users that are hostile.
+//! Failures: cancelled migrations, killed or stopped processes, hostile peers and users.
 
 #[path = "../support/mod.rs"]
 mod support;

@@ -1,4 +1,4 @@
-//! Processes that die and migrations that are cancelled: the guest is never lost.
+//! Dying processes and cancelled migrations: the guest is never lost.
 
 use std::{
     fs,
@@ -14,13 +14,13 @@ use crate::support::{
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
-/// A guest for whom it is not about RAM.
+/// A guest for tests in which RAM does not matter.
 const SMALL: Guest = Guest::Dirty { fill: 8, hot: 1, spin: 3000 };
 
-/// One that writes faster than [`in_mid_transfer`] lets it be sent.
+/// A guest that dirties RAM faster than [`in_mid_transfer`] sends it.
 const FAST: Guest = Guest::Dirty { fill: 48, hot: 16, spin: 300 };
 
-/// A guest that writes faster than it can be sent, and time to do something meanwhile.
+/// Limit the bandwidth, so that the guest dirties RAM faster and the test has time to act.
 fn slow(pair: &mut Pair, mib_per_second: u64) {
     let limit = json!({ "max-bandwidth": mib_per_second << 20 });
     pair.source.client.run("migrate-set-parameters", limit);
@@ -37,7 +37,7 @@ fn in_mid_transfer(pair: &mut Pair) {
     });
 }
 
-/// A migration whose guest is stopped, and that waits to be told to go on.
+/// Start a migration and wait for pre-switchover, where the guest is stopped.
 fn at_pre_switchover(config: &Config) -> Pair {
     let mut pair = Pair::start(config);
     pair.source.client.capability("pause-before-switchover", true);
@@ -47,7 +47,7 @@ fn at_pre_switchover(config: &Config) -> Pair {
     pair
 }
 
-/// Behind that: the guest runs at the source, whose helper is gone, and migrates with another.
+/// Assert that the guest runs at the source after its helper died, and migrates with a new helper.
 #[track_caller]
 fn runs_on_with_a_new_helper(mut pair: Pair, config: &Config) {
     eventually("the guest to run", || (pair.source.qemu.status() == "running").then_some(()));
@@ -59,7 +59,7 @@ fn runs_on_with_a_new_helper(mut pair: Pair, config: &Config) {
     migrates_after_all(pair, config);
 }
 
-/// The migration failed with one clear sentence; the guest runs at the source.
+/// Assert that the migration failed, with a one-line reason, and the guest runs at the source.
 #[track_caller]
 fn failed(pair: &mut Pair, words: &[&str]) -> Value {
     let end = pair.source.await_status(&["failed", "completed", "cancelled"]);
@@ -74,14 +74,14 @@ fn failed(pair: &mut Pair, words: &[&str]) -> Value {
     end
 }
 
-/// A process ends by itself.
+/// Wait until a process ends by itself.
 #[track_caller]
 fn ends(pid: u32) {
     let path = format!("/proc/{pid}");
     eventually("the worker to end", || (!fs::exists(&path).unwrap()).then_some(()));
 }
 
-/// The guest runs at the source, and no worker is left.
+/// Assert that the guest runs at the source and no worker is left.
 #[track_caller]
 fn runs_on(pair: &mut Pair) {
     eventually("the guest to run", || (pair.source.qemu.status() == "running").then_some(()));
@@ -89,7 +89,7 @@ fn runs_on(pair: &mut Pair) {
     pair.source.helper.await_no_worker();
 }
 
-/// A second migration of the same guest, to a new destination, succeeds.
+/// Assert that the guest migrates to a new destination, without a descriptor leak.
 #[track_caller]
 fn migrates_after_all(mut pair: Pair, config: &Config) {
     let descriptors = pair.source.helper.descriptors();
@@ -103,7 +103,7 @@ fn migrates_after_all(mut pair: Pair, config: &Config) {
     });
 }
 
-/// The destination's QEMU has ended, so that its memory is free, and its helper with it.
+/// Wait until the destination's QEMU has ended, which frees its memory, and its helper with it.
 #[track_caller]
 fn destination_is_gone(pair: &mut Pair) {
     eventually("the destination's QEMU to end", || pair.destination.qemu.child.try_wait().unwrap());
@@ -122,8 +122,9 @@ fn the_destinations_worker_is_killed() {
     migrates_after_all(pair, &config);
 }
 
-/// With QEMU's return path open, its end is one more thing that has to go well: also in the next
-/// migration, for which QEMU 7.2 believes that it is still open.
+/// A migration succeeds after one with a return path failed or was cancelled.
+///
+/// QEMU 7.2 believes that the return path is still open.
 #[test]
 fn the_next_one_succeeds_after_one_with_return_path_failed() {
     for version in VERSIONS {
@@ -214,7 +215,7 @@ fn the_sources_relay_is_killed() {
     ends(worker);
     eventually("QEMU's migration to end", || {
         let state = pair.source.qemu.qmp.run("query-migrate", json!({}));
-        // One with channels is cancelled.
+        // With multifd channels it is cancelled.
         matches!(state["status"].as_str(), Some("failed" | "cancelled")).then_some(())
     });
     assert_eq!(pair.source.qemu.status(), "running");
@@ -270,8 +271,10 @@ fn the_sources_qemu_is_killed() {
     );
 }
 
-/// The source's worker is held from the agreement on, until several orders wait for it: it reads them
-/// all at once. A paused guest's has one more, as soon as QEMU migrates.
+/// Stop the source's worker from the agreement on until several orders are queued: it reads all of
+/// them at once.
+///
+/// A paused guest causes one more, as soon as QEMU migrates.
 fn orders_arrive_at_once(version: &'static str, helper: &[&str]) {
     let config = Config { version, mib: 64, guest: SMALL, ..Config::default() };
     let dir = tempfile::tempdir().unwrap();
@@ -294,7 +297,7 @@ fn orders_arrive_at_once(version: &'static str, helper: &[&str]) {
         }
         let worker = pair.source.helper.await_worker();
         signal_process(worker, Signal::STOP);
-        // It comes from the relay alone, and behind all orders of the beginning.
+        // The relay alone sends this event, after all initial orders.
         pair.source.client.await_event("RDMA_MIGRATION_THROUGHPUT", |_| true);
         signal_process(worker, Signal::CONT);
         let end = pair.source.await_status(&["completed", "failed", "cancelled"]);
@@ -337,7 +340,7 @@ fn cancelled_in_the_first_pass() {
 
 #[test]
 fn cancelled_in_a_later_pass() {
-    // 32 MiB are hot and 16 MiB/s are allowed: it never converges.
+    // 32 MiB are hot and 32 MiB/s are allowed: the migration never converges.
     let guest = Guest::Dirty { fill: 48, hot: 32, spin: 0 };
     let config = Config { guest, ..Config::default() };
     let mut pair = Pair::start(&config);
@@ -364,8 +367,10 @@ fn cancelled_at_pre_switchover() {
     migrates_after_all(pair, &config);
 }
 
-/// Without a return path the source's QEMU is done before the destination has loaded: the guest
-/// comes back when the destination says that it never ran. With one QEMU itself waits for it.
+/// The guest runs again if the destination fails to load it.
+///
+/// Without a return path the source's QEMU has completed before, and the guest is resumed once the
+/// destination reports that it never ran. With one, QEMU itself waits for the destination.
 #[test]
 fn the_destination_fails_after_the_source_completed() {
     for return_path in [false, true] {
@@ -385,12 +390,12 @@ fn the_destination_fails_after_the_source_completed() {
     }
 }
 
-/// A device that only the source has: its state has nowhere to go.
+/// A device that only the source has: the destination fails to load its state.
 fn with_a_device() -> Config {
     Config { devices: vec!["-device virtio-serial-pci".into()], ..Config::default() }
 }
 
-/// A destination that will fail to load, and a source with that device.
+/// A source with that device, and a destination that will fail to load it.
 fn with_a_device_at_the_source() -> Pair {
     let mut pair = Pair::start(&Config::default());
     pair.source = Host::start(&pair.dir, "with-device", &with_a_device());
@@ -399,7 +404,7 @@ fn with_a_device_at_the_source() -> Pair {
     pair
 }
 
-/// What a client has stopped, before or meanwhile, is not started by anybody else.
+/// A guest that a client stopped, before or during the migration, is not started by anything else.
 #[test]
 fn a_guest_that_was_stopped_stays_so_when_the_destination_fails() {
     for (before, meanwhile) in [("stop", "stop"), ("cont", "stop"), ("stop", "cont")] {
@@ -427,7 +432,8 @@ fn a_guest_that_was_stopped_stays_so_when_the_destination_fails() {
     }
 }
 
-/// A source whose QEMU takes its migration for complete, and a destination that will fail when it goes on.
+/// A source whose QEMU takes its migration for complete, and a stopped destination that will fail
+/// when it continues.
 fn complete_to_qemu(before: &'static str) -> Pair {
     let mut pair = with_a_device_at_the_source();
     pair.source.client.run(before, json!({}));
@@ -445,13 +451,13 @@ fn await_guest_is(pair: &mut Pair, status: &str) {
     eventually(status, || (pair.source.qemu.status() == status).then_some(()));
 }
 
-/// It forgets by that that its guest has left.
+/// Reset the source's guest: QEMU forgets that it has left.
 fn reset(pair: &mut Pair) {
     pair.source.client.run("system_reset", json!({}));
     await_guest_is(pair, "prelaunch");
 }
 
-/// QEMU took it for a success, and nobody but the worker knows better.
+/// A worker whose relay died resumes the guest if a migration fails that QEMU took for a success.
 #[test]
 fn the_sources_relay_is_killed_before_the_destination_fails() {
     for (before, is_reset) in [("cont", false), ("stop", false), ("cont", true)] {
@@ -481,7 +487,7 @@ fn a_guest_that_is_reset_at_the_end_runs_on_when_the_destination_fails() {
     migrates_after_all(pair, &with_a_device());
 }
 
-/// As if it were gone, but it is not.
+/// A lost QMP session with a live QEMU cancels the migration; the guest keeps running.
 #[test]
 fn the_session_with_qemu_is_lost_at_pre_switchover() {
     let config = Config::default();
@@ -505,7 +511,7 @@ fn the_session_with_qemu_is_lost_at_pre_switchover() {
     runs_on_with_a_new_helper(pair, &config);
 }
 
-/// The same with a QEMU that stays after the failure.
+/// With `exit-on-error` off the destination's QEMU stays, and both ends report the failure.
 #[test]
 fn the_destination_fails_and_stays() {
     let mut pair = with_a_device_at_the_source();
@@ -520,9 +526,9 @@ fn the_destination_fails_and_stays() {
     migrates_after_all(pair, &with_a_device());
 }
 
-/// At the very end: the destination's guest runs, and the source does not know it yet.
+/// A migration at its very end: the destination's guest runs, and the source does not know it yet.
 fn at_the_very_end(return_path: bool) -> (Pair, Proxy) {
-    // So long a source that is cancelled waits for a destination that does not answer.
+    // A cancelled source waits this long for a destination that does not answer.
     let mut pair = Pair::with_helpers(&Config::default(), &["--stall-timeout", "5"]);
     let runs_by_itself = Config { incoming: true, ..Config::default() };
     pair.destination = Host::start(&pair.dir, "runs", &runs_by_itself);
@@ -536,7 +542,7 @@ fn at_the_very_end(return_path: bool) -> (Pair, Proxy) {
     (pair, proxy)
 }
 
-/// The guest runs at the destination and nowhere else.
+/// Assert that the guest runs at the destination and nowhere else.
 #[track_caller]
 fn runs_only_at_the_destination(pair: &mut Pair) {
     pair.destination.qemu.assert_goes_on();
@@ -582,7 +588,7 @@ fn cancelled_at_the_very_end() {
     }
 }
 
-/// Break the source's migration off as a manager does that has lost patience.
+/// Yank the source's migration, as an impatient manager does.
 fn yank(pair: &mut Pair) {
     let instances = json!([{ "type": "migration" }]);
     pair.source.client.run("yank", json!({ "instances": instances }));
@@ -612,7 +618,7 @@ fn yanked_at_any_time() {
     }
 }
 
-/// QEMU itself would run the guest, which is at the destination.
+/// A yank does not start a guest that already runs at the destination, as QEMU alone would.
 #[test]
 fn yanked_at_the_very_end() {
     for return_path in [false, true] {
@@ -632,7 +638,7 @@ fn the_sources_relay_is_killed_at_the_very_end() {
     runs_only_at_the_destination(&mut pair);
 }
 
-/// The destination's processes die when its guest may run: it goes on there, or it is known not to.
+/// A guest that runs at the destination keeps running there, and only there, if the worker dies.
 #[test]
 fn the_destinations_worker_is_killed_at_the_very_end() {
     let (mut pair, _proxy) = at_the_very_end(true);
@@ -640,7 +646,7 @@ fn the_destinations_worker_is_killed_at_the_very_end() {
     stays_stopped(&mut pair);
 }
 
-/// While QEMU waits there, it does not notice that nobody takes its stream any more.
+/// The guest runs again if the relay dies at pre-switchover, where QEMU notices nothing by itself.
 #[test]
 fn the_sources_relay_is_killed_at_pre_switchover() {
     let config = Config::default();
@@ -649,8 +655,8 @@ fn the_sources_relay_is_killed_at_pre_switchover() {
     runs_on_with_a_new_helper(pair, &config);
 }
 
-/// Another server has QEMU's path by then, a successor or one to whom QEMU leads us: its guest is none of
-/// ours.
+/// A worker without its relay sends nothing to another server at QEMU's socket path, a successor or
+/// one that QEMU redirects us to: its guest is not ours.
 #[test]
 fn the_sources_relay_is_killed_and_anothers_socket_is_left_alone() {
     let mut pair = at_pre_switchover(&Config::default());
@@ -670,8 +676,9 @@ fn the_sources_relay_is_killed_and_anothers_socket_is_left_alone() {
     assert_eq!(String::from_utf8_lossy(&said), "");
 }
 
-/// The migration has failed, and nobody cancels it: with channels their end would leave the guest
-/// stopped for good, and without any QEMU notices nothing.
+/// The guest runs again if the relay dies after a failure but before it cancels.
+///
+/// With channels, their end would leave the guest stopped for good; without, QEMU notices nothing.
 #[test]
 fn the_sources_relay_is_killed_before_it_cancels() {
     for memory in [Memory::Memfd, Memory::Private] {
@@ -687,7 +694,7 @@ fn the_sources_relay_is_killed_before_it_cancels() {
     }
 }
 
-/// What the kernel lets each thread of a process run on, as it writes it.
+/// The CPUs that each thread of a process may run on (`Cpus_allowed_list`).
 fn processors(pid: u32) -> Vec<String> {
     let threads = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
     let allowed = |thread: &fs::DirEntry| {
@@ -710,7 +717,7 @@ fn workers_keep_to_their_processors() {
     in_mid_transfer(&mut pair);
     for host in [&pair.source, &pair.destination] {
         let processors = processors(host.helper.await_worker());
-        // Who moves RAM, the state machine, and others.
+        // The threads that move RAM, the state machine and others.
         assert!(
             processors.len() > 2 && processors.iter().all(|list| list == "0"),
             "{processors:?}"

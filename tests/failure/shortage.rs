@@ -1,4 +1,4 @@
-//! Memory that the destination's host does not have: the guest runs on at the source.
+//! The destination host runs out of memory: the guest keeps running at the source.
 
 use std::{
     path::{Path, PathBuf},
@@ -8,7 +8,7 @@ use std::{
 use crate::support::{Config, Guest, Memory, Pair, VERSIONS, eventually};
 use serde_json::json;
 
-/// A file system with a limit, gone in the end.
+/// A size-limited file system, unmounted on drop.
 struct Mount(PathBuf);
 
 impl Mount {
@@ -25,12 +25,12 @@ impl Mount {
 
 impl Drop for Mount {
     fn drop(&mut self) {
-        // What still uses it keeps it.
+        // Lazy: a process that still uses it keeps it.
         let _ = Command::new("umount").arg("-l").arg(&self.0).status();
     }
 }
 
-/// A guest with more memory than the destination has.
+/// Migrate a guest with more memory than the destination has, then to one with enough.
 fn runs_short(version: &'static str, mount: &Mount, words: &[&str]) {
     let guest = Guest::Dirty { fill: 48, hot: 8, spin: 3000 };
     let config = Config { version, mib: 64, guest, ..Config::default() };
@@ -50,7 +50,7 @@ fn runs_short(version: &'static str, mount: &Mount, words: &[&str]) {
     eventually("the guest to run", || (pair.source.qemu.status() == "running").then_some(()));
     pair.source.qemu.assert_goes_on();
     pair.source.helper.await_no_worker();
-    // As with QEMU's own migration its process ends.
+    // QEMU exits, as after a failed migration of its own.
     eventually("the destination's QEMU to end", || pair.destination.qemu.child.try_wait().unwrap());
     eventually("the destination's worker to end", || {
         (!Path::new(&format!("/proc/{worker}")).exists()).then_some(())

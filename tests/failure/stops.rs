@@ -1,4 +1,4 @@
-//! What stands still for a while, and goes on: the migration does too.
+//! Processes and links that are stopped for a while and continue: so does the migration.
 
 use std::time::{Duration, Instant};
 
@@ -9,32 +9,32 @@ use crate::support::{
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
-/// Longer than a worker may be silent, and than a transfer that is due may take.
+/// Longer than a worker may be silent, and longer than a due transfer may take.
 const LONG: Duration = Duration::from_secs(14);
 
-/// Longer than all of connecting may take.
+/// Longer than connecting may take in all.
 const VERY_LONG: Duration = Duration::from_secs(32);
 
-/// For whom is only patient where it has to be.
+/// For helpers that wait longer only where they have to.
 const IMPATIENT: [&str; 2] = ["--stall-timeout", "3"];
 
-/// A small guest whose devices, and their description, are more than all buffers on the way hold.
+/// A small guest whose device state, with its description, exceeds all buffers on the way.
 fn with_many_processors(version: &'static str) -> Config {
     let guest = Guest::Dirty { fill: 16, hot: 2, spin: 3000 };
     let devices = vec!["-smp 64".into()];
     Config { version, mib: 64, guest, devices, ..Config::default() }
 }
 
-/// A migration whose guest is stopped, and that waits to be told to go on; over a link that can stall.
+/// Start a migration over a link that can stall, and wait for pre-switchover.
 fn at_pre_switchover(config: &Config, return_path: bool, options: &[&str]) -> (Pair, Proxy) {
     let mut pair = Pair::with_helpers(config, options);
     let proxy = pair.at_pre_switchover(return_path);
     (pair, proxy)
 }
 
-/// Switch over to a QEMU that stands still, until what is behind RAM is on its way there.
+/// Switch over to a stopped QEMU, and wait until the bytes after RAM are on their way.
 #[track_caller]
-fn held_behind_ram(version: &'static str, return_path: bool, options: &[&str]) -> (Pair, Proxy) {
+fn held_after_ram(version: &'static str, return_path: bool, options: &[&str]) -> (Pair, Proxy) {
     let config = with_many_processors(version);
     let (mut pair, proxy) = at_pre_switchover(&config, return_path, options);
     signal_process(pair.destination.qemu.pid(), Signal::STOP);
@@ -45,14 +45,14 @@ fn held_behind_ram(version: &'static str, return_path: bool, options: &[&str]) -
     (pair, proxy)
 }
 
-/// Switch over, and see that nobody gives up for a long time.
+/// Switch over, and assert that no worker gives up for a long time.
 #[track_caller]
 fn switch_over_and_wait(pair: &mut Pair) {
     pair.source.client.run("migrate-continue", json!({ "state": "pre-switchover" }));
     keep_waiting(pair);
 }
 
-/// The same behind that.
+/// Assert that no worker gives up for [`LONG`].
 #[track_caller]
 fn keep_waiting(pair: &Pair) {
     let workers = [&pair.source, &pair.destination].map(|host| host.helper.await_worker());
@@ -72,7 +72,7 @@ fn completes(pair: &mut Pair) -> Value {
     end
 }
 
-/// A device that takes long to load.
+/// A destination's QEMU may take long to load devices. Until then the source refuses `cont`.
 #[test]
 fn a_destination_whose_qemu_stands_still_at_the_end() {
     for (version, return_path) in VERSIONS.into_iter().zip([false, true, false]) {
@@ -81,7 +81,7 @@ fn a_destination_whose_qemu_stands_still_at_the_end() {
         let qemu = pair.destination.qemu.pid();
         signal_process(qemu, Signal::STOP);
         switch_over_and_wait(&mut pair);
-        // To QEMU, without a return path, it has completed long ago: it would run its guest.
+        // Without a return path the source's QEMU completed long ago, and would run its guest.
         let refusal = "Migration is not finalized yet";
         let client = &mut pair.source.client;
         assert_eq!(client.refused("cont", json!({})), refusal, "{version}");
@@ -90,16 +90,16 @@ fn a_destination_whose_qemu_stands_still_at_the_end() {
         }
         signal_process(qemu, Signal::CONT);
         completes(&mut pair);
-        // What is told of it may be done.
+        // After the migration the command is allowed.
         pair.source.client.run("cont", json!({}));
     }
 }
 
-/// A reset makes QEMU forget that its guest has left.
+/// The source refuses `cont` even after a reset, which makes QEMU forget that its guest has left.
 #[test]
 fn a_guest_that_is_reset_at_the_end_does_not_run_at_both_ends() {
     for version in VERSIONS {
-        let (mut pair, _proxy) = held_behind_ram(version, false, &[]);
+        let (mut pair, _proxy) = held_after_ram(version, false, &[]);
         let client = &mut pair.source.client;
         eventually("QEMU to complete", || {
             (client.run("query-status", json!({}))["status"] == "postmigrate").then_some(())
@@ -120,11 +120,11 @@ fn a_guest_that_is_reset_at_the_end_does_not_run_at_both_ends() {
     }
 }
 
-/// As if it were killed: what was begun goes on, also when the helper itself has ended.
+/// A helper told to end, like a killed one, leaves a migration at its end to its worker.
 #[test]
 fn a_source_that_is_told_to_end_when_the_destination_stands_still() {
     for (version, return_path) in VERSIONS.into_iter().zip([false, true, true]) {
-        let (mut pair, _proxy) = held_behind_ram(version, return_path, &IMPATIENT);
+        let (mut pair, _proxy) = held_after_ram(version, return_path, &IMPATIENT);
         let worker = pair.source.helper.await_worker();
         pair.source.helper.signal(Signal::TERM);
         let relay = &mut pair.source.helper.child;
@@ -139,12 +139,13 @@ fn a_source_that_is_told_to_end_when_the_destination_stands_still() {
     }
 }
 
-/// What the destination has not got of the guest it gets no more. Whether that is all of it QEMU there
-/// finds out, and the source hears where the guest runs.
+/// After a cancel the destination gets no more of the guest.
+///
+/// Its QEMU finds out whether it has all of it, and the source is told where the guest runs.
 #[test]
 fn a_migration_that_is_cancelled_when_the_destination_stands_still() {
     for (version, return_path) in VERSIONS.into_iter().zip([true, false, true]) {
-        let (mut pair, _proxy) = held_behind_ram(version, return_path, &[]);
+        let (mut pair, _proxy) = held_after_ram(version, return_path, &[]);
         pair.source.client.run("migrate_cancel", json!({}));
         eventually("the destination to be told", || {
             pair.source.helper.log().contains("verdict is awaited").then_some(())
@@ -166,7 +167,7 @@ fn a_migration_that_is_cancelled_when_the_destination_stands_still() {
 
 #[test]
 fn a_link_that_stands_still_at_the_end() {
-    // A link that stands still before is none that can be waited for.
+    // Not `IMPATIENT`: before the switchover a stalled link is not waited for.
     let (mut pair, proxy) = at_pre_switchover(&with_many_processors("10.0"), true, &[]);
     proxy.stall(true);
     switch_over_and_wait(&mut pair);
@@ -174,10 +175,10 @@ fn a_link_that_stands_still_at_the_end() {
     completes(&mut pair);
 }
 
-/// The destination has the guest, or gets it, and the link is away when it wants to say so.
+/// A link may stall when the destination is about to report that it has the guest.
 #[test]
-fn a_link_that_stands_still_behind_the_end() {
-    let (mut pair, proxy) = held_behind_ram("10.0", true, &IMPATIENT);
+fn a_link_that_stands_still_after_the_end() {
+    let (mut pair, proxy) = held_after_ram("10.0", true, &IMPATIENT);
     proxy.stall(true);
     signal_process(pair.destination.qemu.pid(), Signal::CONT);
     keep_waiting(&pair);
@@ -185,7 +186,7 @@ fn a_link_that_stands_still_behind_the_end() {
     completes(&mut pair);
 }
 
-/// SIGSTOP and SIGCONT interrupt system calls of sockets that have a timeout.
+/// SIGSTOP and SIGCONT fail no migration, although they interrupt calls on sockets with a timeout.
 #[test]
 fn workers_that_are_stopped_again_and_again() {
     for connections in ["1", "3"] {
@@ -207,7 +208,7 @@ fn workers_that_are_stopped_again_and_again() {
                 let limit = json!({ "max-bandwidth": 1_u64 << 32 });
                 pair.source.client.run("migrate-set-parameters", limit);
             }
-            // The one fills all buffers on the way to the other, and is interrupted there.
+            // `one` fills all buffers on the way to `other`, and is interrupted while it blocks.
             for (process, signal) in [
                 (other, Signal::STOP),
                 (one, Signal::STOP),
@@ -227,7 +228,7 @@ fn workers_that_are_stopped_again_and_again() {
     }
 }
 
-/// A freezer cgroup, or a machine that is away: the clock of those who come back is no judge of others.
+/// Helpers stopped for long, by a freezer cgroup or with their machine, time out no peer later.
 #[test]
 fn helpers_that_are_stopped_for_long() {
     let mut pair = Pair::start(&Config::default());
@@ -244,7 +245,7 @@ fn helpers_that_are_stopped_for_long() {
     }
     let begun = Instant::now();
     eventually("a long time", || (begun.elapsed() > LONG).then_some(()));
-    // Relays first: the workers have nothing to say yet.
+    // Relays first: the workers have nothing to report yet.
     for process in [processes[0], processes[2], processes[1], processes[3]] {
         signal_process(process, Signal::CONT);
         std::thread::park_timeout(Duration::from_millis(1500));
@@ -274,18 +275,18 @@ fn helpers_that_are_stopped_while_they_connect() {
     for process in processes {
         signal_process(process, Signal::CONT);
     }
-    // Nobody has given up.
+    // No helper has given up.
     assert_eq!(pair.source.client.run("query-migrate", json!({}))["status"], "setup");
     proxy.stall(false);
     completes(&mut pair);
 }
 
-/// A QEMU that expects no description of the devices leaves it unread, and has the guest nevertheless;
-/// one that expects some and gets none has it too.
+/// A destination's QEMU that expects no description of the devices leaves it unread and has the
+/// guest; so has one that expects a description and gets none.
 #[track_caller]
 fn a_description_at_one_end_only(version: &'static str) {
-    // Over QEMU's own `tcp:` the fourth way never ends: the destination waits for a byte more, and the
-    // source for the end of the return path.
+    // The fourth combination never ends over QEMU's own `tcp:`: the destination waits for one more
+    // byte, and the source for the end of the return path.
     for (at_source, at_destination, return_path) in
         [("off", "on", false), ("off", "on", true), ("on", "off", false)]
     {

@@ -1,5 +1,5 @@
-//! Clients that connect to a waiting destination and go no further: none of them keeps the source out,
-//! from one address or from many, the source's own among them.
+//! Clients that connect to a waiting destination and go no further: none of them keeps the source
+//! out, be they from one address or many, the source's own included.
 
 use std::{
     collections::VecDeque,
@@ -18,10 +18,10 @@ use crate::support::{
 };
 use serde_json::json;
 
-/// How many there are: more than a destination lets be pending.
+/// Number of clients: more than a destination allows to be pending.
 const MANY: u8 = 40;
 
-/// What a destination says of a client whose time is over.
+/// Logged by a destination for a client that has timed out.
 const GIVEN_UP: &str = "no progress";
 
 struct Siege {
@@ -40,7 +40,7 @@ impl Siege {
         Self { pair, uri, port, blocks }
     }
 
-    /// The source comes and is served, before anybody else was given up.
+    /// Assert that the source is served before any other client has timed out.
     #[track_caller]
     fn source_is_served(mut self) {
         self.pair.source.client.run("migrate", json!({ "uri": self.uri }));
@@ -56,7 +56,7 @@ fn small() -> Config {
     Config { guest, ..Config::default() }
 }
 
-/// Let them come from one address, that of the source, and from as many as there are.
+/// Connect the clients from one address, that of the source, then each from an address of its own.
 fn from_one_and_from_many(play: impl Fn(Peer, &Siege) -> Peer) {
     type Address = fn(u8) -> u8;
     let addresses: [(&str, Address); 2] = [("one", |_| 1), ("many", |number| 2 + number)];
@@ -100,7 +100,7 @@ fn clients_that_list_the_blocks_and_fall_silent_do_not() {
     });
 }
 
-/// One that also writes has the guest's memory for itself, for a moment.
+/// A client that writes has the guest's memory to itself, but only for a moment.
 #[test]
 fn clients_that_write_a_page_and_fall_silent_do_not() {
     for address in [1, 2] {
@@ -109,14 +109,14 @@ fn clients_that_write_a_page_and_fall_silent_do_not() {
         peer.list(&siege.blocks);
         assert_eq!(peer.message().unwrap().0, wire::RAM_BLOCKS_RESULT);
         peer.send(&frame(3, 1, 0, &[0x5a; 4096]));
-        // FLUSH is answered when it has landed.
+        // FLUSH is answered when the page has landed.
         peer.send(&frame(4, 0, 0, &[]));
         assert_eq!(peer.frame().unwrap().0, 5);
         siege.source_is_served();
     }
 }
 
-/// Greeting and block list byte by byte, each of them in time.
+/// Clients that send hello and block list byte by byte, each in time, do not keep the source out.
 #[test]
 fn slow_clients_do_not() {
     let siege = Siege::start();
@@ -126,7 +126,7 @@ fn slow_clients_do_not() {
             .concat();
     let slow = |number: u8| {
         let mut peer = Peer::connect_from(1 + number % 3, siege.port);
-        // The first half of them have greeted.
+        // The first half have already sent their hello.
         let start = if number < MANY / 2 { hello(wire::PRIVATE_DATA).len() } else { 0 };
         peer.send(&bytes[..start]);
         let (bytes, done) = (bytes[start..].to_vec(), done.clone());
@@ -135,7 +135,7 @@ fn slow_clients_do_not() {
                 if done.load(Ordering::SeqCst) || peer.0.write_all(&[byte]).is_err() {
                     return;
                 }
-                // A slow client; nobody waits for an event here.
+                // The pace of a slow client, not a wait for an event.
                 thread::sleep(Duration::from_secs(1));
             }
         })
@@ -146,7 +146,7 @@ fn slow_clients_do_not() {
     clients.into_iter().for_each(|client| client.join().unwrap());
 }
 
-/// One host that connects again and again, each time before what it began has come to anything.
+/// One host that connects again and again, before its last connection got anywhere.
 struct Storm {
     count: Arc<AtomicU32>,
     over: Arc<AtomicBool>,
@@ -154,10 +154,12 @@ struct Storm {
 }
 
 impl Storm {
-    /// So many connections a second.
+    /// Connections per second.
     const RATE: u32 = 300;
 
-    /// From 127.0.0.2, where the source is not. Each sends `bytes`, and stays as long as it is let.
+    /// Start it from 127.0.0.2, not the source's address.
+    ///
+    /// Clients send `bytes` and stay while they may.
     fn rise(port: u16, bytes: Vec<u8>) -> Self {
         let (count, over) = (Arc::new(AtomicU32::new(0)), Arc::new(AtomicBool::new(false)));
         let (counting, until) = (count.clone(), over.clone());
@@ -165,22 +167,22 @@ impl Storm {
             let begun = Instant::now();
             let mut peers = VecDeque::new();
             while !until.load(Ordering::SeqCst) {
-                // Nobody listens any more when the migration is over.
+                // Nothing listens any more after the migration.
                 let Ok(mut peer) = Peer::try_connect_from(2, port) else { break };
-                // It may have had to go already.
+                // The destination may have disconnected it already.
                 let _ = peer.0.write_all(&bytes);
                 peers.push_back(peer);
                 peers.drain(..peers.len().saturating_sub(400));
                 let made = counting.fetch_add(1, Ordering::SeqCst) + 1;
                 let due = begun + Duration::from_secs(1) * made / Self::RATE;
-                // Its rate; nobody waits for an event here.
+                // The pace of the storm, not a wait for an event.
                 thread::sleep(due.saturating_duration_since(Instant::now()));
             }
         });
         Self { count, over, thread }
     }
 
-    /// So many more have come.
+    /// Wait until `more` clients have connected.
     fn await_more(&self, more: u32) {
         let wanted = self.count.load(Ordering::SeqCst) + more;
         eventually("more of the storm", || {
@@ -194,7 +196,7 @@ impl Storm {
     }
 }
 
-/// How long a source may take to be let in while it blows.
+/// Time within which a source must be served during a storm.
 const AT_ONCE: Duration = Duration::from_secs(5);
 
 #[track_caller]
@@ -228,7 +230,7 @@ fn a_storm_of_clients_that_list_the_blocks_does_not() {
     });
 }
 
-/// Who agreed before the source began is let into memory no more once it has.
+/// Once the source has begun its stream, not even a client that agreed before writes to memory.
 #[test]
 fn who_has_agreed_writes_nothing_once_the_source_has_begun() {
     let mut siege = Siege::start();
@@ -238,12 +240,12 @@ fn who_has_agreed_writes_nothing_once_the_source_has_begun() {
     let slow = json!({ "max-bandwidth": 8 << 20 });
     siege.pair.source.client.run("migrate-set-parameters", slow);
     siege.pair.source.client.run("migrate", json!({ "uri": siege.uri }));
-    // It is told by the connection's end; till then what it writes goes nowhere.
+    // Its connection is closed; until then its writes go nowhere.
     eventually("the stranger's end", || {
         let write = frame(3, 1, 0, &[0x5a; 4096]);
         peer.0.write_all(&write).is_err().then_some(())
     });
-    // So is who comes later.
+    // So is that of a later client.
     let mut late = Peer::connect_from(3, siege.port);
     late.send(&hello(wire::PRIVATE_DATA));
     assert_eq!(late.last_words(), "");

@@ -1,14 +1,14 @@
-//! Each thread of a worker that panics is noticed: the migration ends, and the guest runs on.
+//! A panic of any thread of a worker is noticed: the migration ends, and the guest keeps running.
 
 use std::time::{Duration, Instant};
 
 use crate::support::{Config, Host, Pair, Qmp, eventually};
 use serde_json::json;
 
-/// A pair whose thread of this name, at one end, panics instead of doing its work, so many milliseconds
-/// after it began: others have come to wait for it.
+/// A pair in which `thread`, at one end, panics instead of doing its work, `after` milliseconds
+/// after its start, when other threads wait for it.
 fn pair(thread: &str, after: u32, at_source: bool) -> Pair {
-    // There are a few of them in the life of a test.
+    // Leaked: a test has only a few of them.
     let panics: &'static str = format!("QEMU_RDMA_HELPER_TEST_PANIC={thread}:{after}").leak();
     let under: &'static [&'static str] = vec!["env", panics].leak();
     let panics = Config { under, ..Config::default() };
@@ -29,7 +29,7 @@ fn pair(thread: &str, after: u32, at_source: bool) -> Pair {
     pair
 }
 
-/// Migrate at so many MiB a second; returns why that failed.
+/// Migrate at `rate` MiB/s. Return why that failed, or an empty string.
 fn migrate(pair: &mut Pair, rate: u64) -> String {
     let limit = json!({ "max-bandwidth": rate << 20 });
     pair.source.client.run("migrate-set-parameters", limit);
@@ -39,7 +39,7 @@ fn migrate(pair: &mut Pair, rate: u64) -> String {
     end["error-desc"].as_str().unwrap_or_default().to_owned()
 }
 
-/// It did, as the system's own report of it says.
+/// Assert that `thread` panicked, by the panic message in the log.
 #[track_caller]
 fn assert_panicked(host: &Host, thread: &str) {
     let report = format!("thread '{thread}' ");
@@ -49,11 +49,13 @@ fn assert_panicked(host: &Host, thread: &str) {
     });
 }
 
-/// The longest that it may take until a migration has ended of it: less than the stall timeout, in which
-/// everything ends that waits for somebody who says nothing.
+/// Time limit for a panic to end the migration.
+///
+/// It is shorter than the stall timeout, which ends every wait for a silent peer anyway.
 const PROMPT: Duration = Duration::from_secs(30);
 
-/// The migration fails of it, and soon. Whose thread it is says so: to its client, and in its log.
+/// Assert that the panic fails the migration promptly, and that the end with that thread reports
+/// it: the source to its client, the destination in its log.
 #[track_caller]
 fn fails(thread: &'static str, at_source: bool) {
     let mut pair = pair(thread, 400, at_source);
@@ -74,7 +76,7 @@ fn fails(thread: &'static str, at_source: bool) {
     }
     eventually("the guest to run", || (pair.source.qemu.status() == "running").then_some(()));
     pair.source.qemu.assert_goes_on();
-    // Who waited for a source waits for the next one.
+    // Not at the destination: one that waited for a source waits for the next.
     pair.source.helper.await_no_worker();
 }
 
@@ -134,7 +136,7 @@ fn that_forwards_the_return_path() {
     fails("return path", false);
 }
 
-/// What it does is a help, and no more.
+/// Prefaulting is only a help: the migration succeeds without it.
 #[test]
 fn that_makes_large_pages() {
     let mut pair = pair("prefault", 0, true);
@@ -143,7 +145,7 @@ fn that_makes_large_pages() {
     pair.verify();
 }
 
-/// The destination's QEMU has the guest, and the source's waits for ever to hear that.
+/// The source's QEMU does not wait forever to hear that the destination's has the guest.
 #[test]
 fn that_forwards_the_return_path_at_the_end() {
     let mut pair = pair("return path", 4000, false);
@@ -160,7 +162,7 @@ fn that_forwards_the_return_path_at_the_end() {
     pair.verify();
 }
 
-/// The relay's tasks, of whose end neither the worker nor QEMU hears.
+/// A panic of a relay's task, which neither the worker nor QEMU notices, fails the migration too.
 #[test]
 fn tasks_of_the_relay() {
     for (task, after) in [("prepare", 0), ("follow", 400)] {
@@ -171,7 +173,7 @@ fn tasks_of_the_relay() {
         eventually("the guest to run", || (pair.source.qemu.status() == "running").then_some(()));
         pair.source.qemu.assert_goes_on();
         pair.source.helper.await_no_worker();
-        // QEMU is set back.
+        // QEMU's settings are restored.
         let mut qemu = Qmp::connect(&pair.source.qemu.spare_socket());
         assert_eq!(qemu.hmp("info migrate_capabilities"), {
             pair.source.client.hmp("info migrate_capabilities")
@@ -179,7 +181,7 @@ fn tasks_of_the_relay() {
     }
 }
 
-/// The guest runs at the destination, and the source's helper can't know that.
+/// The guest runs at the destination only, although the source's helper cannot know that it does.
 #[test]
 fn that_tells_the_source_of_the_end() {
     let mut pair = pair("final ack", 0, false);
@@ -194,7 +196,7 @@ fn that_tells_the_source_of_the_end() {
     assert_eq!(pair.source.qemu.status(), "postmigrate");
 }
 
-/// Why the source has ended it the destination doesn't hear then; that it has, it does.
+/// The destination learns that the source has ended the migration, even if it cannot learn why.
 #[test]
 fn that_tells_the_peer_why() {
     let mut pair = pair("last words", 0, true);

@@ -1,5 +1,5 @@
-//! Any bytes on the socket between relay and worker: each line is an order or the end of orders,
-//! however it is cut, and what is understood is understood alike when it is said again.
+//! Any bytes on the socket between relay and worker: each line is an order or ends the orders,
+//! however it is split, and what is parsed round-trips.
 #![no_main]
 
 use std::{io::Write as _, os::unix::net::UnixStream};
@@ -14,7 +14,7 @@ use qemu_rdma_helper::{
 };
 use serde::{Serialize, de::DeserializeOwned};
 
-/// The order of a line, if it is one. No descriptors come with it.
+/// Return the order of a line, if it is one. No descriptors arrive with it.
 fn order(line: &[u8]) -> Option<Order> {
     let take = |line: &[u8]| {
         let mut lines = Lines::default();
@@ -27,7 +27,7 @@ fn order(line: &[u8]) -> Option<Order> {
     Some(order)
 }
 
-/// What a line says, if it says something.
+/// Return the content of a line, if it has any.
 fn read<T: DeserializeOwned + Serialize + PartialEq + std::fmt::Debug>(line: &[u8]) -> Option<T> {
     let read: T = serde_json::from_slice(line).ok()?;
     let again = serde_json::to_vec(&read).expect("it can be said");
@@ -35,10 +35,10 @@ fn read<T: DeserializeOwned + Serialize + PartialEq + std::fmt::Debug>(line: &[u
     Some(read)
 }
 
-/// Orders on a socket that ends, until one makes no sense.
+/// Return the orders on a socket that ends, up to the first that is invalid.
 fn orders(input: &[u8], size: usize) -> Vec<Order> {
     let (mut relay, worker) = UnixStream::pair().expect("sockets");
-    // So much fits into a socket that nobody reads.
+    // This much fits into a socket that nobody reads.
     for piece in input.chunks(size) {
         relay.write_all(piece).expect("room");
     }
@@ -52,7 +52,7 @@ fuzz_target!(|input: &[u8]| {
     let [size, input @ ..] = input else { return };
     let lines = input.split_inclusive(|byte| *byte == b'\n').filter(|it| it.ends_with(b"\n"));
     let expected: Vec<_> = lines.map_while(order).collect();
-    // Few pieces: the system counts each as more than its bytes.
+    // Few pieces: for each the kernel counts more than its bytes.
     let size = (usize::from(*size) + 1).max(input.len() / 64 + 1);
     assert_eq!(orders(input, size), expected);
     input.split(|byte| *byte == b'\n').for_each(|line| drop(read::<Report>(line)));

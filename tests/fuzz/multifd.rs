@@ -1,4 +1,4 @@
-//! Any bytes as packets of a multifd channel: what is taken for pages are pages.
+//! Any bytes as packets of a multifd channel: what is accepted has valid pages.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

@@ -1,5 +1,5 @@
-//! Any bytes of a client or of QEMU: cuts change nothing of what is a command, what is read of one is
-//! what it says, and every answer is one line of JSON.
+//! Any bytes of a client or of QEMU: splits change no command, commands are parsed as written, and
+//! every answer is one line of JSON.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
@@ -14,7 +14,7 @@ use qemu_rdma_helper::{
 };
 use serde_json::{Value, json};
 
-/// Commands in `pieces`.
+/// Return the commands in `pieces`.
 fn frame<'a>(pieces: impl Iterator<Item = &'a [u8]>) -> Vec<Framed> {
     let (mut framer, mut all) = (Framer::default(), Vec::new());
     for piece in pieces {
@@ -26,7 +26,7 @@ fn frame<'a>(pieces: impl Iterator<Item = &'a [u8]>) -> Vec<Framed> {
     all
 }
 
-/// A command of a client.
+/// Check a client's command.
 fn command(bytes: &[u8]) {
     let Ok(command) = Command::read(bytes, true) else { return };
     for result in [Ok(json!({ "a": 1 })), Err(QmpError::generic(&command.name))] {
@@ -47,7 +47,7 @@ fn command(bytes: &[u8]) {
     }
 }
 
-/// An answer to a client is one value, whatever its id is.
+/// Check that an answer to a client is one value, whatever its id is.
 fn answer(line: &[u8], has_id: bool) {
     assert!(line.ends_with(b"\r\n") && scan::is_value(line));
     let id = match Kind::of(line) {
@@ -57,8 +57,7 @@ fn answer(line: &[u8], has_id: bool) {
     assert_eq!(id.is_some(), has_id);
 }
 
-/// A line of the human monitor.
-/// A line of the human monitor, at QEMUs of different grammar.
+/// Check a line of the human monitor, with the grammars of several QEMU versions.
 fn monitor_line(line: &str) {
     for (major, minor) in [(7, 2), (10, 0), (11, 1)] {
         match hmp::parse(line, Version { major, minor, micro: 0 }) {
@@ -71,7 +70,7 @@ fn monitor_line(line: &str) {
     assert_eq!(text.lines().count(), line.lines().count());
 }
 
-/// A line of QEMU's.
+/// Check a line from QEMU.
 fn from_qemu(bytes: &[u8]) {
     match FromQemu::read(bytes) {
         Some(FromQemu::Event { name, data }) => {
@@ -93,7 +92,7 @@ fuzz_target!(|input: &[u8]| {
     for framed in &whole {
         match framed {
             Framed::Value(bytes) => command(bytes),
-            // What QEMU is to find wrong is wrong.
+            // What is passed on for QEMU to refuse is malformed.
             Framed::Malformed(bytes) => assert!(Command::read(bytes, true).is_err()),
             Framed::TooLong | Framed::TooDeep => {}
         }

@@ -1,5 +1,5 @@
-//! Any bytes as migration stream: both readers stay within what the stream said, cuts change
-//! nothing, and what the rewriter puts out is a stream.
+//! Any bytes as a migration stream: both readers stay within the stream's blocks, splits change
+//! nothing, and the rewriter's output is a stream.
 #![no_main]
 
 use std::convert::Infallible;
@@ -12,9 +12,9 @@ use qemu_rdma_helper::{
 
 #[derive(Default)]
 struct Source {
-    /// Bit n: block n (modulo 4) stays in the stream; bit n + 4: else it is copied.
+    /// Bit n: block n (modulo 4) is inline; bit n + 4: otherwise it is copied.
     transfers: u8,
-    /// Copied bytes of the next write, and of all before.
+    /// Copied bytes of the next write, and of all earlier ones.
     gathered: Vec<u8>,
     staged: Vec<u8>,
     blocks: Vec<StreamBlock>,
@@ -33,7 +33,7 @@ impl Source {
         );
         assert!(range.offset < length && range.length <= length - range.offset);
         match self.ranges.last_mut() {
-            // A cut may end a range early.
+            // A split may end a range early.
             Some((last_zero, last))
                 if *last_zero == zero
                     && last.block == range.block
@@ -140,12 +140,12 @@ impl ForwardSink for Destination {
     }
 }
 
-/// Rewrite `stream` in pieces of `size`; was it accepted to the end?
+/// Rewrite `stream` in pieces of `size`. Return whether it was accepted to the end.
 fn rewrite(stream: &[u8], size: usize, transfers: u8) -> (Source, bool) {
     let mut source = Source { transfers, ..Source::default() };
     let mut rewriter = Rewriter::new(Limits::default());
     let fed = stream.chunks(size).all(|piece| {
-        // As when QEMU pauses behind each.
+        // As if QEMU paused after each.
         rewriter.push(piece, &mut source).is_ok() && rewriter.flush(&mut source).is_ok()
     });
     let whole = fed && rewriter.finish().is_ok();
@@ -162,17 +162,18 @@ fuzz_target!(|input: &[u8]| {
         assert_eq!(source.staged, cut.staged);
         assert_eq!(source.messages.concat(), cut.messages.concat());
         let mut destination = Destination::default();
-        let mut landing = Forwarder::default();
+        let mut forwarder = Forwarder::default();
         for message in &source.messages {
-            landing.push(message, &mut destination).unwrap();
+            forwarder.push(message, &mut destination).unwrap();
         }
-        landing.finish().unwrap();
+        forwarder.finish().unwrap();
         assert_eq!(destination.ram_ends, 1);
     }
-    // Hostile bytes straight at the destination.
-    let mut landing = Forwarder::default();
+    // Hostile bytes directly to the destination.
+    let mut forwarder = Forwarder::default();
     let mut destination = Destination::default();
-    if stream.chunks(usize::from(*size) + 1).all(|it| landing.push(it, &mut destination).is_ok()) {
-        let _ = landing.finish();
+    if stream.chunks(usize::from(*size) + 1).all(|it| forwarder.push(it, &mut destination).is_ok())
+    {
+        let _ = forwarder.finish();
     }
 });

@@ -1,11 +1,10 @@
-//! Any bytes from the peer: what is understood is understood alike when it is said again, and no
-//! accepted range leaves its block.
+//! Any bytes from the peer: what is decoded round-trips, and no accepted range leaves its block.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
 use qemu_rdma_helper::wire::{Message, PrivateData, blocks::BlockTable};
 
-/// Block lengths: page-sized, odd in chunks, and beyond 32 bits.
+/// Block lengths: one page, not a multiple of chunks, and beyond 32 bits.
 const LENGTHS: [u64; 4] = [4096, (5 << 20) + 4096, 1 << 30, 1 << 40];
 
 fuzz_target!(|input: &[u8]| {

@@ -1,7 +1,7 @@
-//! What a manager is told of a migration over `rdma:` is what QEMU tells of one over `tcp:`: it says the same
-//! things at the same moments to both, and the replies, events and states are compared in their order.
+//! A manager sees the same over `rdma:` as over QEMU's `tcp:`. The same scripts drive both, and
+//! replies, events and states are compared in order.
 //!
-//! Differences that are meant are in `MEANT`, each with its reason, and in docs/runbook.md.
+//! Intended differences are in `MEANT`, each with its reason, and in docs/runbook.md.
 
 use std::fmt::Write as _;
 
@@ -11,7 +11,7 @@ use crate::support::{
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-/// Who carries the guest.
+/// What migrates the guest.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Carrier {
     Qemu,
@@ -27,12 +27,11 @@ impl Carrier {
     }
 }
 
-/// Events that are compared. Of others there are as many as the migration takes turns, or they are the
-/// helper's own.
+/// Events to compare. Others are the helper's own, or as many as the migration has passes.
 const EVENTS: [&str; 4] = ["MIGRATION", "STOP", "RESUME", "SHUTDOWN"];
 
-/// Commands whose events QEMU says before the reply, and these. Other events are said by threads of their own,
-/// a moment before or after a reply.
+/// Commands, and the event that QEMU sends before the reply. Other events are sent by QEMU's
+/// threads, a moment before or after a reply.
 const SAID_BEFORE: [(&str, &str); 5] = [
     ("cont", "RESUME "),
     ("migrate", "MIGRATION setup"),
@@ -41,19 +40,19 @@ const SAID_BEFORE: [(&str, &str); 5] = [
     ("stop", "STOP "),
 ];
 
-/// Errors whose text names what can't be the same: of them it is compared that there is one.
+/// In place of an error whose text can't be the same: only its presence is compared.
 const NO_PEER: &str = "(why)";
 
-/// One end, and what its manager has been told.
+/// One end, and what its manager was told.
 struct End {
     name: &'static str,
     client: Qmp,
     qemu: Qemu,
     _helper: Option<Helper>,
     record: Vec<String>,
-    /// What its events said, in their order.
+    /// The events, in order.
     told: Vec<String>,
-    /// How many events have been looked at.
+    /// Number of events processed so far.
     events: usize,
 }
 
@@ -82,14 +81,14 @@ impl End {
         self.record.push(format!("{}: {line}", self.name));
     }
 
-    /// Look at the events that have come until now; returns them.
+    /// Process and return the new events.
     fn look_at_events(&mut self) -> &[String] {
         let known = self.told.len();
         while let Some(event) = self.client.events.get(self.events) {
             self.events += 1;
             let name = event["event"].as_str().unwrap();
             let status = event["data"]["status"].as_str().unwrap_or_default();
-            // 7.2 says it, or not, of one that is cancelled before the switchover.
+            // QEMU 7.2 may or may not report it when cancelled before the switchover.
             if EVENTS.contains(&name) && status != "device" {
                 self.told.push(format!("{name} {status}"));
             }
@@ -97,7 +96,8 @@ impl End {
         &self.told[known..]
     }
 
-    /// Execute, and note the reply; and whether its event came before it, where QEMU says it before.
+    /// Execute a command; note the reply, and whether the event that QEMU sends before it came
+    /// first.
     fn ask(&mut self, command: &str, arguments: Value) {
         self.look_at_events();
         let reply = self.client.execute(command, arguments.clone());
@@ -133,7 +133,7 @@ impl End {
         self.ask("human-monitor-command", json!({ "command-line": line }));
     }
 
-    /// Wait for a state of the migration, and note what else the reply has of it.
+    /// Wait for a state of the migration, and note it and whether there is an error.
     #[track_caller]
     fn await_status(&mut self, wanted: &str) {
         let state = eventually(&format!("{wanted} at the {}", self.name), || {
@@ -148,7 +148,7 @@ impl End {
         self.note(&line);
     }
 
-    /// Wait for its end, whichever it is.
+    /// Wait for the migration's end, and note which it is.
     fn await_end(&mut self) {
         let end = eventually("the end of a migration", || {
             let state = self.client.run("query-migrate", json!({}));
@@ -168,7 +168,7 @@ impl End {
         self.ask("query-status", json!({}));
     }
 
-    /// All that it was told. The event of the last state may come a moment after it.
+    /// Return all that the manager was told. The last state's event may arrive a moment later.
     fn end(&mut self) -> Vec<String> {
         if self.qemu.child.try_wait().unwrap().is_none() {
             let ends = ["completed", "failed", "cancelled"];
@@ -187,7 +187,7 @@ impl End {
         all
     }
 
-    /// It fails, and its QEMU ends or stays.
+    /// Wait until the migration fails, and note whether QEMU exits or stays.
     fn await_failure(&mut self) {
         let end = eventually("the destination to fail", || {
             if self.qemu.child.try_wait().unwrap().is_some() {
@@ -199,7 +199,6 @@ impl End {
         self.note(&format!("QEMU {end}"));
     }
 
-    /// Its QEMU ends.
     fn await_exit(&mut self) {
         let status = eventually("QEMU's end", || self.qemu.child.try_wait().unwrap());
         let line = format!("QEMU exits: {:?}", status.code());
@@ -215,7 +214,7 @@ impl Drop for End {
     }
 }
 
-/// Without what differs between any two migrations: addresses and times.
+/// Replace what differs between any two migrations: schemes and addresses.
 fn plain(text: &str) -> String {
     let mut words = Vec::new();
     for word in text.replace("rdma:", "SCHEME:").replace("tcp:", "SCHEME:").split(' ') {
@@ -232,14 +231,13 @@ fn plain(text: &str) -> String {
     words.join(" ")
 }
 
-/// Two ends.
 struct Scene {
     dir: TempDir,
     config: Config,
     carrier: Carrier,
     source: End,
     destination: End,
-    /// Of destinations that are gone.
+    /// Records of destinations that are gone.
     before: Vec<String>,
 }
 
@@ -268,14 +266,14 @@ impl Scene {
         json!({ "uri": self.uri() })
     }
 
-    /// Let the destination listen; returns the arguments for the source.
+    /// Let the destination listen, and return the arguments for the source.
     fn listen(&mut self) -> Value {
         let uri = self.nowhere();
         self.destination.ask("migrate-incoming", uri.clone());
         uri
     }
 
-    /// Begin a migration that lasts.
+    /// Begin a slow migration.
     fn begin(&mut self) {
         let uri = self.listen();
         let slow = json!({ "max-bandwidth": 1 << 20 });
@@ -297,7 +295,7 @@ impl Scene {
     }
 }
 
-/// Before, while and after.
+/// Commands before, during and after a migration.
 fn completes(scene: &mut Scene) {
     scene.source.ask("query-migrate", json!({}));
     scene.source.ask("migrate_cancel", json!({}));
@@ -332,7 +330,7 @@ fn completes(scene: &mut Scene) {
     scene.destination.guest();
 }
 
-/// Nobody listens; then the client cancels, and the destination waits no more. The next one succeeds.
+/// Nobody listens; then the client cancels, and the destination exits. The next migration succeeds.
 fn fails_and_is_cancelled(scene: &mut Scene) {
     let uri = scene.nowhere();
     scene.source.ask("migrate", uri);
@@ -356,7 +354,7 @@ fn fails_and_is_cancelled(scene: &mut Scene) {
     scene.destination.await_status("completed");
 }
 
-/// The switchover waits for the client, and the guest is one that it has stopped.
+/// The switchover waits for the client, which has stopped the guest before.
 fn waits_before_the_switchover(scene: &mut Scene) {
     scene.source.turn_on("pause-before-switchover");
     scene.source.ask("stop", json!({}));
@@ -367,7 +365,7 @@ fn waits_before_the_switchover(scene: &mut Scene) {
     scene.source.ask("migrate_cancel", json!({}));
     scene.source.await_status("cancelled");
     scene.source.guest();
-    // 7.2 takes one that was stopped before for one that has left.
+    // QEMU 7.2 takes a guest that was stopped before for one that has migrated.
     scene.source.ask("cont", json!({}));
     scene.source.ask("stop", json!({}));
     scene.source.guest();
@@ -396,14 +394,14 @@ fn loses_its_destination(scene: &mut Scene) {
     scene.source.ask("migrate", uri);
     scene.source.await_status("failed");
     scene.source.guest();
-    // Whoever names other blocks has not been let in, and ends nobody else's wait.
+    // The helper does not accept a source with other RAM blocks, and its destination keeps waiting.
     match scene.carrier {
         Carrier::Qemu => scene.destination.await_exit(),
         Carrier::Helper => scene.destination.note("QEMU waits"),
     }
 }
 
-/// What is no proper command.
+/// Malformed commands.
 fn is_asked_wrongly(scene: &mut Scene) {
     let scheme = scene.carrier.scheme();
     let uri = format!("{scheme}:127.0.0.1:1");
@@ -431,7 +429,7 @@ fn is_asked_wrongly(scene: &mut Scene) {
     scene.destination.note_status();
 }
 
-/// A snapshot before, while and after.
+/// Snapshots before, during and after a migration.
 fn takes_snapshots(scene: &mut Scene) {
     let image = scene.dir.path().join("disk.qcow2");
     make_image(&mut scene.source.client, image.to_str().unwrap());
@@ -480,8 +478,8 @@ fn has_a_return_path(scene: &mut Scene) {
     scene.source.guest();
 }
 
-/// Without one QEMU takes its migration for complete, unless the connection breaks while it still sends.
-/// The helper's source is told in any case.
+/// Without a return path QEMU takes its migration for complete, unless the connection breaks while
+/// it still sends. The helper's source learns of the failure.
 fn is_not_heard(scene: &mut Scene) {
     scene
         .source
@@ -500,7 +498,7 @@ fn is_not_heard(scene: &mut Scene) {
     }
 }
 
-/// By lines of the human monitor.
+/// Lines of the human monitor.
 fn is_told_by_lines(scene: &mut Scene) {
     scene.source.hmp("migrate_set_parameter max-bandwidth 1M");
     scene.source.hmp("migrate_set_parameter max-bandwidth");
@@ -520,7 +518,7 @@ fn is_told_by_lines(scene: &mut Scene) {
     scene.source.hmp("migrate_start_postcopy");
     scene.source.hmp("migrate_cancel");
     scene.source.await_status("cancelled");
-    // By HMP it exits on an error before 9.1 only.
+    // With HMP only QEMU before 9.1 exits on an error.
     scene.destination.await_failure();
     scene.new_destination(scene.config.clone());
     let uri = scene.uri();
@@ -533,7 +531,7 @@ fn is_told_by_lines(scene: &mut Scene) {
     scene.destination.guest();
 }
 
-/// Settings are what the client has made them, at any time.
+/// Settings shown are the client's, at any time.
 fn shows_settings(scene: &mut Scene) {
     scene.source.settings();
     scene.destination.settings();
@@ -561,7 +559,7 @@ fn shows_settings(scene: &mut Scene) {
     scene.destination.settings();
 }
 
-/// A destination that stays when it has failed.
+/// A destination that stays after a failure.
 fn stays(scene: &mut Scene) {
     let mut incoming = scene.nowhere();
     let outgoing = incoming.clone();
@@ -582,7 +580,7 @@ fn stays(scene: &mut Scene) {
     scene.destination.ask("migrate-incoming", again);
 }
 
-/// The manager cuts the migration's connection.
+/// The manager yanks the migration.
 fn is_yanked(scene: &mut Scene) {
     let migration = json!({ "instances": [{ "type": "migration" }] });
     scene.source.ask("query-yank", json!({}));
@@ -613,40 +611,40 @@ const SCRIPTS: [Script; 12] = [
     ("is yanked", is_yanked),
 ];
 
-/// A difference that is meant.
+/// An intended difference.
 struct Meant {
     script: &'static str,
-    /// What is said over `tcp:`, if anything.
+    /// What QEMU reports over `tcp:`, if anything.
     theirs: &'static str,
-    /// What the helper says in its place, if anything.
+    /// What the helper reports instead, if anything.
     ours: &'static str,
 }
 
-/// All of them, with the reasons.
+/// All intended differences, with their reasons.
 const MEANT: [Meant; 18] = [
-    // A source whose RAM blocks differ is not let in: it does not get as far as `active`, and ends nobody's
-    // wait.
+    // A source whose RAM blocks differ is not accepted: it never becomes `active`, and the
+    // destination keeps waiting.
     meant("loses its destination", "next: QEMU exits: Some(1)", "next: QEMU waits"),
     meant("loses its destination", "source: event MIGRATION active", ""),
-    // Of two reasons against a snapshot QEMU names the other first.
+    // There are two reasons against a snapshot, and QEMU reports the other one.
     meant(
         "completes",
         "no block device can store vmstate for snapshot",
         "There's a migration process in progress",
     ),
-    // QEMU's reason is that the socket to the helper broke, by which it was cancelled.
+    // QEMU's reason would be the socket that the helper broke to cancel the migration.
     meant(
         "waits before the switchover",
         "query-migrate is cancelled (why)",
         "query-migrate is cancelled ",
     ),
-    // Nothing can be resumed yet.
+    // Migrations over `rdma:` can't be resumed yet.
     meant(
         "is asked wrongly",
         "Migrate recover can only be run when postcopy is paused.",
         "A migration over SCHEME: can't be resumed",
     ),
-    // QEMU stops its guest, and leaves it so, to refuse by chance.
+    // QEMU refuses only by accident, after it has stopped its guest, which stays stopped.
     meant(
         "takes snapshots",
         "Error: duplicate yank instance",
@@ -655,17 +653,17 @@ const MEANT: [Meant; 18] = [
     meant("takes snapshots", r#""running":false"#, r#""running":true"#),
     meant("takes snapshots", "source: event STOP ", "source: event STOP "),
     meant("takes snapshots", "source: event RESUME ", "source: event RESUME "),
-    // QEMU 7.2 has no reason then.
+    // QEMU 7.2 gives no reason here.
     meant("has a return path", "query-migrate is failed ", "query-migrate is failed (why)"),
-    // That it is over is said when it is, and its guest runs.
+    // The helper reports the end when the migration is over and the guest runs.
     meant("has a return path", "source: event MIGRATION failed", "source: event MIGRATION failed"),
-    // QEMU 11.1 says it, or not.
+    // QEMU 11.1 may or may not report it.
     meant(
         "has a return path",
         "source: event MIGRATION failing",
         "source: event MIGRATION failing",
     ),
-    // Over `tcp:` this guest is lost, or not: then QEMU says the same, in whichever order.
+    // Over `tcp:` this guest may be lost. If not, QEMU reports the same in any order.
     meant("is not heard", "ends as completed", "ends as failed"),
     meant("is not heard", r#""status":"postmigrate""#, r#""status":"running""#),
     meant("is not heard", "source: event MIGRATION completed", ""),
@@ -674,7 +672,7 @@ const MEANT: [Meant; 18] = [
     meant("is not heard", "source: event RESUME ", "source: event RESUME "),
 ];
 
-/// In this script; where one of them says nothing, there is nothing to compare.
+/// Return a difference in this script. An empty text covers nothing.
 const fn meant(script: &'static str, theirs: &'static str, ours: &'static str) -> Meant {
     Meant { script, theirs, ours }
 }
@@ -686,9 +684,9 @@ impl Meant {
     }
 }
 
-/// Lines that only one of them has, in their order: what is left beside the longest record that both have.
+/// Return the lines outside the longest common subsequence, in order.
 fn differences<'a>(theirs: &'a [String], ours: &'a [String]) -> Vec<(char, &'a str)> {
-    // Lines that both have from here on.
+    // Length of the common subsequence from here on.
     let mut common = vec![vec![0; ours.len() + 1]; theirs.len() + 1];
     for there in (0..theirs.len()).rev() {
         for here in (0..ours.len()).rev() {

@@ -1,14 +1,14 @@
-//! QEMU's multifd channels between it and the source's helper: faster, and nobody else's business.
+//! Multifd channels between QEMU and the source's helper, which nobody else sees.
 
 use std::os::unix::fs::FileTypeExt as _;
 
 use crate::support::{Config, Guest, Helper, Host, Pair, Qmp, VERSIONS, eventually};
 use serde_json::{Value, json};
 
-/// 32 MiB are hot, and at most as much a second is allowed: it never converges.
+/// 32 MiB are hot, and at most 32 MiB/s are allowed: the migration never converges.
 const BUSY: Guest = Guest::Dirty { fill: 48, hot: 32, spin: 0 };
 
-/// What QEMU itself is set to, at a monitor that no helper serves.
+/// Return whether multifd is on, and the number of channels.
 fn settings(qemu: &mut Qmp) -> (bool, u64) {
     let capabilities = qemu.run("query-migrate-capabilities", json!({}));
     let parameters = qemu.run("query-migrate-parameters", json!({}));
@@ -20,7 +20,7 @@ fn multifd(capabilities: &Value) -> bool {
     capabilities.find(|entry| entry["capability"] == "multifd").unwrap()["state"] == true
 }
 
-/// A migration that goes on for as long as it is let.
+/// Begin a migration that does not end by itself.
 fn begin(pair: &mut Pair) {
     let uri = pair.listen();
     let client = &mut pair.source.client;
@@ -50,7 +50,7 @@ fn a_busy_guest_through_any_number_of_channels() {
     }
 }
 
-/// Video memory and ROMs are not shared: what the channels have of them goes into the stream.
+/// Video memory and ROMs are not shared: their pages move from the channels into the stream.
 #[test]
 fn pages_that_are_not_shared_come_through_channels_too() {
     let devices = vec!["-vga std".to_owned()];
@@ -94,7 +94,7 @@ fn management_sees_nothing_of_it() {
     pair.verify();
 }
 
-/// A client that sees the end may begin another migration, over anything, at once.
+/// A client that sees the end may begin another migration over anything, because QEMU is set back.
 #[test]
 fn qemu_is_set_back_before_the_end_is_seen() {
     let config = Config { guest: BUSY, ..Config::default() };
@@ -130,7 +130,7 @@ fn qemu_is_set_back_before_the_end_is_seen() {
     pair.verify();
 }
 
-/// The worker does it where it can ask QEMU.
+/// If the relay is killed, the worker restores QEMU's settings.
 #[test]
 fn qemu_is_set_back_when_the_relay_is_killed() {
     let mut pair = Pair::start(&Config { guest: BUSY, ..Config::default() });
@@ -142,12 +142,12 @@ fn qemu_is_set_back_when_the_relay_is_killed() {
     pair.source.qemu.assert_goes_on();
 }
 
-/// Where QEMU can't connect, all comes through one socket.
+/// Where QEMU can't connect to the helper's socket, it uses no channels.
 #[test]
 fn a_qemu_that_reaches_no_socket_uses_no_channels() {
     let config = Config::default();
     let mut pair = Pair::start(&config);
-    // The relay's name for its socket is longer than QEMU's, and too long here.
+    // The path of the relay's socket is longer than QEMU's, and too long here.
     let mut deep = pair.dir.path().to_owned();
     while deep.as_os_str().len() < 85 {
         deep.push("d".repeat((89 - deep.as_os_str().len()).min(40)));
@@ -165,7 +165,7 @@ fn a_qemu_that_reaches_no_socket_uses_no_channels() {
     pair.verify();
 }
 
-/// Neither a socket nor a chardev is left.
+/// A migration leaves neither a socket nor a chardev.
 #[test]
 fn nothing_is_left_behind() {
     let mut pair = Pair::start(&Config::default());
@@ -185,8 +185,29 @@ fn nothing_is_left_behind() {
     );
 }
 
-/// A refused `device_add` waits in QEMU's main loop until no thread holds the RCU lock, and who waits for
-/// room in a channel does: no limit makes that long.
+/// The switchover of a guest that its client has stopped is not limited, as over `tcp:`. QEMU sends no
+/// STOP for it, and its monitor waits until all of RAM is sent.
+#[test]
+fn a_stopped_guest_switches_over_at_full_speed() {
+    for version in VERSIONS {
+        let guest = Guest::Dirty { fill: 448, hot: 1, spin: 0 };
+        let mut pair = Pair::start(&Config { version, mib: 512, guest, ..Config::default() });
+        pair.source.qemu.await_guest();
+        let uri = pair.listen();
+        let client = &mut pair.source.client;
+        client.run("stop", json!({}));
+        // Everything that is left may be sent after the switchover.
+        let slow = json!({ "max-bandwidth": 1 << 20, "downtime-limit": 2_000_000 });
+        client.run("migrate-set-parameters", slow);
+        client.run("migrate", json!({ "uri": uri }));
+        let end = pair.source.await_status(&["completed", "failed"]);
+        assert_eq!(end["status"], "completed", "{version}: {end}");
+        pair.verify();
+    }
+}
+
+/// QEMU's monitor answers at the lowest `max-bandwidth`. A refused `device_add` waits in the main
+/// loop until no thread holds the RCU lock, which those with a full channel hold.
 #[test]
 fn qemu_answers_at_the_lowest_limit() {
     for version in VERSIONS {

@@ -1,4 +1,4 @@
-//! A client that goes on at once when a migration has failed: over another transport, or once more.
+//! A client that retries at once when a migration has failed, over another transport or the same.
 
 use crate::support::{
     Config, Guest, Qemu, Qmp, VERSIONS, free_port,
@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 const ENDS: [&str; 2] = ["cancelled", "failed"];
 
-/// Its memory is private, so that its migrations borrow multifd.
+/// Start a guest whose memory is private, so that its migrations borrow multifd.
 fn start(version: &'static str) -> WrappedPair {
     let guest = Guest::Dirty { fill: 48, hot: 32, spin: 0 };
     WrappedPair::start(&Config { version, guest, mib: 96, ..Config::default() })
@@ -41,7 +41,7 @@ fn await_end(client: &mut Qmp, learns: Learns) -> String {
     }
 }
 
-/// QEMU's own migration, of which all that is said is true.
+/// Migrate by QEMU alone, and assert that everything reported of it is correct.
 #[track_caller]
 fn migrate_by_qemu(source: &mut Wrapped, destination: &mut Qemu, to: &str, before: usize) {
     let client = &mut source.client;
@@ -57,7 +57,7 @@ fn migrate_by_qemu(source: &mut Wrapped, destination: &mut Qemu, to: &str, befor
     let done = |data: &Value| data["status"] == "completed";
     client.await_event("MIGRATION", done);
     let mut states = client.migration_states().split_off(before);
-    // Later ones say this too.
+    // Later versions report this too.
     states.retain(|state| state != "device");
     assert_eq!(states, ["setup", "active", "completed"]);
     let differences = memory::compare(&mut source.qemu, destination);
@@ -83,7 +83,7 @@ fn another_transport_is_tried_at_once() {
                 }
                 let end = await_end(&mut pair.source.client, learns);
                 assert_eq!(end, if fails { "failed" } else { "cancelled" });
-                // What came before is not in order if it was cancelled: QEMU says `cancelling` first.
+                // Skip earlier states: QEMU reports `cancelling` first if cancelled.
                 let before = pair.source.client.migration_states().len();
                 let fast = json!({ "max-bandwidth": 1_u64 << 32, "downtime-limit": 8000 });
                 pair.source.client.run("migrate-set-parameters", fast);
@@ -100,7 +100,7 @@ fn another_transport_is_tried_at_once() {
     }
 }
 
-/// The worker of the last one may still say goodbye to its peer.
+/// The next migration may begin at once, even if the last worker still says goodbye to its peer.
 #[test]
 fn the_next_one_begins_at_once() {
     for version in VERSIONS {

@@ -1,5 +1,5 @@
-//! What the guest did before a migration that fails, it does afterwards: whatever that was, QEMU is not
-//! told anything that it can't do from there.
+//! After a failed migration a guest is in the state it had before, and QEMU got no command that it
+//! can't execute in that state.
 
 use crate::support::{
     Config, Host, Pair, VERSIONS, eventually,
@@ -8,7 +8,7 @@ use crate::support::{
 use rustix::process::Signal;
 use serde_json::json;
 
-/// A machine that can come to stand still in any way.
+/// A machine whose guest can be stopped in any way.
 fn config(version: &'static str) -> Config {
     let devices = [
         "-device pvpanic",
@@ -21,14 +21,14 @@ fn config(version: &'static str) -> Config {
     Config { version, devices: devices.map(str::to_owned).to_vec(), ..Config::default() }
 }
 
-/// The same with a device whose state has nowhere to go.
+/// The same with a device that the destination lacks.
 fn with_a_device(version: &'static str) -> Config {
     let mut config = config(version);
     config.devices.push("-device virtio-serial-pci".into());
     config
 }
 
-/// A destination that will fail to load, and a source with that device.
+/// Start a source with that device, and a destination that will fail to load.
 fn failing_pair(version: &'static str, return_path: bool) -> Pair {
     let mut pair = Pair::start(&config(version));
     pair.source = Host::start(&pair.dir, "with-device", &with_a_device(version));
@@ -40,17 +40,17 @@ fn failing_pair(version: &'static str, return_path: bool) -> Pair {
     pair
 }
 
-/// Let the guest come to this state; by its ports, because it does none of that by itself.
+/// Put the guest into this state through I/O ports, because it does none of that by itself.
 fn enter(source: &mut Host, state: &str) {
     let lines: &[&str] = match state {
         "paused" => &["stop"],
-        // Sleep type and sleep enable of PM1a_CNT; the machine has its ACPI registers there.
+        // Sleep type and sleep enable of PM1a_CNT, one of the machine's ACPI registers.
         "suspended" => &["o /h 0x604 0x2400"],
         "shutdown" => &["o /h 0x604 0x2000"],
         "guest-panicked" => &["o /b 0x505 1"],
-        // At once.
+        // Expires at once.
         "watchdog" => &["o /b 0x443 0xf"],
-        // A sector of the disk.
+        // Reads a sector of the disk.
         "io-error" => &[
             "o /b 0x1f6 0xe0",
             "o /b 0x1f2 1",
@@ -66,7 +66,7 @@ fn enter(source: &mut Host, state: &str) {
         if qemu.status() == state {
             return Some(());
         }
-        // A machine that is just starting may lose it: once more in a second.
+        // A machine that is just starting may lose it: retry after a second.
         if looks % 100 == 0 {
             lines.iter().for_each(|line| assert_eq!(qemu.qmp.hmp(line), ""));
         }
@@ -75,7 +75,7 @@ fn enter(source: &mut Host, state: &str) {
     });
 }
 
-/// The migration fails behind its end; returns why.
+/// Wait until the migration fails at the destination's QEMU, and return why.
 fn fails(pair: &mut Pair) -> String {
     let end = pair.source.await_status(&["failed", "completed"]);
     assert_eq!(end["status"], "failed", "{end}");
@@ -85,7 +85,7 @@ fn fails(pair: &mut Pair) -> String {
     text
 }
 
-/// QEMU does what it is told, and the guest migrates after all.
+/// Assert that the guest runs and that its next migration succeeds.
 fn migrates_after_all(mut pair: Pair, version: &'static str) {
     pair.source.qemu.await_guest();
     pair.source.qemu.assert_goes_on();
@@ -99,7 +99,7 @@ fn migrates_after_all(mut pair: Pair, version: &'static str) {
     pair.verify();
 }
 
-/// QEMU completes before the destination's can fail.
+/// Migrate so that the source's QEMU completes before the destination's can fail.
 fn completes_first(pair: &mut Pair) {
     pair.source.client.capability("pause-before-switchover", true);
     let uri = pair.listen();
@@ -127,7 +127,8 @@ fn a_guest_that_stood_still_stays_so() {
     }
 }
 
-/// It sleeps on, and can be woken up. QEMU 7.2 wakes it up to migrate it.
+/// A suspended guest stays so after a failure and can be woken up. QEMU 7.2 wakes it up to migrate
+/// it.
 #[test]
 fn a_suspended_guest_sleeps_on() {
     for version in VERSIONS {
@@ -153,7 +154,7 @@ fn a_suspended_guest_sleeps_on() {
     }
 }
 
-/// It sleeps at the destination, and can be woken up there.
+/// A suspended guest arrives suspended and can be woken up.
 #[test]
 fn a_suspended_guest_migrates() {
     for version in VERSIONS {
@@ -173,7 +174,7 @@ fn a_suspended_guest_migrates() {
     }
 }
 
-/// A guest that goes to sleep in mid-migration, at a QEMU that does not wait for the destination.
+/// Suspend a guest in mid-migration, at a QEMU that does not wait for the destination.
 fn suspended_meanwhile(version: &'static str) -> Pair {
     let mut pair = failing_pair(version, false);
     let client = &mut pair.source.client;
@@ -191,7 +192,7 @@ fn suspended_meanwhile(version: &'static str) -> Pair {
 
 const CONTINUE: &str = "pre-switchover";
 
-/// QEMU would abort if it were told to let it go on.
+/// A guest suspended during a failed migration stays stopped, with a hint: `cont` would abort QEMU.
 #[test]
 fn a_guest_that_is_suspended_meanwhile_does_not_end_qemu() {
     for version in VERSIONS {
@@ -212,7 +213,7 @@ fn a_guest_that_is_suspended_meanwhile_does_not_end_qemu() {
     }
 }
 
-/// Nor does the worker do it in the relay's place.
+/// A worker without its relay does not continue a suspended guest either.
 #[test]
 fn the_relay_is_killed_while_the_guest_is_suspended() {
     for version in VERSIONS {
@@ -230,7 +231,7 @@ fn the_relay_is_killed_while_the_guest_is_suspended() {
     }
 }
 
-/// Without its relay, and without ending QEMU: the guest can be had again.
+/// Wait for the worker's end, and assert that QEMU and the guest survive it.
 fn the_worker_ends_it(mut pair: Pair, version: &'static str, worker: u32) {
     eventually("the worker's end", || crate::support::wrapped::has_ended(worker).then_some(()));
     if version == "7.2" {

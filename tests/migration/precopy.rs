@@ -1,4 +1,4 @@
-//! Migrations that succeed: real QEMUs, all of RAM compared, the guest goes on.
+//! Successful migrations of real QEMUs: all of RAM is compared, and the guest keeps running.
 
 use crate::support::{Config, Guest, Host, Memory, Pair, VERSIONS, eventually, memory};
 use serde_json::{Value, json};
@@ -96,7 +96,7 @@ fn with_return_path() {
     }
 }
 
-/// Over as many connections as both helpers have.
+/// RAM takes as many connections as both helpers have.
 #[test]
 fn over_several_connections() {
     for (source, destination, connections) in [("1", "4", 1), ("2", "2", 2), ("16", "4", 4)] {
@@ -150,8 +150,8 @@ fn without_the_events_capability() {
     assert_eq!(pair.source.client.migration_states(), [""; 0]);
 }
 
-/// A page that is again what it was when it was last sent is not sent again, and what was written
-/// for it may have been read in between.
+/// XBZRLE is refused: QEMU omits a page that matches its last copy, but what the helper wrote for
+/// that copy may be newer.
 #[test]
 fn xbzrle_is_refused_with_a_hint() {
     let mut pair = Pair::start(&Config::default());
@@ -178,7 +178,7 @@ fn with_compressed_pages_of_qemu_7_2() {
     pair.verify();
 }
 
-/// One guest, there and back through every version.
+/// One guest migrates through every version and back.
 #[test]
 fn between_versions_of_qemu() {
     for machine in ["pc-i440fx-7.2", "pc-q35-7.2"] {
@@ -194,7 +194,7 @@ fn between_versions_of_qemu() {
     }
 }
 
-/// A DIMM that was plugged while the guest ran: the destination has it from the start.
+/// A guest with a hot-plugged DIMM migrates. The destination has the DIMM from the start.
 #[test]
 fn a_dimm_that_was_hot_plugged() {
     let slots = Config { devices: vec!["-m 192,slots=2,maxmem=1G".into()], ..Config::default() };
@@ -219,7 +219,8 @@ fn a_dimm_that_was_hot_plugged() {
     pair.verify();
 }
 
-/// Memory and a network card that both ends get when the destination waits already, as at QEMU's `tcp:`.
+/// Memory and a network card plugged while the destination waits are migrated, as with QEMU's
+/// `tcp:`.
 #[test]
 fn what_is_plugged_in_while_the_destination_waits() {
     for version in VERSIONS {
@@ -245,7 +246,7 @@ fn what_is_plugged_in_while_the_destination_waits() {
     }
 }
 
-/// A source whose memory can't be reached: what is written is its stream.
+/// A source's private memory is written from its stream.
 #[test]
 fn private_memory_to_shared() {
     for version in VERSIONS {
@@ -262,7 +263,7 @@ fn private_memory_to_shared() {
     }
 }
 
-/// What can't be written at the destination takes the stream through QEMU.
+/// Memory that is private at the destination takes QEMU's stream.
 #[test]
 fn private_memory_at_the_destination() {
     for memory in [Memory::Private, Memory::PcRam] {
@@ -277,7 +278,7 @@ fn private_memory_at_the_destination() {
     }
 }
 
-/// Holes of the source are no pages of the destination.
+/// Holes of the source stay holes at the destination.
 #[test]
 fn private_memory_that_was_never_touched_stays_a_hole() {
     let guest = Guest::Dirty { fill: 32, hot: 4, spin: 3000 };
@@ -290,7 +291,7 @@ fn private_memory_that_was_never_touched_stays_a_hole() {
     assert!(allocated < 40 << 20, "{} MiB are allocated at the destination", allocated >> 20);
 }
 
-/// Only QEMU can decode its encodings, so a source whose memory is copied must not use them.
+/// A source whose memory is copied must not encode pages, because only QEMU can decode them.
 #[test]
 fn encoded_pages_of_private_memory_are_refused_with_a_hint() {
     let config = Config { version: "7.2", memory: Memory::Private, ..Config::default() };
@@ -309,7 +310,8 @@ fn encoded_pages_of_private_memory_are_refused_with_a_hint() {
     pair.verify();
 }
 
-/// Before RAM comes the state of the device, which has plugged nothing: the guest has no driver.
+/// A guest with a virtio-mem device, whose state precedes RAM, migrates. Nothing is plugged,
+/// because the guest has no driver.
 #[test]
 fn with_virtio_mem() {
     for version in VERSIONS {
@@ -344,7 +346,7 @@ fn memory_that_was_never_touched_stays_a_hole() {
     assert!(transferred < 64 << 20, "{} MiB were transferred", transferred >> 20);
 }
 
-/// Memory that was allocated on purpose stays allocated, zero pages or not.
+/// Preallocated memory stays allocated, even where its pages are zero.
 #[test]
 fn preallocated_memory_stays_allocated() {
     let memory = "-object memory-backend-memfd,id=early,size=64M,share=on,prealloc=on";
@@ -360,7 +362,7 @@ fn preallocated_memory_stays_allocated() {
     pair.verify();
 }
 
-/// A backend that no device uses is no part of the guest.
+/// A memory backend that no device uses is not part of the migration.
 #[test]
 fn unused_memory_backends_are_not_migrated() {
     let config = Config::default();
@@ -378,7 +380,7 @@ fn to_and_fro_through_the_same_helpers_clients_come_and_go() {
     for turn in 0..3 {
         pair.migrate();
         pair.verify();
-        // What was the source is done with; the destination becomes the source.
+        // The destination becomes the source.
         let name = format!("host-{turn}");
         let next = crate::support::Host::start(&pair.dir, &name, &config.clone().incoming());
         let client = crate::support::Qmp::connect;
@@ -427,7 +429,7 @@ fn progress_is_true_and_reported() {
     assert!(of("RDMA_MIGRATION_THROUGHPUT") < of("MIGRATION"), "{events:#?}");
 }
 
-/// Since 11.1 QEMU also says what the whole system has left.
+/// What the whole system has left, which QEMU shows since 11.1, is correct.
 #[test]
 fn what_the_whole_system_of_qemu_11_1_has_left_is_true() {
     let mut pair = Pair::start(&Config { version: "11.1", ..Config::default() });
@@ -465,7 +467,7 @@ fn runbook_lines() {
     pair.verify();
 }
 
-/// Peak memory of both helpers stays small whatever the guest's size.
+/// Relay and worker together take at most 64 MiB, whatever the guest's size.
 #[test]
 fn memory_of_the_helpers_is_bounded() {
     helpers_are_small(Memory::Memfd);

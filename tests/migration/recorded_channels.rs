@@ -1,6 +1,6 @@
-//! What real QEMUs sent with multifd (scripts/record-streams): the stream, and the channels beside it.
+//! Multifd streams and channels recorded from real QEMUs (scripts/record-streams).
 //!
-//! What QEMU itself counted while it sent (`info migrate`) is what must be found in them.
+//! The pages found in them must be those that QEMU counted while it sent them (`info migrate`).
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
@@ -54,19 +54,20 @@ impl Recording {
         names.map(read).into()
     }
 
-    /// A count of `info migrate`.
+    /// Return a count of `info migrate`.
     fn count(&self, what: &str) -> usize {
         crate::streams::count(&self.said, what).unwrap() as usize
     }
 
-    /// Up to 8.0 there is no word for a synchronisation, and up to 8.2 zero pages are in the stream.
+    /// Whether the stream has words for sync points (not up to 8.0), and packets have zero pages
+    /// (up to 8.2 the stream has them).
     fn form(&self) -> (bool, bool) {
         let machine = self.name.rsplit('-').next().unwrap();
         (self.name != "7.2-pc" && machine != "7.2", ["9.2", "q35"].contains(&machine))
     }
 }
 
-/// The pages of a channel, up to each synchronisation.
+/// Split the pages of a channel at its sync points.
 fn rounds(bytes: &[u8]) -> Vec<Vec<Sent>> {
     let (init, mut rest) = bytes.split_first_chunk::<INIT_SIZE>().unwrap();
     assert!(multifd::init(init).unwrap() < 2);
@@ -90,13 +91,13 @@ fn rounds(bytes: &[u8]) -> Vec<Vec<Sent>> {
     rounds
 }
 
-/// The source's worker: RAM is mapped, all else stays in the stream.
+/// The source's worker: RAM is direct, everything else is inline.
 #[derive(Default)]
 struct Source {
     channels: Vec<VecDeque<Vec<Sent>>>,
     blocks: Vec<StreamBlock>,
     messages: Vec<Vec<u8>>,
-    /// Pages of each round, wherever they came from.
+    /// Pages of each round, from the stream and the channels.
     rounds: Vec<Vec<Page>>,
     zero_in_stream: usize,
 }
@@ -166,7 +167,7 @@ impl RewriteSink for Source {
     }
 }
 
-/// What the destination's QEMU gets.
+/// What the destination's QEMU receives.
 #[derive(Default)]
 struct Destination(Vec<u8>);
 
@@ -191,7 +192,7 @@ impl ForwardSink for Destination {
     }
 }
 
-/// Counts the records that are left in a stream.
+/// Collects the records that are left in a stream.
 #[derive(Default)]
 struct Left {
     blocks: Vec<StreamBlock>,
@@ -264,13 +265,13 @@ fn every_page_that_qemu_counted_is_found() {
         let source = rewritten(&recording, 4096);
         let name = &recording.name;
         assert!(source.channels.iter().all(VecDeque::is_empty), "{name}: a meeting is missed");
-        // What is not mapped and zero is in the stream as it is, where zero pages are there at all.
-        let mut landing = Forwarder::default();
+        // Zero pages of inline blocks stay in the stream, if zero pages are there at all.
+        let mut forwarder = Forwarder::default();
         let mut destination = Destination::default();
         for message in &source.messages {
-            landing.push(message, &mut destination).unwrap();
+            forwarder.push(message, &mut destination).unwrap();
         }
-        landing.finish().unwrap();
+        forwarder.finish().unwrap();
         let mut left = Left::default();
         Rewriter::new(Limits::default()).push(&destination.0, &mut left).unwrap();
 
@@ -311,7 +312,7 @@ fn each_form_is_there() {
         let (flushes, zero_in_packets) = recording.form();
         let source = rewritten(&recording, 4096);
         assert_eq!(source.zero_in_stream == 0, zero_in_packets, "{}", recording.name);
-        // Behind it the set-up ends, and its section.
+        // MULTIFD_FLUSH, and the EOS that ends the set-up section.
         let word = [0x200_u64.to_be_bytes(), 0x10_u64.to_be_bytes()].concat();
         let found = recording.main.windows(16).filter(|bytes| *bytes == word).count();
         assert_eq!(found >= 1, flushes, "{}: {found} words", recording.name);

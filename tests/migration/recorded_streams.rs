@@ -1,6 +1,6 @@
-//! Streams that real QEMUs sent (scripts/record-streams), through both readers.
+//! Streams recorded from real QEMUs (scripts/record-streams), through both readers.
 //!
-//! What QEMU itself counted while it sent them (`info migrate`) is what must be found in them.
+//! The pages found in them must be those that QEMU counted while it sent them (`info migrate`).
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -17,22 +17,22 @@ use qemu_rdma_helper::{
     stream::{ForwardSink, Forwarder, Limits, RewriteSink, Rewriter, StreamBlock},
 };
 
-/// How blocks are transferred, by name.
+/// The transfer of a block, by its name.
 type Choice = fn(&str) -> Transfer;
 
-/// Ways to choose the blocks that stay in the stream.
+/// Choices of the blocks that stay in the stream.
 const CHOICES: [Choice; 3] =
     [|_| Inline, |name| either(name, Inline, Direct), |name| either(name, Direct, Inline)];
 
-/// Ways to choose the blocks that are copied.
-const STAGED: [Choice; 2] =
+/// Choices of the blocks that are copied.
+const COPIED: [Choice; 2] =
     [|name| either(name, Copied, Inline), |name| either(name, Copied, Direct)];
 
 fn either(name: &str, ram: Transfer, rest: Transfer) -> Transfer {
     if name == "pc.ram" { ram } else { rest }
 }
 
-/// A recorded stream and what its QEMU said.
+/// A recorded stream and its QEMU's monitor output.
 struct Recording {
     name: String,
     stream: Vec<u8>,
@@ -48,22 +48,21 @@ impl Recording {
         crate::streams::recorded().into_iter().map(recording).collect()
     }
 
-    /// [`CHOICES`] that it allows: what is announced without content can't stay in the stream.
+    /// Return the possible [`CHOICES`]: pages announced without content can't stay in the stream.
     fn choices(&self) -> &'static [Choice] {
         if self.kind() == "announced" { &CHOICES[2..] } else { &CHOICES }
     }
 
-    /// What kind of records it is about.
     fn kind(&self) -> &str {
         self.name.split_once('-').unwrap().1
     }
 
-    /// A count of `info migrate`; 0 if it is not there.
+    /// Return a count of `info migrate`, or 0 if it is not there.
     fn count(&self, what: &str) -> u64 {
         crate::streams::count(&self.said, what).unwrap_or(0)
     }
 
-    /// Names and used lengths of `info ramblock`.
+    /// Return the names and used lengths of `info ramblock`.
     fn blocks(&self) -> BTreeMap<String, u64> {
         let lines = self.said.lines().filter(|line| line.contains(" KiB  0x"));
         let block = |line: &str| {
@@ -75,18 +74,18 @@ impl Recording {
     }
 }
 
-/// Takes what the rewriter says, as the source's worker does.
+/// Receives the rewriter's output, as the source's worker does.
 struct Source {
     transfer: Choice,
     blocks: Vec<StreamBlock>,
     /// QEMU_FILE messages; one ends at each HOOK.
     messages: Vec<Vec<u8>>,
     hook_open: bool,
-    /// Bytes that came without content.
+    /// Bytes announced without content.
     announced: u64,
-    /// (zero, block, offset), a page each.
+    /// (zero, block, offset) of each page.
     pages: Vec<(bool, u32, u64)>,
-    /// Copied bytes that were not written yet, and those that were.
+    /// Copied bytes that are not yet written, and those that are.
     gathered: Vec<u8>,
     staged: Vec<u8>,
 }
@@ -173,7 +172,7 @@ impl RewriteSink for Source {
     }
 }
 
-/// What the destination's QEMU gets.
+/// What the destination's QEMU receives.
 #[derive(Default)]
 struct Destination {
     bytes: Vec<u8>,
@@ -211,7 +210,7 @@ fn rewrite(stream: &[u8], pieces: usize, transfer: Choice) -> Source {
     let mut rewriter = Rewriter::new(Limits::default());
     for piece in stream.chunks(pieces) {
         rewriter.push(piece, &mut source).unwrap();
-        // As when QEMU pauses here.
+        // As if QEMU paused here.
         rewriter.flush(&mut source).unwrap();
     }
     rewriter.finish().unwrap();
@@ -220,11 +219,11 @@ fn rewrite(stream: &[u8], pieces: usize, transfer: Choice) -> Source {
 
 fn land(source: &Source) -> Destination {
     let mut destination = Destination::default();
-    let mut landing = Forwarder::default();
+    let mut forwarder = Forwarder::default();
     for message in &source.messages {
-        landing.push(message, &mut destination).unwrap();
+        forwarder.push(message, &mut destination).unwrap();
     }
-    landing.finish().unwrap();
+    forwarder.finish().unwrap();
     destination
 }
 
@@ -245,8 +244,8 @@ fn every_page_that_qemu_counted_is_found() {
         if sent[1] + sent[2] == 0 {
             assert_eq!(found, counted, "{}", recording.name);
         } else {
-            // QEMU also counts, and does not send, XBZRLE pages that are as they were; at each
-            // flush 7.2 counts the compression threads that had nothing to send.
+            // QEMU also counts unchanged XBZRLE pages, which it does not send. At each flush 7.2
+            // counts the compression threads that had nothing to send.
             assert!(found.0 <= counted.0 && found.1 <= counted.1, "{found:?} of {counted:?}");
             assert!(found.0 >= counted.0 * 9 / 10, "{found:?} of {counted:?}");
         }
@@ -265,7 +264,7 @@ fn every_page_that_qemu_counted_is_found() {
 #[test]
 fn no_cut_changes_anything() {
     for recording in Recording::all() {
-        let staged = if recording.kind() == "plain" { &STAGED[..] } else { &[] };
+        let staged = if recording.kind() == "plain" { &COPIED[..] } else { &[] };
         for transfer in recording.choices().iter().chain(staged) {
             let whole = rewrite(&recording.stream, usize::MAX, *transfer);
             for pieces in [1, 7, 4096, 4097, 65536] {
@@ -278,7 +277,7 @@ fn no_cut_changes_anything() {
     }
 }
 
-/// What is left of the stream without RAM: little, and QEMU's device state to the last byte.
+/// Without RAM the stream is small, and QEMU's device state is unchanged.
 #[test]
 fn what_is_not_ram_arrives_unchanged() {
     for recording in Recording::all() {
@@ -293,14 +292,14 @@ fn what_is_not_ram_arrives_unchanged() {
     }
 }
 
-/// Blocks that stay in the stream keep their records, whatever their encoding, in their order.
+/// Blocks that stay in the stream keep their records, in any encoding and in order.
 #[test]
 fn blocks_in_the_stream_keep_their_records() {
     for recording in Recording::all() {
         let all = rewrite(&recording.stream, 4096, |_| Direct);
         for transfer in recording.choices() {
             let source = rewrite(&recording.stream, 4096, *transfer);
-            // Read again what the destination's QEMU would get: just those blocks' pages.
+            // Read again what the destination's QEMU would receive: only those blocks' pages.
             let kept = rewrite(&land(&source).bytes, 4096, |_| Direct);
             let of = |pages: &[(bool, u32, u64)], wanted: bool| -> Vec<_> {
                 let name = |block: u32| all.blocks[block as usize].name.as_str();
@@ -314,7 +313,7 @@ fn blocks_in_the_stream_keep_their_records() {
     }
 }
 
-/// A stream that ends early is never taken for a whole one.
+/// A stream that is cut before the end of RAM is never accepted.
 #[test]
 fn a_cut_before_the_end_of_ram_is_noticed() {
     for recording in Recording::all() {

@@ -1,4 +1,4 @@
-//! Snapshots, and other migrations, while a migration has borrowed settings that QEMU makes them by.
+//! Snapshots and other migrations while a migration has borrowed settings that affect them.
 
 use std::{
     sync::{
@@ -17,7 +17,7 @@ use serde_json::json;
 
 const BUSY: &str = "There's a migration process in progress";
 
-/// Its memory is private, so that its migrations borrow multifd.
+/// Start a guest whose memory is private, so that its migrations borrow multifd.
 fn start(version: &'static str) -> WrappedPair {
     let guest = Guest::Dirty { fill: 48, hot: 32, spin: 0 };
     let mut pair = WrappedPair::start(&Config { version, guest, mib: 96, ..Config::default() });
@@ -36,7 +36,8 @@ fn cancel(source: &mut Wrapped) {
     assert_eq!(end["status"], "cancelled", "{end}");
 }
 
-/// QEMU would crash: it has multifd on, and has not made channels for this.
+/// While multifd is borrowed, snapshots and other migrations are refused: QEMU would crash without
+/// channels for them.
 #[test]
 fn nothing_else_goes_by_borrowed_settings() {
     for version in VERSIONS {
@@ -58,7 +59,7 @@ fn nothing_else_goes_by_borrowed_settings() {
             let why = client.refused(command, snapshot.clone());
             assert!(why.contains(BUSY), "{command}: {why}");
         }
-        // Ours goes on, and shows.
+        // The helper's migration goes on and is shown.
         assert_eq!(pair.source.await_status(&["active"])["status"], "active");
         cancel(&mut pair.source);
         assert_eq!(pair.source.client.hmp("savevm two"), "");
@@ -69,8 +70,8 @@ fn nothing_else_goes_by_borrowed_settings() {
     }
 }
 
-/// Another monitor makes snapshots all the while, one after the other: while settings are borrowed and
-/// given back, too.
+/// Another monitor's snapshots are made or refused at any time, also while settings are borrowed or
+/// restored.
 #[test]
 fn snapshots_are_made_at_any_time() {
     for version in VERSIONS {
@@ -102,7 +103,7 @@ fn snapshots_are_made_at_any_time() {
             };
             let before = ends(client);
             client.run("migrate_cancel", json!({}));
-            // By then query-migrate may show the next snapshot.
+            // `query-migrate` may already show the next snapshot.
             eventually("the end", || {
                 client.run("query-version", json!({}));
                 (ends(client) > before).then_some(())
@@ -118,9 +119,9 @@ fn snapshots_are_made_at_any_time() {
     }
 }
 
-/// What QEMU says of a snapshot is said of it, and not of the migration before it.
+/// A snapshot after a failed migration is shown as QEMU reports it, not as that migration.
 #[test]
-fn a_snapshot_behind_a_migration_that_failed_is_shown_as_it_went() {
+fn a_snapshot_after_a_migration_that_failed_is_shown_as_it_went() {
     for version in VERSIONS {
         let mut pair = start(version);
         let client = &mut pair.source.client;

@@ -1,7 +1,6 @@
 //! Migrations from a QEMU that announces shared RAM without its content (qemu-patches/).
 //!
-//! scripts/qemu-patched builds it; the tests run only when they are named:
-//! `cargo test --test patched`.
+//! scripts/qemu-patched builds it; the tests run only when named: `cargo test --test patched`.
 
 #[path = "../support/mod.rs"]
 mod support;
@@ -14,7 +13,7 @@ use support::{Config, Guest, Memory, Pair, Proxy, eventually, helper::signal_pro
 
 const CAPABILITIES: [&str; 2] = ["return-path", "x-shared-ram-external"];
 
-/// What a guest of [`config`] has.
+/// Pages of a guest with [`config`].
 const PAGES: u64 = 192 << 20 >> 12;
 
 fn config() -> Config {
@@ -29,7 +28,7 @@ fn migrates(config: &Config) -> (Pair, Value) {
     (pair, end)
 }
 
-/// QEMU looks for zero pages in what it sends, and none of what it announces was looked at.
+/// Assert that RAM was announced: QEMU finds zero pages only in what it sends with content.
 #[track_caller]
 fn assert_announced(state: &Value) {
     let ram = &state["ram"];
@@ -43,7 +42,7 @@ fn port_of(uri: &str) -> u16 {
     uri.rsplit(':').next().unwrap().parse().unwrap()
 }
 
-/// Is this what QEMU has by itself, and what a client of the helper sees?
+/// Assert that QEMU's own capabilities are `at_qemu`, and off for a client of the helper.
 #[track_caller]
 fn assert_capabilities(pair: &mut Pair, at_qemu: bool) {
     let states = |reply: &Value| -> Vec<bool> {
@@ -68,7 +67,7 @@ fn busy_guest() {
     assert_eq!(pair.source.client.migration_states(), expected);
 }
 
-/// What a client has set itself stays.
+/// Capabilities that a client has set stay set.
 #[test]
 fn where_the_client_has_set_it() {
     let mut pair = Pair::start(&config());
@@ -85,13 +84,13 @@ fn where_the_client_has_set_it() {
     }
 }
 
-/// Pages that QEMU has handed on as data.
+/// Return the number of pages that QEMU counted as data.
 fn normal(pair: &mut Pair) -> u64 {
     let state = pair.source.client.run("query-migrate", json!({}));
     state["ram"]["normal"].as_u64().unwrap_or(0)
 }
 
-/// Begin a migration at so many MiB a second, and wait until some RAM has moved.
+/// Begin a migration at `mib` MiB a second, and wait until some RAM has moved.
 fn begin_slowly(pair: &mut Pair, mib: u64) {
     let limit = json!({ "max-bandwidth": mib << 20 });
     pair.source.client.run("migrate-set-parameters", limit);
@@ -100,7 +99,8 @@ fn begin_slowly(pair: &mut Pair, mib: u64) {
     eventually("some RAM", || (normal(pair) > 2048).then_some(()));
 }
 
-/// QEMU would announce what has to stay in the stream: it is not asked to.
+/// QEMU is not asked to announce pages that must stay in the stream, as the destination shares
+/// nothing.
 #[test]
 fn not_where_the_destination_shares_nothing() {
     let mut pair = Pair::start(&Config { memory: Memory::PcRam, ..config() });
@@ -129,7 +129,7 @@ fn to_a_qemu_that_knows_nothing_of_it() {
     pair.new_destination(&stock, "stock");
     let end = pair.migrate();
     assert_announced(&end);
-    // The versions are the same, and the blocks too.
+    // Versions and blocks are the same at both ends.
     pair.verify();
 }
 
@@ -165,15 +165,15 @@ fn untouched_memory_stays_unallocated_on_both_sides() {
     let there = memory::allocated(&mut pair.destination.qemu, "ram0");
     println!("allocated: source {before} before, {after} after, destination {there}");
     assert!(before < 64 << 20, "{before}");
-    // Firmware and devices touch some while it runs.
+    // Firmware and devices touch some memory meanwhile.
     assert!(after <= before + (1 << 20), "{before} {after}");
     assert!(there <= after + after / 20, "{after} {there}");
-    // What was not transferred did not count as such.
+    // Holes do not count as transferred.
     assert!(end["ram"]["transferred"].as_u64().unwrap() < 256 << 20, "{end}");
     pair.verify();
 }
 
-/// Holes cost nothing, also under a limit that would make their bytes take long.
+/// Holes take no bandwidth, even under a limit at which their bytes would take long.
 #[test]
 fn untouched_memory_is_no_bandwidth() {
     let guest = Guest::Dirty { fill: 8, hot: 0, spin: 0 };
@@ -212,14 +212,14 @@ fn cancelled_and_begun_again() {
     pair.verify();
 }
 
-/// What has not landed is not acknowledged, and QEMU waits for it.
+/// Only pages that have landed are acknowledged, and QEMU waits for a stopped destination.
 #[test]
 fn a_destination_that_stands_still_holds_the_source() {
     let mut pair = Pair::start(&config());
     begin_slowly(&mut pair, 32);
     let worker = pair.destination.helper.await_worker();
     signal_process(worker, Signal::STOP);
-    // Sockets and windows fill up, and then nothing moves any more.
+    // Sockets and windows fill up, and then nothing moves.
     let mut last = (0, Instant::now());
     eventually("a halt", || {
         let now = normal(&mut pair);
@@ -237,7 +237,7 @@ fn a_destination_that_stands_still_holds_the_source() {
     pair.verify();
 }
 
-/// QEMU knows how fast the fabric is, so it does not stop the guest too early.
+/// QEMU knows the fabric's bandwidth, so it does not stop the guest too early over a slow link.
 #[test]
 fn downtime_limit_holds_over_a_slow_link() {
     let guest = Guest::Dirty { fill: 96, hot: 48, spin: 0 };

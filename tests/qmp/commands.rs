@@ -1,4 +1,4 @@
-//! The commands for people.
+//! The program's commands, as an operator runs them.
 
 use std::{
     collections::BTreeMap,
@@ -53,7 +53,7 @@ fn misuse_is_told_from_failure() {
     assert!(!here || error.contains("no 'verbs' fabric") || error.contains("no RDMA device"));
 }
 
-/// What a command says on a standard error that is the journal's, if `its` is what systemd says of it.
+/// Return a command's standard error. JOURNAL_STREAM names it if `its`, as under systemd.
 fn on_journal(command: &mut Command, its: bool) -> String {
     let file = tempfile::NamedTempFile::new().unwrap();
     let of = fs::metadata(file.path()).unwrap();
@@ -68,7 +68,7 @@ fn on_journal(command: &mut Command, its: bool) -> String {
     fs::read_to_string(file.path()).unwrap()
 }
 
-/// Under systemd a message has the journal's priority, and neither a time nor a level of its own.
+/// Under systemd each message has a journal priority, and neither a time nor a level of its own.
 #[test]
 fn priorities_are_the_journals() {
     let qemu = crate::support::cache("bin/qemu-10.0");
@@ -90,7 +90,7 @@ fn priorities_are_the_journals() {
     assert_eq!(last, format!("<3>{failure}\n"));
 }
 
-/// One sentence, in which nothing is said twice or in the words of the program's source.
+/// A failure is reported in one sentence, without repetition or internal names.
 #[test]
 fn failures_are_said_once() {
     for (arguments, sentence) in [
@@ -119,13 +119,13 @@ fn failures_are_said_once() {
     }
 }
 
-/// Whoever starts both need not know which is there first.
+/// `attach` and QEMU may be started in any order.
 #[test]
 fn attach_waits_for_a_qemu_that_starts_later() {
     for version in VERSIONS {
         let dir = tempfile::tempdir().unwrap();
         let (qemu, socket) = (dir.path().join("late.helper.qemu"), dir.path().join("qmp"));
-        // What a QEMU that was killed has left.
+        // The stale socket of a killed QEMU.
         drop((version == "10.0").then(|| UnixListener::bind(&qemu).unwrap()));
         let mut attach = Command::new(BINARY);
         attach.args(["attach", "--fabric", "tcp", "--wait", "120", "--qemu-qmp"]).arg(&qemu);
@@ -155,7 +155,7 @@ fn attach_gives_up_in_one_sentence() {
         assert!(error.contains(&format!("Cannot attach to QEMU at {qemu}: ")), "{error}");
         (error, begun.elapsed())
     };
-    // In vain: nothing is there, nobody listens, the directory is missing.
+    // `attach` waits for the whole time: no file, no directory, nobody listens.
     let stale = dir.path().join("stale");
     drop(UnixListener::bind(&stale).unwrap());
     for (path, why) in [
@@ -169,11 +169,11 @@ fn attach_gives_up_in_one_sentence() {
         let (error, _) = attach(&path, "0");
         assert!(error.contains(why) && !error.contains(" for "), "{error}");
     }
-    // What waiting does not change is said at once.
+    // Errors that waiting does not change are reported at once.
     let (file, link) = (dir.path().join("file"), dir.path().join("link"));
     fs::write(&file, "").unwrap();
     symlink(&stale, &link).unwrap();
-    for (path, why) in [(file, "it is no socket"), (link, "it is a link")] {
+    for (path, why) in [(file, "it is not a socket"), (link, "it is a link")] {
         let (error, took) = attach(&path, "86400");
         assert!(error.contains(why) && took < crate::support::PATIENCE, "{error}");
     }
@@ -193,11 +193,11 @@ fn auto_takes_verbs_where_there_is_a_device() {
     assert_eq!(info["fabric"], if none || cfg!(not(feature = "verbs")) { "tcp" } else { "verbs" });
 }
 
-/// The client of the pair makes room for the command's.
+/// Return a `migrate` command for the pair, whose own client moves to a spare monitor.
 fn migrate_command(pair: &mut Pair, uri: &str, more: &[&str]) -> Command {
     let Pair { source, .. } = pair;
     let socket = source.helper.socket.clone();
-    // QEMU serves one client at a time, and so does the helper.
+    // The helper serves one client at a time, as QEMU does.
     source.client = crate::support::Qmp::connect(&source.qemu.spare_socket());
     let mut command = Command::new(BINARY);
     command.arg("migrate").arg("--qmp").arg(socket).args(more).arg(uri);
@@ -232,18 +232,18 @@ fn interrupting_migrate_cancels_and_waits_for_the_end() {
         let uri = pair.listen();
         let mut child =
             migrate_command(&mut pair, &uri, &["--max-bandwidth", "8m"]).spawn().unwrap();
-        // The first line of progress: it runs.
+        // Progress is printed, so the migration runs.
         let mut first = [0];
         child.stdout.as_mut().unwrap().read_exact(&mut first).unwrap();
         signal_process(child.id(), signal);
         let output = child.wait_with_output().unwrap();
         assert_eq!(output.status.code(), Some(1), "{name}");
         let error = text(&output.stderr);
-        assert!(error.contains("Cancelled; the guest runs on here"), "{name}: {error}");
+        assert!(error.contains("Cancelled; the guest keeps running here"), "{name}: {error}");
         assert_eq!(pair.source.qemu.status(), "running");
         pair.source.qemu.assert_goes_on();
         pair.new_destination(&config, name);
-        // It makes room for the next command's.
+        // Disconnect, so that the next command can connect.
         pair.source.client = Qmp::nobody();
     }
 }
@@ -255,7 +255,7 @@ fn migrate_says_what_is_wrong() {
     let output = migrate_command(&mut pair, &uri, &[]).output().unwrap();
     assert_eq!(output.status.code(), Some(1));
     let error = text(&output.stderr);
-    assert!(error.contains("refused") && error.contains("runs on here"), "{error}");
+    assert!(error.contains("refused") && error.contains("keeps running here"), "{error}");
     let socket = pair.source.qemu.spare_socket();
     drop(std::mem::replace(
         &mut pair.source.client,
@@ -367,7 +367,7 @@ fn check_judges_by_the_fabric_that_is_used() {
     assert!(out.starts_with("fail     This ") && out.contains("use --fabric tcp"), "{out}");
 }
 
-/// What a helper uses is looked at, where one is attached.
+/// At a helper's socket, `check` judges what that helper uses.
 #[test]
 fn check_at_a_helpers_socket() {
     let dir = tempfile::tempdir().unwrap();
@@ -381,7 +381,7 @@ fn check_at_a_helpers_socket() {
     assert!(out.contains(&format!(", process {}\n", host.qemu.pid())), "{out}");
 }
 
-/// A manager may have made QEMU's socket: who made it is not QEMU then, and is told.
+/// `--pid` names QEMU's process where a manager created the socket. A wrong one is noticed.
 #[test]
 fn the_process_can_be_told() {
     let dir = tempfile::tempdir().unwrap();
@@ -408,7 +408,7 @@ fn the_process_can_be_told() {
     assert_eq!(host.qemu.status(), "prelaunch");
 }
 
-/// docs/man is what `qemu-rdma-helper man docs/man` writes.
+/// `docs/man` is what `qemu-rdma-helper man docs/man` writes.
 #[test]
 fn the_man_pages_are_the_help_texts() {
     let dir = tempfile::tempdir().unwrap();
@@ -423,7 +423,7 @@ fn the_man_pages_are_the_help_texts() {
     assert_eq!(pages(&kept), pages(dir.path()));
 }
 
-/// Every command and option that the help texts have is completed in every shell, and nothing else.
+/// Each shell completes exactly the commands and options of the help texts.
 #[test]
 fn completions_know_every_option() {
     let dir = tempfile::tempdir().unwrap();

@@ -1,5 +1,5 @@
-//! Lines of the human monitor mean to the helper what they mean to QEMU, and `info migrate` is in the form
-//! of the QEMU that is attached.
+//! The helper reads lines of the human monitor as QEMU does, and shows `info migrate` in the form
+//! of the attached QEMU.
 
 use crate::support::{Config, Host, Pair, Qmp, VERSIONS};
 use qemu_rdma_helper::qmp::{
@@ -15,12 +15,12 @@ fn idle(version: &'static str) -> (tempfile::TempDir, Host) {
     (dir, host)
 }
 
-/// What QEMU says of a line that it does not run.
+/// Whether this is QEMU's complaint about a line that it does not run.
 fn complains(text: &str) -> bool {
     text.starts_with("unknown command:") || text.contains("Try \"help")
 }
 
-/// Lines of all kinds; QEMU takes some of them for a migration to the address `none:x`.
+/// Return lines of all kinds, some of which QEMU reads as a migration to the address `none:x`.
 fn some_lines() -> Vec<String> {
     const COMMANDS: [&str; 7] = [
         "migrate",
@@ -66,14 +66,14 @@ fn some_lines() -> Vec<String> {
             line + pick(&["", "", " ", "\n"])
         })
         .collect();
-    // Words are cut, addresses too.
+    // QEMU truncates words, addresses included.
     lines.push(format!("migrate none:{}", "x".repeat(2000)));
     lines.push(format!("{}migrate{}none:x", " ".repeat(5000), " ".repeat(5000)));
     lines
 }
 
-/// A scheme that no QEMU has shows what QEMU makes of a line; with `rdma:` in its place it is ours, in any
-/// spelling that QEMU takes, and gets QEMU's complaint in any other.
+/// A migration to `rdma:` is the helper's in any spelling that QEMU accepts, and gets QEMU's error
+/// in any other. The scheme `none:`, which no QEMU has, shows how QEMU reads a line.
 #[test]
 fn lines_are_read_as_qemu_reads_them() {
     for version in VERSIONS {
@@ -100,7 +100,7 @@ fn lines_are_read_as_qemu_reads_them() {
     }
 }
 
-/// The line without an address that is wrong: it is refused by the helper, in words of its own.
+/// The helper refuses what `rdma:` does not support, in any spelling that QEMU accepts.
 #[test]
 fn what_rdma_can_not_is_refused_in_any_spelling() {
     for version in VERSIONS {
@@ -119,14 +119,14 @@ fn what_rdma_can_not_is_refused_in_any_spelling() {
                 assert!(text.starts_with(said), "{version}: {line}: {text}");
             }
         }
-        // It would be QEMU's own RDMA that waits.
+        // Otherwise QEMU's own RDMA would listen.
         let uri = json!({ "uri": "rdma:h:1" });
         let error = host.client.refused("migrate-recover", uri);
         assert_eq!(error, "A migration over rdma: can't be resumed");
     }
 }
 
-/// What is set, and to what, is known as QEMU knows it.
+/// Lines that set parameters and capabilities are read as QEMU reads them.
 #[test]
 fn settings_are_read_as_qemu_reads_them() {
     const NAMES: [&str; 5] = [
@@ -172,12 +172,12 @@ fn settings_are_read_as_qemu_reads_them() {
     }
 }
 
-/// What each line of a text begins with: its label, or that of its group.
+/// Return the label of each line, or that of its group.
 fn labels(text: &str) -> Vec<&str> {
     text.lines().map(|line| line.split(':').next().unwrap()).collect()
 }
 
-/// The figure behind `label`.
+/// Return the number after `label`.
 #[track_caller]
 fn figure(text: &str, label: &str) -> u64 {
     let (_, rest) = text.split_once(label).unwrap_or_else(|| panic!("no {label}: {text}"));
@@ -189,8 +189,8 @@ fn is_grouped(version: &str) -> bool {
     version == "11.1"
 }
 
-/// The table of a migration that has moved memory: QEMU's of this version, with the helper's figures, and
-/// some of its own at the end.
+/// Assert that `info migrate` is QEMU's table with the helper's figures, and its own rows at the
+/// end.
 #[track_caller]
 fn is_one_table(version: &str, client: &mut Qmp, qemu: &mut Qmp, status: &str) {
     let lines: &[_] =
@@ -206,7 +206,7 @@ fn is_one_table(version: &str, client: &mut Qmp, qemu: &mut Qmp, status: &str) {
             assert!(shown.contains(&format!("Status: \t\t{status}\r\n")), "{shown}");
             assert_eq!(figure(&shown, "dirty_syncs="), ram("dirty-sync-count"), "{shown}");
             assert_eq!(figure(&shown, "normal="), ram("normal"), "{shown}");
-            // Multifd is between QEMU and the helper.
+            // Multifd is used only between QEMU and the helper.
             assert!(shown.contains(", multifd=0 B, postcopy=0 B\r\n"), "{shown}");
             assert!(shown.contains("  Fabric: \t\ttcp\r\n"), "{shown}");
         } else {
@@ -239,7 +239,7 @@ fn info_migrate_is_one_table_in_the_versions_form() {
     }
 }
 
-/// Nor is there any of QEMU's where it knows nothing of the migration.
+/// `info migrate` has the version's form even if a migration failed before QEMU knew of it.
 #[test]
 fn a_failure_before_qemu_knew_is_in_the_versions_form() {
     for version in VERSIONS {
@@ -263,7 +263,7 @@ fn a_failure_before_qemu_knew_is_in_the_versions_form() {
     }
 }
 
-/// As QEMU says it of a migration that it has begun.
+/// `migrate` prints what it prints for a migration of QEMU's own.
 #[test]
 fn migrate_answers_as_qemu_does() {
     for version in VERSIONS {

@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 /// libvirt's "unlimited".
 const UNLIMITED: u64 = 9_223_372_036_853_727_232;
 
-/// Set every capability that QEMU has and that is no experiment, explicitly, as libvirt does.
+/// Set every non-experimental capability of QEMU's explicitly, as libvirt does.
 fn set_all_capabilities(host: &mut Host, on: &[&str]) {
     let known = host.client.run("query-migrate-capabilities", json!({}));
     let names = known.as_array().unwrap().iter();
@@ -30,7 +30,7 @@ fn set_all_capabilities(host: &mut Host, on: &[&str]) {
     host.client.run("migrate-set-capabilities", json!({ "capabilities": states }));
 }
 
-/// What a manager follows a migration by. How many passes there are is the guest's business.
+/// Return the events that a manager follows, with only the first pass: how many there are varies.
 fn followed(client: &Qmp) -> Vec<String> {
     let shown = |event: &Value| match event["event"].as_str().unwrap() {
         "MIGRATION" => Some(event["data"]["status"].as_str().unwrap().to_owned()),
@@ -41,7 +41,7 @@ fn followed(client: &Qmp) -> Vec<String> {
     client.events.iter().filter_map(shown).collect()
 }
 
-/// The members of a reply, those of `ram` included; where QEMU listens is its own business.
+/// Return the names of a reply's members and of those in `ram`, but not `socket-address`.
 fn members(reply: &Value) -> Vec<String> {
     let names = |value: &Value, prefix: &str| -> Vec<String> {
         let object = value.as_object().into_iter().flatten();
@@ -54,18 +54,18 @@ fn members(reply: &Value) -> Vec<String> {
     members
 }
 
-/// What a manager got to see.
+/// What a manager has seen.
 #[derive(Debug, PartialEq)]
 struct Seen {
     source_events: Vec<String>,
     destination_events: Vec<String>,
-    /// The members of `query-migrate`: at pre-switchover and at the end; at the destination while
-    /// it waits and at the end.
+    /// Members of `query-migrate` at pre-switchover and at the end; at the destination, while it
+    /// waits and at the end.
     source_members: [Vec<String>; 2],
     destination_members: [Vec<String>; 2],
 }
 
-/// A migration as libvirt 11.3 drives it; the address to listen at and the one to go to.
+/// Migrate as libvirt 11.3 does, listening at `listen` and connecting to `uri`.
 fn as_libvirt_does(config: &Config, listen: &str, uri: &str) -> Seen {
     let mut pair = Pair::start(config);
     let (mut both, mut incoming) = (vec!["return-path"], json!({ "uri": listen }));
@@ -89,7 +89,7 @@ fn as_libvirt_does(config: &Config, listen: &str, uri: &str) -> Seen {
     source.client.run("migrate-set-parameters", parameters);
     let mut migrate = json!({ "uri": uri });
     if config.version != "11.1" {
-        // QEMU 11.1 has no such argument any more.
+        // QEMU 11.1 no longer has this argument.
         migrate["detach"] = true.into();
     }
     source.client.run("migrate", migrate);
@@ -100,7 +100,7 @@ fn as_libvirt_does(config: &Config, listen: &str, uri: &str) -> Seen {
     for figure in ["transferred", "remaining", "total"] {
         assert!(paused["ram"][figure].is_u64(), "{paused}");
     }
-    // The worker's figures come four times a second.
+    // The worker reports its figures four times a second.
     eventually("the progress", || {
         let paused = source.client.run("query-migrate", json!({}));
         (paused["ram"]["transferred"].as_u64() > Some(1 << 20)).then_some(())
@@ -113,7 +113,7 @@ fn as_libvirt_does(config: &Config, listen: &str, uri: &str) -> Seen {
     assert!(end["ram"]["mbps"].as_f64().unwrap() > 0.0, "{end}");
     let passes = source.client.events.iter().filter(|event| event["event"] == "MIGRATION_PASS");
     let passes: Vec<_> = passes.map(|event| event["data"]["pass"].as_u64().unwrap()).collect();
-    // Later QEMUs don't announce the first.
+    // Later versions don't announce the first pass.
     let first = if config.version == "11.1" { 2 } else { 1 };
     assert_eq!(passes, (first..first + passes.len() as u64).collect::<Vec<_>>());
 
@@ -141,7 +141,7 @@ fn as_libvirt_does(config: &Config, listen: &str, uri: &str) -> Seen {
     seen
 }
 
-/// Command by command, and the same events and members as over QEMU's own tcp:.
+/// libvirt's commands get the same events and members as over QEMU's own `tcp:`.
 #[test]
 fn libvirts_commands_and_what_it_sees() {
     for (version, host) in [("11.1", "127.0.0.1"), ("10.0", "127.0.0.1"), ("7.2", "[::1]")] {
@@ -171,7 +171,7 @@ fn in_mid_transfer(pair: &mut Pair, incoming: Value) {
     });
 }
 
-/// The guest runs at the source, and the next migration of it succeeds.
+/// Assert that the guest runs at the source and that its next migration succeeds.
 #[track_caller]
 fn migrates_after_all(pair: &mut Pair) {
     pair.source.helper.await_no_worker();
@@ -186,7 +186,7 @@ fn rdma() -> String {
     format!("rdma:127.0.0.1:{}", free_port())
 }
 
-/// What is left of a destination whose migration failed is the manager's choice.
+/// `exit-on-error` decides whether QEMU stays at the destination when a migration fails.
 #[test]
 fn exit_on_error_is_honoured() {
     let config = Config::default();
@@ -213,7 +213,7 @@ fn exit_on_error_is_honoured() {
     assert_eq!(code.code(), Some(1));
     eventually("its helper's end", || pair.destination.helper.child.try_wait().unwrap());
 
-    // An argument that QEMU does not have yet is refused by QEMU, and leaves nothing behind.
+    // QEMU refuses an argument that it does not have yet, and no worker is left.
     let old = Config { version: "7.2", ..config.clone() };
     pair.new_destination(&old, "old");
     let with_argument = json!({"uri": rdma(), "exit-on-error": false});
@@ -226,7 +226,8 @@ fn exit_on_error_is_honoured() {
     migrates_after_all(&mut pair);
 }
 
-/// A source at pre-switchover does not notice by itself; the manager cancels, or does nothing.
+/// A guest at pre-switchover resumes when the destination dies, cancelled or not. QEMU does not
+/// notice by itself.
 #[test]
 fn the_destination_dies_while_the_source_is_at_pre_switchover() {
     let config = Config::default();
@@ -255,13 +256,13 @@ fn the_destination_dies_while_the_source_is_at_pre_switchover() {
     migrates_after_all(&mut pair);
 }
 
-/// The manager's connection ends, and a new one is made.
+/// Disconnect the manager and connect a new one.
 fn come_back(host: &mut Host) {
     drop(std::mem::replace(&mut host.client, Qmp::nobody()));
     host.client = Qmp::connect(&host.helper.socket);
 }
 
-/// A manager that was restarted takes up what it finds.
+/// A restarted manager finds the running migration and can cancel it.
 #[test]
 fn a_manager_that_comes_back_cancels() {
     let mut pair = Pair::start(&Config::default());
@@ -277,7 +278,7 @@ fn a_manager_that_comes_back_cancels() {
     migrates_after_all(&mut pair);
 }
 
-/// It need not wait until its predecessor's command is answered.
+/// A restarted manager can cancel a migration that still connects.
 #[test]
 fn a_manager_that_comes_back_while_the_source_connects_cancels() {
     let mut pair = Pair::start(&Config::default());
@@ -286,7 +287,7 @@ fn a_manager_that_comes_back_while_the_source_connects_cancels() {
     let migrate = json!({"execute": "migrate", "arguments": {"uri": uri}});
     pair.source.client.send(format!("{migrate}\n").as_bytes());
     let mut peer = Peer::accept(&silent);
-    // Its hello.
+    // The source's hello.
     peer.frame().unwrap();
     let begun = Instant::now();
     come_back(&mut pair.source);
@@ -300,7 +301,7 @@ fn a_manager_that_comes_back_while_the_source_connects_cancels() {
     migrates_after_all(&mut pair);
 }
 
-/// The last of the next `count` reports of the throughput.
+/// Return the last of the next `count` throughput reports.
 fn throughput(client: &mut Qmp, count: usize) -> Value {
     client.events.clear();
     let name = "RDMA_MIGRATION_THROUGHPUT";
@@ -313,7 +314,7 @@ fn throughput(client: &mut Qmp, count: usize) -> Value {
 
 #[test]
 fn parameters_that_are_set_in_mid_migration_take_effect() {
-    // 32 MiB are hot, and at most as much a second is allowed: it never converges.
+    // 32 MiB are hot, and at most 32 MiB/s are allowed: the migration never converges.
     let guest = Guest::Dirty { fill: 48, hot: 32, spin: 0 };
     let mut pair = Pair::start(&Config { guest, ..Config::default() });
     let uri = pair.listen();
@@ -341,7 +342,7 @@ fn parameters_that_are_set_in_mid_migration_take_effect() {
     pair.verify();
 }
 
-/// Do something, and be told at once why not.
+/// Assert that a command is refused at once, with these words.
 #[track_caller]
 fn refused_at_once(client: &mut Qmp, command: &str, arguments: &Value, words: &[&str]) {
     let begun = Instant::now();
@@ -370,7 +371,7 @@ fn what_excludes_rdma_is_refused_at_both_ends() {
         host.client.run("migrate-set-parameters", json!({ "tls-creds": "tls0" }));
         refused_at_once(&mut host.client, command, &arguments, &["'tls-creds'", "unset it"]);
         host.client.run("migrate-set-parameters", json!({ "tls-creds": "" }));
-        // Channels that management asks for.
+        // Channels that management requests.
         let addr = json!({"transport": "rdma", "host": "127.0.0.1", "port": "1"});
         let main = json!({"channel-type": "main", "addr": addr});
         let two = json!({ "channels": [main, main] });
@@ -379,7 +380,7 @@ fn what_excludes_rdma_is_refused_at_both_ends() {
         refused_at_once(&mut host.client, command, &both, &["either 'uri' or 'channels'"]);
     }
 
-    // The destination waits already.
+    // Now the destination waits.
     destination.client.run("migrate-incoming", arguments.clone());
     for name in ["multifd", "postcopy-ram"] {
         source.client.capability(name, true);
@@ -391,7 +392,8 @@ fn what_excludes_rdma_is_refused_at_both_ends() {
     pair.verify();
 }
 
-/// QEMU allows it, and with multifd would wait for channels that never come.
+/// A capability that excludes `rdma:`, set while the destination waits, fails the migration with a
+/// hint. With multifd QEMU would wait for channels forever.
 #[test]
 fn what_excludes_rdma_at_a_destination_that_waits_already_is_refused() {
     let config = Config::default();
@@ -413,10 +415,10 @@ fn what_excludes_rdma_at_a_destination_that_waits_already_is_refused() {
     migrates_after_all(&mut pair);
 }
 
-/// Neither helper has anything to do with it, nor does the client see anything but QEMU.
+/// Assert that the helper had no part in the migration and that the client sees only QEMU.
 #[track_caller]
 fn assert_untouched(host: &mut Host) {
-    // QEMU says `completed` a moment before its figures are final.
+    // QEMU reports `completed` a moment before its figures are final.
     eventually("the same reply", || {
         let shown = host.client.run("query-migrate", json!({}));
         (shown == host.qemu.qmp.run("query-migrate", json!({}))).then_some(())
@@ -427,7 +429,7 @@ fn assert_untouched(host: &mut Host) {
     host.client.events.clear();
 }
 
-/// The arguments of `migrate` over a transport of QEMU's.
+/// Return the arguments of `migrate` for one of QEMU's transports.
 fn arguments_for(transport: &str, path: &str) -> Value {
     let port = free_port().to_string();
     let addr = json!({"transport": "socket", "type": "inet", "host": "127.0.0.1", "port": port});
@@ -440,7 +442,7 @@ fn arguments_for(transport: &str, path: &str) -> Value {
     }
 }
 
-/// Prepare both ends for a transport of QEMU's.
+/// Prepare both ends for one of QEMU's transports.
 fn prepare_for(transport: &str, hosts: [&mut Host; 2]) {
     match transport {
         "fd" => {
@@ -461,8 +463,7 @@ fn prepare_for(transport: &str, hosts: [&mut Host; 2]) {
     }
 }
 
-/// One guest, from QEMU to QEMU over everything that is not ours, after a migration that was, and
-/// before one that is.
+/// QEMU's own transports pass untouched, after and before a migration over `rdma:`.
 #[test]
 fn other_transports_pass_untouched() {
     let config = Config::default();
@@ -477,7 +478,7 @@ fn other_transports_pass_untouched() {
         let Pair { source, destination, .. } = &mut pair;
         source.client.events.clear();
         prepare_for(transport, [&mut *source, &mut *destination]);
-        // A file has to be there before it is read.
+        // A file must exist before it is read.
         if matches!(transport, "exec" | "file") {
             source.client.run("migrate", to.clone());
             source.client.await_event("MIGRATION", completed);
@@ -515,7 +516,7 @@ fn snapshots_pass_untouched() {
         host.client.run("cont", json!({}));
         assert_untouched(host);
         host.qemu.assert_goes_on();
-        // The image has no place at the destination.
+        // The destination does not have the image.
         for node in ["disk", "protocol"] {
             host.client.run("blockdev-del", json!({ "node-name": node }));
         }
@@ -524,7 +525,7 @@ fn snapshots_pass_untouched() {
     }
 }
 
-/// A disk that can't be flushed when the guest stops: QEMU's reason stands beside the helper's sentence.
+/// `error-desc` keeps QEMU's own reason: here a disk that can't be flushed when the guest stops.
 #[test]
 fn qemus_own_reason_is_kept() {
     for version in VERSIONS {
@@ -545,7 +546,7 @@ fn qemus_own_reason_is_kept() {
         assert!(why.starts_with("QEMU ended its migration stream early"), "{why}");
         let mut qemu = Qmp::connect(&pair.source.qemu.spare_socket());
         let qemus = qemu.run("query-migrate", json!({}))["error-desc"].take();
-        // 7.2 does not say.
+        // QEMU 7.2 gives no reason.
         assert_eq!(qemus.is_string(), version != "7.2");
         assert!(why.ends_with(qemus.as_str().unwrap_or_default()), "{why}");
         pair.source.qemu.assert_goes_on();

@@ -1,4 +1,4 @@
-//! What a client of the helper sees: QEMU's own QMP, byte for byte, and refusals in its words.
+//! What a client of the helper sees: QEMU's own QMP, byte for byte, and refusals in QEMU's words.
 
 use std::{
     io::{BufRead as _, BufReader, Read as _, Write as _},
@@ -12,7 +12,7 @@ use crate::support::{Config, Helper, Host, Pair, Qmp, VERSIONS, eventually};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
-/// One host whose QEMU just stands there.
+/// Start a host whose QEMU is paused.
 fn host() -> (tempfile::TempDir, Host) {
     let dir = tempfile::tempdir().unwrap();
     let host = Host::start(&dir, "only", &Config { paused: true, ..Config::default() });
@@ -117,7 +117,8 @@ fn what_excludes_rdma_is_refused_at_once() {
     assert_eq!(host.client.run("query-rdma-migrate-blockers", json!({})), json!([]));
 }
 
-/// Whoever asks what there is finds what the helper adds, in QEMU's form, behind all that QEMU has.
+/// `query-commands` and `query-qmp-schema` show the helper's additions, in QEMU's form and at the
+/// end.
 #[test]
 fn introspection_shows_what_is_added() {
     for version in VERSIONS {
@@ -140,9 +141,9 @@ fn introspection_shows_what_is_added() {
         let names: Vec<_> = commands.iter().map(|it| it["name"].as_str().unwrap()).collect();
         assert_eq!(of_kind("command"), names);
         assert_eq!(of_kind("event"), ["RDMA_MIGRATION_THROUGHPUT"]);
-        // QEMU has those of QAPI.
+        // QEMU already lists QAPI's built-in types.
         assert_eq!(of_kind("builtin").len(), 0);
-        // Each has a name that is QEMU's way of a downstream's, and a short one, and both are known.
+        // Each has a name with QEMU's downstream prefix and a short one. Both work.
         assert_eq!(names.len(), 4);
         for name in names {
             let short = name.strip_prefix("__org.qemu-rdma-helper_").unwrap_or(name);
@@ -178,7 +179,7 @@ fn one_migration_at_a_time() {
 fn half_a_command_then_silence_harms_nobody() {
     let (_dir, mut host) = host();
     host.client.send(b"{\"execute\": \"query-st");
-    // Events still come.
+    // Events still arrive.
     host.qemu.qmp.run("cont", json!({}));
     host.client.await_event("RESUME", |_| true);
     host.client.send(b"atus\"}\n");
@@ -221,7 +222,7 @@ fn a_client_must_negotiate_and_may_come_again() {
 fn descriptors_pass_with_their_command() {
     let (_dir, mut host) = host();
     let (ours, theirs) = UnixStream::pair().unwrap();
-    // Two commands in one go; the descriptor belongs to the second.
+    // Two commands at once; the descriptor belongs to the second.
     host.client.send(b"{\"execute\": \"query-status\"}\n");
     host.client.send_with_fd(
         b"{\"execute\": \"getfd\", \"arguments\": {\"fdname\": \"mine\"}}\n",
@@ -238,7 +239,7 @@ fn descriptors_pass_with_their_command() {
     assert!(host.client.reply_line().contains("\"fdset-id\": 7"));
     let error = host.client.refused("getfd", json!({ "fdname": "none" }));
     assert!(error.contains("SCM_RIGHTS"), "{error}");
-    // QEMU's own migration into that descriptor: not ours to touch.
+    // QEMU's own migration into that descriptor is left alone.
     host.client.run("migrate", json!({ "uri": "fd:mine" }));
     let mut magic = [0; 4];
     (&ours).read_exact(&mut magic).unwrap();
@@ -248,7 +249,7 @@ fn descriptors_pass_with_their_command() {
     assert!(state["error-desc"].as_str().is_some(), "{state}");
 }
 
-/// Whatever they are sent with, they are for the first command that takes one, as in QEMU itself.
+/// A descriptor is for the first command that takes one, as in QEMU, whatever it was sent with.
 #[test]
 fn descriptors_wait_for_the_command_that_takes_them() {
     const QUERY: &str = "{\"execute\": \"query-status\"}\n";
@@ -274,7 +275,7 @@ fn descriptors_wait_for_the_command_that_takes_them() {
         assert_eq!(taken(&[QUERY, GETFD], &[]), [true, true]);
         assert_eq!(taken(&[GETFD, GETFD], &[QUERY]), [true, false, true]);
         assert_eq!(taken(&[QUERY], &[QUERY, GETFD, GETFD]), [true, true, true, false]);
-        // A command of the helper's own, and those that are QEMU's in between.
+        // A command of the helper's, which sends commands to QEMU itself.
         assert_eq!(taken(&["{\"execute\": \"query-migrate\"}\n"], &[GETFD]), [true, true]);
     }
 }
@@ -290,7 +291,7 @@ fn other_migrations_are_qemus() {
     assert_eq!(host.client.migration_states(), ["setup", "active", "device", "completed"]);
 }
 
-/// The session with a QEMU that a test plays: every line, in its order, and nothing of our own.
+/// Unknown events and fields pass unchanged and in order. The test plays QEMU.
 #[test]
 fn unknown_events_and_fields_keep_their_place() {
     let dir = tempfile::tempdir().unwrap();
@@ -311,7 +312,7 @@ fn unknown_events_and_fields_keep_their_place() {
         };
         let id = expect("qmp_capabilities");
         say(&json!({ "return": {}, "id": id }).to_string());
-        // As a QEMU that is just starting may do: it greets again, and wants to negotiate again.
+        // A QEMU that is just starting may greet again and require negotiation again.
         say(r#"{"QMP": {"version": {}, "capabilities": []}}"#);
         let id = expect("query-version");
         let error = json!({ "class": "CommandNotFound", "desc": "Expecting negotiation" });
@@ -375,7 +376,7 @@ fn the_end_of_qemu_is_told_after_all_that_it_said() {
     while let Some(line) = host.client.line() {
         lines.push(line);
     }
-    // In the order in which QEMU says them.
+    // In whichever order QEMU sends them.
     assert!(lines.iter().any(|line| line == "{\"return\": {}}\r\n"), "{lines:?}");
     assert!(lines.iter().any(|line| line.contains("SHUTDOWN")), "{lines:?}");
     let status = eventually("the helper's end", || host.helper.child.try_wait().unwrap());
@@ -409,8 +410,8 @@ fn a_stale_socket_is_replaced_and_a_live_one_is_not() {
     again.wait().unwrap();
 }
 
-/// What QEMU answers with more or fewer replies than there were commands never mixes with what the
-/// helper itself asks.
+/// A client never gets the reply to another's or the helper's own command, even if QEMU sends more
+/// or fewer replies than there were commands.
 #[test]
 fn nobody_gets_anothers_reply() {
     let (_dir, mut host) = host();
@@ -419,7 +420,7 @@ fn nobody_gets_anothers_reply() {
         host.client.send(b"{\"execute\": \"query-migrate\", \"id\": 1}\n");
         host.client.send(b"{\"execute\": \"query-status\", \"x\": 1, \"id\": 2}\n");
         host.client.send(b"{\"execute\": \"query-name\", \"id\": 3}\n");
-        // What comes behind the stray byte, on its line, has an answer too.
+        // The rest of the line after the stray byte is answered too.
         let replies: Vec<Value> =
             (0..5).map(|_| serde_json::from_str(&host.client.reply_line()).unwrap()).collect();
         let ids: Vec<_> = replies.iter().map(|reply| reply["id"].clone()).collect();
@@ -429,7 +430,7 @@ fn nobody_gets_anothers_reply() {
     }
 }
 
-/// A command below the limit, of the kind that costs most to read.
+/// Commands just below the size limit take bounded memory, even those that cost most to parse.
 #[test]
 fn a_command_of_15_mib_is_read_in_bounds() {
     let (_dir, mut host) = host();
@@ -450,11 +451,11 @@ fn a_command_of_15_mib_is_read_in_bounds() {
     assert_eq!(host.client.run("query-status", json!({}))["status"], "prelaunch");
 }
 
-/// A migration that is refused because of another one does not show in its place.
+/// A refused migration does not replace the state of another.
 #[test]
 fn a_refused_migration_leaves_the_others_state() {
     let mut pair = Pair::start(&Config::default());
-    // QEMU's own migration at both ends, after a refused one of ours.
+    // QEMU's own migration at both ends, after refused ones over `rdma:`.
     for uri in ["rdma:nowhere", "rdma:256.0.0.1:1"] {
         pair.destination.client.refused("migrate-incoming", json!({ "uri": uri }));
     }

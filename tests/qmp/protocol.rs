@@ -1,5 +1,5 @@
-//! The protocol under the commands: what QEMU itself answers to the same bytes, byte for byte, on every
-//! version. After QEMU's own `tests/qtest/qmp-test.c`.
+//! The QMP protocol below the commands: on every version the helper's answers are QEMU's, byte for
+//! byte. Based on QEMU's `tests/qtest/qmp-test.c`.
 
 use std::{
     ffi::CString,
@@ -21,13 +21,13 @@ fn host(version: &'static str) -> (tempfile::TempDir, Host) {
     (dir, host)
 }
 
-/// A client of QEMU's own and one of the helper's, neither of which has negotiated.
+/// Connect a client to QEMU and one to the helper, both without negotiation.
 fn both(host: &mut Host) -> [Qmp; 2] {
     host.client = Qmp::nobody();
     [&host.qemu.spare_socket(), &host.helper.socket].map(|path| Qmp::connect_raw(path))
 }
 
-/// A parse error of QEMU's says from 11.1 on where in all that it has read it is.
+/// Remove the position from a parse error. From 11.1 on QEMU counts it over the whole session.
 fn without_place(line: &str) -> String {
     let Some((before, after)) = line.split_once("\"desc\": \"") else { return line.to_owned() };
     let text = after.trim_start_matches(|c: char| c.is_ascii_digit() || c == ':');
@@ -36,8 +36,8 @@ fn without_place(line: &str) -> String {
     format!("{before}\"desc\": \"{text}")
 }
 
-/// What this is answered with, and everything that is left of it. The end is found by a byte that no
-/// JSON has, and by a command behind it that is answered by its id.
+/// Return all answers to `bytes`. A byte that JSON does not allow ends what is incomplete, and the
+/// reply to a command with an id marks the end.
 fn answers(client: &mut Qmp, bytes: &[u8]) -> Vec<String> {
     client.send(&[bytes, b"\xff\n{'execute': 'no-such-command', 'id': 'the end'}\n"].concat());
     let mut lines = Vec::new();
@@ -52,10 +52,10 @@ fn answers(client: &mut Qmp, bytes: &[u8]) -> Vec<String> {
     }
 }
 
-/// What is no command, and what is a strange one.
+/// Malformed and unusual commands.
 fn oddities() -> Vec<Vec<u8>> {
     let mut all: Vec<Vec<u8>> = [
-        // QEMU's own.
+        // From QEMU's test.
         &b"{]\n"[..],
         b"{\xff",
         b"{\x01",
@@ -67,7 +67,7 @@ fn oddities() -> Vec<Vec<u8>> {
         b"{ 'execute': true }",
         b"{ 'execute': 'no-such-cmd', 'arguments': [] }",
         b"{ 'execute': 'no-such-cmd', 'extra': true }",
-        // Rests of lines, and where QEMU goes on.
+        // Junk, and where QEMU resumes parsing.
         b"foo bar\n",
         b"@ rest, of it: {} bar\n",
         b"{\"execute\": \"query-status\", \"x\": \"\xff\"}\n",
@@ -100,7 +100,7 @@ fn oddities() -> Vec<Vec<u8>> {
     ]
     .map(<[u8]>::to_vec)
     .into();
-    // As deep as QEMU goes, and as its replies go then.
+    // The deepest nesting that QEMU accepts, also in its replies.
     let nested = |depth: usize| format!("{}{}", "[".repeat(depth), "]".repeat(depth));
     all.push(format!("{{'execute': 'x', 'id': {}}}", nested(130)).into());
     all.push(format!("{{'execute': 'x', 'id': {}}}", nested(1023)).into());
@@ -109,7 +109,7 @@ fn oddities() -> Vec<Vec<u8>> {
     all
 }
 
-/// The same at every run: pieces of commands, in any order.
+/// Return pieces of commands in random order, the same in each run.
 fn shuffled() -> impl Iterator<Item = Vec<u8>> {
     const PIECES: [&[u8]; 24] = [
         b"{",
@@ -152,7 +152,7 @@ fn malformed_commands_are_answered_as_qemu_does() {
         let (_dir, mut host) = host(version);
         let mut clients = both(&mut host);
         for negotiated in [false, true] {
-            // QEMU's own word for such an id, which is no JSON, where the reply is QEMU's.
+            // QEMU echoes such an id as something that is not JSON, where the reply is QEMU's.
             let number = b"{'id': 1e400, 'execute': 'x'}{'id': -1e400, 'execute': 'x'}".to_vec();
             let numbers = negotiated.then_some(number);
             for bytes in oddities().into_iter().chain(numbers).chain(shuffled()) {
@@ -169,12 +169,12 @@ fn malformed_commands_are_answered_as_qemu_does() {
                 }
             }
         }
-        // And the helper's own commands were not touched by it.
+        // The helper's own commands still work.
         assert_eq!(clients[1].run("query-rdma-migrate-blockers", json!({})), json!([]));
     }
 }
 
-/// Half a command and a byte that no JSON has: what comes then is read, at once.
+/// A byte that JSON does not allow ends an incomplete command, and the next one is read at once.
 #[test]
 fn a_stray_byte_begins_anew() {
     for version in VERSIONS {
@@ -187,7 +187,7 @@ fn a_stray_byte_begins_anew() {
     }
 }
 
-/// A command that keeps QEMU's main loop until somebody writes to a pipe.
+/// A command that blocks QEMU's main loop until somebody opens a pipe for writing.
 struct Blocking(PathBuf);
 
 impl Blocking {
@@ -213,7 +213,7 @@ impl Blocking {
         client.send(format!("{command}\n").as_bytes());
     }
 
-    /// It waits for that until QEMU reads.
+    /// Open the pipe, once QEMU reads it.
     fn unblock(&self) {
         OpenOptions::new().write(true).open(&self.0).unwrap();
     }
@@ -227,7 +227,7 @@ fn enable_oob(client: &mut Qmp) {
     client.run("qmp_capabilities", json!({ "enable": ["oob"] }));
 }
 
-/// `test_qmp_oob` of QEMU's qmp-test.c.
+/// Out-of-band commands overtake others as in QEMU (`test_qmp_oob` of its qmp-test.c).
 #[test]
 fn commands_out_of_band_overtake_as_at_qemu() {
     for version in VERSIONS {
@@ -251,7 +251,7 @@ fn commands_out_of_band_overtake_as_at_qemu() {
             }
             client.send(b"{ 'exec-oob': 9, 'id': 9 }{ 'exec-oob': 'query-yank', 'id': 1.50 }");
             say(&mut client, 1);
-            // Its id is the client's, byte for byte, where QEMU shows what it means.
+            // The helper echoes an id byte for byte, while QEMU prints its value.
             let last = client.reply_line().replace("1.50", "1.5");
             blocking.send(&mut client, "ib-blocks-1");
             client.send(b"{ 'execute': 'query-name', 'id': 'ib-quick-1' }");
@@ -259,7 +259,7 @@ fn commands_out_of_band_overtake_as_at_qemu() {
             say(&mut client, 1);
             client.send(b"{ 'exec-oob': 'query-yank' }");
             say(&mut client, 1);
-            // Wrong ones are answered in their turn, and so is what QEMU can't read as one out of band.
+            // Malformed commands are answered in order, as is what QEMU can't read as out-of-band.
             client.send(
                 b"{ 'id': 'err-2' } foo { 'exec-oob': 'yank', 'arguments': {'a': 1, 'a': 2} }",
             );
@@ -278,7 +278,7 @@ fn commands_out_of_band_overtake_as_at_qemu() {
     }
 }
 
-/// A client that has not enabled it gets QEMU's refusal, and QEMU's order.
+/// A client that has not enabled `oob` gets QEMU's refusal, and replies in QEMU's order.
 #[test]
 fn nothing_overtakes_for_who_has_not_asked_for_it() {
     for version in VERSIONS {
@@ -298,7 +298,8 @@ fn nothing_overtakes_for_who_has_not_asked_for_it() {
     }
 }
 
-/// QEMU takes eight commands behind the one that it executes, and none behind them.
+/// As in QEMU, eight commands may wait for the current one. Then not even out-of-band ones are
+/// read.
 #[test]
 fn commands_wait_in_bounds() {
     for version in VERSIONS {
@@ -332,7 +333,7 @@ fn commands_wait_in_bounds() {
     }
 }
 
-/// Though one of the helper's own waits for QEMU too.
+/// Out-of-band commands overtake the helper's own commands that wait for QEMU.
 #[test]
 fn out_of_band_passes_the_helpers_own_commands() {
     for version in VERSIONS {
@@ -357,7 +358,7 @@ fn out_of_band_passes_the_helpers_own_commands() {
     }
 }
 
-/// A migration of ours ends by it though QEMU's main loop does nothing.
+/// An out-of-band `yank` ends the helper's migration even while QEMU's main loop is blocked.
 #[test]
 fn yanked_out_of_band() {
     for version in VERSIONS {
@@ -388,7 +389,7 @@ fn yanked_out_of_band() {
     }
 }
 
-/// More than a hundred images in a row nest deeper in the answer than most readers go.
+/// A chain of more than 100 images is shown, though the reply nests deeper than most parsers allow.
 #[test]
 fn a_long_chain_of_images_is_shown() {
     for version in VERSIONS {
@@ -412,7 +413,7 @@ fn a_long_chain_of_images_is_shown() {
     }
 }
 
-/// An empty image, over another.
+/// Write an empty qcow2 image, with an optional backing file.
 fn image(path: &Path, over: Option<&Path>) {
     const CLUSTER: usize = 1 << 16;
     let over = over.map(|over| over.to_str().unwrap()).unwrap_or_default();
@@ -427,16 +428,16 @@ fn image(path: &Path, over: Option<&Path>) {
         (3, 4),
         (place, 8),
         (over.len(), 4),
-        // Bits of a cluster, size, encryption.
+        // `cluster_bits`, `size`, `crypt_method`.
         (16, 4),
         (1 << 20, 8),
         (0, 4),
-        // The table of clusters, and of their references.
+        // `l1_size`, `l1_table_offset`, and the same of the refcount table.
         (1, 4),
         (3 * CLUSTER, 8),
         (CLUSTER, 8),
         (1, 4),
-        // Snapshots, features, order of references, length.
+        // Snapshots, features, `refcount_order`, `header_length`.
         (0, 4),
         (0, 8),
         (0, 8),
@@ -461,7 +462,7 @@ fn image(path: &Path, over: Option<&Path>) {
     std::fs::write(path, header).unwrap();
 }
 
-/// Plays a QEMU that answers with what no reader understands.
+/// Every reply reaches the client that asked, even if no parser accepts it. The test plays QEMU.
 #[test]
 fn every_reply_reaches_who_asked() {
     let dir = tempfile::tempdir().unwrap();
@@ -489,7 +490,7 @@ fn every_reply_reaches_who_asked() {
     let mut client = Qmp::connect_raw(&helper.socket);
     client.run("qmp_capabilities", json!({}));
     for answer in ["-nan", "1e400", &deep, "huge"] {
-        // The client's own, then one that the helper executes for it.
+        // The client's own command, then one that the helper executes for it.
         client.send(b"{\"execute\": \"query-x\", \"id\": [1]}\n");
         let line = client.line().unwrap();
         if answer == "huge" {
@@ -509,7 +510,7 @@ fn every_reply_reaches_who_asked() {
     played.join().unwrap();
 }
 
-/// Nor does the helper's own client of QMP wait for another.
+/// `hmp` fails on a reply that it can't parse, instead of waiting for another.
 #[test]
 fn the_shells_commands_do_not_wait_for_what_they_can_read() {
     let dir = tempfile::tempdir().unwrap();
@@ -540,8 +541,8 @@ fn the_shells_commands_do_not_wait_for_what_they_can_read() {
     played.join().unwrap();
 }
 
-/// Descriptors come with a byte, not with all that is there to read: a command before it does not get
-/// them.
+/// A descriptor belongs to the byte it came with: earlier commands do not get it, even if read with
+/// it.
 #[test]
 fn descriptors_are_not_for_what_came_before_them() {
     const QUERY: &[u8] = b"{\"execute\": \"query-name\"}\n";
@@ -557,7 +558,7 @@ fn descriptors_are_not_for_what_came_before_them() {
             &[(&GETFD[..half], true), (&GETFD[half..], false)],
             &[(GETFD, true), (GETFD, true), (QUERY, true), (QUERY, false)],
         ] {
-            // The helper finds all of them at once.
+            // Let the helper find all messages at once.
             host.helper.signal(Signal::STOP);
             let commands = messages
                 .iter()
@@ -576,7 +577,7 @@ fn descriptors_are_not_for_what_came_before_them() {
             };
             let lines = [lines(direct), lines(through)];
             assert_eq!(lines[0], lines[1], "QEMU {version}: {messages:?}");
-            // What is left goes to the next.
+            // Consume any descriptor that is left.
             for client in [&mut host.qemu.qmp, &mut host.client] {
                 let _ = client.execute("getfd", json!({ "fdname": "rest" }));
             }
@@ -584,7 +585,7 @@ fn descriptors_are_not_for_what_came_before_them() {
     }
 }
 
-/// One before the negotiation does not take them either.
+/// A command before negotiation does not take a descriptor.
 #[test]
 fn descriptors_wait_for_the_negotiation() {
     let file = std::fs::File::open("/dev/null").unwrap();

@@ -1,4 +1,4 @@
-//! QEMU's settings while a migration has borrowed some of them: clients see and write their own.
+//! Settings that a migration has borrowed: clients see and change only their own values.
 
 use std::{
     io,
@@ -17,14 +17,14 @@ use crate::support::{
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
-/// 32 MiB are hot, and at most as much a second is allowed: it never converges.
+/// 32 MiB are hot, and at most 32 MiB/s are allowed: the migration never converges.
 const BUSY: Guest = Guest::Dirty { fill: 48, hot: 32, spin: 0 };
 
 fn busy(version: &'static str) -> Config {
     Config { version, guest: BUSY, ..Config::default() }
 }
 
-/// A migration that goes on for as long as it is let.
+/// Begin a migration that does not end by itself.
 fn begin(pair: &mut Pair) {
     let uri = pair.listen();
     let client = &mut pair.source.client;
@@ -45,7 +45,7 @@ fn is_on(qmp: &mut Qmp, name: &str) -> bool {
     capabilities.find(|entry| entry["capability"] == name).unwrap()["state"] == true
 }
 
-/// Write by every way, and see it at once; QEMU itself is left as it is.
+/// Assert that the client sees each of its changes at once, by any command, and QEMU none of them.
 #[track_caller]
 fn write_all(client: &mut Qmp, qemu: &mut Qmp) {
     let borrowed = (channels(qemu), is_on(qemu, "multifd"));
@@ -72,15 +72,15 @@ fn write_all(client: &mut Qmp, qemu: &mut Qmp) {
     assert_eq!(client.hmp("migrate_set_parameter multifd-compression zlib"), "");
     let text = client.hmp("info migrate_parameters");
     assert!(text.contains("multifd-channels: 5\r\nmultifd-compression: zlib\r\n"), "{text}");
-    // What was shown, written back.
+    // Write back what was shown.
     let shown = client.run("query-migrate-parameters", json!({}));
     set(client, shown.clone());
     assert_eq!(client.run("query-migrate-parameters", json!({})), shown);
     assert_eq!((channels(qemu), is_on(qemu, "multifd")), borrowed);
 }
 
-/// Nothing of a command that QEMU refuses is kept, and it is refused in QEMU's words. `other` is a QEMU
-/// that does not migrate.
+/// Assert that refused commands change nothing and get QEMU's error. `other` is a QEMU that does
+/// not migrate.
 #[track_caller]
 fn refuse_all(client: &mut Qmp, qemu: &mut Qmp, other: &mut Qmp) {
     let before = client.run("query-migrate-parameters", json!({}));
@@ -135,7 +135,7 @@ fn refuse_all(client: &mut Qmp, qemu: &mut Qmp, other: &mut Qmp) {
     assert!(!is_on(client, "multifd") && is_on(client, "events"));
 }
 
-/// In each phase of a migration that completes.
+/// Settings changed in any phase of a migration apply when it completes.
 #[test]
 fn what_is_written_meanwhile_is_kept() {
     for version in VERSIONS {
@@ -161,7 +161,7 @@ fn what_is_written_meanwhile_is_kept() {
         pair.source.client.run("migrate-set-parameters", fast);
         pair.source.await_status(&["pre-switchover"]);
         both(&mut pair, &mut qemu, &mut other);
-        // QEMU waits for a destination that does not answer.
+        // QEMU waits for the stopped destination.
         let destination = pair.destination.qemu.pid();
         signal_process(destination, Signal::STOP);
         pair.source.client.run("migrate-continue", json!({ "state": "pre-switchover" }));
@@ -176,7 +176,8 @@ fn what_is_written_meanwhile_is_kept() {
     }
 }
 
-/// However it ends; by the worker, if it is the relay that dies.
+/// Settings changed during a migration apply however it fails. If the relay dies, the worker sets
+/// them.
 #[test]
 fn what_was_written_is_there_after_a_failure() {
     let ends: [fn(&mut Pair); 4] = [
@@ -210,8 +211,8 @@ fn what_was_written_is_there_after_a_failure() {
     }
 }
 
-/// Another monitor of the same QEMU writes all the while: when settings are borrowed, when they are given
-/// back, and at any time in between.
+/// No change by another monitor is lost, whether settings are being borrowed, restored or in
+/// between.
 #[test]
 fn no_write_is_lost_at_any_time() {
     for version in VERSIONS {
@@ -261,7 +262,7 @@ fn no_write_is_lost_at_any_time() {
     }
 }
 
-/// Values of the parameter `mode` that this QEMU has, but for the one that migrates all memory.
+/// Return this QEMU's values of the parameter `mode`, except the one that migrates all memory.
 fn modes(qmp: &mut Qmp) -> Vec<String> {
     let schema = qmp.run("query-qmp-schema", json!({}));
     let entries = schema.as_array().unwrap();
@@ -299,7 +300,7 @@ fn any_mode_but_normal_is_refused() {
     }
 }
 
-/// Connect a source that has come to `from` with the destination at `to`.
+/// Connect the source with the destination at port `to`.
 fn connect_through(source: &TcpStream, to: u16) {
     let destination = TcpStream::connect(("127.0.0.1", to)).unwrap();
     for (from, into) in [(source, &destination), (&destination, source)] {
@@ -311,7 +312,7 @@ fn connect_through(source: &TcpStream, to: u16) {
     }
 }
 
-/// Between the client's `migrate` and QEMU's.
+/// A `mode` set between the client's `migrate` and QEMU's fails the migration, with a hint.
 #[test]
 fn a_mode_that_is_set_while_the_source_connects_is_refused() {
     for version in ["10.0", "11.1"] {
@@ -337,7 +338,8 @@ fn a_mode_that_is_set_while_the_source_connects_is_refused() {
     }
 }
 
-/// QEMU would leave out what it has not sent yet.
+/// A `mode` set during a migration applies after it. Else QEMU would leave out what it has not
+/// sent.
 #[test]
 fn a_mode_that_is_set_meanwhile_is_kept() {
     for (version, helper_options) in [("10.0", "2"), ("11.1", "2"), ("11.1", "0")] {
@@ -361,7 +363,7 @@ fn a_mode_that_is_set_meanwhile_is_kept() {
     }
 }
 
-/// A helper that lets QEMU use so many channels.
+/// Restart the source's helper with this number of channels.
 fn with_channels(pair: &mut Pair, channels: &str) {
     let socket = pair.source.qemu.helper_socket();
     pair.source.helper.kill();
@@ -371,8 +373,8 @@ fn with_channels(pair: &mut Pair, channels: &str) {
     pair.source.client = Qmp::connect(&pair.source.helper.socket);
 }
 
-/// Set behind the helper's back, it makes QEMU leave out the rest of the memory. (And abort if the guest
-/// runs.)
+/// A migration fails if QEMU leaves out memory: here `mode` is set without the helper. (If the
+/// guest ran, QEMU would abort.)
 #[test]
 fn a_migration_that_leaves_out_memory_fails() {
     let config = busy("11.1");
@@ -397,8 +399,8 @@ fn a_migration_that_leaves_out_memory_fails() {
     pair.verify();
 }
 
-/// A QEMU that waits for a stream without channels would crash when that ends.
-/// QEMU crashes where it comes to have one of them in the midst of a stream.
+/// Capabilities that crash QEMU if set in the middle of a stream; multifd also at the end of one
+/// without channels.
 const DANGEROUS: [&str; 2] = ["multifd", "x-ignore-shared"];
 
 #[test]
@@ -421,7 +423,7 @@ fn what_would_end_a_destination_that_waits_is_kept_from_it() {
         }
         signal_process(pair.destination.helper.await_worker(), Signal::KILL);
         if version == "7.2" {
-            // It ends with any migration that fails.
+            // It exits when a migration fails.
             let status = pair.destination.qemu.child.wait().unwrap();
             assert_eq!(status.code(), Some(1), "{status}");
             continue;
@@ -434,21 +436,22 @@ fn what_would_end_a_destination_that_waits_is_kept_from_it() {
     }
 }
 
-/// All of its memory is shared, as it is not where QEMU runs alone.
+/// A destination gets all memory even if told to ignore shared memory: under the helper all is
+/// shared.
 #[test]
 fn a_destination_that_is_told_to_ignore_shared_memory_gets_it() {
     for version in VERSIONS {
         let mut pair = Pair::start(&Config { version, ..Config::default() });
         let uri = pair.listen();
         pair.source.client.run("migrate", json!({ "uri": uri }));
-        // Its stream begins when it goes on.
+        // QEMU's stream begins when it is continued.
         signal_process(pair.source.qemu.pid(), Signal::STOP);
         eventually("an agreement", || {
             pair.destination.helper.log().contains("block lists agree").then_some(())
         });
         let client = &mut pair.destination.client;
         client.capability("x-ignore-shared", true);
-        // A mode in which QEMU leaves it out as well, where it has one.
+        // A mode that leaves out shared memory too, where QEMU has one.
         if version != "7.2" {
             client.run("migrate-set-parameters", json!({ "mode": "cpr-transfer" }));
         }

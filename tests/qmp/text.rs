@@ -1,4 +1,4 @@
-//! Every way by which text of others comes in, and what is left of it.
+//! Sanitising of untrusted text, at each place where it enters the program.
 
 use std::path::Path;
 
@@ -13,13 +13,13 @@ use qemu_rdma_helper::{
 };
 use serde_json::{Value, json};
 
-/// What a terminal obeys, or what changes how a line reads.
+/// Characters that a terminal interprets, or that change how a line reads.
 const HOSTILE: &str = "a\u{1b}[2J\u{9b}31m\u{7}\r\n\0b\u{202e}c\u{2028}\u{2066}d\u{7f}";
 
-/// A way in: what of `text` is left behind it; `None` if it is refused.
+/// An entry point of text. Returns what is left of `text`, or `None` if it is refused.
 type Way = fn(text: &str) -> Option<String>;
 
-/// A message that the peer's bytes are, with `payload` behind a flag.
+/// Encode a message of the peer.
 fn message(kind: u32, payload: &[u8]) -> Vec<u8> {
     let words = [payload.len() as u32, kind, 1, 0];
     let header = words.iter().flat_map(|word| word.to_be_bytes());
@@ -70,7 +70,7 @@ impl ForwardSink for Names {
     }
 }
 
-/// What a stream's reader says of it.
+/// Return the block names that the stream's reader finds, or its error.
 fn read(stream: &[u8]) -> String {
     let mut names = Names::default();
     match Forwarder::default().push(stream, &mut names) {
@@ -132,7 +132,7 @@ fn in_qemus_greeting(text: &str) -> Option<String> {
     }
 }
 
-/// The human monitor's answer has lines; all else is as strict.
+/// Output of the human monitor may have tabs and line ends; the rest is as strict.
 fn from_the_monitor(text: &str) -> Option<String> {
     match from_qemu(&json!({ "return": text })) {
         FromQemu::Reply { result: Ok(Value::String(text)), .. } => {
@@ -185,7 +185,7 @@ fn log(text: &str) -> Option<String> {
     Some(line.strip_suffix('\n').unwrap().to_owned())
 }
 
-/// All keys and strings of `value`.
+/// Return all keys and strings of `value`, concatenated.
 fn all(value: &Value) -> String {
     match value {
         Value::String(text) => text.clone(),
@@ -247,13 +247,13 @@ fn every_way_in_lets_plain_text_pass() {
 proptest! {
     #[test]
     fn whatever_the_text(text in "(?s:.{1,60})") {
-        // Names on the wire have a byte for their length.
+        // The length field of a name on the wire has one byte.
         let text = &text[..text.floor_char_boundary(250)];
         prop_assert_eq!(refused_or_plain(text), Ok(()));
     }
 }
 
-/// A client that asks through the helper gets what QEMU wrote, however long.
+/// A client gets a reply's content exactly as QEMU wrote it, however long.
 #[test]
 fn what_is_handed_on_is_as_it_was() {
     let value = json!({ "exec": ["/bin/sh", "a\nb \t\u{1b}"], "long": "x".repeat(10_000) });
@@ -262,7 +262,7 @@ fn what_is_handed_on_is_as_it_was() {
         FromQemu::Reply { result: Ok(read), .. } => assert_eq!(read, value),
         other => panic!("{other:?}"),
     }
-    // An error comes to logs and terminals all the same.
+    // Errors reach logs and terminals, so they are sanitised all the same.
     let line = json!({ "error": { "class": "GenericError", "desc": HOSTILE } }).to_string();
     match FromQemu::read_verbatim(line.as_bytes()).unwrap() {
         FromQemu::Reply { result: Err(error), .. } => {

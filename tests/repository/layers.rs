@@ -1,5 +1,5 @@
-//! The rooms of `src/`: which of them may import from which, and that no two files import from each other,
-//! directly or by way of others.
+//! The top-level modules of `src/`: which may import from which, and that no two files import from
+//! each other, directly or indirectly.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -12,8 +12,8 @@ use syn::{
     visit::{self, Visit},
 };
 
-/// From the top to the bottom: each room, and the rooms below it from which it may import.
-const ROOMS: &[(&str, &[&str])] = &[
+/// From top to bottom: each top-level module, and those below it from which it may import.
+const LAYERS: &[(&str, &[&str])] = &[
     (
         "cli",
         &[
@@ -55,11 +55,11 @@ const ROOMS: &[(&str, &[&str])] = &[
 /// A module's path from the root of the crate.
 type Module = Vec<String>;
 
-/// Which modules a file names, those of its tests left out.
+/// The modules that a file names outside its tests.
 struct Named<'a> {
     modules: &'a BTreeMap<Module, PathBuf>,
     file: Module,
-    /// The module that is being read: the file's, or one inside of it.
+    /// The module being read: the file's, or one inside it.
     inside: Module,
     found: BTreeSet<Module>,
 }
@@ -75,7 +75,7 @@ impl Named<'_> {
         }
     }
 
-    /// From the root; `None` if it is of another crate, or of what a `use` has named.
+    /// Return the path from the root; `None` in another crate, and for what a `use` has named.
     fn resolve(&self, path: &[String]) -> Option<Module> {
         let (first, rest) = path.split_first()?;
         match first.as_str() {
@@ -157,7 +157,7 @@ impl<'ast> Visit<'ast> for Named<'_> {
     }
 }
 
-/// Each module with a file of its own, but for tests.
+/// Return each module with a file of its own, except tests.
 fn modules() -> BTreeMap<Module, PathBuf> {
     fn walk(directory: &Path, module: &Module, found: &mut BTreeMap<Module, PathBuf>) {
         for entry in fs::read_dir(directory).unwrap() {
@@ -182,7 +182,7 @@ fn modules() -> BTreeMap<Module, PathBuf> {
     found
 }
 
-/// From which modules each imports.
+/// Return the modules from which each module imports.
 fn imports() -> BTreeMap<Module, BTreeSet<Module>> {
     let modules = modules();
     let read = |(module, path): (&Module, &PathBuf)| {
@@ -197,8 +197,8 @@ fn imports() -> BTreeMap<Module, BTreeSet<Module>> {
 
 #[test]
 fn imports_point_down() {
-    let place = |room: &str| ROOMS.iter().position(|(name, _)| *name == room);
-    for (room, below) in ROOMS {
+    let place = |room: &str| LAYERS.iter().position(|(name, _)| *name == room);
+    for (room, below) in LAYERS {
         for other in *below {
             assert!(place(other) > place(room), "{other} is not below {room}");
         }
@@ -207,7 +207,7 @@ fn imports_point_down() {
     for (module, imports) in imports() {
         for import in imports.into_iter().filter(|import| import[0] != module[0]) {
             let room = place(&module[0]).unwrap_or_else(|| panic!("{} has no place", module[0]));
-            if !ROOMS[room].1.contains(&import[0].as_str()) {
+            if !LAYERS[room].1.contains(&import[0].as_str()) {
                 wrong.push(format!("{} imports from {}", module.join("::"), import.join("::")));
             }
         }
@@ -218,7 +218,7 @@ fn imports_point_down() {
 #[test]
 fn no_files_import_from_each_other() {
     let mut left = imports();
-    // What imports from nothing that is left is in no circle.
+    // A module without imports from those left is in no cycle.
     loop {
         let done: Vec<_> = left
             .iter()

@@ -1,4 +1,4 @@
-//! What must hold for the repository itself.
+//! Checks of the repository itself.
 
 mod layers;
 mod specification;

@@ -1,8 +1,8 @@
-//! docs/specification.md: each promise has a number of its own and a test that exists.
+//! docs/specification.md: each promise has a unique number and a test that exists.
 
 use std::{collections::HashSet, fs, path::Path};
 
-/// The text of all files under a directory that may hold tests.
+/// Append the text of all files under a directory that may hold tests.
 fn sources(directory: &Path, text: &mut String) {
     for entry in fs::read_dir(directory).unwrap() {
         let path = entry.unwrap().path();
@@ -14,7 +14,7 @@ fn sources(directory: &Path, text: &mut String) {
     }
 }
 
-/// Names in code font.
+/// Return the names in backticks.
 fn names(text: &str) -> impl Iterator<Item = &str> {
     text.split('`').skip(1).step_by(2)
 }
@@ -48,7 +48,7 @@ fn every_promise_has_a_test() {
         let tests = cells.nth(1).unwrap_or_else(|| panic!("{number} has no test"));
         let missing: Vec<_> = names(tests).filter(|name| !exists(name)).collect();
         assert!(missing.is_empty(), "{number}: no test {missing:?}");
-        // One that names none is a promise of its own kind, and says which tests rely on it.
+        // A promise that names none must say that every test relies on it.
         assert!(names(tests).next().is_some() || tests.contains("every test"), "{number}: {tests}");
     }
     assert!(numbers.len() > 60, "the table is not read");

@@ -15,7 +15,7 @@ use super::{eventually, in_lab, qemu::command_under};
 
 pub const BINARY: &str = env!("CARGO_BIN_EXE_qemu-rdma-helper");
 
-/// A running `attach`; killed and reaped in the end.
+/// A running `attach`, killed and reaped on drop.
 pub struct Helper {
     pub child: Child,
     pub socket: PathBuf,
@@ -23,13 +23,13 @@ pub struct Helper {
 }
 
 impl Helper {
-    /// Start one, and wait until it serves.
+    /// Start a helper, and wait for its socket.
     #[track_caller]
     pub fn attach(dir: &Path, name: &str, qemu: &Path, options: &[&str]) -> Self {
         Self::attach_under(&[], dir, name, qemu, options)
     }
 
-    /// The same, started by another program.
+    /// Like [`Self::attach`], started by another program.
     #[track_caller]
     pub fn attach_under(
         under: &[&str],
@@ -69,7 +69,7 @@ impl Helper {
         self.child.id()
     }
 
-    /// Its workers' processes.
+    /// PIDs of its workers.
     pub fn workers(&self) -> Vec<u32> {
         let path = format!("/proc/{0}/task/{0}/children", self.pid());
         let children = fs::read_to_string(path).unwrap_or_default();
@@ -86,7 +86,7 @@ impl Helper {
         eventually("the worker's end", || self.workers().is_empty().then_some(()));
     }
 
-    /// Open descriptors of the relay.
+    /// Number of open descriptors of the relay.
     pub fn descriptors(&self) -> usize {
         fs::read_dir(format!("/proc/{}/fd", self.pid())).unwrap().count()
     }
@@ -111,10 +111,10 @@ impl Drop for Helper {
     }
 }
 
-/// What tests are run on.
+/// Fabric options of the tests.
 fn fabric() -> &'static [&'static str] {
     if in_lab() {
-        // Emulated processors may be away for seconds.
+        // Emulated CPUs may pause for seconds.
         &["--fabric", "verbs", "--peer-timeout", "20"]
     } else {
         &["--fabric", "tcp"]
@@ -125,7 +125,7 @@ pub fn signal_process(pid: u32, signal: Signal) {
     assert!(signal_if_alive(pid, signal), "process {pid} has ended");
 }
 
-/// False for a process that has ended.
+/// Signal a process. Return false if it has ended.
 pub fn signal_if_alive(pid: u32, signal: Signal) -> bool {
     let pid = Pid::from_raw(i32::try_from(pid).unwrap()).unwrap();
     match kill_process(pid, signal) {
@@ -134,7 +134,7 @@ pub fn signal_if_alive(pid: u32, signal: Signal) -> bool {
     }
 }
 
-/// The greatest resident set of a process so far, without pages of files that it maps, in bytes.
+/// The peak resident set of a process, without pages of files that it maps, in bytes.
 pub fn peak_rss(pid: u32) -> u64 {
     status_bytes(pid, "VmHWM:")
 }

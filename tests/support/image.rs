@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 
 use super::Qmp;
 
-/// Wait until a job is concluded, and see that it went well.
+/// Wait until a job is concluded, and assert that it succeeded.
 #[track_caller]
 pub fn await_job(client: &mut Qmp, name: &str) {
     client.await_event("JOB_STATUS_CHANGE", |data| {
@@ -16,7 +16,7 @@ pub fn await_job(client: &mut Qmp, name: &str) {
     client.run("job-dismiss", json!({ "id": name }));
 }
 
-/// Let QEMU make an image for snapshots: node `disk`.
+/// Let QEMU create an image for snapshots, as node `disk`.
 pub fn make_image(client: &mut Qmp, path: &str) {
     let create = |client: &mut Qmp, job: &str, options: Value| {
         client.run("blockdev-create", json!({"job-id": job, "options": options}));

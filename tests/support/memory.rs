@@ -1,4 +1,4 @@
-//! The RAM of two stopped QEMUs, block by block, page by page.
+//! Comparison of the RAM of two stopped QEMUs, block by block, page by page.
 
 use std::{
     fs::{self, File},
@@ -10,7 +10,7 @@ use super::Qemu;
 const PIECE: usize = 1 << 20;
 const PAGE: usize = 4096;
 
-/// Where a block's bytes can be read without changing anything.
+/// A RAM block, whose bytes can be read without changing anything.
 struct Block {
     name: String,
     length: u64,
@@ -24,7 +24,7 @@ impl Block {
     }
 }
 
-/// All blocks of QEMU 8.2 and newer; of older ones those in guest-physical memory.
+/// All blocks of QEMU 8.2 and newer; of older versions those in guest-physical memory.
 fn blocks(qemu: &mut Qemu) -> Vec<Block> {
     let table = qemu.qmp.hmp("info ramblock");
     let (pid, maps) =
@@ -32,7 +32,7 @@ fn blocks(qemu: &mut Qemu) -> Vec<Block> {
     let mut blocks = Vec::new();
     for line in table.lines().skip(1).filter(|line| !line.trim().is_empty()) {
         let words: Vec<&str> = line.split_whitespace().collect();
-        // A backend that no device uses has no name, and is no part of the guest.
+        // A backend that no device uses has no name and is not part of the guest.
         if words[1] == "KiB" || words[1] == "MiB" {
             continue;
         }
@@ -49,7 +49,7 @@ fn blocks(qemu: &mut Qemu) -> Vec<Block> {
     blocks
 }
 
-/// The address in an older QEMU, by way of guest-physical memory.
+/// The address of a block in an older QEMU, found through guest-physical memory.
 fn address_of(qemu: &mut Qemu, name: &str) -> Option<u64> {
     let tree = qemu.qmp.hmp("info mtree -f");
     let region = name.rsplit('/').next().unwrap();
@@ -64,7 +64,7 @@ fn address_of(qemu: &mut Qemu, name: &str) -> Option<u64> {
     Some(u64::from_str_radix(address, 16).unwrap() - offset)
 }
 
-/// The mapped file, so that holes stay holes; else the process's memory.
+/// The mapped file, so that holes stay holes; otherwise the process's memory.
 fn backing(pid: u32, maps: &str, address: u64) -> (File, u64) {
     for line in maps.lines() {
         let words: Vec<&str> = line.split_whitespace().collect();
@@ -79,13 +79,13 @@ fn backing(pid: u32, maps: &str, address: u64) -> (File, u64) {
     (File::open(format!("/proc/{pid}/mem")).unwrap(), address)
 }
 
-/// Compare all blocks; returns a line for each that differs.
+/// Compare all blocks. Return a line for each that differs.
 pub fn compare(source: &mut Qemu, destination: &mut Qemu) -> Vec<String> {
     let (mut ours, mut theirs) = (blocks(source), blocks(destination));
     let names =
         |blocks: &[Block]| -> Vec<String> { blocks.iter().map(|b| b.name.clone()).collect() };
     if source.config.version != destination.config.version {
-        // The older one shows fewer.
+        // The older QEMU shows fewer.
         let (known, shown) = (names(&ours), names(&theirs));
         ours.retain(|block| shown.contains(&block.name));
         theirs.retain(|block| known.contains(&block.name));
@@ -118,13 +118,13 @@ pub fn compare(source: &mut Qemu, destination: &mut Qemu) -> Vec<String> {
     differences
 }
 
-/// The file behind the block.
+/// The file that backs a block, and the offset in it.
 pub fn file_of(qemu: &mut Qemu, name: &str) -> (File, u64) {
     let block = blocks(qemu).into_iter().find(|block| block.name == name).unwrap();
     (block.file, block.offset)
 }
 
-/// Bytes that are allocated for the file behind a block.
+/// Bytes allocated for the file that backs a block.
 pub fn allocated(qemu: &mut Qemu, name: &str) -> u64 {
     file_of(qemu, name).0.metadata().unwrap().blocks() * 512
 }

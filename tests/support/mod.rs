@@ -1,4 +1,4 @@
-//! Real QEMUs, helpers beside them, and eyes on both that do not use the project's code.
+//! Real QEMUs, helpers beside them, and inspection of both without the project's code.
 #![allow(dead_code, unused_imports, missing_docs, reason = "each test program uses some of it")]
 
 pub mod helper;
@@ -27,13 +27,13 @@ pub use proxy::{Proxy, QmpProxy};
 pub use qemu::{Config, Guest, Memory, Qemu};
 pub use qmp::Qmp;
 
-/// QEMU's versions that scripts/setup provides.
+/// The QEMU versions that scripts/setup provides.
 pub const VERSIONS: [&str; 3] = ["7.2", "10.0", "11.1"];
 
-/// How long anything may take that is awaited.
+/// Time limit of every wait.
 pub const PATIENCE: Duration = Duration::from_secs(120);
 
-/// Wait until `condition` gives something.
+/// Wait until `condition` returns a value.
 #[track_caller]
 pub fn eventually<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {
     let deadline = Instant::now() + PATIENCE;
@@ -41,12 +41,12 @@ pub fn eventually<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T 
         if let Some(value) = condition() {
             return value;
         }
-        assert!(Instant::now() < deadline, "waited in vain for {what}");
+        assert!(Instant::now() < deadline, "timed out waiting for {what}");
         thread::park_timeout(Duration::from_millis(10));
     }
 }
 
-/// A file of the set-up; see scripts/setup.
+/// A file of scripts/setup or scripts/qemu-patched.
 pub fn cache(path: &str) -> PathBuf {
     let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(".cache").join(path);
     let script = if path.ends_with("qemu-patched") { "qemu-patched" } else { "setup" };
@@ -54,22 +54,22 @@ pub fn cache(path: &str) -> PathBuf {
     path
 }
 
-/// The address that migrations go to: one of an RDMA device's where there is one.
+/// The address to migrate to: an RDMA device's, if there is one.
 pub fn address() -> String {
     std::env::var("QEMU_RDMA_HELPER_TEST_ADDRESS").unwrap_or_else(|_| "127.0.0.1".into())
 }
 
-/// The RDMA device that has it.
+/// The RDMA device with that address.
 pub fn device() -> String {
     std::env::var("QEMU_RDMA_HELPER_TEST_DEVICE").unwrap_or_default()
 }
 
-/// Tests run where there is an RDMA device.
+/// Whether the tests have an RDMA device.
 pub fn in_lab() -> bool {
     std::env::var_os("QEMU_RDMA_HELPER_TEST_ADDRESS").is_some()
 }
 
-/// The same for a test that needs one, and says so where there is none.
+/// Like [`in_lab`], for a test that needs it: prints that it is skipped.
 pub fn lab() -> bool {
     let here = in_lab();
     if !here {
@@ -78,10 +78,10 @@ pub fn lab() -> bool {
     here
 }
 
-/// Huge pages for the guests of all tests that use them, or the reason why there are none.
+/// Reserve huge pages for the guests of all tests, or return why that failed.
 pub fn huge_pages() -> Result<(), String> {
     const PATH: &str = "/proc/sys/vm/nr_hugepages";
-    // Two guests of a Config::default(), two of 32 MiB, and some pages for one that gets no more.
+    // Two guests of a Config::default(), two of 32 MiB, and some pages for one that runs short.
     let wanted = 192 + 32 + 8 + 8;
     let write = fs::write(PATH, wanted.to_string());
     write.map_err(|error| format!("{PATH} can't be written: {error}"))?;
@@ -111,7 +111,7 @@ impl Host {
 
     pub fn with_helper(dir: &TempDir, name: &str, config: &Config, options: &[&str]) -> Self {
         if !config.under.is_empty() {
-            // For another user's sockets.
+            // Another user creates sockets here.
             fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o777)).unwrap();
         }
         let qemu = Qemu::start(dir.path(), name, config);
@@ -121,13 +121,13 @@ impl Host {
         Self { client, helper, qemu }
     }
 
-    /// The client's view of the migration.
+    /// The status of the migration as a client sees it.
     pub fn status(&mut self) -> String {
         let state = self.client.run("query-migrate", json!({}));
         state["status"].as_str().unwrap_or("none").to_owned()
     }
 
-    /// Its RAM blocks, names and lengths, as its own source would list them.
+    /// Names and lengths of the RAM blocks, as a source would list them.
     pub fn blocks(&mut self) -> Vec<(String, u64)> {
         let info = self.client.run("query-rdma-helper", json!({}));
         let block = |block: &Value| {
@@ -136,7 +136,7 @@ impl Host {
         info["blocks"].as_array().unwrap().iter().map(block).collect()
     }
 
-    /// How a RAM block would be transferred from here, as the helper says.
+    /// How a RAM block would be transferred from here, according to the helper.
     pub fn transfer(&mut self, block: &str) -> String {
         let info = self.client.run("query-rdma-helper", json!({}));
         let blocks = info["blocks"].as_array().unwrap();
@@ -144,14 +144,14 @@ impl Host {
         found.unwrap()["transfer-mode"].as_str().unwrap().to_owned()
     }
 
-    /// How a RAM block was transferred in the last migration from here.
+    /// How a RAM block was transferred in the last migration, by the log.
     pub fn transferred_as(&self, block: &str) -> String {
         let (log, wanted) = (self.helper.log(), format!("block=\"{block}\" transfer="));
         let found = log.lines().rev().find_map(|line| line.split_once(&wanted));
         found.unwrap_or_else(|| panic!("nothing of {wanted}: {log}")).1.to_owned()
     }
 
-    /// Wait for one of these states of the migration; returns the reply with it.
+    /// Wait for one of these states of the migration. Return the reply to `query-migrate`.
     #[track_caller]
     pub fn await_status(&mut self, wanted: &[&str]) -> Value {
         let deadline = Instant::now() + PATIENCE;
@@ -162,13 +162,13 @@ impl Host {
                 return state;
             }
             let late = Instant::now() >= deadline;
-            assert!(!late, "waited in vain for one of {wanted:?}; it is {state}");
+            assert!(!late, "timed out waiting for one of {wanted:?}; it is {state}");
             thread::park_timeout(Duration::from_millis(10));
         }
     }
 }
 
-/// Two hosts, the guest at the first.
+/// Two hosts, the guest at the source.
 pub struct Pair {
     pub source: Host,
     pub destination: Host,
@@ -176,13 +176,14 @@ pub struct Pair {
 }
 
 impl Pair {
-    /// Start both with the same machine; the destination waits for a migration and will not run
-    /// the guest by itself.
+    /// Start both with the same machine.
+    ///
+    /// The destination waits for a migration and does not run the guest by itself.
     pub fn start(config: &Config) -> Self {
         Self::with_helpers(config, &[])
     }
 
-    /// The same, with these options for the helpers.
+    /// Like [`Self::start`], with these options for the helpers.
     pub fn with_helpers(config: &Config, options: &[&str]) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let source = Host::with_helper(&dir, "source", config, options);
@@ -192,19 +193,19 @@ impl Pair {
         for host in [&mut pair.source, &mut pair.destination] {
             host.client.capability("events", true);
         }
-        // Fast enough for tests, and still some time to do something in.
+        // Fast enough for tests, but slow enough to act meanwhile.
         let limit = json!({ "max-bandwidth": 1_u64 << 32 });
         pair.source.client.run("migrate-set-parameters", limit);
         pair.source.qemu.await_guest();
         pair
     }
 
-    /// Replace the destination by a new one, as management does after a failure.
+    /// Replace the destination with a new one, as management does after a failure.
     pub fn new_destination(&mut self, config: &Config, name: &str) {
         self.destination = Host::start(&self.dir, name, &config.clone().incoming());
     }
 
-    /// What was the source is done with; the destination becomes the source of a new one.
+    /// Drop the source, and make the destination the source for a new destination.
     pub fn turn_around(&mut self, config: &Config, name: &str) {
         let next = Host::start(&self.dir, name, &config.clone().incoming());
         self.source = std::mem::replace(&mut self.destination, next);
@@ -215,14 +216,14 @@ impl Pair {
         }
     }
 
-    /// Let the destination listen; returns the address.
+    /// Let the destination listen. Return its URI.
     pub fn listen(&mut self) -> String {
         let uri = format!("rdma:{}:{}", address(), free_port());
         self.destination.client.run("migrate-incoming", json!({ "uri": uri }));
         uri
     }
 
-    /// Start a migration over a link that can be held up, and wait until it waits to be told to go on.
+    /// Start a migration over a link that can stall, and wait for pre-switchover.
     #[track_caller]
     pub fn at_pre_switchover(&mut self, return_path: bool) -> Proxy {
         for host in [&mut self.source, &mut self.destination] {
@@ -237,7 +238,7 @@ impl Pair {
         proxy
     }
 
-    /// Migrate, and wait for the end.
+    /// Migrate, and wait for completion.
     #[track_caller]
     pub fn migrate(&mut self) -> Value {
         let uri = self.listen();
@@ -249,7 +250,7 @@ impl Pair {
         end
     }
 
-    /// Both guests are stopped: compare all of their RAM, then see the guest go on.
+    /// Compare all RAM of the two stopped QEMUs, then assert that the guest runs.
     #[track_caller]
     pub fn verify(&mut self) {
         self.compare();
@@ -259,7 +260,7 @@ impl Pair {
 
     #[track_caller]
     pub fn compare(&mut self) {
-        // QEMU says `completed` a moment before.
+        // QEMU reports `completed` a moment earlier.
         eventually("the source to be done", || {
             (self.source.qemu.status() == "postmigrate").then_some(())
         });

@@ -13,10 +13,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Kind of the tcp fabric's frames that carry a control message (docs/protocol.md).
+/// Kind of the tcp fabric's frames that carry control messages (docs/protocol.md).
 const SEND: u32 = 2;
 
-/// The one control message that may pass (specification: type 2).
+/// The one control message that passes while others are held (specification: type 2).
 const READY: [u8; 4] = [0, 0, 0, 2];
 
 /// Forwards one connection, frame by frame.
@@ -28,12 +28,12 @@ pub struct Proxy {
 }
 
 impl Proxy {
-    /// Wait for a source on a port of its own, and connect it to the destination at `to`.
+    /// Listen on a new port for a source, and connect it to the destination at port `to`.
     pub fn start(to: u16) -> Self {
         Self::throttled(to, u64::MAX)
     }
 
-    /// The same, and let so many bytes a second pass towards the destination.
+    /// Like [`Self::start`], with at most `rate` bytes per second towards the destination.
     pub fn throttled(to: u16, rate: u64) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
@@ -64,18 +64,19 @@ impl Proxy {
         proxy
     }
 
-    /// The destination's control messages reach the source no more. READY, and that writes have
-    /// landed, does.
+    /// Drop the destination's control messages from now on.
+    ///
+    /// READY and LANDED still reach the source.
     pub fn hold_messages(&self) {
         self.holding.store(true, Ordering::SeqCst);
     }
 
-    /// Nothing passes any more, in neither direction, until it is to go on.
+    /// Stall or resume the link in both directions.
     pub fn stall(&self, stalled: bool) {
         self.stalled.store(stalled, Ordering::SeqCst);
     }
 
-    /// The source has connected.
+    /// Whether the source has connected.
     pub fn is_connected(&self) -> bool {
         !self.streams.lock().unwrap().is_empty()
     }
@@ -111,12 +112,12 @@ fn forward(
         from.read_exact(&mut frame[24..]).ok()?;
         free = free.max(Instant::now())
             + Duration::from_nanos(frame.len() as u64 * 1_000_000_000 / rate);
-        // How long the frame takes on the slow link; nobody waits for an event here.
+        // The time that the frame takes on the slow link, not a wait for an event.
         thread::sleep(free.saturating_duration_since(Instant::now()));
         while stalled.load(Ordering::SeqCst) {
             thread::park_timeout(Duration::from_millis(10));
         }
-        // READY lets the source go on to the end.
+        // With READY the source can continue to the end.
         let held = kind == SEND && frame[28..32] != READY;
         if !held || !holding.load(Ordering::SeqCst) {
             into.write_all(&frame).ok()?;
@@ -124,14 +125,14 @@ fn forward(
     }
 }
 
-/// A way to QEMU's QMP socket.
+/// A proxy for QEMU's QMP socket.
 pub struct QmpProxy {
     pub path: PathBuf,
     streams: Arc<Mutex<Vec<UnixStream>>>,
 }
 
 impl QmpProxy {
-    /// Lead from `path` to `qemu`.
+    /// Forward connections from `path` to `qemu`.
     pub fn start(path: &Path, qemu: PathBuf) -> Self {
         let listener = UnixListener::bind(path).unwrap();
         let streams = Arc::<Mutex<Vec<UnixStream>>>::default();
@@ -154,7 +155,7 @@ impl QmpProxy {
         proxy
     }
 
-    /// Break those that there are.
+    /// Break the current connections.
     pub fn cut(&self) {
         for stream in self.streams.lock().unwrap().drain(..) {
             let _ = stream.shutdown(Shutdown::Both);

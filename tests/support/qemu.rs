@@ -21,18 +21,18 @@ pub enum Memory {
     File,
     /// A memfd of huge pages.
     Huge,
-    /// A file in this directory, of whose pages QEMU has asked for none.
+    /// A file in this directory, of which QEMU reserves no pages.
     In(PathBuf),
-    /// The machine's own, which is not shared.
+    /// The machine's default RAM, which is not shared.
     Private,
-    /// One shared memfd under the name of the machine's own.
+    /// One shared memfd under the name of the machine's default RAM.
     PcRam,
 }
 
-/// What runs.
+/// What the guest runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Guest {
-    /// tests/guest/dirty.S: MiB that are filled, MiB that are written over and over, pause.
+    /// tests/guest/dirty.S: MiB to fill, MiB to write over and over, pause.
     Dirty { fill: u32, hot: u32, spin: u32 },
     /// tests/guest/init.c, with this kernel command line.
     Linux(&'static str),
@@ -49,8 +49,7 @@ pub struct Config {
     pub devices: Vec<String>,
     pub incoming: bool,
     pub paused: bool,
-    /// What QEMU and its helper are started by: a program and its arguments, of which they are the
-    /// last.
+    /// The program and arguments that start QEMU and its helper, whose command lines follow.
     pub under: &'static [&'static str],
 }
 
@@ -72,7 +71,7 @@ impl Default for Config {
 }
 
 impl Config {
-    /// A Linux that reads its disk past its page cache all the while: the host writes its memory.
+    /// A Linux guest that keeps reading its disk with O_DIRECT, so that the host writes its memory.
     pub fn with_direct_reads(self) -> Self {
         let disk = super::cache("guest/disk");
         let drive = format!(
@@ -150,7 +149,7 @@ impl Config {
                 add(&["-kernel", cache("guest/dirty.elf").to_str().unwrap(), "-append", &append]);
             }
             Guest::Linux(append) => {
-                // KVM writes a guest's clock page before the guest runs, so it would differ.
+                // KVM writes the clock page before the guest runs, so that page would differ.
                 let append = format!(
                     "console=ttyS0 quiet panic=-1 nokaslr mitigations=off no-kvmclock {append}"
                 );
@@ -176,7 +175,7 @@ impl Config {
     }
 }
 
-/// A running QEMU; killed and reaped in the end.
+/// A running QEMU, killed and reaped on drop.
 pub struct Qemu {
     pub child: Process,
     pub qmp: Qmp,
@@ -216,7 +215,7 @@ impl Drop for Process {
     }
 }
 
-/// What a QEMU printed; shown when its test fails.
+/// The output of a QEMU, shown when its test fails.
 struct Log(PathBuf);
 
 impl Log {
@@ -233,7 +232,7 @@ impl Drop for Log {
     }
 }
 
-/// A program, or one that starts it.
+/// A command for `program`, started by `under` if any.
 pub fn command_under(under: &[&str], program: &Path) -> Command {
     let [first, rest @ ..] = under else { return Command::new(program) };
     let mut command = Command::new(first);
@@ -268,7 +267,7 @@ impl Qemu {
         self.child.id()
     }
 
-    /// The QMP socket that is meant for the helper.
+    /// The QMP socket for the helper.
     pub fn helper_socket(&self) -> PathBuf {
         self.dir.join(format!("{}.helper.qemu", self.name))
     }
@@ -292,7 +291,7 @@ impl Qemu {
         state["status"].as_str().unwrap().to_owned()
     }
 
-    /// The numbers that dirty.S shows: magic, ready, passes, writes, errors.
+    /// The numbers that dirty.S publishes: magic, ready, passes, writes, errors.
     fn dirty_numbers(&mut self) -> Vec<u32> {
         let text = self.qmp.hmp("xp /5wx 0x1f0000");
         let words = text.split_whitespace().filter_map(|word| word.strip_prefix("0x"));
@@ -303,7 +302,7 @@ impl Qemu {
         self.console().lines().filter(|line| line.starts_with("tick ")).count()
     }
 
-    /// Wait until the guest does what it was started for.
+    /// Wait until the guest's workload runs.
     #[track_caller]
     pub fn await_guest(&mut self) {
         match self.config.guest {
@@ -314,7 +313,7 @@ impl Qemu {
         }
     }
 
-    /// See that the guest runs, and finds its memory as it left it.
+    /// Assert that the guest makes progress and finds its memory as it left it.
     #[track_caller]
     pub fn assert_goes_on(&mut self) {
         match self.config.guest {
@@ -348,7 +347,7 @@ impl Drop for Qemu {
     fn drop(&mut self) {
         for word in self.config.arguments(&self.dir, &self.name) {
             if let Some((_, path)) = word.split_once("mem-path=") {
-                // In a directory QEMU has no name for it.
+                // Fails for a directory: QEMU's file there has no name.
                 let _ = fs::remove_file(path);
             }
         }

@@ -1,4 +1,4 @@
-//! A client of QMP that blocks, and keeps every event.
+//! A blocking QMP client that keeps every event.
 
 use std::{
     io::{BufRead as _, BufReader, ErrorKind, Write as _},
@@ -15,10 +15,10 @@ use serde_json::{Value, json};
 
 use super::{PATIENCE, eventually};
 
-/// What [`Qmp::try_execute`] says of a server that is gone.
+/// Error of [`Qmp::try_execute`]: the server is gone.
 pub const HUNG_UP: &str = "the server hung up";
 
-/// What it says of one that does not answer.
+/// Error of [`Qmp::try_execute`]: the server does not answer.
 pub const STUCK: &str = "the server does not answer";
 
 pub struct Qmp {
@@ -28,19 +28,19 @@ pub struct Qmp {
 }
 
 impl Qmp {
-    /// Connect as soon as somebody serves there, and negotiate.
+    /// Connect as soon as a server listens, and negotiate capabilities.
     #[track_caller]
     pub fn connect(path: &Path) -> Self {
         let mut qmp = Self::connect_raw(path);
         qmp.run("qmp_capabilities", json!({}));
-        // A QEMU that is just starting may greet twice, and begins anew then.
+        // A QEMU that is just starting may greet twice, and then negotiates again.
         if qmp.execute("query-version", json!({})).is_err() {
             qmp.run("qmp_capabilities", json!({}));
         }
         qmp
     }
 
-    /// Be a manager that QEMU connects to.
+    /// Accept QEMU's connection, as its manager.
     #[track_caller]
     pub fn accept(listener: &UnixListener) -> Self {
         let mut qmp = Self::over(listener.accept().unwrap().0);
@@ -63,13 +63,13 @@ impl Qmp {
         qmp
     }
 
-    /// In the place of a client that has gone.
+    /// Placeholder for a client that is gone.
     pub fn nobody() -> Self {
         let (stream, _) = UnixStream::pair().unwrap();
         Self { stream: BufReader::new(stream), greeting: String::new(), events: Vec::new() }
     }
 
-    /// How long a reply is waited for from now on.
+    /// Set how long to wait for a reply from now on.
     pub fn patience(&self, time: Duration) {
         self.stream.get_ref().set_read_timeout(Some(time)).unwrap();
     }
@@ -82,7 +82,7 @@ impl Qmp {
         self.stream.get_ref().write_all(bytes).unwrap();
     }
 
-    /// Send, tolerating a server that hangs up in the midst of it.
+    /// Send. Return false if the server hangs up meanwhile.
     pub fn try_send(&mut self, bytes: &[u8]) -> bool {
         self.stream.get_ref().write_all(bytes).is_ok()
     }
@@ -98,7 +98,7 @@ impl Qmp {
         assert_eq!(sent, bytes.len());
     }
 
-    /// The next line, with its end; `None` when the server hung up.
+    /// The next line, including its newline; `None` when the server hung up.
     pub fn line(&mut self) -> Option<String> {
         let mut line = String::new();
         match self.stream.read_line(&mut line) {
@@ -109,7 +109,7 @@ impl Qmp {
         }
     }
 
-    /// The next reply, as its line.
+    /// The next reply, as a line.
     #[track_caller]
     pub fn reply_line(&mut self) -> String {
         loop {
@@ -123,7 +123,7 @@ impl Qmp {
         }
     }
 
-    /// Execute; the reply is what was returned, or the error.
+    /// Execute a command. Return its `return` value or its `error`.
     #[track_caller]
     pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, Value> {
         let mut request = json!({ "execute": command });
@@ -138,7 +138,7 @@ impl Qmp {
         }
     }
 
-    /// Execute at a server that may be refusing, gone, or stuck: its reply, or why there is none.
+    /// Execute at a server that may refuse, be gone or be stuck. Return its reply, or the reason.
     pub fn try_execute(&mut self, command: &str, arguments: &Value) -> Result<Value, String> {
         let request = json!({ "execute": command, "arguments": arguments });
         if !self.try_send(format!("{request}\n").as_bytes()) {
@@ -165,7 +165,7 @@ impl Qmp {
         }
     }
 
-    /// Execute what must succeed.
+    /// Execute a command that must succeed.
     #[track_caller]
     pub fn run(&mut self, command: &str, arguments: Value) -> Value {
         match self.execute(command, arguments) {
@@ -174,7 +174,7 @@ impl Qmp {
         }
     }
 
-    /// Execute what must fail; returns the error's text.
+    /// Execute a command that must fail. Return the error's text.
     #[track_caller]
     pub fn refused(&mut self, command: &str, arguments: Value) -> String {
         match self.execute(command, arguments) {
@@ -183,7 +183,7 @@ impl Qmp {
         }
     }
 
-    /// Migrate where that must fail; returns QEMU's or the helper's `error-desc`.
+    /// Start a migration that must fail. Return QEMU's or the helper's `error-desc`.
     #[track_caller]
     pub fn fails_to_migrate(&mut self, uri: &str) -> String {
         self.run("migrate", json!({ "uri": uri }));
@@ -207,7 +207,7 @@ impl Qmp {
         self.run("migrate-set-capabilities", json!({ "capabilities": capabilities }));
     }
 
-    /// Wait for an event that came or comes.
+    /// Wait for an event, which may have arrived already.
     #[track_caller]
     pub fn await_event(&mut self, name: &str, wanted: impl Fn(&Value) -> bool) -> Value {
         let mut seen = 0;

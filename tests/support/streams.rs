@@ -1,4 +1,4 @@
-//! Migration streams: those that real QEMUs sent, and some made to measure.
+//! Migration streams: recorded from real QEMUs, and synthetic.
 #![allow(dead_code, missing_docs, reason = "each program uses some of it")]
 
 use std::{fs, io::Read as _, path::PathBuf};
@@ -24,12 +24,12 @@ pub fn recorded() -> Vec<(String, Vec<u8>)> {
     recorded
 }
 
-/// Where they are.
+/// The directory of the recorded streams.
 pub fn directory() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/data/streams")
 }
 
-/// A count in what `info migrate` says: in a line of its own, or in a table since 11.1.
+/// A count in the output of `info migrate`: on a line of its own, or in a table since 11.1.
 pub fn count(said: &str, what: &str) -> Option<u64> {
     let number = |text: &str| text.split([' ', ',']).next()?.parse().ok();
     let row = |head: &str| said.lines().find_map(|line| line.trim_start().strip_prefix(head));
@@ -46,17 +46,17 @@ pub fn count(said: &str, what: &str) -> Option<u64> {
     row(head)?.split_whitespace().find_map(|word| word.strip_prefix(name)).and_then(number)
 }
 
-/// The stream of a guest with one RAM block, as QEMU would send it; taken piece by piece.
+/// The stream of a guest with one RAM block, as QEMU would send it, taken piece by piece.
 pub struct Stream {
-    /// What was added since it was last taken.
+    /// Bytes added since the caller last took them.
     pub bytes: Vec<u8>,
     name: &'static str,
-    /// Records from here on need not say the name.
+    /// Whether further records may omit the block's name.
     named: bool,
 }
 
 impl Stream {
-    /// Header and set-up of RAM.
+    /// Begin a stream: header and setup of RAM.
     pub fn new(name: &'static str, length: u64) -> Self {
         let mut stream =
             Self { bytes: b"QEVM\0\0\0\x03\x07\0\0\0\x02pc".to_vec(), name, named: false };
@@ -68,18 +68,18 @@ impl Stream {
         stream
     }
 
-    /// Begin a section of RAM, the last one or another.
+    /// Begin a section of RAM, which may be the last one.
     pub fn begin_section(&mut self, last: bool) {
         self.bytes.extend_from_slice(&[if last { 3 } else { 2 }, 0, 0, 0, 2]);
     }
 
-    /// The page at `offset`, all of its bytes `fill`.
+    /// Add the page at `offset`, all of its bytes `fill`.
     pub fn page(&mut self, offset: u64, fill: u8) {
         self.record(offset, 0x08);
         self.bytes.resize(self.bytes.len() + PAGE as usize, fill);
     }
 
-    /// The page at `offset` is zero.
+    /// Add the page at `offset` as a zero page.
     pub fn zero(&mut self, offset: u64) {
         self.record(offset, 0x02);
         self.bytes.push(0);

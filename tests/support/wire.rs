@@ -1,4 +1,4 @@
-//! A peer on the `tcp` fabric, written from docs/protocol.md and not from the project's code.
+//! A peer on the `tcp` fabric, written from docs/protocol.md, independent of the project's code.
 
 use std::{
     io::{self, Read as _, Write as _},
@@ -22,7 +22,7 @@ pub const FINAL_ACK: u32 = 0x103;
 /// Version 1, no flags, and the extension with 64 buffers and no limit.
 pub const PRIVATE_DATA: &[u8] = b"\0\0\0\x01\0\0\0\0QRH1\0\x01\0\x40\0\0\0\0";
 
-/// [`PRIVATE_DATA`] with what it says of further connections: how many, which one, of which session.
+/// [`PRIVATE_DATA`] with the fields for further connections: count, number and session.
 pub fn connections(count: u16, number: u16, session: u64) -> Vec<u8> {
     let mut bytes = PRIVATE_DATA.to_vec();
     bytes.resize(40, 0);
@@ -54,7 +54,7 @@ pub fn message(kind: u32, repeat: u32, payload: &[u8]) -> Vec<u8> {
     frame(2, 0, 0, &[&header, payload].concat())
 }
 
-/// The payload of a BLOCK_LIST that is the last one.
+/// The payload of the last BLOCK_LIST.
 pub fn block_list(blocks: &[(String, u64)]) -> Vec<u8> {
     let mut payload = vec![1];
     for (name, length) in blocks {
@@ -72,12 +72,12 @@ impl Peer {
         Self(stream)
     }
 
-    /// From another address of the loopback interface: 127.0.0.`host`.
+    /// Connect from another loopback address: 127.0.0.`host`.
     pub fn connect_from(host: u8, port: u16) -> Self {
         Self::try_connect_from(host, port).unwrap()
     }
 
-    /// The same, where nobody may listen.
+    /// Like [`Self::connect_from`], but nothing may be listening.
     pub fn try_connect_from(host: u8, port: u16) -> io::Result<Self> {
         use rustix::net::{AddressFamily, SocketType, bind, connect, socket};
         let local = |host, port| SocketAddr::from(([127, 0, 0, host], port));
@@ -89,14 +89,14 @@ impl Peer {
         Ok(Self(stream))
     }
 
-    /// A source that says hello and lists its blocks.
+    /// Connect as a source: send hello and this block list.
     pub fn listed(port: u16, blocks: &[(String, u64)]) -> Self {
         let mut peer = Self::connect(port);
         peer.list(blocks);
         peer
     }
 
-    /// Say hello and list these blocks.
+    /// Send hello and this block list.
     pub fn list(&mut self, blocks: &[(String, u64)]) {
         self.send(&hello(PRIVATE_DATA));
         self.send(&message(BLOCK_LIST, 1, &block_list(blocks)));
@@ -135,7 +135,7 @@ impl Peer {
         }
     }
 
-    /// The text with which the other side ends the connection, if it says one.
+    /// The ERROR_TEXT with which the other side ends the connection; empty if there is none.
     pub fn last_words(&mut self) -> String {
         loop {
             match self.message() {

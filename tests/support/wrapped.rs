@@ -1,4 +1,4 @@
-//! A QEMU that `run` has started.
+//! A QEMU started by `run`.
 
 use std::{fs, path::PathBuf};
 
@@ -11,13 +11,13 @@ use super::{
     in_lab, memory,
 };
 
-/// What QEMU is started under.
+/// The command that starts QEMU.
 const RUN: &[&str] = &[BINARY, "run", "--fabric", "tcp", "--"];
 
-/// The same where there is an RDMA device. Emulated processors may be away for seconds.
+/// The same with an RDMA device. Emulated CPUs may pause for seconds.
 const RUN_VERBS: &[&str] = &[BINARY, "run", "--fabric", "verbs", "--peer-timeout", "20", "--"];
 
-/// A QEMU, the relay before it, and a client.
+/// A QEMU, its relay and a client.
 pub struct Wrapped {
     pub client: Qmp,
     pub qemu: Qemu,
@@ -35,7 +35,7 @@ impl Wrapped {
         Self { client, qemu, relay }
     }
 
-    /// Its workers' processes.
+    /// PIDs of the relay's workers.
     pub fn workers(&self) -> Vec<u32> {
         let children = fs::read_to_string(format!("/proc/{0}/task/{0}/children", self.relay));
         children.unwrap_or_default().split_whitespace().map(|pid| pid.parse().unwrap()).collect()
@@ -54,7 +54,7 @@ impl Wrapped {
         })
     }
 
-    /// The monitor is connected, and the guest runs.
+    /// Assert that the monitor is connected and the guest runs.
     #[track_caller]
     pub fn runs_on(&mut self) {
         eventually("the guest to run", || (self.qemu.status() == "running").then_some(()));
@@ -63,7 +63,7 @@ impl Wrapped {
     }
 }
 
-/// Two of them, the guest at the first.
+/// Two wrapped QEMUs, the guest at the source.
 pub struct WrappedPair {
     pub source: Wrapped,
     pub destination: Wrapped,
@@ -83,7 +83,7 @@ impl WrappedPair {
         Self { source, destination, config: config.clone(), dir, count: 0 }
     }
 
-    /// Another destination, as management makes after a failure.
+    /// Start another destination, as management does after a failure.
     #[track_caller]
     pub fn new_destination(&mut self) {
         self.count += 1;
@@ -91,7 +91,7 @@ impl WrappedPair {
         self.destination = Wrapped::start(&self.dir, &name, &self.config.clone().incoming());
     }
 
-    /// Start a migration at so many MiB a second.
+    /// Start a migration at `rate` MiB/s.
     #[track_caller]
     pub fn begin(&mut self, rate: u64) {
         let uri = format!("rdma:{}:{}", address(), free_port());
@@ -101,7 +101,7 @@ impl WrappedPair {
         self.source.client.run("migrate", json!({ "uri": uri }));
     }
 
-    /// Migrate, compare, and see the guest go on.
+    /// Migrate, compare RAM, and assert that the guest runs.
     #[track_caller]
     pub fn migrate(&mut self) {
         self.begin(4096);
@@ -134,7 +134,7 @@ pub fn relays() -> Vec<u32> {
     pids.filter(is_relay).collect()
 }
 
-/// Nothing but a process that waits to be reaped.
+/// Whether a process is gone, or only waits to be reaped.
 pub fn has_ended(pid: u32) -> bool {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat"));
     stat.map_or(true, |stat| stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with('Z')))

@@ -1,5 +1,5 @@
-//! What a receiver knows of writes, on the device that there is: `scripts/lab/test` runs these on
-//! one of InfiniBand's transport and on one of iWARP's.
+//! What a receiver knows about writes. `scripts/lab/test` runs these on a device of InfiniBand's
+//! transport and on one of iWARP's.
 
 use std::{
     sync::{Arc, mpsc},
@@ -37,13 +37,13 @@ impl End {
         Self { poster, receiver, handle }
     }
 
-    /// Both of one with so many queue pairs for RAM.
+    /// Connect two ends by `lanes` queue pairs for RAM.
     fn both(lanes: u16) -> (Self, Self) {
         let address = Address { host: crate::support::address(), port: 0 };
         let mut listener = verbs(lanes).listen(&address).unwrap();
         let (address, listening) = (listener.address().clone(), listener.handle());
         let (request, first) = mpsc::channel();
-        // The listener takes the further queue pairs too.
+        // The listener accepts the additional queue pairs too.
         let listener = thread::spawn(move || {
             while let Ok(accepted) = listener.accept() {
                 request.send(accepted).unwrap();
@@ -68,7 +68,7 @@ fn region() -> Arc<Region> {
     Arc::new(Region::stand_in("memory", LENGTH).unwrap())
 }
 
-/// The first byte that is not `value`.
+/// Return the offset of the first byte that is not `value`.
 fn other_than(value: u8, region: &Region) -> Option<u64> {
     let mut chunk = vec![0; CHUNK as usize];
     (0..LENGTH).step_by(chunk.len()).find_map(|offset| {
@@ -78,7 +78,8 @@ fn other_than(value: u8, region: &Region) -> Option<u64> {
     })
 }
 
-/// Each round writes all of the memory again, and waits until the other side has looked at it.
+/// Writes before a message are there when the receiver has waited for them. Each round rewrites the
+/// memory, once the receiver has checked it.
 #[test]
 fn what_was_written_before_a_message_has_landed() {
     if !crate::support::lab() {
@@ -97,9 +98,9 @@ fn what_was_written_before_a_message_has_landed() {
                 for offset in (0..LENGTH).step_by(CHUNK as usize) {
                     source.poster.write(&from, offset, CHUNK, key).unwrap();
                 }
-                // No drain, so that the message has every chance to come first.
-                source.poster.send_behind_writes(&[round], &[]).unwrap();
-                // It comes behind, and must not be taken for the other.
+                // No drain, so that the message can arrive first.
+                source.poster.send_after_writes(&[round], &[]).unwrap();
+                // A later message must not be taken for the marked one.
                 source.poster.send(b"later", &[]).unwrap();
                 next.recv().unwrap();
             }
@@ -120,7 +121,7 @@ fn what_was_written_before_a_message_has_landed() {
         // Nothing that was written before is lost when access ends.
         destination.receiver.revoke();
         assert_eq!(other_than(12, &to), None);
-        // What ends with it takes no message along.
+        // Messages still arrive after access has ended.
         source.poster.send(b"still here", &[]).unwrap();
         assert_eq!(destination.receive(), b"still here");
         destination.poster.send(b"here too", &[]).unwrap();
@@ -129,9 +130,9 @@ fn what_was_written_before_a_message_has_landed() {
     }
 }
 
-/// Marks that were sent for one message prove nothing for another thread's.
+/// Marks that were sent for one thread's message prove nothing about another's writes.
 #[test]
-fn several_threads_send_behind_their_writes() {
+fn several_threads_send_after_their_writes() {
     if !crate::support::lab() {
         return;
     }
@@ -150,7 +151,7 @@ fn several_threads_send_behind_their_writes() {
                     let offset = u64::from(thread) * CHUNK;
                     from.write_at(&vec![round; CHUNK as usize], offset).unwrap();
                     poster.write(from, offset, CHUNK, key).unwrap();
-                    poster.send_behind_writes(&[thread, round], &[]).unwrap();
+                    poster.send_after_writes(&[thread, round], &[]).unwrap();
                     next.recv().unwrap();
                 }
             });
@@ -166,19 +167,18 @@ fn several_threads_send_behind_their_writes() {
     });
 }
 
-/// Where access to RAM ends, nothing is on its way that the peer would have to answer: it doesn't, and that
-/// would look like its death.
+/// No mark is in flight when access to RAM ends: the peer would not answer it, and would seem dead.
 #[test]
 fn marks_are_waited_for_where_access_ends() {
-    // Where a device says that the network has the bytes, it says that of marks too.
+    // iWARP completes a mark, too, when the network has it.
     if !crate::support::lab() || crate::support::device().starts_with("siw") {
         return;
     }
     let (source, mut destination) = End::both(1);
-    // One more than the destination has buffers for until it takes some.
+    // One more than the destination's buffers, until it receives some.
     let messages = verbs(1).window + 1;
     for _ in 0..messages {
-        source.poster.send_behind_writes(b"behind", &[]).unwrap();
+        source.poster.send_after_writes(b"behind", &[]).unwrap();
     }
     let (drained, drains) = mpsc::channel();
     let poster = source.poster.clone();
@@ -206,7 +206,7 @@ fn marks_are_waited_for_where_access_ends() {
     listener.join().unwrap();
 }
 
-/// A peer that sends no marks holds nobody for longer than it is there.
+/// A receiver that waits for marks that never come is released when the peer is gone.
 #[test]
 fn whoever_waits_for_marks_in_vain_is_let_go() {
     if !crate::support::lab() {
@@ -221,7 +221,7 @@ fn whoever_waits_for_marks_in_vain_is_let_go() {
     assert!(matches!(end, Err(FabricError::Closed)), "{end:?}");
 }
 
-/// The guest at the source runs again, or doesn't, by what it says.
+/// The last message arrives: it decides whether the guest at the source runs again.
 #[test]
 fn the_last_words_arrive() {
     if !crate::support::lab() {
@@ -237,7 +237,7 @@ fn the_last_words_arrive() {
             source.poster.write(&from, offset, CHUNK, key).unwrap();
         }
         let speaker = thread::spawn(move || {
-            // What arrives unread when a connection is closed may take along what was sent.
+            // Unread data at a close may discard what was sent.
             let End { poster, mut receiver, handle } = source;
             let reader = thread::spawn(move || while receiver.receive(&mut Vec::new()).is_ok() {});
             poster.send(&[7; 4000], &[]).unwrap();
@@ -251,7 +251,7 @@ fn the_last_words_arrive() {
     }
 }
 
-/// Nobody says anything: the devices do.
+/// A peer that sends no messages is alive as long as its device answers.
 #[test]
 fn a_peer_that_is_silent_is_alive() {
     if !crate::support::lab() {
@@ -261,11 +261,11 @@ fn a_peer_that_is_silent_is_alive() {
     let (heard, ears) = mpsc::channel();
     let ends = [source, destination].map(|mut end| {
         let (poster, heard) = (end.poster.clone(), heard.clone());
-        // The receiver lives on: whoever waits next still has a peer.
+        // Keep the end, so that the other one still has a peer.
         thread::spawn(move || heard.send((end.receive(), end)));
         poster
     });
-    // Longer than `Timeouts::peer`, so that each side has asked the other several times.
+    // Longer than `Timeouts::peer`, so that each side has probed the other several times.
     let early = ears.recv_timeout(Duration::from_secs(7));
     assert!(early.is_err(), "{:?}", early.map(|(message, _)| message));
     for poster in ends {

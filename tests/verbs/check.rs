@@ -1,7 +1,7 @@
 //! What `check` finds on a host with RDMA devices, and that its hints help.
 //!
-//! `scripts/lab/test` runs these where there is a device; elsewhere they say so and do nothing.
-//! Whoever needs a broken device makes one of its own.
+//! `scripts/lab/test` runs these where there is a device; elsewhere they are skipped. Tests that
+//! need a broken device create one.
 
 use std::{
     path::Path,
@@ -11,7 +11,7 @@ use std::{
 use crate::support::{Config, Guest, Helper, Host, Pair, Qmp, eventually, helper::BINARY};
 use serde_json::json;
 
-/// Another user, who has no CAP_IPC_LOCK, with a limit for a guest half as large as the one here.
+/// Command prefix: a user without CAP_IPC_LOCK, and a limit for half of this guest's memory.
 const NOBODY_WITH_64_MIB: [&str; 6] = [
     "prlimit",
     "--memlock=67108864",
@@ -21,7 +21,7 @@ const NOBODY_WITH_64_MIB: [&str; 6] = [
     "--clear-groups",
 ];
 
-/// The same with the limit that systems have by default.
+/// The same with the usual default limit.
 const NOBODY_WITH_8_MIB: [&str; 6] =
     ["prlimit", "--memlock=8388608", "setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"];
 
@@ -30,7 +30,7 @@ fn run(line: &str) {
     assert!(status.success(), "{line}");
 }
 
-/// The exit code and the text, with the hints on the lines of their findings.
+/// Return exit code and output, with the hints on the lines of their findings.
 #[track_caller]
 fn outcome(mut command: Command) -> (i32, String) {
     let Output { status, stdout, stderr } = command.output().unwrap();
@@ -46,23 +46,23 @@ fn check(arguments: &[&str]) -> (i32, String) {
     outcome(command)
 }
 
-/// The same with `before` done in a mount namespace of its own.
+/// Run `check` after `before`, in a mount namespace of its own.
 #[track_caller]
-fn check_behind(before: &str, arguments: &str) -> (i32, String) {
+fn check_after(before: &str, arguments: &str) -> (i32, String) {
     let line = format!("{before} && exec {BINARY} check {arguments}");
     let mut command = Command::new("unshare");
     command.args(["--mount", "sh", "-c", &line]);
     outcome(command)
 }
 
-/// The findings hold one line that begins and ends so.
+/// Assert that exactly one line begins and ends like this.
 #[track_caller]
 fn assert_line(text: &str, begin: &str, end: &str) {
     let is_it = |line: &&str| line.starts_with(begin) && line.ends_with(end);
     assert_eq!(text.lines().filter(is_it).count(), 1, "no line '{begin} … {end}' in:\n{text}");
 }
 
-/// A soft-RoCE device of the test's own, on an interface that is down and has no address.
+/// A soft-RoCE device for one test, on an interface that is down and has no address.
 struct Device {
     name: String,
     interface: String,
@@ -77,7 +77,7 @@ impl Device {
         device
     }
 
-    /// What the kernel's tools are told of the interface.
+    /// Run `ip` with these words, where DEV stands for the interface.
     fn ip(&self, words: &str) {
         run(&format!("ip {}", words.replace("DEV", &self.interface)));
     }
@@ -115,7 +115,7 @@ fn a_device_that_is_as_it_should_be() {
     assert_eq!(code, 0);
 }
 
-/// On the device that there is: InfiniBand's transport, or iWARP.
+/// `check` reports how the arrival of writes is proved, on InfiniBand's transport and on iWARP.
 #[test]
 fn how_arrival_is_proved() {
     if !crate::support::lab() {
@@ -152,7 +152,7 @@ fn a_link_that_is_down() {
     assert_line(&text, &format!("fail     {down}"), "");
     assert!(!text.contains("rxe0"), "only the device on the route is judged:\n{text}");
     assert_eq!(code, 1);
-    // Without an address another device is enough.
+    // Without an address another working device is enough.
     let (code, text) = check(&[]);
     assert_line(&text, &format!("warning  {down}"), "");
     assert_eq!(code, 0);
@@ -228,14 +228,14 @@ fn no_device_and_no_libraries() {
         return;
     }
     let hidden = "mount -t tmpfs none /sys/class/infiniband";
-    let (code, text) = check_behind(hidden, "");
+    let (code, text) = check_after(hidden, "");
     assert_line(
         &text,
         "warning  RDMA devices: none; migrations use the tcp fabric",
         "netdev DEVICE'",
     );
     assert_eq!(code, 0);
-    let (code, text) = check_behind(hidden, "--fabric verbs");
+    let (code, text) = check_after(hidden, "--fabric verbs");
     assert_line(
         &text,
         "fail     This host has no RDMA device HINT load its driver",
@@ -244,7 +244,7 @@ fn no_device_and_no_libraries() {
     assert_eq!(code, 1);
     let library = Path::new("/usr/lib/x86_64-linux-gnu/libibverbs.so.1").canonicalize().unwrap();
     let hidden = format!("mount --bind /dev/null {}", library.display());
-    let (code, text) = check_behind(&hidden, "");
+    let (code, text) = check_after(&hidden, "");
     assert_line(
         &text,
         "fail     This host can't do RDMA: ",
@@ -252,11 +252,11 @@ fn no_device_and_no_libraries() {
     );
     assert!(text.contains("libibverbs.so.1"), "{text}");
     assert_eq!(code, 1);
-    let (code, _) = check_behind(&hidden, "--fabric tcp");
+    let (code, _) = check_after(&hidden, "--fabric tcp");
     assert_eq!(code, 0);
 }
 
-/// A migration says the same.
+/// A migration to an address that no device leads to reports the same.
 #[test]
 fn addresses_that_no_device_leads_to() {
     if !crate::support::lab() {
@@ -286,7 +286,7 @@ fn config() -> Config {
     Config { mib: 96, guest, ..Config::default() }
 }
 
-/// What `check` says at the socket of a helper.
+/// Run `check` at the socket of a helper.
 #[track_caller]
 fn check_helper(host: &mut Host) -> (i32, String) {
     let socket = host.helper.socket.clone();
@@ -309,12 +309,12 @@ fn assert_limited(host: &mut Host, what: &str) {
     assert_eq!(code, 1);
 }
 
-/// What `check` hints at, for helpers that run.
+/// Raise the limit of a running helper, as `check` hints.
 fn raise_limit(helper: &Helper) {
     run(&format!("prlimit --pid {} --memlock=unlimited", helper.pid()));
 }
 
-/// A migration to a new destination that fails; why.
+/// Migrate to a new destination, and return why that failed.
 #[track_caller]
 fn failed_attempt(pair: &mut Pair, config: &Config, name: &str, pin_all: bool) -> String {
     pair.new_destination(config, name);
@@ -344,7 +344,7 @@ fn a_memlock_limit_below_the_guests_memory() {
     let error = failed_attempt(&mut pair, &config, "first", true);
     assert!(error.starts_with(words) && error.contains("raise the memlock limit"), "{error}");
 
-    // Where only the destination's is too low, the source is told.
+    // If only the destination's limit is too low, the source is told.
     raise_limit(&pair.source.helper);
     for (name, pin_all) in [("second", true), ("third", false)] {
         let error = failed_attempt(&mut pair, &config, name, pin_all);
@@ -363,7 +363,7 @@ fn a_memlock_limit_below_the_guests_memory() {
     pair.verify();
 }
 
-/// Not even messages could be received: neither side begins.
+/// A memlock limit below the message buffers is refused before either side begins.
 #[test]
 fn a_memlock_limit_below_the_messages_buffers() {
     if !crate::support::lab() {

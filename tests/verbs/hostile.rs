@@ -1,5 +1,5 @@
-//! Peers on an RDMA device that break version 1 of the protocol, in both roles: messages are literal
-//! bytes, only their transport is the project's. Run by `scripts/lab/test`.
+//! Peers on an RDMA device that break version 1 of the protocol, in both roles. Messages are
+//! literal bytes; only their transport is the project's. Run by `scripts/lab/test`.
 
 use std::{sync::Arc, thread, time::Duration};
 
@@ -42,7 +42,7 @@ fn message_of_length(kind: u32, repeat: u32, length: u32, payload: &[u8]) -> Vec
     header.chain(payload.iter().copied()).collect()
 }
 
-/// A peer that a test plays.
+/// A peer played by the test.
 struct Peer {
     poster: Arc<dyn SendHalf>,
     receiver: Box<dyn RecvHalf>,
@@ -61,11 +61,11 @@ impl Peer {
     }
 
     fn send(&self, bytes: &[u8]) {
-        // The other side may have ended it already.
+        // The helper may have closed the connection already.
         let _ = self.poster.send(bytes, &[]);
     }
 
-    /// The next message, of which the type is returned, and the payload.
+    /// Receive a message. Return its type and payload.
     fn next(&mut self) -> Option<(u32, Vec<u8>)> {
         let mut bytes = Vec::new();
         self.receiver.receive(&mut bytes).ok()?;
@@ -73,7 +73,7 @@ impl Peer {
         Some((kind, bytes[16..].to_vec()))
     }
 
-    /// Wait for the end; was there an ERROR?
+    /// Receive until the end. Return whether there was an ERROR.
     fn last_words(mut self) -> bool {
         let mut error = false;
         while let Some((kind, _)) = self.next() {
@@ -92,7 +92,7 @@ fn u64s(words: &[u64]) -> Vec<u8> {
     words.iter().flat_map(|word| word.to_be_bytes()).collect()
 }
 
-/// The stream up to the first HOOK, with these blocks.
+/// Return the stream up to the first HOOK, with these blocks.
 fn head(blocks: &[(String, u64)]) -> Vec<u8> {
     let mut bytes =
         b"QEVM\0\0\0\x03\x07\0\0\0\x02pc\x01\0\0\0\x02\x03ram\0\0\0\0\0\0\0\x04".to_vec();
@@ -107,8 +107,7 @@ fn head(blocks: &[(String, u64)]) -> Vec<u8> {
     bytes
 }
 
-/// A source that breaks the protocol behind its block list: the helper says why, QEMU ends, and
-/// nothing else happens.
+/// Play a source that breaks the protocol, and assert that the helper logs why and QEMU exits.
 fn source(word: &str, private_data: &[u8], play: impl FnOnce(&mut Peer, &[(String, u64)])) {
     let dir = tempfile::tempdir().unwrap();
     let mut host = Host::start(&dir, "destination", &config().incoming());
@@ -135,8 +134,8 @@ fn source(word: &str, private_data: &[u8], play: impl FnOnce(&mut Peer, &[(Strin
     eventually("QEMU's end", || host.qemu.child.try_wait().unwrap());
 }
 
-/// Send the head of a stream, and what follows it.
-fn behind_the_head(bytes: Vec<u8>) -> impl FnOnce(&mut Peer, &[(String, u64)]) {
+/// Return a play that sends the head of a stream, and then `bytes`.
+fn after_the_head(bytes: Vec<u8>) -> impl FnOnce(&mut Peer, &[(String, u64)]) {
     move |peer, blocks| {
         peer.send(&message(QEMU_FILE, 0, &head(blocks)));
         assert_eq!(peer.next().unwrap().0, READY);
@@ -173,7 +172,7 @@ fn sources_that_break_the_protocol() {
         ("did not say why", message(ERROR, 1, &[])),
     ];
     for (word, bytes) in cases {
-        source(word, STOCK, behind_the_head(bytes));
+        source(word, STOCK, after_the_head(bytes));
     }
     source("no QEMU migration stream", STOCK, |peer, _| {
         peer.send(&message(QEMU_FILE, 0, &[0x55; 1000]));
@@ -188,8 +187,8 @@ fn sources_that_break_the_protocol() {
     });
 }
 
-/// More peers than may be pending, stock and helpers, that are let in and fall silent: the source is
-/// served, as over tcp (`tests/failure/strangers.rs`).
+/// Silent peers, stock or helpers, do not keep the source out, even if more than may be pending.
+/// Over tcp: `tests/failure/strangers.rs`.
 #[test]
 fn silent_peers_do_not_keep_the_source_out() {
     if !crate::support::lab() {
@@ -207,7 +206,7 @@ fn silent_peers_do_not_keep_the_source_out() {
     }
 }
 
-/// Where the device itself says no: beyond what was let in, and behind a wrong key.
+/// The device refuses writes outside the registered memory or with a wrong key.
 #[test]
 fn writes_outside_what_was_let_in() {
     if !crate::support::lab() {
@@ -236,13 +235,13 @@ fn writes_outside_what_was_let_in() {
     }
 }
 
-/// The guest may run once the last RAM section is over: keys that were good are good no more.
+/// After the last RAM section, when the guest may run, keys are no longer valid.
 #[test]
-fn writes_behind_the_last_ram_section() {
+fn writes_after_the_last_ram_section() {
     if !crate::support::lab() {
         return;
     }
-    // QEMU may be gone before the connection is.
+    // QEMU may exit before the connection ends.
     source("migration failed", PIN_ALL, |peer, blocks| {
         let said = |peer: &mut Peer, bytes: &[u8]| {
             peer.send(bytes);
@@ -272,7 +271,7 @@ fn writes_behind_the_last_ram_section() {
     });
 }
 
-/// Destinations that break the protocol: the guest runs on at the source.
+/// A destination that breaks the protocol fails the migration, and the guest keeps running.
 #[test]
 fn destinations_that_break_the_protocol() {
     if !crate::support::lab() {
@@ -294,7 +293,7 @@ fn destinations_that_break_the_protocol() {
         ("without READY", Box::new(|peer| peer.send(&message(COMPRESS, 1, &[0; 24])))),
         ("without READY", Box::new(|peer| peer.send(&message(QEMU_FILE, 0, b"surprise")))),
         ("did not say why", Box::new(|peer| peer.send(&message(ERROR, 1, &[])))),
-        ("no multiple of 32", {
+        ("not a multiple of 32", {
             Box::new(|peer| {
                 requested(peer);
                 peer.send(&message(RAM_BLOCKS_RESULT, 1, &[0; 33]));
@@ -315,7 +314,7 @@ fn destinations_that_break_the_protocol() {
         ("at the destination", entries(|_, length| [4096, 0, length + 4096, 0])),
         ("' at 0xffff", entries(|_, length| [4096, u64::MAX, length, 0])),
         ("named a key", entries(|_, length| [4096, 0, length, 0x77 << 32])),
-        // A key that opens nothing.
+        // A key that permits nothing.
         ("does not let its memory be written", entries(|_, length| [4096, 0, length, 0x77 << 32])),
     ];
     let mut pair = Pair::start(&config());
@@ -328,7 +327,7 @@ fn destinations_that_break_the_protocol() {
             let mut peer = Peer::new(connection);
             play(&mut peer);
             if word != "closed" {
-                // READY for whatever comes.
+                // Answer everything with READY.
                 loop {
                     peer.send(&message(READY, 1, &[]));
                     if peer.next().is_none() {
@@ -350,7 +349,7 @@ fn destinations_that_break_the_protocol() {
     pair.verify();
 }
 
-/// Take messages until RAM_BLOCKS_REQUEST; the lengths of the blocks in the stream.
+/// Receive up to RAM_BLOCKS_REQUEST. Return the lengths of the blocks in the stream.
 fn requested(peer: &mut Peer) -> Vec<u64> {
     let mut stream = Vec::new();
     loop {

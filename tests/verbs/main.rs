@@ -1,5 +1,5 @@
-//! Migrations over verbs, and `check`. They need an RDMA device: `scripts/lab/test` runs them in a machine that
-//! has one. Elsewhere they say so and do nothing.
+//! Migrations over verbs, and `check`. They need an RDMA device: `scripts/lab/test` runs them in a
+//! machine that has one. Elsewhere they are skipped.
 
 #[path = "../support/mod.rs"]
 mod support;

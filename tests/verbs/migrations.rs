@@ -1,7 +1,7 @@
 //! Migrations over real verbs: between helpers, and with a stock QEMU at either end.
 //!
 //! They need an RDMA device: `scripts/lab/test` runs them in a machine that has one. Elsewhere they
-//! say so and do nothing.
+//! are skipped.
 
 use std::{fs::File, os::unix::fs::FileExt as _};
 
@@ -17,7 +17,7 @@ use serde_json::json;
 /// With and without `rdma-pin-all` and `return-path`.
 const CASES: [(bool, bool); 4] = [(false, false), (false, true), (true, false), (true, true)];
 
-/// The machine is slow: small, and busy enough.
+/// Small because the machine is slow, but busy enough.
 fn config() -> Config {
     let guest = Guest::Dirty { fill: 40, hot: 4, spin: 3000 };
     Config { mib: 96, guest, ..Config::default() }
@@ -80,7 +80,7 @@ fn from_stock_qemu_to_helper() {
     }
 }
 
-/// Migrate, where one end may be a stock QEMU's own RDMA.
+/// Migrate, with QEMU's own RDMA at the end that `stock` names, if any.
 fn migrate_beside_stock(pair: &mut Pair, stock: Option<&str>) {
     let uri = format!("rdma:{}:{}", crate::support::address(), free_port());
     let arguments = json!({ "uri": uri });
@@ -98,7 +98,7 @@ fn migrate_beside_stock(pair: &mut Pair, stock: Option<&str>) {
     pair.verify();
 }
 
-/// QEMU 7.2 takes a return path over RDMA only with postcopy.
+/// QEMU 7.2 migrates too, without a return path: over RDMA it has one only with postcopy.
 #[test]
 fn with_qemu_7_2_at_both_ends() {
     if !crate::support::lab() {
@@ -112,8 +112,8 @@ fn with_qemu_7_2_at_both_ends() {
     }
 }
 
-/// Since 11.1 a stock QEMU registers memory by chunks of a size that is not said on the wire: the helper
-/// goes by what its own QEMU was told. Two helpers need not be told the same.
+/// Since 11.1 stock QEMU registers chunks whose size is not on the wire, so the helper uses its own
+/// QEMU's setting. Two helpers may differ.
 #[test]
 fn with_chunks_of_each_size_of_qemu_11_1() {
     if !crate::support::lab() {
@@ -139,7 +139,7 @@ fn with_chunks_of_each_size_of_qemu_11_1() {
     }
 }
 
-/// A chunk is registered as a whole, also where it is larger than all that may be pinned.
+/// A chunk is registered as a whole, so one that exceeds `--pin-limit` is refused with a hint.
 #[test]
 fn a_chunk_beyond_the_pin_limit_is_refused_with_a_hint() {
     if !crate::support::lab() {
@@ -165,7 +165,7 @@ fn a_chunk_beyond_the_pin_limit_is_refused_with_a_hint() {
     eventually("the guest to run", || (source.qemu.status() == "running").then_some(()));
 }
 
-/// Registering gives holes memory, so that is bounded by what is written around them.
+/// Registering allocates holes, but only around what is written, so most of them stay.
 #[test]
 fn most_of_the_memory_that_was_never_touched_stays_a_hole() {
     if !crate::support::lab() {
@@ -178,7 +178,7 @@ fn most_of_the_memory_that_was_never_touched_stays_a_hole() {
     assert!(allocated < 100 << 20, "{} MiB are allocated at the destination", allocated >> 20);
 }
 
-/// Memory that the guest does not use, taken away and given back as a balloon does it.
+/// Memory that the guest does not use, discarded and given back as by a balloon.
 struct Taken {
     file: File,
     at: u64,
@@ -194,7 +194,7 @@ impl Taken {
         Self { file, at }
     }
 
-    /// Other pages are in its place then, with other content.
+    /// Replace the pages by others, with other content.
     fn give_back(&self) {
         let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         fallocate(&self.file, punch, self.at, Self::SIZE as u64).unwrap();
@@ -202,8 +202,8 @@ impl Taken {
     }
 }
 
-/// What a balloon gives back may come back as another page: nothing of it stays registered. QEMU's
-/// first pass is far from the pages that are replaced here.
+/// Pages that a balloon discards may come back as others, so they are copied instead of registered.
+/// QEMU's first pass is far from the pages that are replaced here.
 #[test]
 fn with_a_balloon() {
     if !crate::support::lab() {
@@ -231,8 +231,7 @@ fn with_a_balloon() {
     }
 }
 
-/// The device's memory is copied and the rest is not: what it has not plugged stays a hole, where
-/// registering it would have given it pages.
+/// Only the virtio-mem device's memory is copied: registering would allocate what is not plugged.
 #[test]
 fn with_virtio_mem() {
     if !crate::support::lab() {
@@ -255,7 +254,7 @@ fn with_virtio_mem() {
     pair.verify();
 }
 
-/// A source whose memory can't be reached: what is written is its stream.
+/// A source's private memory is written from its stream.
 #[test]
 fn private_memory_to_shared() {
     if !crate::support::lab() {
@@ -273,7 +272,7 @@ fn private_memory_to_shared() {
     }
 }
 
-/// A stock destination lets all of its memory be written.
+/// A stock destination allows writes to all of its memory, so private memory is copied to it too.
 #[test]
 fn private_memory_to_stock_qemu() {
     if !crate::support::lab() {
@@ -294,7 +293,7 @@ fn private_memory_to_stock_qemu() {
     }
 }
 
-/// The guest runs at the source, a second migration to a new destination succeeds.
+/// Assert that the guest runs at the source and migrates to a new destination.
 fn migrates_after_all(mut pair: Pair) {
     eventually("the guest to run", || (pair.source.qemu.status() == "running").then_some(()));
     pair.source.qemu.assert_goes_on();
@@ -306,7 +305,7 @@ fn migrates_after_all(mut pair: Pair) {
     pair.verify();
 }
 
-/// Start a migration to `uri`, slowly, and wait until RAM has moved.
+/// Start a slow migration to `uri`, and wait until RAM has moved.
 fn in_mid_transfer(pair: &mut Pair, uri: &str) {
     let limit = json!({ "max-bandwidth": 4 << 20 });
     pair.source.client.run("migrate-set-parameters", limit);

@@ -1,7 +1,7 @@
-//! What `attach` can be told about RDMA: `--connections` and `--pin-limit`.
+//! The RDMA options of `attach`: `--connections` and `--pin-limit`.
 //!
 //! They need an RDMA device: `scripts/lab/test` runs them in a machine that has one. Elsewhere they
-//! say so and do nothing.
+//! are skipped.
 
 use crate::support::{Config, Guest, Host, Pair, eventually, free_port, helper};
 use serde_json::{Value, json};
@@ -23,7 +23,7 @@ fn pair(source: &[&str], destination: &[&str]) -> Pair {
     pair
 }
 
-/// Migrate to `uri`; returns the last figures, and what the workers had pinned at the most.
+/// Migrate to `uri`. Return the last figures, and the most that a worker had pinned.
 fn migrate(pair: &mut Pair, uri: &str) -> (Value, u64) {
     pair.source.client.run("migrate-set-parameters", json!({ "max-bandwidth": 1_u64 << 32 }));
     pair.source.client.run("migrate", json!({ "uri": uri }));
@@ -38,7 +38,7 @@ fn migrate(pair: &mut Pair, uri: &str) -> (Value, u64) {
             _ => {}
         }
     }
-    // The last one comes when the worker has said that it is done.
+    // The last event arrives when the worker has reported its end.
     let last = |data: &Value| data["remaining"] == 0;
     let event = pair.source.client.await_event("RDMA_MIGRATION_THROUGHPUT", last);
     (event["data"].clone(), pinned)
@@ -59,7 +59,7 @@ fn with_several_queue_pairs() {
     }
 }
 
-/// 40 MiB and more are written through 16.
+/// 40 MiB and more migrate with 16 MiB pinned.
 #[test]
 fn with_a_pin_limit() {
     if !crate::support::lab() {
@@ -83,7 +83,7 @@ fn with_a_pin_limit() {
     pair.verify();
 }
 
-/// All of the guest's RAM has to fit into the limit; it is refused at either end.
+/// `rdma-pin-all` is refused at either end if the guest's RAM exceeds `--pin-limit`.
 #[test]
 fn pin_all_beyond_the_pin_limit() {
     if !crate::support::lab() {
@@ -104,7 +104,8 @@ fn pin_all_beyond_the_pin_limit() {
     }
 }
 
-/// A stock source releases nothing: it is told, and its guest runs on.
+/// A stock source never unregisters memory, so a small `--pin-limit` fails its migration with a
+/// hint.
 #[test]
 fn a_stock_source_beyond_the_pin_limit() {
     if !crate::support::lab() {

@@ -1,4 +1,4 @@
-//! `run` over RDMA: the relay and its workers have given up what they don't need.
+//! `run` over RDMA: relay and workers have dropped the privileges that they don't need.
 
 use crate::support::{Config, Memory, wrapped::WrappedPair};
 use serde_json::json;

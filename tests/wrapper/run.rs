@@ -1,4 +1,4 @@
-//! `run`: QEMU with a relay before its monitors, as management starts it.
+//! `run`: QEMU with a relay in front of its monitors, started as management does.
 
 use std::{
     fs::{self, File},
@@ -25,17 +25,17 @@ use command_fds::{CommandFdExt as _, FdMapping};
 use rustix::process::Signal;
 use serde_json::json;
 
-/// A guest in the machine's own, private memory.
+/// A guest in the machine's default memory, which is private.
 fn private() -> Config {
     Config { memory: Memory::Private, mib: 64, ..Config::default() }
 }
 
-/// A QEMU that is only talked to.
+/// A paused QEMU, for tests of its monitor.
 fn paused() -> Config {
     Config { paused: true, ..private() }
 }
 
-/// `run` with these arguments of QEMU's, in a few MiB.
+/// Return a `run` command with these QEMU arguments, and 8 MiB of RAM.
 fn run(arguments: &str) -> Command {
     let mut command = Command::new(BINARY);
     command.args(["run", "--fabric", "tcp", "--"]).arg(cache("bin/qemu-10.0"));
@@ -64,7 +64,7 @@ fn private_memory_of_each_version_becomes_shared_and_migrates() {
     }
 }
 
-/// The same, without the helper's memory; and memory that the user has shared.
+/// With `--keep-backends` memory is shared or private as the user configured it, and migrates.
 #[test]
 fn backends_are_kept_if_that_is_asked_for() {
     const KEEP: &[&str] = &[BINARY, "run", "--keep-backends", "--fabric", "tcp", "--"];
@@ -114,7 +114,7 @@ fn huge_pages_are_kept() {
     let block = &info["blocks"][0];
     assert_eq!(block["page-size"], 2 << 20, "{info}");
     assert_eq!(block["transfer-mode"], "direct");
-    // Its older name.
+    // The older name and value.
     assert_eq!(block["travel"], "mapped");
     pair.migrate();
 }
@@ -137,7 +137,7 @@ fn process_tree_and_end_are_qemus() {
         let line = status.lines().find(|line| line.starts_with(name)).unwrap();
         line.split_whitespace().nth(1).unwrap().to_owned()
     };
-    // CAP_IPC_LOCK, CAP_SYS_PTRACE and CAP_SYS_RESOURCE, as far as they were there.
+    // CAP_IPC_LOCK, CAP_SYS_PTRACE and CAP_SYS_RESOURCE, if they were there.
     let kept = 1 << 14 | 1 << 19 | 1 << 24;
     assert_eq!(u64::from_str_radix(&field("CapPrm:"), 16).unwrap() & !kept, 0);
     assert_eq!((field("NoNewPrivs:"), field("Seccomp:")), ("1".into(), "2".into()));
@@ -145,7 +145,7 @@ fn process_tree_and_end_are_qemus() {
     assert!(wrapped.qemu.child.wait().unwrap().success());
     eventually("the relay's end", || has_ended(wrapped.relay).then_some(()));
     assert!(!wrapped.qemu.helper_socket().exists());
-    // Whatever ends QEMU is what its parent sees.
+    // QEMU's parent sees the signal that ended QEMU.
     for signal in [Signal::KILL, Signal::ABORT] {
         let mut wrapped = Wrapped::start(&dir, "killed", &paused());
         signal_process(wrapped.qemu.pid(), signal);
@@ -163,7 +163,7 @@ fn process_tree_and_end_are_qemus() {
     eventually("the socket to go", || (!socket.exists()).then_some(()));
 }
 
-/// A manager that starts its guest again does not wait for the end of the relay before.
+/// A manager may start its guest again before the previous relay has ended.
 #[test]
 fn a_path_may_be_used_again_at_once() {
     let dir = tempfile::tempdir().unwrap();
@@ -175,7 +175,7 @@ fn a_path_may_be_used_again_at_once() {
     let first = start();
     let mut client = Qmp::connect(&socket);
     let relay = relay_of(first.id()).unwrap();
-    // It does not read what it asks for, so that the relay ends late.
+    // Leave the replies unread, so that the relay ends late.
     for _ in 0..30 {
         client.send(b"{\"execute\": \"query-qmp-schema\"}\n");
     }
@@ -186,7 +186,7 @@ fn a_path_may_be_used_again_at_once() {
     eventually("replies that nobody reads", || replies().then_some(()));
     drop(first);
     let second = start();
-    // Before it knows that its QEMU is gone, the first relay takes a connection; it greets nobody.
+    // Until it knows that its QEMU is gone, the first relay accepts connections, but greets nobody.
     eventually("the second's greeting", || {
         UnixStream::connect(&socket).ok()?.read_exact(&mut [0]).ok()
     });
@@ -197,7 +197,7 @@ fn a_path_may_be_used_again_at_once() {
     drop(second);
 }
 
-/// A manager's descriptors, as libvirt hands them over: a listening monitor, and others.
+/// Descriptors passed as by libvirt keep their numbers: a listening monitor, and others.
 #[test]
 fn descriptors_keep_their_numbers() {
     let dir = tempfile::tempdir().unwrap();
@@ -213,7 +213,7 @@ fn descriptors_keep_their_numbers() {
     let child = Process::new(command.fd_mappings(mappings).unwrap().spawn().unwrap());
     drop(command);
     for _ in 0..2 {
-        // One after the other, as a manager that is restarted.
+        // One after the other, like a restarted manager.
         let mut client = Qmp::connect(&path);
         let sets = client.run("query-fdsets", json!({}));
         assert_eq!(sets[0]["fds"][0]["opaque"], "kept", "{sets}");
@@ -227,14 +227,14 @@ fn descriptors_keep_their_numbers() {
     assert!(files(relay).contains(&listening));
 }
 
-/// What a process has open.
+/// Return the paths of a process's open files.
 fn files(pid: u32) -> Vec<String> {
     let fds = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
     let paths = fds.filter_map(|fd| fs::read_link(fd.path()).ok());
     paths.map(|path| path.display().to_string()).collect()
 }
 
-/// The name of a listening socket among a process's descriptors.
+/// Return the name of a listening socket among a process's descriptors.
 fn listening(path: &Path) -> Option<String> {
     let sockets = fs::read_to_string("/proc/net/unix").unwrap();
     let path = path.display().to_string();
@@ -258,12 +258,12 @@ fn qemu_connects_to_its_manager() {
     for _ in 0..2 {
         Qmp::accept(&manager).run("query-rdma-helper", json!({}));
     }
-    // QEMU does not start without a manager that it was to connect to.
+    // QEMU does not start if it can't connect to its manager.
     let nobody = run(&format!("-S -qmp unix:{}/nobody", dir.path().display())).output().unwrap();
     assert_eq!(nobody.status.code(), Some(1), "{nobody:?}");
 }
 
-/// `wait=on`, which is the default: QEMU starts when a client is there.
+/// With `wait=on`, the default, QEMU starts when a client has connected.
 #[test]
 fn qemu_waits_for_its_manager() {
     let dir = tempfile::tempdir().unwrap();
@@ -285,7 +285,7 @@ fn nothing_stays_of_a_qemu_that_nobody_waited_for() {
     let child = run(&format!("-S -qmp unix:{},server", path.display())).spawn().unwrap();
     let child = Process::new(child);
     let socket = eventually("the socket", || listening(&path));
-    // It has its order when it has the socket.
+    // A relay that has the socket has received its order.
     let relay = eventually("the relay", || {
         relays().into_iter().find(|relay| files(*relay).contains(&socket))
     });
@@ -294,7 +294,7 @@ fn nothing_stays_of_a_qemu_that_nobody_waited_for() {
     assert!(!path.exists());
 }
 
-/// What only asks QEMU for something gets QEMU's answer, from QEMU.
+/// A command line that only queries QEMU gets QEMU's own answer.
 #[test]
 fn probes_are_left_alone() {
     let dir = tempfile::tempdir().unwrap();
@@ -315,7 +315,7 @@ fn probes_are_left_alone() {
     ))
     .output()
     .unwrap();
-    // The socket is there when the command has ended.
+    // The socket exists when the command has ended.
     assert!(probe.status.success(), "{probe:?}");
     let pid: u32 = fs::read_to_string(&pidfile).unwrap().trim().parse().unwrap();
     let mut client = Qmp::connect(&socket);
@@ -337,7 +337,7 @@ fn a_guest_may_go_to_the_background() {
         socket.display(),
         pidfile.display()
     );
-    // Its starter reads what it says, to the end.
+    // This reads QEMU's output to the end.
     let output = run(&arguments).output().unwrap();
     assert!(output.status.success(), "{output:?}");
     let pid: u32 = fs::read_to_string(&pidfile).unwrap().trim().parse().unwrap();
@@ -349,7 +349,7 @@ fn a_guest_may_go_to_the_background() {
     eventually("the relay's end", || has_ended(relay).then_some(()));
 }
 
-/// Signals are QEMU's own business, also those that it inherits ignored.
+/// Signals are left to QEMU, also those that it inherits ignored.
 #[test]
 fn children_may_be_ignored() {
     let dir = tempfile::tempdir().unwrap();
@@ -365,7 +365,7 @@ fn children_may_be_ignored() {
     client.fails_to_migrate("rdma:127.0.0.1:1");
 }
 
-/// What describes the guest's RAM elsewhere than on the command line stays QEMU's.
+/// RAM that is not described by `-m` or a backend on the command line stays QEMU's.
 #[test]
 fn memory_of_a_configuration_file_is_left_alone() {
     let dir = tempfile::tempdir().unwrap();
@@ -387,7 +387,7 @@ fn memory_of_a_configuration_file_is_left_alone() {
     }
 }
 
-/// A backend that was a file's has a block of the same name, and its file stays as it was.
+/// A file backend keeps its RAM block's name, and its file is not written.
 #[test]
 fn files_of_backends_stay_what_they_are() {
     let dir = tempfile::tempdir().unwrap();
@@ -412,7 +412,7 @@ fn files_of_backends_stay_what_they_are() {
     assert_eq!(fs::metadata(dir.path().join("ram")).unwrap().blocks(), 0);
 }
 
-/// The name of a QEMU is enough.
+/// A link to the helper that is named after a QEMU works as an emulator.
 #[test]
 fn a_link_is_an_emulator() {
     let dir = tempfile::tempdir().unwrap();
@@ -450,7 +450,7 @@ fn a_link_is_an_emulator() {
     assert!(text(&nothing.stderr).contains("No QEMU named qemu-system-nothing"), "{nothing:?}");
 }
 
-/// One of a package and one of one's own, each with its links.
+/// Two copies of the helper, each with its links, both find QEMU.
 #[test]
 fn two_copies_of_the_helper_find_qemu() {
     let dir = tempfile::tempdir().unwrap();
@@ -464,7 +464,7 @@ fn two_copies_of_the_helper_find_qemu() {
     }
     let path = format!("{}:{}:/usr/bin:/bin", copies[0].display(), copies[1].display());
     for link in ["qemu-system-x86_64", "qemu-system-x86_64-rdma"] {
-        // A helper that finds its copy would never end.
+        // Helpers that find each other would never end.
         let version = Command::new("timeout")
             .arg("20")
             .args([copies[0].join(link), "--version".into()])
@@ -483,7 +483,7 @@ fn incoming_rdma_on_the_command_line() {
     let mut destination = Wrapped::start(&dir, "destination", &incoming);
     let mut source = Wrapped::start(&dir, "source", &private());
     source.qemu.await_guest();
-    // It listens since its monitor is there.
+    // The destination listens as soon as its monitor exists.
     source.client.run("migrate", json!({ "uri": uri }));
     let end = source.await_status(&["completed", "failed"]);
     assert_eq!(end["status"], "completed", "{end}");
@@ -491,13 +491,13 @@ fn incoming_rdma_on_the_command_line() {
     assert!(differences.is_empty(), "RAM differs: {differences:#?}");
     destination.client.run("cont", json!({}));
     destination.qemu.assert_goes_on();
-    // Where it can't listen, QEMU ends as it does by itself.
+    // If the helper can't listen, QEMU exits, as it does by itself.
     let nowhere = run("-incoming rdma:192.0.2.1:4444").output().unwrap();
     assert_eq!(nowhere.status.code(), Some(1), "{nowhere:?}");
     assert!(text(&nowhere.stderr).contains("192.0.2.1"), "{nowhere:?}");
 }
 
-/// A manager reads QEMU's messages at its leisure, or not at all.
+/// A relay keeps working if its messages are read by nobody, or can't be.
 #[test]
 fn nobody_has_to_read_its_messages() {
     let dir = tempfile::tempdir().unwrap();
@@ -505,7 +505,7 @@ fn nobody_has_to_read_its_messages() {
         let socket = dir.path().join(format!("qmp-{close}"));
         let (reader, writer) = std::io::pipe().unwrap();
         if !close {
-            // Full, and it stays so.
+            // The pipe is full and stays so.
             rustix::pipe::fcntl_setpipe_size(&writer, 4096).unwrap();
             (&writer).write_all(&[b'\n'; 4096]).unwrap();
         }
@@ -517,7 +517,7 @@ fn nobody_has_to_read_its_messages() {
         reader.take_if(|_| close);
         let mut client = Qmp::connect(&socket);
         for _ in 0..200 {
-            // Each of these says something.
+            // Each of these logs something.
             client.fails_to_migrate("rdma:127.0.0.1:1");
         }
         assert!(!has_ended(relay_of(child.id()).unwrap()));
@@ -526,7 +526,7 @@ fn nobody_has_to_read_its_messages() {
     }
 }
 
-/// What QEMU is told by one monitor shows at the other, and ours at both.
+/// A migration that one monitor starts, and the helper's events, show at the other.
 #[test]
 fn two_monitors_see_one_migration() {
     let mut pair = WrappedPair::start(&private());
@@ -540,8 +540,8 @@ fn two_monitors_see_one_migration() {
     assert_eq!(seen["ram"]["transferred"], end["ram"]["transferred"]);
 }
 
-/// From 11.1 on monitors are objects, and may come and go. Those of the command line are the helper's;
-/// of all others it is said that they are not.
+/// From 11.1 on monitors are objects that may come and go. The helper serves QMP monitors of the
+/// command line, and logs which others it does not serve.
 #[test]
 fn monitors_that_are_objects() {
     let dir = tempfile::tempdir().unwrap();
@@ -585,7 +585,7 @@ fn monitors_that_are_objects() {
     assert!(differences.is_empty(), "RAM differs: {differences:#?}");
 }
 
-/// A client may come, go, die in the midst of a command and talk nonsense; QEMU may die too.
+/// Clients that break off, send junk or do not read harm neither the relay nor a migration.
 #[test]
 fn hostile_clients_harm_nobody() {
     let mut pair = WrappedPair::start(&private());
@@ -610,7 +610,7 @@ fn hostile_clients_harm_nobody() {
         client.write_all(b"{\"execute\": \"qmp_capabilities\"}\n").unwrap();
         client.write_all(nonsense).unwrap();
     }
-    // Commands without end, and nobody who reads their replies.
+    // Endless commands, and nobody reads the replies.
     let mut lazy = eventually("the socket", || UnixStream::connect(&socket).ok());
     lazy.set_write_timeout(Some(std::time::Duration::from_millis(300))).unwrap();
     lazy.write_all(b"{\"execute\": \"qmp_capabilities\"}\n").unwrap();
@@ -624,7 +624,7 @@ fn hostile_clients_harm_nobody() {
     assert!(!has_ended(pair.source.relay));
 }
 
-/// The other side may be hostile as well.
+/// A hostile QEMU does not harm the relay either.
 #[test]
 fn a_hostile_qemu_harms_nobody() {
     let dir = tempfile::tempdir().unwrap();

@@ -21,20 +21,20 @@ use crate::cli::{client::Client, settings::CONNECTIONS};
 
 /// A helper that serves the socket.
 pub struct Helper {
-    /// Its process.
+    /// Its PID.
     pub pid: u32,
-    /// What carries its migrations.
+    /// Fabric of its migrations.
     pub fabric: FabricChoice,
     /// Connections, or queue pairs, that carry RAM.
     pub connections: u16,
     /// Bytes of guest RAM that may be pinned at a time.
     pin_limit: Option<u64>,
-    /// Its QEMU's process.
+    /// PID of its QEMU.
     qemu: Option<u32>,
 }
 
 impl Helper {
-    /// A helper knows its QEMU's process; asked at QEMU's own socket the command is unknown.
+    /// Query the helper, which knows its QEMU's PID. On QEMU's own socket the command is unknown.
     async fn ask(client: &mut Client) -> Option<Self> {
         let info = client.execute("query-rdma-helper", Value::Null).await.ok()?;
         let connections = info["connections"].as_u64().and_then(|count| count.try_into().ok());
@@ -48,11 +48,11 @@ impl Helper {
     }
 }
 
-/// The QEMU at the socket, or behind the helper there.
+/// The QEMU at the socket, or at the helper that serves it.
 pub struct Attached {
-    /// Which it is.
+    /// Names the QEMU.
     pub heading: String,
-    /// What was found of it.
+    /// Findings about it.
     pub findings: Vec<Finding>,
     /// `None` if its RAM blocks are not known.
     pub guest: Option<Guest>,
@@ -61,8 +61,8 @@ pub struct Attached {
 }
 
 impl Attached {
-    /// Look at the QEMU at `path`, whose process is `pid`, if that is not known otherwise; its
-    /// migrations are carried by `asked`, if that is not the helper's choice.
+    /// Inspect the QEMU at `path`. Its PID is `pid`, or else what is known of it; its migrations
+    /// use the fabric `asked` for, or else the helper's.
     pub async fn look(
         path: &Path,
         pid: Option<u32>,
@@ -93,7 +93,7 @@ fn warning(Blocker { reason, hint }: Blocker) -> Finding {
     Finding::warning(reason, hint)
 }
 
-/// How each block transfers, and what would stop a migration.
+/// Describe how each block transfers, and find what would stop a migration.
 async fn judge(
     client: &mut Client,
     blocks: &[RamBlock],
@@ -107,7 +107,7 @@ async fn judge(
     Ok(findings)
 }
 
-/// How a block transfers.
+/// Describe how a block transfers.
 fn describe(block: &RamBlock, fabric: FabricKind) -> Finding {
     let (transfer, why) = block.transfer(fabric);
     let path = block.backing.as_ref().map(|backing| backing.path.as_str());
@@ -119,8 +119,8 @@ fn describe(block: &RamBlock, fabric: FabricKind) -> Finding {
     Finding::good(format!("RAM block '{}', {} KiB: {how}", block.name, block.length >> 10))
 }
 
-/// What matters of the guest to a device: it reads what is mapped where the guest leaves, and writes
-/// all that has a file where it arrives.
+/// Return what a device must know of the guest: at the source the device reads direct blocks, at
+/// the destination it writes all blocks that have a file.
 async fn guest(
     client: &mut Client,
     blocks: &[RamBlock],

@@ -1,4 +1,4 @@
-//! Connecting to a peer, once or several times.
+//! Connects to a peer, by one connection or several.
 
 use std::{
     io,
@@ -53,13 +53,14 @@ impl Fabric for Tcp {
     }
 }
 
-/// Send a greeting and receive the peer's.
+/// Exchange hellos with the peer.
 fn greet(stream: &TcpStream, private_data: &[u8], patience: &mut Patience) -> io::Result<Vec<u8>> {
     frame::write_hello(stream, private_data)?;
     frame::read_hello(stream, patience)
 }
 
-/// Connect in what is left. A process that was stopped meanwhile has not waited: it tries again.
+/// Connect in the time that is left. Time during which this process was stopped does not count: it
+/// tries again.
 fn connect_in(peer: SocketAddr, patience: &mut Patience) -> io::Result<TcpStream> {
     loop {
         let (begun, left) = (Instant::now(), patience.left());
@@ -77,7 +78,7 @@ fn connect_in(peer: SocketAddr, patience: &mut Patience) -> io::Result<TcpStream
     }
 }
 
-/// Connect once more to where the first connection leads.
+/// Make a further connection to the address of the first.
 fn connect_further(
     peer: SocketAddr,
     hello: &[u8],
@@ -88,7 +89,7 @@ fn connect_further(
     Ok(stream)
 }
 
-/// Connect to the first address of `address` that answers; says which.
+/// Connect to the first address of `address` that answers, and return which.
 fn connect_any(address: &Address, patience: &mut Patience) -> Result<(TcpStream, SocketAddr)> {
     let mut last = io::Error::from(io::ErrorKind::TimedOut);
     for candidate in resolve(address)? {

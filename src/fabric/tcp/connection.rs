@@ -1,4 +1,4 @@
-//! A link before its halves go to their threads.
+//! A link before it is split into halves.
 
 use std::{io, iter, net::TcpStream, sync::Arc, time::Duration};
 
@@ -10,7 +10,6 @@ use super::{
 };
 use crate::fabric::{Connection, FabricError, Handle, RecvHalf, Result, SendHalf};
 
-/// A link before its halves go to their threads.
 pub(super) struct TcpConnection {
     shared: Arc<Shared>,
     first: Incoming,
@@ -18,7 +17,7 @@ pub(super) struct TcpConnection {
 }
 
 impl TcpConnection {
-    /// One over `first`, and over `others` too.
+    /// Create a link over `first` and `others`.
     pub(super) fn new(
         first: TcpStream,
         others: Vec<TcpStream>,

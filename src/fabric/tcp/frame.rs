@@ -1,4 +1,4 @@
-//! Frames: header layout and the greeting.
+//! Frame headers and the hello exchange.
 
 use std::{
     io::{
@@ -16,10 +16,10 @@ use zerocopy::{
 
 use crate::{fabric::PRIVATE_DATA_MAX, patience::Patience};
 
-/// "QRHTCP-1": what a hello carries as its address, so that a stray client is told from a peer.
+/// "QRHTCP-1": the address field of a hello, which tells a peer from a stray client.
 pub const MAGIC: u64 = u64::from_be_bytes(*b"QRHTCP-1");
 
-/// Bytes of a [`Header`].
+/// Size of a [`Header`] in bytes.
 pub const HEADER_SIZE: usize = size_of::<Header>();
 
 /// The first frame in each direction; payload: private data.
@@ -28,27 +28,27 @@ pub const HELLO: u32 = 1;
 pub const SEND: u32 = 2;
 /// A one-sided write; payload: the bytes.
 pub const WRITE: u32 = 3;
-/// Asks for a [`LANDED`] at once.
+/// Requests an immediate [`LANDED`].
 pub const FLUSH: u32 = 4;
-/// Everything up to `address` bytes of writes, counted from the connection's start, has landed.
+/// The first `address` bytes of writes on this connection have landed.
 pub const LANDED: u32 = 5;
 
-/// What precedes every payload.
+/// The header of every frame.
 #[derive(Debug, Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
 #[repr(C)]
 pub struct Header {
     /// One of the kinds above.
     pub kind: U32,
-    /// Key of the region that a write goes to.
+    /// Key of the region that a write targets.
     pub rkey: U32,
-    /// Address that a write goes to; see the kinds for the others.
+    /// Address that a write targets; see the kinds for other uses.
     pub address: U64,
-    /// Bytes of payload.
+    /// Length of the payload in bytes.
     pub length: U64,
 }
 
 impl Header {
-    /// A header.
+    /// Create a header.
     pub fn new(kind: u32, rkey: u32, address: u64, length: u64) -> Self {
         Self {
             kind: kind.into(),
@@ -59,7 +59,7 @@ impl Header {
     }
 }
 
-/// Say what the end of a connection means before the greeting is whole.
+/// Describe an end of stream during the hello exchange.
 fn went(error: io::Error) -> io::Error {
     match error.kind() {
         kind @ io::ErrorKind::UnexpectedEof => {
@@ -69,13 +69,13 @@ fn went(error: io::Error) -> io::Error {
     }
 }
 
-/// Send the greeting.
+/// Send a hello.
 pub fn write_hello(mut stream: &TcpStream, private_data: &[u8]) -> io::Result<()> {
     let header = Header::new(HELLO, 0, MAGIC, private_data.len() as u64);
     stream.write_all(&[header.as_bytes(), private_data].concat())
 }
 
-/// Fill `to` as long as there is patience, however slowly the peer sends.
+/// Fill `to` within the time limit, however slowly the peer sends.
 fn read_exact_in(
     mut stream: &TcpStream,
     mut to: &mut [u8],
@@ -96,13 +96,13 @@ fn read_exact_in(
     stream.set_read_timeout(None)
 }
 
-/// Receive the greeting as long as there is patience; not a byte more is read.
+/// Receive a hello within the time limit. Read no byte beyond it.
 pub fn read_hello(stream: &TcpStream, patience: &mut Patience) -> io::Result<Vec<u8>> {
     let invalid = |what| io::Error::new(io::ErrorKind::InvalidData, what);
     let mut header = Header::new(0, 0, 0, 0);
     read_exact_in(stream, header.as_mut_bytes(), patience)?;
     if header.kind.get() != HELLO || header.address.get() != MAGIC {
-        return Err(invalid("the peer is no helper with the tcp fabric"));
+        return Err(invalid("the peer is not a helper using the tcp fabric"));
     }
     let length = header.length.get();
     if length > PRIVATE_DATA_MAX as u64 {

@@ -1,4 +1,5 @@
-//! Listening: peers greet on threads of their own, so that a silent client delays nobody.
+//! The listener. Each client says hello on a thread of its own, so that a silent one delays no
+//! other.
 
 use std::{
     net::{Shutdown, SocketAddr, TcpListener, TcpStream},
@@ -26,14 +27,14 @@ use crate::{
     threads::{self, Lost},
 };
 
-/// Clients that may be greeting at a time, or have greeted and were not taken up yet. A source that has
-/// many connections makes one at a time.
+/// Clients that have not said hello, or were not accepted yet. A source with several connections
+/// makes one at a time.
 const GREETING: Limits = Limits { each: 8, total: 128, line: 128, grace: GRACE };
 
-/// How long a client may take to greet.
+/// Time limit for a client's hello.
 const GREETING_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long to wait after a failed accept, of a host that lacks descriptors for example.
+/// Delay after a failed accept, for example for lack of descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Listens on every address that the given one resolves to.
@@ -43,7 +44,7 @@ pub(super) struct TcpFabricListener {
     requests: mpsc::Receiver<Result<Greeted>>,
 }
 
-/// A client that has greeted, and holds its place until it is taken up.
+/// A client that has said hello, with its slot until it is accepted.
 type Greeted = (TcpRequest, Place);
 
 impl TcpFabricListener {
@@ -76,7 +77,7 @@ impl TcpFabricListener {
                 "accept",
                 move || accept_clients(&socket, &reception),
                 move |end| {
-                    // The receiver is gone when nobody listens any more.
+                    // Fails only if the listener was dropped.
                     if let Err(lost) = end {
                         let _ = requests.send(Err(lost.into()));
                     }
@@ -95,7 +96,7 @@ impl Listener for TcpFabricListener {
     fn accept(&mut self) -> Result<Box<dyn Request>> {
         loop {
             let (request, place) = self.requests.recv().map_err(|_| FabricError::Closed)??;
-            // It may have had to go meanwhile.
+            // The client may have been evicted meanwhile.
             if place.advance(request.handle()) {
                 return Ok(Box::new(request));
             }
@@ -117,12 +118,11 @@ impl Drop for TcpFabricListener {
 /// Wake the accepting threads; they end on the error.
 fn close(sockets: &[Arc<TcpListener>]) {
     for socket in sockets {
-        // It fails only when the socket is shut down already.
+        // Fails only if the socket is already shut down.
         let _ = rustix::net::shutdown(socket, rustix::net::Shutdown::Both);
     }
 }
 
-/// Accept until the socket is shut down.
 fn accept_clients(socket: &TcpListener, reception: &Reception) {
     loop {
         let (stream, peer) = match socket.accept() {
@@ -145,7 +145,7 @@ fn accept_clients(socket: &TcpListener, reception: &Reception) {
         let end = move |greeted: std::result::Result<std::io::Result<()>, Lost>| match greeted {
             Ok(Ok(())) => {}
             Ok(Err(error)) => refused.say(|left_out| {
-                info!(%peer, %error, left_out, "turned away: no helper's greeting");
+                info!(%peer, %error, left_out, "rejected: no hello from a helper");
             }),
             Err(lost) => warn!(%peer, %lost, "turned away"),
         };
@@ -153,16 +153,16 @@ fn accept_clients(socket: &TcpListener, reception: &Reception) {
     }
 }
 
-/// What ends a connection from any thread.
+/// A handle that closes a connection from any thread.
 fn ends(stream: &TcpStream) -> std::io::Result<Handle> {
     let stream = stream.try_clone()?;
     Ok(Handle::new(move || {
-        // It fails only when the connection has ended already.
+        // Fails only if the connection has already ended.
         let _ = stream.shutdown(Shutdown::Both);
     }))
 }
 
-/// Where clients go that have greeted.
+/// Receives hellos and passes clients on.
 #[derive(Clone)]
 struct Reception {
     fabric: Tcp,
@@ -173,17 +173,17 @@ struct Reception {
 }
 
 impl Reception {
-    /// Read the client's greeting when it has its place, and hand the client on.
+    /// Wait for the client's slot, read its hello, and pass the client on.
     fn greet(self, stream: TcpStream, peer: SocketAddr, newcomer: Newcomer) -> std::io::Result<()> {
         let Some(place) = newcomer.wait() else {
-            return Err(std::io::Error::other("too many clients come"));
+            return Err(std::io::Error::other("too many pending clients"));
         };
         let private_data = frame::read_hello(&stream, &mut Patience::new(GREETING_TIMEOUT))?;
         let trailer = Trailer::find(Kind::Connections, &private_data);
         if let Some(trailer) = trailer.filter(|trailer| trailer.lane.get() > 0) {
             if !self.sessions.add(&trailer, stream) {
                 self.refused.say(|left_out| {
-                    info!(%peer, left_out, "turned away: its connection belongs to none");
+                    info!(%peer, left_out, "rejected: its connection belongs to no session");
                 });
             }
             return Ok(());
@@ -203,19 +203,19 @@ impl Reception {
             sessions,
             opened,
         };
-        // The receiver is gone when another peer was let in meanwhile.
+        // Fails only if the listener was dropped, after another peer was accepted.
         let _ = self.requests.send(Ok((request, place)));
         Ok(())
     }
 }
 
-/// A client that greeted.
+/// A client that has said hello.
 struct TcpRequest {
     stream: TcpStream,
     peer: SocketAddr,
     end: Handle,
     private_data: Vec<u8>,
-    /// Connections that it gets beside this one.
+    /// Connections granted to it besides this one.
     further: u16,
     stall_timeout: Duration,
     sessions: Arc<ConnectionGroups<TcpStream>>,

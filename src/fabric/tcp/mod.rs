@@ -1,8 +1,8 @@
-//! The operations of a queue pair, framed over TCP connections: for hosts without an RDMA device.
+//! The operations of a queue pair over TCP connections, for hosts without an RDMA device.
 //!
-//! Short writes are copied, others leave by `sendfile` and are spliced into the destination's RAM.
-//! Frames are `docs/protocol.md`'s: a 24-byte header, then the payload. The peer is not
-//! authenticated and nothing is encrypted, as with RDMA itself.
+//! Short writes are copied; longer ones leave by `sendfile` and are spliced into the destination's
+//! RAM. `docs/protocol.md` defines the frames: a 24-byte header, then the payload. As with RDMA
+//! itself, the peer is not authenticated and nothing is encrypted.
 
 mod connecting;
 mod connection;
@@ -23,8 +23,8 @@ pub use preflight::preflight;
 /// The `tcp` fabric.
 #[derive(Debug, Clone)]
 pub struct Tcp {
-    /// How long a transfer that is due may make no progress.
+    /// How long a due transfer may make no progress.
     pub stall_timeout: Duration,
-    /// Connections of a link, if the peer has as many.
+    /// Connections per link, if the peer allows as many.
     pub connections: u16,
 }

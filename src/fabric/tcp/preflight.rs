@@ -1,4 +1,4 @@
-//! What would stop a migration over tcp, found without connecting.
+//! Checks for migrations over tcp. They do not connect.
 
 use std::{
     io,
@@ -10,7 +10,7 @@ use crate::{
     fabric::{FabricError, Finding, Result, resolve},
 };
 
-/// Does a route lead to `address`, or is it this host's? Found without connecting.
+/// Check for a route to `address`, without connecting. An address of this host passes too.
 pub fn preflight(address: &Address) -> Finding {
     match route(address) {
         Ok(from) => Finding::good(format!("Route to {address}: from {from}")),
@@ -18,11 +18,11 @@ pub fn preflight(address: &Address) -> Finding {
     }
 }
 
-/// The address at this end of a route to `address`.
+/// The local address of a route to `address`.
 fn route(address: &Address) -> Result<IpAddr> {
     let mut last = io::Error::from(io::ErrorKind::NotFound);
     for candidate in resolve(address)? {
-        // Connecting a datagram socket sends nothing: the kernel looks for the route.
+        // Connecting a datagram socket sends nothing: the kernel only looks up the route.
         let found = UdpSocket::bind((any(candidate), 0))
             .and_then(|socket| socket.connect(candidate).and_then(|()| socket.local_addr()));
         match found {

@@ -1,4 +1,4 @@
-//! What arrives: messages on the first connection, writes on all of them.
+//! The receiving half: messages on the first connection, writes on all of them.
 
 use std::{
     io,
@@ -24,27 +24,26 @@ use crate::{
     threads,
 };
 
-/// Bytes that land on a connection before the sender is told unasked.
+/// Bytes that land on a connection before an unrequested LANDED.
 const REPORT_EVERY: u64 = 1 << 20;
 
-/// Bytes that are read ahead: the frames of some fifteen single pages.
+/// Size of the read-ahead buffer in bytes: the frames of some fifteen single pages.
 const READ_AHEAD: usize = 64 << 10;
 
-/// Longest write that lands through the buffer instead of the pipe. Where several frames, or all of
-/// one, come by one system call, that is cheaper by some per cent. At 512 KiB the pipe, which copies
-/// once less, costs a third less.
+/// Longest write that is received through the buffer instead of the pipe. It is a few per cent
+/// cheaper if one system call returns several frames, or all of one. At 512 KiB the pipe, which
+/// copies once less, costs a third less.
 const BUFFERED_MAX: u64 = READ_AHEAD as u64;
 
-/// The half that receives.
 pub(super) struct TcpRecvHalf {
     shared: Arc<Shared>,
     first: Incoming,
-    /// Those that receive from the other connections.
+    /// Threads that receive from the other connections.
     others: Vec<JoinHandle<()>>,
 }
 
 impl TcpRecvHalf {
-    /// Receive from all but the first connection on threads of their own.
+    /// Start threads that receive from all connections but the first.
     pub(super) fn begin(shared: Arc<Shared>, first: Incoming, others: Vec<Incoming>) -> Self {
         let take = |other: Incoming| {
             let shared = shared.clone();
@@ -68,13 +67,13 @@ impl RecvHalf for TcpRecvHalf {
         let result = self.first.next_message(message);
         result.map_err(|error| {
             self.shared.fail();
-            // What came here was its consequence.
+            // `error` is then a consequence of that failure.
             self.shared.take_failure().unwrap_or(error)
         })
     }
 
     fn await_writes(&mut self) -> Result<()> {
-        // The peer has waited until it was told.
+        // The peer's `drain` has waited for our LANDED.
         Ok(())
     }
 
@@ -97,7 +96,7 @@ impl RecvHalf for TcpRecvHalf {
             call: "Registering memory",
             source: io::ErrorKind::OutOfMemory.into(),
         })?;
-        // A region's addresses are offsets in it: it need not be mapped to be written.
+        // A region's addresses are offsets, so it need not be mapped to be written.
         Ok(RemoteKey { address: 0, rkey })
     }
 
@@ -106,45 +105,45 @@ impl RecvHalf for TcpRecvHalf {
     }
 
     fn unregister(&mut self, _region: &Arc<Region>, _range: Range<u64>) {
-        // Nobody asks for ranges: the key to the whole region is announced.
+        // Peers request no ranges: the announced key covers the whole region.
     }
 
     fn revoke(&mut self) {
         lock(&self.shared.regions).clear();
-        // Who has looked up a region before that may still be writing to it. A thread does not
-        // outlive its connection: it waits for nothing else.
+        // A thread that looked up a region earlier may still be writing to it. It ends with its
+        // connection, because it blocks on nothing else.
         self.shared.end_ram();
         for other in self.others.drain(..) {
-            // It has said how it ended.
+            // Its end was already reported.
             let _ = other.join();
         }
-        // The first connection's writes land on this thread.
+        // Writes of the first connection land on this thread.
     }
 }
 
 impl Drop for TcpRecvHalf {
-    /// Nobody hears any more what has landed: who waits for that has to know.
+    /// LANDED is no longer processed: wake threads that wait for it.
     fn drop(&mut self) {
         self.shared.end_ram();
         self.shared.fail();
     }
 }
 
-/// What arrives on one connection.
+/// The receiving side of one connection.
 pub(super) struct Incoming {
     shared: Arc<Shared>,
-    /// Which one.
+    /// Index of the connection.
     index: usize,
     pipe: Pipe,
     window: WriteWindow,
-    /// Bytes read ahead: `next..end` are not used yet.
+    /// Read-ahead buffer; `next..end` is unread.
     ahead: Box<[u8]>,
     next: usize,
     end: usize,
-    /// The last frame was a long write. So, most often, is the next one, whose bytes had better not
-    /// come into the buffer.
+    /// The last frame was a long write. The next one most often is too, and its payload should not
+    /// be read into the buffer.
     after_long: bool,
-    /// Bytes of writes that landed from here, and how many of them the peer was told.
+    /// Bytes of writes that landed from this connection, and how many were reported to the peer.
     received: u64,
     reported: u64,
     report_every: u64,
@@ -152,7 +151,7 @@ pub(super) struct Incoming {
 
 impl Incoming {
     pub(super) fn new(shared: &Arc<Shared>, index: usize) -> io::Result<Self> {
-        // What nobody is told of at any time leaves half of the window to be used.
+        // Unreported bytes use at most half of the window.
         let most = WINDOW / 2 / shared.sockets.len() as u64;
         Ok(Self {
             shared: shared.clone(),
@@ -173,8 +172,8 @@ impl Incoming {
         &self.shared.sockets[self.index]
     }
 
-    /// Land writes until the connection ends. That is no failure between two frames while nothing
-    /// is under way from here: who writes to it later notices.
+    /// Process writes until the connection ends. An end between two frames is not a failure while
+    /// no write from this side is in flight: a later one will notice it.
     fn take_writes(mut self) {
         let error = loop {
             match self.header() {
@@ -194,7 +193,7 @@ impl Incoming {
         self.shared.fail_with(error);
     }
 
-    /// Receive up to the next message.
+    /// Process frames up to the next message.
     fn next_message(&mut self, message: &mut Vec<u8>) -> Result<()> {
         loop {
             let header = self.header()?.ok_or_else(|| self.shared.end())?;
@@ -217,7 +216,7 @@ impl Incoming {
         }
     }
 
-    /// Deal with a frame that is no message.
+    /// Process a frame that is not a message.
     fn frame(&mut self, header: Header) -> Result<()> {
         match header.kind.get() {
             frame::WRITE => self.land(header.rkey.get(), header.address.get(), header.length.get()),
@@ -227,7 +226,7 @@ impl Incoming {
         }
     }
 
-    /// Receive a write into the region that it names.
+    /// Receive a write into its region.
     fn land(&mut self, rkey: u32, address: u64, length: u64) -> Result<()> {
         let index = (rkey as usize).checked_sub(1);
         let region = index.and_then(|index| lock(&self.shared.regions).get(index).cloned());
@@ -245,11 +244,12 @@ impl Incoming {
             )));
         };
         if !self.shared.may_land() {
-            return Err(FabricError::RemoteAccess("it is another peer's turn".into()));
+            return Err(FabricError::RemoteAccess("another peer is migrating".into()));
         }
         let mut at = address;
         while at < end {
-            // No honest write leaves its chunk. One that does is not given memory before it is there.
+            // An honest write stays within its chunk. Prepare no memory for the rest of another
+            // before it arrives.
             let next = (at / CHUNK + 1).saturating_mul(CHUNK).min(end);
             self.land_piece(&region, at, next, length)?;
             at = next;
@@ -257,7 +257,7 @@ impl Incoming {
         Ok(())
     }
 
-    /// Receive the part of a write of `length` bytes that goes from `at` to `end`.
+    /// Receive the part from `at` to `end` of a write of `length` bytes.
     fn land_piece(&mut self, region: &Region, mut at: u64, end: u64, length: u64) -> Result<()> {
         region.prepare_write(&mut self.window, at, end - at);
         while at < end {
@@ -283,7 +283,8 @@ impl Incoming {
         Ok(())
     }
 
-    /// Land up to `left` bytes through the buffer. Returns how many; 0 at the connection's end.
+    /// Write up to `left` bytes from the buffer to `region`. Return their number; 0 at end of
+    /// stream.
     fn land_copied(&mut self, region: &Region, at: u64, left: usize) -> Result<usize> {
         if self.next == self.end && !self.read_ahead()? {
             return Ok(0);
@@ -295,14 +296,14 @@ impl Incoming {
         Ok(take)
     }
 
-    /// Tell the peer how much has landed.
+    /// Report to the peer how much has landed.
     fn report(&mut self) -> Result<()> {
         self.reported = self.received;
         let landed = Header::new(frame::LANDED, 0, self.received, 0);
         self.socket().send(landed, [&[], &[]]).map_err(|error| self.shared.failure(error))
     }
 
-    /// The next frame's header; `None` at the connection's end.
+    /// Receive the next frame's header; `None` at end of stream.
     fn header(&mut self) -> Result<Option<Header>> {
         let mut bytes = [0; HEADER_SIZE];
         if !self.read_exact(&mut bytes)? {
@@ -314,7 +315,7 @@ impl Incoming {
         Ok(Some(header))
     }
 
-    /// Fill `to`; false if the connection ends before its first byte.
+    /// Fill `to`. Return false at end of stream before the first byte.
     fn read_exact(&mut self, to: &mut [u8]) -> Result<bool> {
         let mut done = 0;
         while done < to.len() {
@@ -329,7 +330,7 @@ impl Incoming {
         Ok(true)
     }
 
-    /// Receive into the buffer, which is used up; false at the connection's end.
+    /// Refill the empty buffer. Return false at end of stream.
     fn read_ahead(&mut self) -> Result<bool> {
         let stream = &self.shared.sockets[self.index].stream;
         self.next = 0;

@@ -1,4 +1,4 @@
-//! The half that sends.
+//! The sending half.
 
 use std::{net::Shutdown, ops::Range, sync::Arc};
 
@@ -12,12 +12,11 @@ use crate::{
     memory::Region,
 };
 
-/// Posts messages and writes.
 pub(super) struct TcpSendHalf {
     pub(super) shared: Arc<Shared>,
 }
 
-/// A write of `length` bytes to `offset` of the region that `remote` names.
+/// The header of a write of `length` bytes to `offset` of the region that `remote` names.
 fn write_header(offset: u64, length: u64, remote: RemoteKey) -> Header {
     Header::new(frame::WRITE, remote.rkey, remote.address.wrapping_add(offset), length)
 }
@@ -30,8 +29,8 @@ impl SendHalf for TcpSendHalf {
         sent.map_err(|error| self.shared.failure(error))
     }
 
-    fn send_behind_writes(&self, header: &[u8], payload: &[u8]) -> Result<()> {
-        // The peer itself has said to `drain` what has landed.
+    fn send_after_writes(&self, header: &[u8], payload: &[u8]) -> Result<()> {
+        // The peer has confirmed to `drain` what has landed.
         self.send(header, payload)
     }
 
@@ -91,8 +90,8 @@ impl SendHalf for TcpSendHalf {
     }
 
     fn finish(&self) {
-        // Closing a socket with unread bytes would reset the connection and may lose what was
-        // sent, so the peer is given the time to close first. It fails only if it has.
+        // Closing a socket with unread bytes resets the connection and may lose sent data, so let
+        // the peer close first. The shutdown fails only if it has.
         if self.shared.sockets[0].stream.shutdown(Shutdown::Write).is_ok() {
             self.shared.await_end();
         }

@@ -1,5 +1,4 @@
-//! What the halves and threads of a link share: its connections, what is in flight through all of them, and how
-//! it ends.
+//! State shared by the halves and threads of a link: connections, bytes in flight, and errors.
 
 use std::{
     io,
@@ -24,39 +23,37 @@ use crate::{
     ram::CHUNK,
 };
 
-/// Most bytes of writes in flight, through all connections together. It bounds what QEMU believes
-/// to be sent and is not: 8 MiB are 7 ms at 10 Gbit/s.
+/// Most bytes of writes in flight, over all connections together. It bounds the data that QEMU
+/// believes to be sent and that is not: 8 MiB take 7 ms at 10 Gbit/s.
 pub(super) const WINDOW: u64 = 8 << 20;
 
-/// How long the peer may take to close after the last words.
+/// How long the peer may take to close after the final message.
 const FAREWELL: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
 
-/// What both halves, handles and threads share.
 pub(super) struct Shared {
-    /// Messages go through the first one, RAM through all of them.
+    /// The first carries messages; all carry RAM.
     pub(super) sockets: Vec<Socket>,
-    /// Bytes of writes that have their place in [`WINDOW`], and that have left it.
+    /// Bytes of writes that have entered [`WINDOW`], and that have left it.
     posted: AtomicU64,
     landed: AtomicU64,
-    /// Bytes of the peer's writes that landed here.
+    /// Bytes of the peer's writes that have landed here.
     pub(super) received: AtomicU64,
-    /// What the peer may write, by rkey - 1. The lock is taken once a frame.
+    /// Regions that the peer may write, by rkey - 1. Locked once per frame.
     pub(super) regions: Mutex<Vec<Arc<Region>>>,
-    /// The peer's writes may land.
+    /// Whether the peer's writes may land; if not, `guard` is asked.
     admitted: AtomicBool,
-    /// Who says so.
     guard: Mutex<Option<Guard>>,
-    /// Nothing may come any more on any but the first connection, and nobody misses it.
+    /// RAM transfer is over: the loss of any connection but the first is expected.
     ram_ended: AtomicBool,
-    /// Why another connection than the first one has failed: the receiver's to tell.
+    /// Error of a connection other than the first, for the receiver to report.
     failure: Mutex<Option<FabricError>>,
     failed: AtomicBool,
-    /// Some thread ran into a time bound: what the others see then is its consequence.
+    /// A thread ran into the stall timeout: errors on other threads are its consequence.
     stalled: AtomicBool,
     begun: Instant,
-    /// When the peer last took something, in milliseconds since `begun`.
+    /// When the peer last made progress, in milliseconds since `begun`.
     heard: AtomicU64,
-    /// With `changed`: signals that `landed` or `failed` changed.
+    /// With `changed`: signals a change of `landed` or `failed`.
     change: Mutex<()>,
     changed: Condvar,
     pub(super) stall_timeout: Duration,
@@ -67,7 +64,6 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Shared {
-    /// Of a link over these.
     pub(super) fn new(sockets: Vec<Socket>, stall_timeout: Duration) -> Self {
         Self {
             sockets,
@@ -94,23 +90,24 @@ impl Shared {
     }
 
     pub(super) fn landed(&self) -> u64 {
-        // Who has seen what landed has seen that it was posted.
+        // Pairs with the release in `has_landed`: a thread that sees bytes as landed sees them as
+        // posted too.
         self.landed.load(Ordering::Acquire)
     }
 
-    /// The connection of the chunk at `offset` of a block: the same one for ever, so that an older
-    /// write never lands behind a newer one.
+    /// The connection for the chunk at `offset` of a block. It never changes, so that an older
+    /// write never lands after a newer one.
     pub(super) fn socket(&self, offset: u64) -> &Socket {
         &self.sockets[(offset / CHUNK) as usize % self.sockets.len()]
     }
 
-    /// From now on `may_land` is asked before a write lands, until it has said yes.
+    /// Ask `may_land` before any further write lands, until it has agreed once.
     pub(super) fn guard(&self, may_land: Guard) {
         *lock(&self.guard) = Some(may_land);
         self.admitted.store(false, Ordering::SeqCst);
     }
 
-    /// May the peer's writes land?
+    /// Whether the peer's writes may land.
     pub(super) fn may_land(&self) -> bool {
         if self.admitted.load(Ordering::Relaxed) {
             return true;
@@ -123,10 +120,10 @@ impl Shared {
         admitted
     }
 
-    /// What an error of a socket means.
+    /// Translate a socket error.
     pub(super) fn failure(&self, error: io::Error) -> FabricError {
         match error.kind() {
-            // The bound of SO_SNDTIMEO or TCP_USER_TIMEOUT.
+            // Limit of SO_SNDTIMEO or TCP_USER_TIMEOUT.
             io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => self.stall(),
             io::ErrorKind::BrokenPipe
             | io::ErrorKind::ConnectionReset
@@ -135,8 +132,8 @@ impl Shared {
         }
     }
 
-    /// What an error of a transfer between a socket and `region` means: what is not the socket's is
-    /// memory's.
+    /// Translate an error of a transfer between a socket and `region`: an error that cannot be the
+    /// socket's is the memory's.
     pub(super) fn failure_at(&self, region: &Region, error: io::Error) -> FabricError {
         match self.failure(error) {
             FabricError::Host { source, .. } => of_memory(region, source),
@@ -149,9 +146,9 @@ impl Shared {
         FabricError::Stalled(self.stall_timeout)
     }
 
-    /// Why the link has ended. The system says only once that the time was over, and may say
-    /// it to a `sendfile` that had sent something, which then returns no error; so a peer that had
-    /// long taken nothing counts as stalled too.
+    /// Why the link has ended. The kernel reports a timeout only once, possibly to a `sendfile`
+    /// that had sent something and therefore returns no error. So a peer that has been silent for
+    /// long counts as stalled too.
     pub(super) fn end(&self) -> FabricError {
         let now = self.begun.elapsed().as_millis() as u64;
         let silent = now.saturating_sub(self.heard.load(Ordering::Relaxed));
@@ -164,16 +161,16 @@ impl Shared {
         }
     }
 
-    /// The peer took something, or nothing was due.
+    /// Record that the peer made progress, or that nothing was due.
     fn progress(&self) {
         let now = self.begun.elapsed().as_millis() as u64;
         self.heard.store(now, Ordering::Relaxed);
     }
 
-    /// Wait for a place in [`WINDOW`] for a write of `length` bytes, and take it.
+    /// Wait until [`WINDOW`] has space for a write of `length` bytes, and reserve it.
     pub(super) fn take_place(&self, length: u64) -> Result<()> {
         loop {
-            // First: it never exceeds what is posted then.
+            // Load this first: it never exceeds a later `posted`.
             let landed = self.landed();
             let posted = self.posted.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |posted| {
                 (posted - landed <= WINDOW).then_some(posted + length)
@@ -190,7 +187,7 @@ impl Shared {
         }
     }
 
-    /// Wait until `done`, which looks at what has landed.
+    /// Wait until `done` returns true for the number of landed bytes.
     pub(super) fn wait_until(&self, done: impl Fn(u64) -> bool) -> Result<()> {
         let mut guard = lock(&self.change);
         let (mut seen, mut patience) = (self.landed(), Patience::new(self.stall_timeout));
@@ -216,9 +213,9 @@ impl Shared {
         }
     }
 
-    /// The peer says how much of what was posted to `socket` has landed there.
+    /// Handle the peer's report that `landed` bytes of those posted to `socket` have landed.
     pub(super) fn has_landed(&self, socket: &Socket, landed: u64) -> Result<()> {
-        // Only the thread that receives from the socket comes here, and `posted` only grows.
+        // Only the socket's receiving thread calls this, and `posted` only grows.
         let before = socket.landed();
         if landed < before || landed > socket.posted() {
             return Err(FabricError::Malformed(format!(
@@ -233,7 +230,7 @@ impl Shared {
         Ok(())
     }
 
-    /// Tell waiting posters.
+    /// Wake threads that wait for progress.
     fn signal(&self) {
         let _guard = lock(&self.change);
         self.changed.notify_all();
@@ -244,52 +241,52 @@ impl Shared {
         self.signal();
     }
 
-    /// Another connection than the first one has failed, and with it the link. What goes the other
-    /// way still does, for the last words.
+    /// Fail the link because a connection other than the first has failed. The sending direction
+    /// stays open for a final message.
     pub(super) fn fail_with(&self, error: FabricError) {
         if self.ram_ended.load(Ordering::SeqCst) {
             return;
         }
         if matches!(error, FabricError::Closed) {
-            // The peer closes all of them, and may have said why on the first one.
+            // The peer closes all connections, and may have sent the reason on the first.
             self.await_end();
         }
         lock(&self.failure).get_or_insert(error);
-        // It fails only when the connection has ended already.
+        // Fails only if the connection has already ended.
         let _ = self.sockets[0].stream.shutdown(Shutdown::Read);
         self.fail();
     }
 
-    /// Why another connection than the first one has failed, if one has.
+    /// The error of a connection other than the first, if one has failed.
     pub(super) fn take_failure(&self) -> Option<FabricError> {
         lock(&self.failure).take()
     }
 
-    /// Give the peer a moment to close the first connection.
+    /// Wait briefly for the peer to close the first connection.
     pub(super) fn await_end(&self) {
         let mut closed = [PollFd::new(&self.sockets[0].stream, PollFlags::RDHUP)];
-        // It fails only if it is closed.
+        // Fails only if it is closed.
         let _ = retry_on_intr(|| poll(&mut closed, Some(&FAREWELL)));
     }
 
-    /// End all connections but the first one: whoever receives from them ends.
+    /// Close all connections but the first, which ends the threads that receive from them.
     pub(super) fn end_ram(&self) {
         self.ram_ended.store(true, Ordering::SeqCst);
         for socket in &self.sockets[1..] {
-            // It fails only when the connection has ended already.
+            // Fails only if the connection has already ended.
             let _ = socket.stream.shutdown(Shutdown::Both);
         }
     }
 
     pub(super) fn close(&self) {
         self.end_ram();
-        // It fails only when the connection has ended already.
+        // Fails only if the connection has already ended.
         let _ = self.sockets[0].stream.shutdown(Shutdown::Both);
         self.fail();
     }
 }
 
-/// The memory of `region` could not be read or written.
+/// The error for memory of `region` that could not be read or written.
 pub(super) fn of_memory(region: &Region, source: io::Error) -> FabricError {
     FabricError::Memory { block: region.name().to_owned(), source }
 }

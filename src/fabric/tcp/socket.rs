@@ -1,4 +1,4 @@
-//! One TCP connection of a link: whole frames out, one after the other.
+//! One TCP connection of a link. It sends whole frames, one at a time.
 
 use std::{
     io::{self, IoSlice},
@@ -20,34 +20,33 @@ use crate::{
     patience::{SLICE, persist},
 };
 
-/// Longest write that is copied out of guest memory, to leave with its header in one system call.
-/// `sendfile` needs a second one and copies nothing: it costs the sender 0.52 s/GiB where copying
-/// costs 0.36 in writes of 4 KiB, 0.20 and 0.23 in writes of 16 KiB.
+/// Longest write that is copied out of guest memory, to send it with its header in one system call.
+/// `sendfile` needs a second call but does not copy. For writes of 4 KiB it costs the sender 0.52
+/// s/GiB, copying 0.36; for 16 KiB it is 0.20 against 0.23.
 const COPIED_MAX: u64 = 8 << 10;
 
-/// Most bytes that one `sendfile` is asked for.
+/// Most bytes per `sendfile` call.
 const SENDFILE_MAX: u64 = 16 << 20;
 
-/// A connection.
 pub(super) struct Socket {
     pub(super) stream: TcpStream,
-    /// Held while a frame is sent, because several threads send, and the receiver answers with
-    /// LANDED on the same connection. Taken once a frame, not once a page.
+    /// Held while a frame is sent: several threads send, and the receiver replies with LANDED on
+    /// the same connection. Taken once per frame, not once per page.
     sending: Mutex<Sending>,
-    /// Bytes of writes that were sent or are being sent.
+    /// Bytes of writes sent, or being sent.
     posted: AtomicU64,
-    /// Bytes of them that have landed.
+    /// Bytes of `posted` that have landed.
     pub(super) landed: AtomicU64,
-    /// How long the peer may take nothing.
+    /// How long the peer may receive nothing.
     stall_timeout: Duration,
-    /// As long as it likes.
+    /// Ignore `stall_timeout`.
     patient: AtomicBool,
 }
 
-/// What belongs to who sends a frame.
+/// State of the thread that sends a frame.
 #[derive(Default)]
 struct Sending {
-    /// Bytes that are copied out of guest memory.
+    /// Buffer for bytes copied out of guest memory.
     copied: Vec<u8>,
 }
 
@@ -63,15 +62,15 @@ impl Socket {
         }
     }
 
-    /// From here on a peer that takes nothing is waited for as long as the connection stands. Whether it
-    /// does the system finds out: by keepalive, or because nobody acknowledges what is sent.
+    /// From now on wait for a peer that receives nothing for as long as the connection exists. The
+    /// kernel detects its end: by keepalive, or because sent data is not acknowledged.
     pub(super) fn be_patient(&self) {
         self.patient.store(true, Ordering::Relaxed);
-        // It fails only when the connection has ended.
+        // Fails only if the connection has ended.
         let _ = sockopt::set_tcp_user_timeout(&self.stream, 0);
     }
 
-    /// How long the peer may take nothing now.
+    /// The stall timeout in effect.
     fn limit(&self) -> Option<Duration> {
         (!self.patient.load(Ordering::Relaxed)).then_some(self.stall_timeout)
     }
@@ -88,20 +87,19 @@ impl Socket {
         self.sending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Send a frame without RAM.
+    /// Send a frame that is not a write.
     pub(super) fn send(&self, header: Header, payload: [&[u8]; 2]) -> io::Result<()> {
         let _sending = self.lock();
         self.send_all([header.as_bytes(), payload[0], payload[1]], false)
     }
 
-    /// Send a write of `bytes`.
     pub(super) fn write_bytes(&self, header: Header, bytes: &[u8]) -> io::Result<()> {
         let _sending = self.lock();
         self.posted.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         self.send_all([header.as_bytes(), bytes, &[]], false)
     }
 
-    /// Send a write of what is at `offset` of `region`.
+    /// Send a write of the content of `region` at `offset`.
     pub(super) fn write(
         &self,
         header: Header,
@@ -110,7 +108,7 @@ impl Socket {
     ) -> Result<(), WriteError> {
         let length = header.length.get();
         let mut sending = self.lock();
-        // Before the first byte leaves: the peer's LANDED may overtake the end of the write.
+        // Before the first byte is sent: LANDED for it may arrive before the write returns.
         self.posted.fetch_add(length, Ordering::Relaxed);
         if length <= COPIED_MAX {
             sending.copied.resize(length as usize, 0);
@@ -127,7 +125,7 @@ impl Socket {
             offset += match sent {
                 Ok(sent) => sent as u64,
                 Err(error) => {
-                    // Else the peer would take what follows, the last words, for the rest of it.
+                    // Otherwise the peer would take the final message for the rest of this write.
                     let _ = self.stream.shutdown(Shutdown::Write);
                     return Err(WriteError::Either(error));
                 }
@@ -136,10 +134,10 @@ impl Socket {
         Ok(())
     }
 
-    /// If writes are under way, ask how much of them has landed. Returns how much that must be when
-    /// all of them have.
+    /// If writes are in flight, request a LANDED. Return the number of bytes that it reports once
+    /// all of them have landed.
     pub(super) fn flush(&self, header: Header) -> io::Result<u64> {
-        // Under the lock: what is posted later is behind the question.
+        // Under the lock, so that later writes follow the request.
         let _sending = self.lock();
         let posted = self.posted();
         if posted > self.landed() {
@@ -148,12 +146,12 @@ impl Socket {
         Ok(posted)
     }
 
-    /// Send all of `parts`; `more` follows at once.
+    /// Send all of `parts`; `more` says that more data follows at once.
     fn send_all(&self, parts: [&[u8]; 3], more: bool) -> io::Result<()> {
         let flags = SendFlags::NOSIGNAL | if more { SendFlags::MORE } else { SendFlags::empty() };
         let mut slices = parts.map(IoSlice::new);
         let mut left = &mut slices[..];
-        // What is empty at the front goes away.
+        // Skip empty slices at the front.
         IoSlice::advance_slices(&mut left, 0);
         while !left.is_empty() {
             let send = || sendmsg(&self.stream, left, &mut SendAncillaryBuffer::default(), flags);
@@ -166,28 +164,28 @@ impl Socket {
 
 /// Why a write of guest memory was not sent.
 pub(super) enum WriteError {
-    /// The connection's fault.
+    /// The connection's.
     Socket(io::Error),
-    /// The memory's.
+    /// Guest memory's.
     Memory(io::Error),
-    /// Of a system call that has to do with both.
+    /// Of a system call that uses both.
     Either(io::Error),
 }
 
-/// How often a peer that is silent is asked whether it is there, in seconds.
+/// Keepalive interval in seconds.
 const KEEPALIVE: u32 = 5;
 
-/// Make a dead peer noticed: keepalive while idle, a bound on unacknowledged data.
+/// Detect a dead peer: by keepalive while idle, by a limit on unacknowledged data otherwise.
 pub(super) fn set_options(stream: &TcpStream, stall_timeout: Duration) -> io::Result<()> {
     stream.set_nodelay(true)?;
     stream.set_write_timeout(Some(stall_timeout.min(SLICE)))?;
     sockopt::set_socket_keepalive(stream, true)?;
     sockopt::set_tcp_keepidle(stream, Duration::from_secs(KEEPALIVE.into()))?;
     sockopt::set_tcp_keepintvl(stream, Duration::from_secs(KEEPALIVE.into()))?;
-    // It counts for who has become patient; the system allows no more (MAX_TCP_KEEPCNT).
+    // Effective after `be_patient`. The kernel allows no more than 127 (MAX_TCP_KEEPCNT).
     let probes = stall_timeout.as_secs().div_ceil(KEEPALIVE.into()).clamp(12, 127);
     sockopt::set_tcp_keepcnt(stream, probes as u32)?;
-    // It bounds unacknowledged data, and keepalive too.
+    // Limits unacknowledged data, and overrides the keepalive count.
     let milliseconds = u32::try_from(stall_timeout.as_millis()).unwrap_or(u32::MAX);
     sockopt::set_tcp_user_timeout(stream, milliseconds)?;
     Ok(())

@@ -31,7 +31,7 @@ fn tcp() -> Tcp {
     with(1)
 }
 
-/// A fabric with as many connections.
+/// A fabric with that many connections.
 fn with(connections: u16) -> Tcp {
     Tcp { stall_timeout: TIMEOUT, connections }
 }
@@ -83,12 +83,12 @@ fn writes_land_before_the_message_that_follows() {
     }
     from.write_at(&vec![0x55; 3 << 20], 4 << 20).unwrap();
 
-    let landing = thread::spawn(move || {
+    let forwarder = thread::spawn(move || {
         let mut message = Vec::new();
         receiver.receive(&mut message).unwrap();
         let mut bytes = vec![0; SIZE as usize];
         to_file.read_exact_at(&mut bytes, 0).unwrap();
-        // Serves the drain until the source is gone.
+        // Serves the drain until the source closes.
         assert!(matches!(receiver.receive(&mut Vec::new()), Err(FabricError::Closed)));
         (message, bytes)
     });
@@ -99,7 +99,7 @@ fn writes_land_before_the_message_that_follows() {
     for chunk in 4..8 {
         send_half.write(&from, chunk * CHUNK, CHUNK, key).unwrap();
     }
-    // Bytes that are in no region, over what was written before; they may change at once.
+    // Bytes outside any region, over an earlier write; the buffer may be reused at once.
     let mut staged = vec![0x77; 1 << 20];
     send_half.write_bytes(&staged, 5 << 20, key).unwrap();
     staged.fill(0x11);
@@ -110,7 +110,7 @@ fn writes_land_before_the_message_that_follows() {
     assert_eq!(send_half.landed(), (5 << 20) + 5 * 4096);
     source.close();
     assert!(acknowledged.join().unwrap().is_err());
-    let (message, bytes) = landing.join().unwrap();
+    let (message, bytes) = forwarder.join().unwrap();
     assert_eq!(message, b"headpayload");
     let mut expected = vec![0; SIZE as usize];
     from_file.read_exact_at(&mut expected, 0).unwrap();
@@ -119,7 +119,7 @@ fn writes_land_before_the_message_that_follows() {
     assert!(bytes == expected, "what landed differs from what was written");
 }
 
-/// How much is read ahead depends on what came before, and on how it was cut.
+/// The size of a read depends on the previous frame, and on how the data is segmented.
 #[test]
 fn frames_of_all_lengths_follow_one_another() {
     use std::os::unix::fs::FileExt as _;
@@ -135,7 +135,7 @@ fn frames_of_all_lengths_follow_one_another() {
     let message = vec![9; 5000];
     let mut expected = vec![0; SIZE as usize];
     let mut sent = Vec::new();
-    // The last but one leaves its chunk, which is unusual and no error.
+    // The last but one crosses a chunk boundary, which is unusual but not an error.
     let writes = [
         (0, CHUNK),
         (3 << 20, CHUNK),
@@ -214,7 +214,7 @@ fn refuses_writes_after_revocation() {
     assert_eq!(rustix::fs::fstat(&to_file).unwrap().st_blocks, 0);
 }
 
-/// Memory that fails within a write leaves a frame that is not finished.
+/// Memory that fails within a write leaves an incomplete frame.
 #[test]
 fn last_words_are_not_taken_for_ram() {
     use std::os::unix::fs::FileExt as _;
@@ -304,7 +304,7 @@ fn a_peer_that_takes_nothing_is_lost_after_the_stall_timeout() {
     assert!(matches!(error, FabricError::Stalled(_)), "{error}");
 }
 
-/// Who waits already, and who comes to, until the peer takes something again.
+/// Both a send that already blocks and later ones wait until the peer receives again.
 #[test]
 fn a_peer_that_takes_nothing_is_waited_for_by_the_patient() {
     const LIMIT: Duration = Duration::from_secs(1);
@@ -315,7 +315,7 @@ fn a_peer_that_takes_nothing_is_waited_for_by_the_patient() {
     let sending = thread::spawn(move || {
         (0..FRAMES).try_for_each(|_| sending.send(&[7; 8], &vec![7; MESSAGE_MAX - 8]))
     });
-    // All buffers on the way are full in a moment.
+    // All buffers on the path fill up at once.
     thread::park_timeout(LIMIT / 2);
     send_half.be_patient();
     thread::park_timeout(LIMIT * 4);

@@ -1,4 +1,4 @@
-//! Buffers of one size each, for control messages; in a row, for staged guest memory.
+//! Equally sized buffers: separate ones for control messages, contiguous for staged guest memory.
 
 use std::{
     alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error},
@@ -9,17 +9,17 @@ use rustix::mm::{Advice, madvise};
 
 use crate::fabric::MESSAGE_MAX;
 
-/// Size of a huge page: what is pinned should not share pages with anything else.
+/// Size of a huge page: pinned memory should not share pages with anything else.
 const ALIGNMENT: usize = 2 << 20;
 
-/// So many buffers of [`MESSAGE_MAX`] bytes each.
+/// Buffers of [`MESSAGE_MAX`] bytes each.
 pub(super) struct Buffers {
     start: NonNull<u8>,
     count: usize,
 }
 
-// SAFETY: plain memory. Who may touch which buffer when is told by completions: a buffer is its
-// owner's from its completion until it is posted again.
+// SAFETY: plain memory. Completions decide who may touch a buffer: its owner may from the
+// completion until the buffer is posted again.
 unsafe impl Send for Buffers {}
 // SAFETY: as for `Send`.
 unsafe impl Sync for Buffers {}
@@ -38,8 +38,8 @@ impl Buffers {
         // SAFETY: the size is not zero.
         let start = unsafe { alloc_zeroed(layout(count)) };
         let Some(start) = NonNull::new(start) else { handle_alloc_error(layout(count)) };
-        // Pinned page by page otherwise, of which there are thousands. A kernel without them says
-        // no, and that is well too. What is staged is the guest's, and nothing for a core dump.
+        // Without huge pages there are thousands of pages to pin. A kernel that does not support
+        // the advice is fine too. Staged data is the guest's and must not appear in a core dump.
         for advice in [Advice::LinuxHugepage, Advice::LinuxDontDump] {
             // SAFETY: advice about the allocation, whose content it does not change.
             let _ = unsafe { madvise(start.as_ptr().cast(), count * MESSAGE_MAX, advice) };
@@ -51,7 +51,7 @@ impl Buffers {
         self.count
     }
 
-    /// All of them.
+    /// The memory of all buffers.
     pub(super) fn range(&self) -> (NonNull<u8>, usize) {
         (self.start, self.count * MESSAGE_MAX)
     }
@@ -62,19 +62,19 @@ impl Buffers {
         unsafe { self.start.as_ptr().add(index * MESSAGE_MAX) }
     }
 
-    /// The address of one, for a work request.
+    /// The address of a buffer, for a work request.
     pub(super) fn address(&self, index: usize) -> u64 {
         self.buffer(index) as u64
     }
 
-    /// Put a message into one; returns its length.
+    /// Copy a message into a buffer. Return its length.
     pub(super) fn fill(&self, index: usize, parts: [&[u8]; 2]) -> usize {
         let [header, payload] = parts;
         let length = header.len() + payload.len();
         assert!(length <= MESSAGE_MAX);
         let to = self.buffer(index);
-        // SAFETY: both parts fit, as was checked; no device reads the buffer, because the one who
-        // calls owns it (see the type), and our slices don't overlap it.
+        // SAFETY: both parts fit, as checked above; no device reads the buffer, because the caller
+        // owns it (see the type), and the slices don't overlap it.
         unsafe {
             to.copy_from_nonoverlapping(header.as_ptr(), header.len());
             to.add(header.len()).copy_from_nonoverlapping(payload.as_ptr(), payload.len());
@@ -82,11 +82,11 @@ impl Buffers {
         length
     }
 
-    /// Put bytes at `at` of all buffers, which lie in a row; returns their address.
+    /// Copy bytes to offset `at` of the contiguous buffers. Return their address.
     pub(super) fn put(&self, at: usize, bytes: &[u8]) -> u64 {
         assert!(at.checked_add(bytes.len()).is_some_and(|end| end <= self.count * MESSAGE_MAX));
-        // SAFETY: the range is within the allocation, as was checked; no device reads it, because
-        // the one who calls owns it (see the type), and our slice doesn't overlap it.
+        // SAFETY: the range is within the allocation, as checked above; no device reads it, because
+        // the caller owns it (see the type), and the slice doesn't overlap it.
         unsafe {
             let to = self.start.as_ptr().add(at);
             to.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len());
@@ -94,11 +94,11 @@ impl Buffers {
         }
     }
 
-    /// Take a message out of one.
+    /// Copy a message out of a buffer.
     pub(super) fn take(&self, index: usize, length: usize, message: &mut Vec<u8>) {
         assert!(length <= MESSAGE_MAX);
         message.clear();
-        // SAFETY: the range is within the buffer, initialised, and owned by who calls.
+        // SAFETY: the range is within the buffer, initialised, and owned by the caller.
         message.extend_from_slice(unsafe {
             std::slice::from_raw_parts(self.buffer(index).cast_const(), length)
         });

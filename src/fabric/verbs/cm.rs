@@ -35,29 +35,28 @@ const OPTION_ID: i32 = 0;
 const OPTION_REUSEADDR: i32 = 1;
 const OPTION_ACK_TIMEOUT: i32 = 3;
 
-/// Connections that may wait to be accepted.
 const BACKLOG: i32 = 128;
 
-/// Retries of the transport, as QEMU's. Not 7, the most that the field holds: soft-RoCE takes that
-/// for "for ever" (`drivers/infiniband/sw/rxe/rxe_comp.c`).
+/// Transport retries, as in QEMU. Not 7, the maximum of the field: soft-RoCE takes it for infinite
+/// (`drivers/infiniband/sw/rxe/rxe_comp.c`).
 const RETRIES: u8 = 5;
 
-/// A retry count of 7 is "for ever": a peer between two buffers is no error.
+/// 7 means infinite: a peer that briefly has no receive buffer is not an error.
 const RNR_RETRIES: u8 = 7;
 
-/// What happened to an identifier.
+/// An event of an identifier.
 pub(super) struct Event {
     /// `rdma_cm_event_type`.
     pub(super) kind: kind::Type,
-    /// 0, -errno, or the reason of a rejection.
+    /// 0, -errno, or the reason for a rejection.
     pub(super) status: i32,
-    /// The peer's, in events that establish a connection.
+    /// The peer's private data, in connection requests and established events.
     pub(super) private_data: Vec<u8>,
-    /// The new connection's, in a request.
+    /// Identifier of the new connection, in a connection request.
     pub(super) request: Option<Id>,
 }
 
-/// Where events arrive.
+/// Delivers events of identifiers.
 pub(super) struct EventChannel {
     raw: NonNull<rdma_event_channel>,
     library: &'static Library,
@@ -65,10 +64,11 @@ pub(super) struct EventChannel {
 
 // SAFETY: the channel is a descriptor; librdmacm's functions on it may be called from any thread.
 unsafe impl Send for EventChannel {}
-// SAFETY: as for `Send`: two threads that take events each get other ones.
+// SAFETY: as for `Send`: two threads that take events get different ones.
 unsafe impl Sync for EventChannel {}
 
-/// The connection manager can't be reached. Where there is a device, its files may be hidden.
+/// The error for an unreachable connection manager. If there is a device, access to its files may
+/// be denied.
 fn unreachable(why: &io::Error, has_device: bool) -> FabricError {
     let hint = if has_device {
         "load the module rdma_ucm, and let the helper's user read and write /dev/infiniband/rdma_cm \
@@ -95,19 +95,19 @@ impl EventChannel {
         Ok(Arc::new(channel))
     }
 
-    /// Readable when there are events.
+    /// The channel's descriptor, readable when there are events.
     pub(super) fn fd(&self) -> BorrowedFd<'_> {
         // SAFETY: the descriptor is open as long as the channel exists.
         unsafe { BorrowedFd::borrow_raw(self.raw.as_ref().fd) }
     }
 
-    /// The next event, if there is one.
+    /// Return the next event, if there is one.
     pub(super) fn next(self: &Arc<Self>) -> Result<Option<Event>> {
         let mut raw = ptr::null_mut();
         // SAFETY: the channel is alive; `raw` is written on success.
         let result = unsafe { (self.library.rdma_get_cm_event)(self.raw.as_ptr(), &mut raw) };
         match check("rdma_get_cm_event", result) {
-            // It is asked again behind a wait that ends at once.
+            // The caller retries after a poll, which returns at once if there is an event.
             Err(FabricError::Host { source, .. })
                 if matches!(
                     source.kind(),
@@ -118,7 +118,7 @@ impl EventChannel {
             }
             other => other?,
         }
-        // SAFETY: it is an event that was not acknowledged yet.
+        // SAFETY: the event was not acknowledged yet.
         let event = unsafe { &*raw };
         let mut private_data = Vec::new();
         if matches!(
@@ -129,7 +129,7 @@ impl EventChannel {
             let parameters = unsafe { &event.param.conn };
             if !parameters.private_data.is_null() {
                 let length = usize::from(parameters.private_data_len);
-                // SAFETY: so many bytes are there as long as the event is not acknowledged.
+                // SAFETY: `length` bytes are valid until the event is acknowledged.
                 let bytes = unsafe {
                     std::slice::from_raw_parts(parameters.private_data.cast::<u8>(), length)
                 };
@@ -140,12 +140,12 @@ impl EventChannel {
             .filter(|_| event.event == kind::RDMA_CM_EVENT_CONNECT_REQUEST)
             .map(|raw| Id { raw, channel: self.clone() });
         let event = Event { kind: event.event, status: event.status, private_data, request };
-        // SAFETY: acknowledged once, and not used any more.
+        // SAFETY: acknowledged once, and not used afterwards.
         check("rdma_ack_cm_event", unsafe { (self.library.rdma_ack_cm_event)(raw) })?;
         Ok(Some(event))
     }
 
-    /// Wait for an event. `None`: the time was over, or `wake` became readable.
+    /// Wait for an event. Return `None` at the deadline, or if `wake` became readable.
     pub(super) fn wait(
         self: &Arc<Self>,
         wake: Option<BorrowedFd<'_>>,
@@ -174,7 +174,8 @@ impl Drop for EventChannel {
     }
 }
 
-/// poll(2); true if the time was over. An interruption says nothing: whoever called looks again.
+/// poll(2). Return true on timeout. A signal returns false: callers check their condition and
+/// retry.
 pub(super) fn wait_for(fds: &mut [PollFd<'_>], limit: Option<Duration>) -> Result<bool> {
     let limit = limit.map(|limit| Timespec {
         tv_sec: i64::try_from(limit.as_secs()).unwrap_or(i64::MAX),
@@ -187,7 +188,7 @@ pub(super) fn wait_for(fds: &mut [PollFd<'_>], limit: Option<Duration>) -> Resul
     }
 }
 
-/// poll(2) until something is ready or the time is over, however often it is interrupted.
+/// poll(2) until a descriptor is ready or the time is up, regardless of signals.
 pub(super) fn wait_through(fds: &mut [PollFd<'_>], limit: Duration) -> Result<()> {
     let mut patience = Patience::new(limit);
     loop {
@@ -198,7 +199,7 @@ pub(super) fn wait_through(fds: &mut [PollFd<'_>], limit: Duration) -> Result<()
     }
 }
 
-/// A socket address in C's form.
+/// A socket address as C represents it.
 enum CAddress {
     V4(sockaddr_in),
     V6(sockaddr_in6),
@@ -231,7 +232,7 @@ impl CAddress {
     }
 }
 
-/// A socket address in Rust's form, if it is one of IP.
+/// Convert a C socket address; `None` if it is not an IP address.
 ///
 /// # Safety
 /// `address` is valid for reads of a `sockaddr_storage`.
@@ -239,13 +240,13 @@ unsafe fn socket_address(address: *const sockaddr_storage) -> Option<SocketAddr>
     // SAFETY: every address begins with its family.
     match i32::from(unsafe { (*address).ss_family }) {
         libc::AF_INET => {
-            // SAFETY: that is what the family says.
+            // SAFETY: the family determines the type.
             let v4 = unsafe { *address.cast::<sockaddr_in>() };
             let ip = Ipv4Addr::from(u32::from_be(v4.sin_addr.s_addr));
             Some((ip, u16::from_be(v4.sin_port)).into())
         }
         libc::AF_INET6 => {
-            // SAFETY: that is what the family says.
+            // SAFETY: the family determines the type.
             let v6 = unsafe { *address.cast::<sockaddr_in6>() };
             Some((Ipv6Addr::from(v6.sin6_addr.s6_addr), u16::from_be(v6.sin6_port)).into())
         }
@@ -253,14 +254,14 @@ unsafe fn socket_address(address: *const sockaddr_storage) -> Option<SocketAddr>
     }
 }
 
-/// An identifier: what a socket is to TCP.
+/// An identifier (`rdma_cm_id`), the counterpart of a socket.
 pub(super) struct Id {
     raw: NonNull<rdma_cm_id>,
     channel: Arc<EventChannel>,
 }
 
-// SAFETY: librdmacm locks what its functions change; the fields that are read here are set before
-// an identifier is shared.
+// SAFETY: librdmacm locks what its functions change; the fields read here are set before an
+// identifier is shared.
 unsafe impl Send for Id {}
 // SAFETY: as for `Send`.
 unsafe impl Sync for Id {}
@@ -294,16 +295,16 @@ impl Id {
         self.raw.as_ptr()
     }
 
-    /// The device that the address resolution, or the request, has found.
+    /// The device found by address resolution or by the connection request.
     pub(super) fn context(&self) -> Result<NonNull<rdma_sys::ibv_context>> {
         // SAFETY: the identifier is alive.
         let context = unsafe { self.raw.as_ref().verbs };
         NonNull::new(context).ok_or_else(|| FabricError::Unavailable("no device was found".into()))
     }
 
-    /// Take events from a channel of its own from now on.
+    /// Move the identifier to another event channel.
     pub(super) fn migrate(mut self, channel: &Arc<EventChannel>) -> Result<Self> {
-        // SAFETY: both are alive; the old channel is released behind this.
+        // SAFETY: both are alive; the old channel is released after this.
         let result =
             unsafe { (self.library().rdma_migrate_id)(self.as_ptr(), channel.raw.as_ptr()) };
         check("rdma_migrate_id", result)?;
@@ -312,7 +313,7 @@ impl Id {
     }
 
     fn set_option(&self, option: i32, value: &mut [u8]) -> Result<()> {
-        // SAFETY: the option's value is as long as its type says.
+        // SAFETY: the value has the length of the option's type.
         let result = unsafe {
             (self.library().rdma_set_option)(
                 self.as_ptr(),
@@ -325,26 +326,24 @@ impl Id {
         check("rdma_set_option", result)
     }
 
-    /// Bind, and listen.
     pub(super) fn listen(&self, address: SocketAddr) -> Result<()> {
         self.set_option(OPTION_REUSEADDR, &mut 1_i32.to_ne_bytes())?;
         let mut address = CAddress::new(address);
-        // SAFETY: a proper address that the call copies.
+        // SAFETY: a valid address, which the call copies.
         let bound = unsafe { (self.library().rdma_bind_addr)(self.as_ptr(), address.as_mut_ptr()) };
         check("rdma_bind_addr", bound)?;
         // SAFETY: the identifier is alive and bound.
         check("rdma_listen", unsafe { (self.library().rdma_listen)(self.as_ptr(), BACKLOG) })
     }
 
-    /// The address at the other end.
     pub(super) fn peer(&self) -> Option<SocketAddr> {
-        // SAFETY: the identifier is alive; the union is large enough for every address, and plain.
+        // SAFETY: the identifier is alive; the union is plain data, and large enough for any
+        // address.
         unsafe {
             socket_address(ptr::from_ref(&self.raw.as_ref().route.addr.dst_addr_union).cast())
         }
     }
 
-    /// The address at this end.
     pub(super) fn local(&self) -> Option<SocketAddr> {
         // SAFETY: as for `peer`.
         unsafe {
@@ -352,22 +351,22 @@ impl Id {
         }
     }
 
-    /// The device's port that the address resolution has found; from 1 on.
+    /// The port of the device found by address resolution, from 1.
     pub(super) fn device_port(&self) -> u8 {
         // SAFETY: the identifier is alive.
         unsafe { self.raw.as_ref().port_num }
     }
 
-    /// The port that it is bound to.
+    /// The TCP port that the identifier is bound to.
     pub(super) fn port(&self) -> u16 {
         // SAFETY: the identifier is alive.
         u16::from_be(unsafe { (self.library().rdma_get_src_port)(self.as_ptr()) })
     }
 
-    /// Begin to resolve an address.
+    /// Start resolving an address.
     pub(super) fn resolve_address(&self, address: SocketAddr, limit: Duration) -> Result<()> {
         let mut address = CAddress::new(address);
-        // SAFETY: a proper address that the call copies; no source address is asked for.
+        // SAFETY: a valid address, which the call copies; no source address is requested.
         let result = unsafe {
             (self.library().rdma_resolve_addr)(
                 self.as_ptr(),
@@ -379,23 +378,23 @@ impl Id {
         check("rdma_resolve_addr", result)
     }
 
-    /// Begin to resolve the route to the address.
+    /// Start resolving the route to the address.
     pub(super) fn resolve_route(&self, limit: Duration) -> Result<()> {
-        // SAFETY: the identifier is alive; a wrong state is an error.
+        // SAFETY: the identifier is alive; the call rejects a wrong state.
         let result =
             unsafe { (self.library().rdma_resolve_route)(self.as_ptr(), milliseconds(limit)) };
         check("rdma_resolve_route", result)
     }
 
-    /// Let the transport give up on a peer that acknowledges nothing within about `limit`.
+    /// Make the transport give up on a peer that acknowledges nothing within about `limit`.
     pub(super) fn set_peer_timeout(&self, limit: Duration) -> Result<()> {
-        // 4.096 us * 2^value a try (rdma_set_option(3)). Devices may take longer.
+        // 4.096 us * 2^value per try (rdma_set_option(3)). Devices may take longer.
         let each = limit.as_nanos() / (u128::from(RETRIES) + 1) / 4096;
         let value = each.max(1).ilog2().min(31) as u8;
         self.set_option(OPTION_ACK_TIMEOUT, &mut [value])
     }
 
-    /// Begin to connect.
+    /// Start connecting.
     pub(super) fn connect(&self, private_data: &[u8]) -> Result<()> {
         let mut parameters = self.parameters(private_data)?;
         // SAFETY: the private data outlives the call, which copies it.
@@ -403,7 +402,7 @@ impl Id {
         check("rdma_connect", result)
     }
 
-    /// Begin to accept a request.
+    /// Start accepting a request.
     pub(super) fn accept(&self, private_data: &[u8]) -> Result<()> {
         let mut parameters = self.parameters(private_data)?;
         // SAFETY: as in `connect`.
@@ -412,7 +411,7 @@ impl Id {
     }
 
     fn parameters(&self, private_data: &[u8]) -> Result<rdma_conn_param> {
-        // How many reads each end may ask the other for at a time.
+        // Outstanding reads that each side allows the other.
         let reads = u8::from(!Transport::of(self.context()?).acknowledges());
         Ok(rdma_conn_param {
             private_data: private_data.as_ptr().cast(),
@@ -427,22 +426,22 @@ impl Id {
         })
     }
 
-    /// Turn a request down.
+    /// Reject a request.
     pub(super) fn reject(&self) {
-        // SAFETY: the identifier is alive. It fails when the peer has gone.
+        // SAFETY: the identifier is alive. The call fails if the peer is gone.
         unsafe { (self.library().rdma_reject)(self.as_ptr(), ptr::null(), 0) };
     }
 
-    /// End the connection: whatever is posted is flushed, and the peer is told.
+    /// Disconnect: posted requests are flushed, and the peer is notified.
     pub(super) fn disconnect(&self) {
-        // SAFETY: the identifier is alive. It fails when there is no connection any more.
+        // SAFETY: the identifier is alive. The call fails if there is no connection any more.
         unsafe { (self.library().rdma_disconnect)(self.as_ptr()) };
     }
 }
 
 impl Drop for Id {
     fn drop(&mut self) {
-        // SAFETY: its queue pair held it, so it is gone, and all its events were acknowledged.
+        // SAFETY: its queue pair held it, so that is gone, and all its events were acknowledged.
         unsafe { (self.library().rdma_destroy_id)(self.as_ptr()) };
     }
 }

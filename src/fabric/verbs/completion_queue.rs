@@ -1,4 +1,4 @@
-//! A completion queue, and the channel that says when it has completions.
+//! A completion queue and its completion channel.
 
 use std::{
     mem::MaybeUninit,
@@ -16,7 +16,7 @@ use super::{
 };
 use crate::fabric::{FabricError, Result};
 
-/// Says when a queue has completions.
+/// A completion channel, readable when its queue has completions.
 struct CompletionChannel {
     raw: NonNull<ibv_comp_channel>,
     library: &'static Library,
@@ -42,15 +42,15 @@ impl CompletionChannel {
 
 impl Drop for CompletionChannel {
     fn drop(&mut self) {
-        // SAFETY: its queue is gone: it is declared, and so dropped, before this.
+        // SAFETY: the queue is already destroyed: `CompletionQueue` destroys it before it drops its
+        // fields.
         unsafe { (self.library.ibv_destroy_comp_channel)(self.raw.as_ptr()) };
     }
 }
 
-/// A completion.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Completion {
-    /// Of the work request.
+    /// Id of the work request.
     pub(super) id: u64,
     /// `ibv_wc_status`.
     pub(super) status: ibv_wc_status::Type,
@@ -61,7 +61,7 @@ pub(super) struct Completion {
 /// A completion queue with a channel of its own.
 pub(super) struct CompletionQueue {
     raw: NonNull<ibv_cq>,
-    /// Notifications that were taken and not acknowledged.
+    /// Notifications taken and not yet acknowledged.
     notified: AtomicU32,
     channel: CompletionChannel,
 }
@@ -93,10 +93,10 @@ impl CompletionQueue {
         self.raw.as_ptr()
     }
 
-    /// The next completion, if there is one.
+    /// Return the next completion, if there is one.
     pub(super) fn poll(&self) -> Result<Option<Completion>> {
         let mut completion = MaybeUninit::<ibv_wc>::uninit();
-        // SAFETY: the queue is alive, and there is room for the one that is asked for.
+        // SAFETY: the queue is alive, and `completion` has space for the one that is requested.
         let found = unsafe { ibv_poll_cq(self.raw.as_ptr(), 1, completion.as_mut_ptr()) };
         match found {
             0 => Ok(None),
@@ -109,13 +109,13 @@ impl CompletionQueue {
         }
     }
 
-    /// Make [`CompletionQueue::fd`] readable at the next completion. What came before does not: poll
-    /// once more behind this.
+    /// Make [`CompletionQueue::fd`] readable at the next completion. Earlier completions do not
+    /// trigger it: poll once more after this.
     pub(super) fn arm(&self) -> Result<()> {
         let mut queue = ptr::null_mut();
         let mut context = ptr::null_mut();
         let library = self.channel.library;
-        // SAFETY: the channel is alive, and does not block.
+        // SAFETY: the channel is alive. It does not block.
         while unsafe {
             (library.ibv_get_cq_event)(self.channel.raw.as_ptr(), &mut queue, &mut context)
         } == 0
@@ -134,7 +134,8 @@ impl CompletionQueue {
 impl Drop for CompletionQueue {
     fn drop(&mut self) {
         let library = self.channel.library;
-        // SAFETY: so many notifications were taken; the queue pair, which held this, is gone.
+        // SAFETY: this is the number of notifications taken; the queue pair, which held this, is
+        // gone.
         unsafe {
             (library.ibv_ack_cq_events)(self.raw.as_ptr(), *self.notified.get_mut());
             (library.ibv_destroy_cq)(self.raw.as_ptr());

@@ -1,4 +1,4 @@
-//! Connecting to a peer, by one queue pair or several.
+//! Connects to a peer, by one queue pair or several.
 
 use std::{
     io,
@@ -76,7 +76,7 @@ impl Verbs {
         Ok((reply, Box::new(opening.finish(self.timeouts)?)))
     }
 
-    /// An identifier with a device and a route to the peer.
+    /// Create an identifier with a device and a route to the peer.
     fn route(&self, address: &Address, candidate: SocketAddr, deadline: Instant) -> Result<Id> {
         let id = route::resolve(address, candidate, deadline)?;
         id.set_peer_timeout(self.timeouts.acknowledgement())?;

@@ -1,4 +1,4 @@
-//! An established connection and its two halves.
+//! An established connection and its receiving half.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -29,52 +29,52 @@ use crate::{
     memory::Region,
 };
 
-/// Messages that may arrive without a credit: READY, answers, errors.
+/// Messages that may arrive without a credit: READY, replies, errors.
 const UNCREDITED: u16 = 8;
 
-/// How much a connection's first queue pair holds; `window` as in [`super::Verbs`].
+/// Queue sizes of a connection's first queue pair; `window` as in [`super::Verbs`].
 pub(super) fn depth(window: u16) -> Depth {
     Depth { send: SEND_DEPTH, receive: u32::from(window + UNCREDITED) }
 }
 
-/// The same of a queue pair for RAM, which receives a mark for each message that needs a credit at
-/// the most.
+/// Queue sizes of a queue pair for RAM, which receives at most one mark per message that needs a
+/// credit.
 fn lane_depth(window: u16) -> Depth {
     Depth { send: SEND_DEPTH, receive: window.into() }
 }
 
-/// Completions of what all queue pairs may have posted, and of what they may have received; `window`
-/// and `lanes` as in [`super::Verbs`].
+/// Completions that all queue pairs may produce, for sends and receives; `window` and `lanes` as in
+/// [`super::Verbs`].
 pub(super) fn completions(window: u16, lanes: u16) -> Depth {
     let (first, lane, lanes) = (depth(window), lane_depth(window), u32::from(lanes));
     Depth { send: first.send + lanes * lane.send, receive: first.receive + lanes * lane.receive }
 }
 
-/// A connection before its halves go to their threads.
+/// A connection before it is split into halves.
 pub(super) struct VerbsConnection {
     shared: Arc<Shared>,
 }
 
-/// Where a region's first byte is.
+/// The address of a region's first byte.
 fn address(region: &Region) -> Result<u64> {
     let mapped = region.mapped(0, region.length());
     let memory = |source| FabricError::Memory { block: region.name().to_owned(), source };
     Ok(mapped.map_err(memory)?.0.as_ptr() as u64)
 }
 
-/// A connection that is being made: its first queue pair, and those that it gets for RAM.
+/// A connection that is being established: its first queue pair, and those for RAM.
 pub(super) struct Opening {
     pairs: Vec<QueuePair>,
     queues: Queues,
-    /// Of the queue pairs for RAM: none of its keys is any good to the first one.
+    /// Domain of the queue pairs for RAM. Its keys are invalid on the first queue pair.
     ram_domain: Arc<ProtectionDomain>,
     received: Received,
     window: u16,
 }
 
 impl Opening {
-    /// Make the queue pair of `id`, and offer its buffers; it need not be connected yet. There may
-    /// come up to `lanes` more.
+    /// Create the queue pair of `id` and post its buffers; it need not be connected yet. Up to
+    /// `lanes` more may follow.
     pub(super) fn new(id: Id, window: u16, lanes: u16) -> Result<Self> {
         let (depth, completions) = (depth(window), completions(window, lanes));
         let queues = Queues {
@@ -87,12 +87,12 @@ impl Opening {
         Ok(Self { pairs: vec![pair], queues, ram_domain, received, window })
     }
 
-    /// The identifier of the first one, to connect it.
+    /// The identifier of the first queue pair, to connect it.
     pub(super) fn id(&self) -> &Id {
         &self.pairs[0].id
     }
 
-    /// Make one more, for RAM; returns its identifier, to connect it.
+    /// Add a queue pair for RAM. Return its identifier, to connect it.
     pub(super) fn add_lane(&mut self, id: Id) -> Result<&Id> {
         let depth = lane_depth(self.window);
         let pair = QueuePair::new(id, self.ram_domain.clone(), self.queues.clone(), depth)?;
@@ -101,7 +101,7 @@ impl Opening {
         Ok(&self.pairs[self.pairs.len() - 1].id)
     }
 
-    /// All of them are connected.
+    /// Complete the connection, once all queue pairs are connected.
     pub(super) fn finish(self, timeouts: Timeouts) -> Result<VerbsConnection> {
         let shared = Arc::new(Shared::new(self.pairs, self.received, timeouts)?);
         Ok(VerbsConnection { shared })
@@ -128,15 +128,14 @@ impl Connection for VerbsConnection {
     }
 }
 
-/// The half that receives.
 struct VerbsRecvHalf {
     shared: Arc<Shared>,
-    /// What the peer may write, by region and range.
+    /// Memory that the peer may write, by region and range.
     registered: HashMap<(usize, u64, u64), MemoryRegion>,
     marks: Marks,
-    /// A buffer for marks that will get none any more.
+    /// Failed completion of a buffer for marks: no mark will arrive in it.
     lost: Option<Completion>,
-    /// Messages that came while marks were waited for: as many as there are buffers, at the most.
+    /// Messages received while waiting for marks; at most as many as there are buffers.
     waiting: VecDeque<Completion>,
     disconnected: bool,
 }
@@ -156,7 +155,7 @@ impl RecvHalf for VerbsRecvHalf {
     }
 
     fn guard(&mut self, _may_land: Guard) {
-        // It is the device that writes, where memory was registered.
+        // The device writes, and only into registered memory.
     }
 
     fn announce(&mut self, region: &Arc<Region>) -> Result<RemoteKey> {
@@ -181,8 +180,8 @@ impl RecvHalf for VerbsRecvHalf {
     }
 
     fn revoke(&mut self) {
-        // Deregistration does it for certain, but takes as long as there is memory to unpin, and the
-        // guest waits for this.
+        // Deregistration always works, but takes longer the more memory there is to unpin, and it
+        // delays the guest.
         if !self.shared.refuse_writes() {
             self.registered.clear();
         }
@@ -190,9 +189,9 @@ impl RecvHalf for VerbsRecvHalf {
 }
 
 impl VerbsRecvHalf {
-    /// End the connection because of `error`; why did it really end?
+    /// Close the connection because of `error`. Return the original cause.
     fn failed(&self, error: FabricError) -> FabricError {
-        // What failed may have been a request, and what came here its consequence.
+        // The failure may have been a request's, and `error` its consequence.
         let error = if matches!(error, FabricError::Closed) { self.shared.cause() } else { error };
         self.shared.close();
         error
@@ -219,7 +218,7 @@ impl VerbsRecvHalf {
         Ok(())
     }
 
-    /// Wait for the next message, or mark, and note that it is there.
+    /// Wait for the next message or mark, and record it.
     fn take_received(&mut self) -> Result<()> {
         let completion = self.next_received()?;
         match marks::queue_pair(&completion) {
@@ -228,7 +227,7 @@ impl VerbsRecvHalf {
                 self.marks.arrive(lane);
                 marks::offer(&self.shared.pairs[lane], lane)?;
             }
-            // Access to RAM has ended, or the queue pair is broken. Whoever waits for a mark must know.
+            // Access to RAM has ended, or the queue pair is broken. A wait for a mark must fail.
             Some(_) => self.lost = Some(completion),
         }
         Ok(())
@@ -241,7 +240,7 @@ impl VerbsRecvHalf {
             if let Some(completion) = queue.poll()? {
                 return Ok(completion);
             }
-            // What was sent before the end has been taken by now.
+            // Messages sent before the end have been received by now.
             if self.disconnected || shared.closed.load(Ordering::SeqCst) {
                 return Err(shared.end());
             }

@@ -1,7 +1,7 @@
-//! libibverbs and librdmacm, loaded when they are needed: the program starts without them.
+//! libibverbs and librdmacm, loaded on demand: the program starts without them.
 //!
-//! Only their exported functions are here. What the headers define inline (posting, polling) goes
-//! through the device's own table and needs no symbol.
+//! Only exported functions are listed. Inline functions of the headers (posting, polling) use the
+//! device's function table and need no symbol.
 
 use std::{
     error::Error as _,
@@ -20,7 +20,7 @@ use rdma_sys::{
 
 use crate::fabric::{FabricError, Result};
 
-/// Load a library for good: its functions must stay where they are.
+/// Load a library and never unload it: its functions must stay valid.
 fn open(name: &str) -> std::result::Result<&'static libloading::Library, libloading::Error> {
     // SAFETY: the initialisers of rdma-core's libraries have no preconditions.
     let library = unsafe { libloading::Library::new(name)? };
@@ -29,7 +29,7 @@ fn open(name: &str) -> std::result::Result<&'static libloading::Library, libload
 
 macro_rules! library {
     ($($file:literal { $(fn $name:ident($($argument:ty),*) -> $result:ty;)* })*) => {
-        /// The functions, under their own names.
+        /// Function pointers, under the functions' names.
         pub(super) struct Library {
             $($(pub(super) $name: unsafe extern "C" fn($($argument),*) -> $result,)*)*
         }
@@ -98,7 +98,7 @@ library! {
 }
 
 impl Library {
-    /// The libraries of this host.
+    /// Load the libraries of this host, once.
     ///
     /// # Errors
     /// [`FabricError::Unavailable`] if one is missing or too old.
@@ -113,12 +113,12 @@ impl Library {
     }
 }
 
-/// What the dynamic linker says, which names the library.
+/// The dynamic linker's message, which names the library.
 fn said(error: &libloading::Error) -> String {
     error.source().map_or_else(|| error.to_string(), ToString::to_string)
 }
 
-/// The outcome of a function that returns -1 and sets errno.
+/// The result of a function that returns -1 and sets errno.
 pub(super) fn check(call: &'static str, result: c_int) -> Result<()> {
     if result == 0 {
         Ok(())
@@ -127,12 +127,12 @@ pub(super) fn check(call: &'static str, result: c_int) -> Result<()> {
     }
 }
 
-/// The handle of an object, or what errno says.
+/// The result of a function that returns an object, or NULL and sets errno.
 pub(super) fn created<T>(call: &'static str, raw: *mut T) -> Result<NonNull<T>> {
     NonNull::new(raw).ok_or_else(|| FabricError::Host { call, source: io::Error::last_os_error() })
 }
 
-/// The device has no room for what was to be made.
+/// Map an error of object creation to [`FabricError::Refused`].
 pub(super) fn refused(what: impl FnOnce() -> String) -> impl FnOnce(FabricError) -> FabricError {
     |error| match error {
         FabricError::Host { source, .. } => FabricError::Refused { what: what(), source },
@@ -140,7 +140,7 @@ pub(super) fn refused(what: impl FnOnce() -> String) -> impl FnOnce(FabricError)
     }
 }
 
-/// The outcome of a function that returns an errno.
+/// The result of a function that returns an errno.
 pub(super) fn check_errno(call: &'static str, errno: c_int) -> Result<()> {
     if errno == 0 {
         Ok(())

@@ -1,4 +1,4 @@
-//! Waiting for peers.
+//! The listener.
 
 use std::{
     net::{Ipv4Addr, SocketAddr},
@@ -59,7 +59,7 @@ impl Stop {
 
     fn close(&self) {
         self.closed.store(true, Ordering::SeqCst);
-        // It fails only when the counter is at its end, and then it is readable all the more.
+        // Fails only if the counter is at its maximum, and then the descriptor is readable anyway.
         let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
     }
 }
@@ -119,13 +119,10 @@ impl Listener for VerbsListener {
             let trailer = Trailer::find(Kind::QueuePairs, &private_data);
             match (own, trailer) {
                 (Ok((id, _)), Some(trailer)) if trailer.lane.get() > 0 => {
-                    // An identifier that is dropped tells its peer.
+                    // Dropping an identifier notifies its peer.
                     if !self.sessions.add(&trailer, id) {
                         self.refused.say(|left_out| {
-                            info!(
-                                left_out,
-                                "a queue pair was turned away: it belongs to no connection"
-                            );
+                            info!(left_out, "rejected a queue pair: it belongs to no session");
                         });
                     }
                 }
@@ -158,10 +155,10 @@ impl Listener for VerbsListener {
 
 /// A peer that asks to connect.
 struct VerbsRequest {
-    /// Until it is let in.
+    /// `None` once accepted.
     id: Option<Id>,
     private_data: Vec<u8>,
-    /// Further queue pairs that it gets.
+    /// Further queue pairs granted to it.
     lanes: u16,
     fabric: Verbs,
     sessions: Arc<ConnectionGroups<Id>>,
@@ -175,7 +172,7 @@ impl Request for VerbsRequest {
     }
 
     fn peer(&self) -> SocketAddr {
-        // Of a device without IP there is none.
+        // A device without IP has no peer address.
         let nobody = (Ipv4Addr::UNSPECIFIED, 0).into();
         self.id.as_ref().and_then(Id::peer).unwrap_or(nobody)
     }
@@ -208,7 +205,7 @@ impl Request for VerbsRequest {
     }
 }
 
-/// Accept, and wait until the connection stands.
+/// Accept, and wait until the connection is established.
 fn establish(id: &Id, private_data: &[u8], deadline: Instant, stop: &Stop) -> Result<()> {
     id.accept(private_data)?;
     match id.channel().wait(Some(stop.wake.as_fd()), Some(deadline))? {
@@ -218,7 +215,7 @@ fn establish(id: &Id, private_data: &[u8], deadline: Instant, stop: &Stop) -> Re
 }
 
 impl VerbsRequest {
-    /// The peer connects its further queue pairs, one after the other.
+    /// Accept the peer's further queue pairs, one after the other.
     fn take_lanes(&self, opening: &mut Opening, session: &ConnectionGroup<Id>) -> Result<()> {
         for lane in 1..=self.lanes {
             let id = session.next(lane)?;

@@ -1,4 +1,4 @@
-//! Memory that a device may use.
+//! Memory regions that are registered with a device.
 
 use std::{any::Any, io, ops::Range, ptr::NonNull, sync::Arc, time::Instant};
 
@@ -13,11 +13,11 @@ use crate::{
 /// What a device may do with memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Access {
-    /// Send it.
+    /// Send from it.
     Read,
     /// Receive messages into it.
     Receive,
-    /// Let the peer write it.
+    /// Let the peer write to it.
     RemoteWrite,
 }
 
@@ -26,7 +26,7 @@ impl Access {
         let flags = match self {
             Self::Read => 0,
             Self::Receive => ibv_access_flags::IBV_ACCESS_LOCAL_WRITE.0,
-            // Remote writing needs local writing too (ibv_reg_mr(3)).
+            // Remote write requires local write (ibv_reg_mr(3)).
             Self::RemoteWrite => {
                 ibv_access_flags::IBV_ACCESS_LOCAL_WRITE.0
                     | ibv_access_flags::IBV_ACCESS_REMOTE_WRITE.0
@@ -42,7 +42,7 @@ pub(super) struct MemoryRegion {
     domain: Arc<ProtectionDomain>,
     /// Bytes of guest memory in it.
     guest: u64,
-    /// Keeps it mapped.
+    /// Keeps the memory mapped.
     _memory: Arc<dyn Any + Send + Sync>,
 }
 
@@ -58,7 +58,7 @@ impl MemoryRegion {
         (address, length): (NonNull<u8>, usize),
         access: Access,
     ) -> io::Result<Self> {
-        // SAFETY: the range belongs to `memory`, which is held as long as this.
+        // SAFETY: the range belongs to `memory`, which the returned object holds.
         let raw = unsafe {
             (domain.library().ibv_reg_mr)(
                 domain.as_ptr(),
@@ -107,13 +107,13 @@ impl MemoryRegion {
         Ok(part)
     }
 
-    /// For work requests here.
+    /// The key for local work requests.
     pub(super) fn lkey(&self) -> u32 {
-        // SAFETY: alive; the key never changes.
+        // SAFETY: the registration exists; its key never changes.
         unsafe { self.raw.as_ref().lkey }
     }
 
-    /// For the peer. It is in the caller's hands that the address is the whole block's.
+    /// The key for the peer. `block` must be the address of the whole block.
     pub(super) fn remote_key(&self, block: u64) -> RemoteKey {
         // SAFETY: as for `lkey`.
         RemoteKey { address: block, rkey: unsafe { self.raw.as_ref().rkey } }
@@ -123,7 +123,7 @@ impl MemoryRegion {
 impl Drop for MemoryRegion {
     fn drop(&mut self) {
         let begun = Instant::now();
-        // SAFETY: it was registered once; work requests that still name it fail.
+        // SAFETY: registered once; work requests that still use it fail.
         unsafe { (self.domain.library().ibv_dereg_mr)(self.raw.as_ptr()) };
         if self.guest > 0 {
             self.domain.deregistered(self.guest, begun);

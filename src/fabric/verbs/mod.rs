@@ -1,8 +1,8 @@
-//! RDMA: libibverbs and librdmacm.
+//! RDMA by libibverbs and librdmacm.
 //!
 //! A reliable connected queue pair carries control messages as SEND and guest RAM as RDMA WRITE,
-//! straight from and into the guests' memory. Owns every call of the libraries, and with
-//! `memory/` the only `unsafe` of the project. Knows nothing of what messages mean.
+//! directly between the guests' memories. This module makes all calls of the libraries; it and
+//! `memory/` contain the only `unsafe` code of the project. It does not interpret messages.
 #![allow(unsafe_code)]
 
 mod buffers;
@@ -33,14 +33,15 @@ use cm::EventChannel;
 pub struct Verbs {
     /// Time limits.
     pub timeouts: Timeouts,
-    /// Control messages that each side has buffers for, beside those that need no credit.
+    /// Control messages that each side has buffers for, besides those that need no credit.
     pub window: u16,
-    /// Queue pairs for RAM beside the first one, where the peer has them too. With 0 RAM goes
-    /// through that one, as with a stock QEMU.
+    /// Queue pairs for RAM besides the first one, if the peer supports them. With 0, RAM uses the
+    /// first one, as with a stock QEMU.
     pub lanes: u16,
 }
 
-/// Load the libraries, and the devices' drivers with them. Who needs them gets to know if it fails.
+/// Load the libraries and the providers of the devices. An error is ignored: the first user gets it
+/// again.
 pub fn prepare() {
     drop(EventChannel::new());
 }

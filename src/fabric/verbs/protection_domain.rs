@@ -1,4 +1,4 @@
-//! A protection domain, and what is pinned in it.
+//! A protection domain, and the amount of memory pinned in it.
 
 use std::{
     ptr::NonNull,
@@ -17,24 +17,23 @@ use super::{
 };
 use crate::fabric::{Pinned, Result};
 
-/// A protection domain.
 pub(super) struct ProtectionDomain {
     raw: NonNull<ibv_pd>,
     library: &'static Library,
-    /// Guest memory that is registered in it, in bytes.
+    /// Registered guest memory in bytes.
     pinned: AtomicU64,
-    /// Nanoseconds that its registrations and their ends have taken.
+    /// Time spent on registrations and deregistrations, in nanoseconds.
     pinning: AtomicU64,
 }
 
-// SAFETY: libibverbs' objects may be used from any thread (ibv_fork_init(3) and others demand
-// nothing more); so for the types below.
+// SAFETY: libibverbs' objects may be used from any thread (ibv_fork_init(3) and others require
+// nothing more). The same holds for the types that refer to this comment.
 unsafe impl Send for ProtectionDomain {}
 // SAFETY: as for `Send`.
 unsafe impl Sync for ProtectionDomain {}
 
 impl ProtectionDomain {
-    /// On the device of `id`, which librdmacm keeps open until the process ends.
+    /// Create a domain on the device of `id`, which librdmacm keeps open until the process ends.
     pub(super) fn new(id: &Id) -> Result<Arc<Self>> {
         let library = id.library();
         // SAFETY: the device is open.
@@ -43,7 +42,7 @@ impl ProtectionDomain {
         Ok(Arc::new(Self { raw, library, pinned: 0.into(), pinning: 0.into() }))
     }
 
-    /// Guest memory that is registered in it.
+    /// Registered guest memory.
     pub(super) fn pinned(&self) -> Pinned {
         Pinned {
             bytes: self.pinned.load(Ordering::Relaxed),
@@ -59,13 +58,13 @@ impl ProtectionDomain {
         self.library
     }
 
-    /// So many bytes of guest memory were registered, which has taken the time since then.
+    /// Account for a registration of guest memory that began at `since`.
     pub(super) fn registered(&self, bytes: u64, since: Instant) {
         self.took(since);
         self.pinned.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    /// So many are no more.
+    /// Account for a deregistration that began at `since`.
     pub(super) fn deregistered(&self, bytes: u64, since: Instant) {
         self.took(since);
         self.pinned.fetch_sub(bytes, Ordering::Relaxed);
@@ -79,7 +78,7 @@ impl ProtectionDomain {
 
 impl Drop for ProtectionDomain {
     fn drop(&mut self) {
-        // SAFETY: what was made in it held it, so nothing is left.
+        // SAFETY: every object created in the domain holds it, so none is left.
         unsafe { (self.library.ibv_dealloc_pd)(self.raw.as_ptr()) };
     }
 }

@@ -1,4 +1,4 @@
-//! Queue pairs, and what is posted to them.
+//! Queue pairs and their work requests.
 
 use std::{ptr, sync::Arc};
 
@@ -17,10 +17,10 @@ use super::{
 };
 use crate::fabric::{RemoteKey, Result};
 
-/// Ranges of memory in one work request.
+/// Memory ranges per work request.
 pub(super) const SGES: u32 = 1;
 
-/// How much a queue pair may hold.
+/// Sizes of a queue pair's queues.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Depth {
     pub(super) send: u32,
@@ -42,7 +42,7 @@ pub(super) struct QueuePair {
     pub(super) id: Id,
 }
 
-/// Where completions go; queue pairs may share them.
+/// Completion queues, which queue pairs may share.
 #[derive(Clone)]
 pub(super) struct Queues {
     pub(super) sent: Arc<CompletionQueue>,
@@ -50,7 +50,6 @@ pub(super) struct Queues {
 }
 
 impl QueuePair {
-    /// For the connection of `id`.
     pub(super) fn new(
         id: Id,
         domain: Arc<ProtectionDomain>,
@@ -72,7 +71,7 @@ impl QueuePair {
             qp_type: ibv_qp_type::IBV_QPT_RC,
             sq_sig_all: 0,
         };
-        // SAFETY: all that the attributes name is alive, and is held by what is returned.
+        // SAFETY: the objects in the attributes exist, and the returned queue pair holds them.
         let result =
             unsafe { (id.library().rdma_create_qp)(id.as_ptr(), domain.as_ptr(), &mut attributes) };
         check("rdma_create_qp", result).map_err(refused(|| {
@@ -93,8 +92,8 @@ impl QueuePair {
             request.num_sge = SGES.cast_signed();
         }
         let mut bad = ptr::null_mut();
-        // SAFETY: the request and its element outlive the call; the memory that it names is kept
-        // registered by the caller until the completion.
+        // SAFETY: the request and its element outlive the call; the caller keeps the memory
+        // registered until the completion.
         check_errno("ibv_post_send", unsafe { ibv_post_send(self.raw(), request, &mut bad) })
     }
 
@@ -111,7 +110,7 @@ impl QueuePair {
     }
 
     fn modify(&self, mask: ibv_qp_attr_mask, change: impl FnOnce(&mut ibv_qp_attr)) -> Result<()> {
-        // SAFETY: all of it are integers, for which zero is a value.
+        // SAFETY: it consists of integers, for which zero is a valid value.
         let mut attributes: ibv_qp_attr = unsafe { std::mem::zeroed() };
         change(&mut attributes);
         let mask = mask.0.cast_signed();
@@ -120,22 +119,23 @@ impl QueuePair {
         check_errno("ibv_modify_qp", errno)
     }
 
-    /// Let the peer write no memory any more, through this queue pair, which goes on otherwise.
+    /// Deny the peer writes through this queue pair, which otherwise keeps working.
     pub(super) fn refuse_writes(&self) -> Result<()> {
         self.modify(ibv_qp_attr_mask::IBV_QP_ACCESS_FLAGS, |it| it.qp_access_flags = 0)
     }
 
-    /// Let the peer do nothing any more through this queue pair.
+    /// Move the queue pair to the error state: the peer can do nothing through it.
     pub(super) fn fail(&self) -> Result<()> {
         self.modify(ibv_qp_attr_mask::IBV_QP_STATE, |it| it.qp_state = ibv_qp_state::IBV_QPS_ERR)
     }
 
-    /// Send a message; without `local`, one of no bytes.
+    /// Send a message; without `local`, an empty one.
     pub(super) fn send(&self, id: u64, local: Option<Local>) -> Result<()> {
         self.post(&mut request(id, ibv_wr_opcode::IBV_WR_SEND, true), local)
     }
 
-    /// Write into the peer's memory; without `local`, nothing, which the peer acknowledges.
+    /// Write into the peer's memory; without `local`, write zero bytes, which the peer
+    /// acknowledges.
     pub(super) fn write(
         &self,
         id: u64,
@@ -148,14 +148,14 @@ impl QueuePair {
         self.post(&mut request, local)
     }
 
-    /// Read nothing of the peer's memory: its device answers all the same.
+    /// Read zero bytes of the peer's memory: its device still replies.
     pub(super) fn read_nothing(&self, id: u64) -> Result<()> {
-        // Neither key is looked at where there are no bytes (RFC 5040, 5.2.1; RFC 5041, 5.2).
+        // Neither key is checked for zero bytes (RFC 5040, 5.2.1; RFC 5041, 5.2).
         let nothing = Local { address: 0, length: 0, lkey: 0 };
         self.post(&mut request(id, ibv_wr_opcode::IBV_WR_RDMA_READ, true), Some(nothing))
     }
 
-    /// Offer a buffer for a message; without `local`, for one of no bytes.
+    /// Post a receive buffer; without `local`, for an empty message.
     pub(super) fn receive(&self, id: u64, local: Option<Local>) -> Result<()> {
         let mut element = local.map(element);
         let (num_sge, next) = (element.iter().len() as i32, ptr::null_mut());
@@ -169,7 +169,7 @@ impl QueuePair {
 
 impl Drop for QueuePair {
     fn drop(&mut self) {
-        // SAFETY: the identifier has a queue pair; the queues that it uses go after this.
+        // SAFETY: the identifier has a queue pair; its completion queues are dropped after it.
         unsafe { (self.id.library().rdma_destroy_qp)(self.id.as_ptr()) };
     }
 }
@@ -179,7 +179,7 @@ fn element(local: Local) -> ibv_sge {
 }
 
 fn request(id: u64, opcode: ibv_wr_opcode::Type, signalled: bool) -> ibv_send_wr {
-    // SAFETY: all of it are integers and pointers, for which zero is a value.
+    // SAFETY: it consists of integers and pointers, for which zero is a valid value.
     let mut request: ibv_send_wr = unsafe { std::mem::zeroed() };
     request.wr_id = id;
     request.opcode = opcode;

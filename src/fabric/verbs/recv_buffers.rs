@@ -9,15 +9,15 @@ use super::{
 };
 use crate::fabric::{MESSAGE_MAX, Result};
 
-/// Buffers that a queue pair has been offered. They are registered as long as it exists: a message
-/// that finds its buffer unregistered fails at the peer, which then never reads what it was told.
+/// Receive buffers of a queue pair, registered as long as it exists: a message that hits an
+/// unregistered buffer fails at the peer, which then never reads what it was sent.
 pub(super) struct Received {
     buffers: Arc<Buffers>,
     registration: MemoryRegion,
 }
 
 impl Received {
-    /// Offer `count` buffers to a queue pair.
+    /// Post `count` buffers to a queue pair.
     pub(super) fn offer_all(pair: &QueuePair, count: usize) -> Result<Self> {
         let buffers = Arc::new(Buffers::new(count));
         let registration = MemoryRegion::of_buffers(&pair.domain, &buffers, Access::Receive)?;
@@ -35,8 +35,8 @@ impl Received {
         pair.receive(index as u64, Some(local))
     }
 
-    /// Copy a message out of its buffer and offer the buffer again: messages are what is left of the
-    /// stream without RAM, and small.
+    /// Copy a message out of its buffer and post the buffer again. Messages are small: they do not
+    /// contain RAM.
     pub(super) fn take(
         &self,
         pair: &QueuePair,

@@ -1,4 +1,4 @@
-//! The device and the route that lead to an address.
+//! Finds the device and the route to an address.
 
 use std::{
     io,
@@ -20,7 +20,7 @@ use crate::{
 /// Resolve `candidate`, one of the addresses of `address`, and the route to it.
 ///
 /// # Errors
-/// When there is none, or it is not found before `deadline`.
+/// If there is no route, or it is not found before `deadline`.
 pub(super) fn resolve(address: &Address, candidate: SocketAddr, deadline: Instant) -> Result<Id> {
     let id = Id::new(&EventChannel::new()?)?;
     let left = || deadline.saturating_duration_since(Instant::now());
@@ -35,7 +35,7 @@ pub(super) fn resolve(address: &Address, candidate: SocketAddr, deadline: Instan
     Ok(id)
 }
 
-/// Wait for the one event that is to come next.
+/// Wait for event `wanted`; any other one is an error.
 pub(super) fn expect(
     id: &Id,
     wanted: kind::Type,
@@ -59,7 +59,7 @@ pub(super) fn expect(
     }
 }
 
-/// The network leads nowhere, or not over an RDMA device.
+/// There is no route, or none over an RDMA device.
 fn no_route(address: &Address, source: io::Error) -> FabricError {
     if source.raw_os_error() == Some(libc::ENODEV) {
         no_device(address, &source)
@@ -68,7 +68,7 @@ fn no_route(address: &Address, source: io::Error) -> FabricError {
     }
 }
 
-/// No RDMA device is where the address is.
+/// No RDMA device leads to the address.
 pub(super) fn no_device(address: &Address, source: &io::Error) -> FabricError {
     FabricError::Unavailable(format!(
         "no RDMA device leads to {address} ({source}); use an address in the network of a device's \
@@ -76,24 +76,24 @@ pub(super) fn no_device(address: &Address, source: &io::Error) -> FabricError {
     ))
 }
 
-/// What leads to an address.
+/// A route to an address.
 #[derive(Debug)]
 pub(super) struct Route {
-    /// The device.
+    /// Name of the device.
     pub(super) device: String,
-    /// Its port, from 1 on.
+    /// Port of the device, from 1.
     pub(super) port: u8,
-    /// The address at this end.
+    /// Local address.
     pub(super) from: Option<SocketAddr>,
-    /// The address itself is this host's.
+    /// The address belongs to this host.
     pub(super) is_own: bool,
 }
 
-/// Find what leads to `address`, without connecting. `None`: it stands for every address of this
+/// Find the route to `address`, without connecting. `None` if it stands for every address of this
 /// host.
 ///
 /// # Errors
-/// When nothing does, or it is not found within `limit`.
+/// If there is no route, or it is not found within `limit`.
 pub(super) fn find(address: &Address, limit: Duration) -> Result<Option<Route>> {
     let deadline = Instant::now() + limit;
     let mut last = None;

@@ -1,4 +1,4 @@
-//! What leaves: messages, writes, and what keeps count of them.
+//! The sending half: messages, writes, and the accounting of both.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -35,66 +35,66 @@ use crate::{
     ram::CHUNK,
 };
 
-/// Work requests that may be outstanding at a queue pair (QEMU's RDMA_SIGNALED_SEND_MAX).
+/// Outstanding work requests per queue pair (QEMU's RDMA_SIGNALED_SEND_MAX).
 pub(super) const SEND_DEPTH: u32 = 512;
 
-/// Writes, and bytes of writes, of which only the last is signalled.
+/// Number and bytes of writes of which only the last is signalled.
 const SIGNAL_REQUESTS: u32 = 32;
 const SIGNAL_BYTES: u64 = 1 << 20;
 
-/// Most bytes of writes in flight; as in the tcp fabric, and for its reason.
+/// Most bytes of writes in flight, as in the tcp fabric and for the same reason.
 const WINDOW: u64 = 8 << 20;
 
-/// Messages that may be on their way out.
+/// Messages that may be in flight.
 pub(super) const SEND_BUFFERS: usize = 8;
 
-/// How long the last words may take.
+/// Time limit for the final message.
 const FAREWELL: Duration = Duration::from_secs(1);
 
-/// Work requests up to a signalled one.
+/// Work requests up to and including a signalled one.
 #[derive(Debug, Default, Clone, Copy)]
 struct Batch {
     requests: u32,
     bytes: u64,
-    /// The buffer of a message.
+    /// Buffer of a message.
     buffer: Option<usize>,
-    /// Bytes of the ring.
+    /// Bytes used in the staging ring.
     staged: usize,
 }
 
-/// What is posted to a queue pair.
+/// Work requests posted to a queue pair.
 #[derive(Debug, Default)]
 struct Posted {
-    /// Signalled, in their order: reliable connections complete in it.
+    /// Signalled batches, in order: a reliable connection completes them in order.
     flight: VecDeque<Batch>,
-    /// Posted behind the last signalled one.
+    /// Requests posted after the last signalled one.
     unsignalled: Batch,
     outstanding: u32,
 }
 
-/// What posts share.
+/// State of posting, shared by all threads that send.
 struct Sending {
     buffers: Arc<Buffers>,
     registration: MemoryRegion,
     free: Vec<usize>,
     /// By queue pair.
     posted: Vec<Posted>,
-    /// When something was posted while nothing was outstanding, or something completed.
+    /// Time of the last completion, or of the last post to an idle connection.
     quiet_since: Instant,
-    /// Guest memory that is registered for sending, by region.
+    /// Guest memory registered for sending, by region.
     pinned: HashMap<usize, Ranges<MemoryRegion>>,
-    /// For bytes that are in no memory of the guest; made when there are any.
+    /// For bytes outside guest memory; created on first use.
     ring: Option<Ring>,
 }
 
 impl Sending {
-    /// Nothing is on its way of which a completion will tell.
+    /// Whether no signalled request is in flight.
     fn is_quiet(&self) -> bool {
         self.posted.iter().all(|posted| posted.flight.is_empty())
     }
 
-    /// The peer may end the queue pairs that carry RAM and no messages: nothing on them waits for its
-    /// device any more, marks neither.
+    /// Whether no signalled request, marks included, is in flight on queue pairs that carry RAM but
+    /// no messages: the peer may then close them.
     fn is_ram_quiet(&self) -> bool {
         self.posted[1..].iter().all(|posted| posted.flight.is_empty())
     }
@@ -109,19 +109,20 @@ impl Sending {
     }
 }
 
-/// What both halves and handles share.
+/// State shared by both halves and handles.
 pub(super) struct Shared {
-    /// Messages go through the first one. So does RAM if it is the only one, else through the
-    /// others: a chunk through the same one for ever.
+    /// The first carries messages, and also RAM if it is the only one. Otherwise the others carry
+    /// RAM, each chunk always on the same one.
     pub(super) pairs: Vec<QueuePair>,
-    /// Of the first one. Fields are dropped in their order: it outlives the queue pairs.
+    /// Receive buffers of the first queue pair. Fields are dropped in order, so they outlive the
+    /// queue pairs.
     pub(super) received: Received,
-    /// Ends whoever waits.
+    /// Wakes all waiting threads.
     pub(super) wake: OwnedFd,
     pub(super) closed: AtomicBool,
     /// Why the connection ended, if it was not closed.
     failure: Mutex<Option<status::Type>>,
-    /// Held while requests are posted and their completions taken. One write in it is up to 1 MiB.
+    /// Held while posting requests and taking completions, once per write of up to 1 MiB.
     sending: Mutex<Sending>,
     posted: AtomicU64,
     landed: AtomicU64,
@@ -133,7 +134,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A region's identity as long as it is held.
+/// A key for a region, unique while the region exists.
 pub(super) fn identity(region: &Arc<Region>) -> usize {
     Arc::as_ptr(region) as usize
 }
@@ -171,35 +172,34 @@ impl Shared {
         })
     }
 
-    /// Completions of what was posted to any of the queue pairs.
+    /// Send completion queue of all queue pairs.
     fn sent(&self) -> &CompletionQueue {
         self.pairs[0].sent()
     }
 
-    /// The first queue pair that carries RAM.
+    /// Index of the first queue pair for RAM.
     fn first_lane(&self) -> usize {
         usize::from(self.pairs.len() > 1)
     }
 
-    /// The queue pair of the chunk at `offset` of a block.
+    /// Index of the queue pair for the chunk at `offset` of a block.
     fn lane(&self, offset: u64) -> usize {
         let first = self.first_lane();
         first + (offset / CHUNK) as usize % (self.pairs.len() - first)
     }
 
-    /// Bytes of writes to one queue pair of which only the last is signalled. Of all of them together
-    /// far less is unsignalled than fits into [`WINDOW`], so that there is always something to wait
-    /// for.
+    /// Bytes of writes per queue pair of which only the last is signalled. The total over all queue
+    /// pairs is far below [`WINDOW`], so that there is always a completion to wait for.
     fn signal_bytes(&self) -> u64 {
         SIGNAL_BYTES / self.pairs.len() as u64
     }
 
-    /// Where guest memory is registered.
+    /// The protection domain of guest memory.
     pub(super) fn ram_domain(&self) -> &Arc<ProtectionDomain> {
         &self.pairs[self.first_lane()].domain
     }
 
-    /// Let the peer write no memory any more; false if the device can't.
+    /// Deny the peer all further writes. Return false if the device can't.
     pub(super) fn refuse_writes(&self) -> bool {
         match self.first_lane() {
             0 => self.transport.guards_queue_pairs() && self.pairs[0].refuse_writes().is_ok(),
@@ -209,7 +209,7 @@ impl Shared {
 
     pub(super) fn close(&self) {
         self.closed.store(true, Ordering::SeqCst);
-        // It fails only when the counter is at its end, and then it is readable all the more.
+        // Fails only if the counter is at its maximum, and then the descriptor is readable anyway.
         let _ = rustix::io::write(&self.wake, &1_u64.to_ne_bytes());
         for pair in &self.pairs {
             pair.id.disconnect();
@@ -235,16 +235,16 @@ impl Shared {
         }
     }
 
-    /// The same, with what requests say that nobody has looked at yet.
+    /// Why the connection has ended, with errors in completions not yet taken.
     pub(super) fn cause(&self) -> FabricError {
         self.take_sent(&mut lock(&self.sending)).err().unwrap_or_else(|| self.end())
     }
 
-    /// A completion with this status: is it a success?
+    /// Return the completion if it succeeded, else why the connection has ended.
     pub(super) fn checked(&self, completion: Completion) -> Result<Completion> {
         match completion.status {
             status::IBV_WC_SUCCESS => Ok(completion),
-            // The consequence of what ended the connection.
+            // A consequence of the original failure.
             status::IBV_WC_WR_FLUSH_ERR => Err(self.end()),
             failed => {
                 lock(&self.failure).get_or_insert(failed);
@@ -253,7 +253,7 @@ impl Shared {
         }
     }
 
-    /// Take what has completed; was there anything?
+    /// Take all send completions. Return whether there were any.
     fn take_sent(&self, sending: &mut Sending) -> Result<bool> {
         let mut any = false;
         while let Some(completion) = self.sent().poll()? {
@@ -278,7 +278,8 @@ impl Shared {
         Ok(any)
     }
 
-    /// Wait until `enough`, which completions make true sooner or later.
+    /// Wait until `enough` returns true. Its arguments are the state and the bytes in flight, which
+    /// completions change.
     fn await_sent(
         &self,
         sending: &mut Sending,
@@ -293,7 +294,7 @@ impl Shared {
             let mut any = self.take_sent(sending)?;
             if !enough(sending) {
                 self.sent().arm()?;
-                // What has come just before wakes nobody.
+                // Completions that arrived before arming wake nobody.
                 any |= self.take_sent(sending)?;
             }
             Ok(match any {
@@ -319,13 +320,13 @@ impl Shared {
     }
 
     /// Wait until one more request may be posted to a queue pair.
-    fn await_room(&self, sending: &mut Sending, lane: usize) -> Result<()> {
+    fn await_slot(&self, sending: &mut Sending, lane: usize) -> Result<()> {
         self.await_sent(sending, self.timeouts.acknowledgement(), |sending, _| {
             sending.posted[lane].outstanding < SEND_DEPTH
         })
     }
 
-    /// Post a message, once there is room for it.
+    /// Post a message, once a buffer and a queue entry are free.
     fn post_message(&self, sending: &mut Sending, header: &[u8], payload: &[u8]) -> Result<()> {
         self.await_sent(sending, self.timeouts.acknowledgement(), |sending, _| {
             !sending.free.is_empty() && sending.posted[0].outstanding < SEND_DEPTH
@@ -340,7 +341,7 @@ impl Shared {
         self.post_send(sending, 0, Some(local), Some(buffer))
     }
 
-    /// Post a message in `buffer`, or a mark, and count it.
+    /// Post and account for a message in `buffer`, or a mark.
     fn post_send(
         &self,
         sending: &mut Sending,
@@ -353,7 +354,7 @@ impl Shared {
         Ok(())
     }
 
-    /// A signalled request that is no write was posted.
+    /// Account for a posted signalled request that is not a write.
     fn count(&self, sending: &mut Sending, lane: usize, buffer: Option<usize>) {
         if sending.is_quiet() {
             sending.quiet_since = Instant::now();
@@ -366,7 +367,6 @@ impl Shared {
         posted.flight.push_back(batch);
     }
 
-    /// Post a write to a queue pair, and count it.
     fn post_write(
         &self,
         sending: &mut Sending,
@@ -393,12 +393,12 @@ impl Shared {
         Ok(())
     }
 
-    /// Have the peer's device answer.
+    /// Probe the peer's device.
     fn post_question(&self, sending: &mut Sending) -> Result<()> {
         if self.transport.acknowledges() {
             return self.post_nothing(sending, 0);
         }
-        // Only helpers let themselves be read from; with them RAM has queue pairs of its own.
+        // Only helpers accept reads; with them RAM has separate queue pairs.
         if self.first_lane() > 0 {
             self.pairs[0].read_nothing(0)?;
             self.count(sending, 0, None);
@@ -406,16 +406,16 @@ impl Shared {
         Ok(())
     }
 
-    /// Post a signalled request that tells of all before it.
+    /// Post a signalled request, whose completion covers all requests before it.
     fn post_nothing(&self, sending: &mut Sending, lane: usize) -> Result<()> {
-        // A write of no bytes needs no key (InfiniBand specification, C9-88, as Linux cites it in
-        // `check_rkey` of rxe; RFC 5041, 5.2).
+        // A write of zero bytes needs no key (InfiniBand specification, C9-88, as cited in
+        // `check_rkey` of Linux's rxe; RFC 5041, 5.2).
         self.post_write(sending, lane, None, RemoteKey { address: 0, rkey: 0 })
     }
 
-    /// Nothing has happened for a while: is the peer still there?
+    /// Probe the peer after a silence, or fail if it has not answered in time.
     pub(super) fn keep_alive(&self) -> Result<()> {
-        // Whoever holds the lock looks after it.
+        // The thread that holds the lock checks the peer itself.
         let mut sending = match self.sending.try_lock() {
             Ok(sending) => sending,
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
@@ -432,7 +432,6 @@ impl Shared {
     }
 }
 
-/// The half that sends.
 pub(super) struct VerbsSendHalf {
     pub(super) shared: Arc<Shared>,
 }
@@ -443,12 +442,13 @@ impl SendHalf for VerbsSendHalf {
         shared.post_message(&mut lock(&shared.sending), header, payload)
     }
 
-    fn send_behind_writes(&self, header: &[u8], payload: &[u8]) -> Result<()> {
+    fn send_after_writes(&self, header: &[u8], payload: &[u8]) -> Result<()> {
         let shared = &*self.shared;
-        // Held from the first mark to the message: what others send so has other marks.
+        // Held from the first mark to the message, so that marks of several messages never
+        // interleave.
         let sending = &mut *lock(&shared.sending);
         for lane in 1..shared.pairs.len() {
-            shared.await_room(sending, lane)?;
+            shared.await_slot(sending, lane)?;
             shared.post_send(sending, lane, None, None)?;
         }
         shared.post_message(sending, header, payload)
@@ -487,7 +487,7 @@ impl SendHalf for VerbsSendHalf {
     fn write_bytes(&self, bytes: &[u8], offset: u64, remote: RemoteKey) -> Result<()> {
         let shared = &*self.shared;
         let sending = &mut *lock(&shared.sending);
-        // The ring wants its completions in their order: one queue pair.
+        // The ring needs completions in order, hence a single queue pair.
         let lane = shared.first_lane();
         if sending.ring.is_none() {
             sending.ring = Some(Ring::new(shared.ram_domain())?);
@@ -495,7 +495,7 @@ impl SendHalf for VerbsSendHalf {
         shared.await_sent(sending, shared.timeouts.acknowledgement(), |sending, in_flight| {
             sending.posted[lane].outstanding < SEND_DEPTH
                 && in_flight <= WINDOW
-                && sending.ring.as_ref().is_some_and(Ring::has_room)
+                && sending.ring.as_ref().is_some_and(Ring::has_space)
         })?;
         let Some(ring) = &mut sending.ring else { return Err(FabricError::Closed) };
         let (local, taken) = ring.take(bytes);
@@ -507,7 +507,7 @@ impl SendHalf for VerbsSendHalf {
 
     fn pin(&self, region: &Arc<Region>, range: Range<u64>) -> Result<()> {
         let domain = self.shared.ram_domain();
-        // Not under the lock: it takes long, and messages go their way meanwhile.
+        // Without the lock: registration takes long and must not delay messages.
         let part = MemoryRegion::of_region(domain, region, &range, Access::Read)?;
         let sending = &mut *lock(&self.shared.sending);
         sending.pinned.entry(identity(region)).or_default().insert(range, part);
@@ -531,7 +531,7 @@ impl SendHalf for VerbsSendHalf {
             if sending.posted[lane].unsignalled.requests == 0 {
                 continue;
             }
-            shared.await_room(sending, lane)?;
+            shared.await_slot(sending, lane)?;
             shared.post_nothing(sending, lane)?;
         }
         shared.await_sent(sending, shared.timeouts.acknowledgement(), |sending, in_flight| {
@@ -541,11 +541,11 @@ impl SendHalf for VerbsSendHalf {
 
     fn finish(&self) {
         let shared = &*self.shared;
-        // A peer that is gone needs none of what was sent.
+        // After an error the peer is gone and needs nothing more.
         let sent = shared
             .await_sent(&mut lock(&shared.sending), FAREWELL, |sending, _| sending.is_quiet());
-        // A message is in the peer's buffer when it completes; or else when the peer closes, which it
-        // does behind the last words.
+        // InfiniBand: a completed message is in the peer's buffer. iWARP: it is once the peer
+        // closes, which it does after the final message.
         if sent.is_ok() && !shared.transport.acknowledges() {
             let mut fds = [
                 PollFd::from_borrowed_fd(shared.pairs[0].id.channel().fd(), PollFlags::IN),

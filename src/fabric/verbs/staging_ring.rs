@@ -1,5 +1,5 @@
-//! Bytes on their way that are nobody's memory: a registered ring, because writes complete in
-//! their order.
+//! Staging buffer for bytes to send that are not in guest memory: a registered ring, because writes
+//! complete in order.
 
 use std::sync::Arc;
 
@@ -11,17 +11,16 @@ use super::{
 };
 use crate::fabric::{MESSAGE_MAX, Result};
 
-/// Most bytes of one write (Limits::write of the stream's rewriter).
+/// Most bytes per write (`Limits::write` of the stream's rewriter).
 pub(super) const WRITE_MAX: usize = 1 << 20;
 
-/// Buffers that the ring is made of: 8 MiB, the window of writes in flight.
+/// Buffers in the ring: 8 MiB, the window of writes in flight.
 const BUFFERS: usize = 16;
 
-/// Bytes of the ring. What is not signalled yet is below 1 MiB, and what is passed over at its end
-/// below [`WRITE_MAX`]: so waiting for completions always makes room.
+/// Size of the ring in bytes. Less than 1 MiB is unsignalled, and less than [`WRITE_MAX`] is
+/// skipped at its end: so waiting for completions always frees enough.
 pub(super) const SIZE: usize = BUFFERS * MESSAGE_MAX;
 
-/// The ring.
 pub(super) struct Ring {
     buffers: Arc<Buffers>,
     registration: MemoryRegion,
@@ -35,13 +34,13 @@ impl Ring {
         Ok(Self { buffers, registration, space: Space::default() })
     }
 
-    /// There is room for [`WRITE_MAX`] bytes.
-    pub(super) fn has_room(&self) -> bool {
-        self.space.has_room(WRITE_MAX)
+    /// Whether [`WRITE_MAX`] bytes are free.
+    pub(super) fn has_space(&self) -> bool {
+        self.space.has_space(WRITE_MAX)
     }
 
-    /// Copy `bytes`, for which there is room; also returns what is to be given back when they have
-    /// been written.
+    /// Copy `bytes`, which must fit. Return also the number of bytes to give back once they are
+    /// written.
     pub(super) fn take(&mut self, bytes: &[u8]) -> (Local, usize) {
         let (at, taken) = self.space.take(bytes.len());
         let address = self.buffers.put(at, bytes);
@@ -49,13 +48,13 @@ impl Ring {
         (Local { address, length: bytes.len() as u32, lkey }, taken)
     }
 
-    /// The oldest of what was taken is free.
+    /// Free the oldest `taken` bytes.
     pub(super) fn give_back(&mut self, taken: usize) {
         self.space.used -= taken;
     }
 }
 
-/// What of the ring is used.
+/// The used part of the ring.
 #[derive(Debug, Default)]
 struct Space {
     next: usize,
@@ -63,18 +62,19 @@ struct Space {
 }
 
 impl Space {
-    /// Bytes to pass over so that `length` bytes lie in a row.
+    /// Bytes to skip so that `length` bytes are contiguous.
     fn passed_over(&self, length: usize) -> usize {
         if SIZE - self.next < length { SIZE - self.next } else { 0 }
     }
 
-    fn has_room(&self, length: usize) -> bool {
+    fn has_space(&self, length: usize) -> bool {
         self.used + self.passed_over(length) + length <= SIZE
     }
 
-    /// Where `length` bytes begin, and how many are used by that.
+    /// Reserve `length` bytes. Return their offset, and the number of bytes used including skipped
+    /// ones.
     fn take(&mut self, length: usize) -> (usize, usize) {
-        assert!(self.has_room(length));
+        assert!(self.has_space(length));
         let passed_over = self.passed_over(length);
         let at = (self.next + passed_over) % SIZE;
         self.next = at + length;
@@ -92,13 +92,13 @@ mod tests {
     use super::*;
 
     proptest! {
-        /// What is on its way is never overwritten, and room is made by giving back.
+        /// Bytes in flight are never overwritten, and giving back frees enough.
         #[test]
         fn nothing_overlaps(lengths in prop::collection::vec(1..=WRITE_MAX, 1..200)) {
             let mut space = Space::default();
             let mut flight: VecDeque<(usize, usize, usize)> = VecDeque::new();
             for length in lengths {
-                while !space.has_room(WRITE_MAX) {
+                while !space.has_space(WRITE_MAX) {
                     let (_, _, taken) = flight.pop_front().unwrap();
                     space.used -= taken;
                 }

@@ -1,21 +1,21 @@
-//! How long this end waits for the other.
+//! Time limits for the peer.
 
 use std::time::Duration;
 
-/// How long things may take.
+/// Time limits.
 #[derive(Debug, Clone, Copy)]
 pub struct Timeouts {
-    /// Without any sign of life of the peer's device.
+    /// Longest time without a sign of life of the peer's device.
     pub peer: Duration,
 }
 
 impl Timeouts {
-    /// Silence after which the peer is asked for a sign of life.
+    /// Silence after which the peer is probed.
     pub(super) fn keep_alive(&self) -> Duration {
         self.peer / 5
     }
 
-    /// What is left of `peer` for the transport's retries.
+    /// The rest of `peer`, for the transport's retries.
     pub(super) fn acknowledgement(&self) -> Duration {
         self.peer - self.keep_alive()
     }

@@ -1,7 +1,8 @@
-//! The destination: sources that come and go, the one whose stream QEMU gets, and QEMU's word.
+//! The destination: sources that connect and leave, the one whose stream QEMU gets, and QEMU's
+//! verdict.
 //!
-//! As soon as QEMU may have all of RAM it is QEMU that decides whether the guest runs here, and the relay
-//! that hears it; whatever else fails waits for that word, which the source is told.
+//! As soon as QEMU may have all of RAM, QEMU decides whether the guest runs here, and the relay
+//! learns it. Any other failure waits for that verdict, and the source is told.
 
 #[cfg(test)]
 mod tests;
@@ -21,7 +22,7 @@ use crate::{
     patience::Patience,
 };
 
-/// How long to wait for what the relay knows of a QEMU that takes no more of the stream.
+/// How long to wait for what the relay knows about a QEMU that reads no more of the stream.
 const RELAY_VERDICT: Duration = Duration::from_secs(5);
 
 /// How long a stock source may take to close when the guest is loaded.
@@ -32,29 +33,30 @@ const FAREWELL: Duration = Duration::from_secs(5);
 pub struct Peer {
     /// Tells sources apart.
     pub number: u64,
-    /// It is a stock QEMU, which says little.
+    /// Whether it is a stock QEMU, which reports little.
     pub is_stock: bool,
 }
 
-/// What happens to the destination of a migration.
+/// An event at the destination of a migration.
 #[derive(Debug)]
 pub enum Event {
-    /// From the relay.
+    /// An order from the relay.
     Order(Order),
-    /// The relay is gone, or can't be heard any more; why, if it is the latter.
+    /// The relay is gone, or can't be heard any more; with the reason in the latter case.
     RelayGone(Option<String>),
     /// A source connected, and the block lists agree.
     Agreed(Peer),
-    /// It went again before it sent anything; because its migration is over, if it said so, and why.
+    /// A source left before it sent anything; with the reason, if it reported the end of its
+    /// migration.
     Withdrawn(Peer, Option<String>),
-    /// It begins to send, and is the one that is served.
+    /// A source begins to send, and is the one that is served.
     Begun(Peer),
-    /// The receiver asks whether QEMU may get what follows RAM. It waits for [`Action::PassRam`] or
-    /// [`Action::HoldRam`].
+    /// The receiver asks whether QEMU may get the bytes after RAM. It waits for [`Action::PassRam`]
+    /// or [`Action::HoldRam`].
     RamEnded,
     /// The source has sent all of the stream, and RAM has landed.
     StreamEnded,
-    /// QEMU takes no more of the stream, but has all that is to come of RAM.
+    /// QEMU reads no more of the stream, but has all of RAM.
     QemuLeft(MigrationError),
     /// The source ended the connection after its stream, or the migration failed.
     Served(Result<()>),
@@ -62,89 +64,90 @@ pub enum Event {
     Closed,
     /// Something else failed.
     Failed(MigrationError),
-    /// QEMU's return path leads nowhere any more.
+    /// The return path from QEMU is lost.
     ReturnPathLost(MigrationError),
     /// QEMU has closed its end: it is done, or gone.
     QemuClosed,
-    /// The final acknowledgement is on its way, or can't be.
+    /// The final acknowledgement was sent, or can't be.
     Told(Result<()>),
     /// [`Machine::poll_timeout`] has passed.
     Timeout,
 }
 
-/// What is to be done.
+/// What to do.
 #[derive(Debug)]
 pub enum Action {
-    /// Tell the relay.
+    /// Send the relay a report.
     Report(Report),
-    /// Tell the relay that QEMU has the guest, and that the source knows it as far as that can be.
+    /// Tell the relay that QEMU has the guest, and that the source was told as far as possible.
     ReportDone,
     /// Tell the relay that the migration has failed.
     ReportFailed {
         /// Why.
         reason: String,
-        /// It is certain that the guest never ran here.
+        /// Whether the guest certainly never ran here.
         guest_never_ran: bool,
-        /// It was the QEMU on this side that ended it.
+        /// Whether the QEMU on this side ended it.
         by_qemu: bool,
     },
-    /// Answer the receiver: QEMU gets what follows RAM.
+    /// Answer the receiver: QEMU gets the bytes after RAM.
     PassRam,
-    /// Answer the receiver: it must not.
+    /// Answer the receiver: QEMU does not get them.
     HoldRam,
-    /// Let no more sources in.
+    /// Accept no more sources.
     CloseListener,
-    /// End QEMU's stream: one that lacks a part of it fails now.
+    /// End QEMU's stream: a QEMU that lacks a part of it fails now.
     EndStream,
     /// Close QEMU's stream and return path.
     CloseQemu,
     /// Tell the source that QEMU has the guest; answered by [`Event::Told`].
     SendFinalAck(Peer),
-    /// End the connection.
+    /// Close the connection.
     CloseConnection(Peer),
-    /// Tell each, if its connection stands, and end it.
+    /// Tell each peer whose connection stands, and close the connections.
     EndConnections {
-        /// Who.
+        /// The peers.
         peers: Vec<Peer>,
         /// Why.
         error: MigrationError,
-        /// What they are told of the guest.
+        /// What they are told about the guest.
         guest_never_ran: bool,
     },
 }
 
-/// The destination of one migration.
+/// The state machine of a destination.
 #[derive(Debug, Default)]
 pub struct Destination {
     state: State,
     known: Known,
 }
 
-/// Where it stands.
+/// Where the migration stands.
 #[derive(Debug)]
 enum State {
-    /// Waiting for a source to begin; with these the block lists agree.
+    /// Waiting for a source to begin; these have completed the handshake.
     Listening(Vec<Peer>),
     /// A source sends.
     Receiving(Peer),
-    /// QEMU loads what is left of the stream.
+    /// QEMU loads the rest of the stream.
     Loading(Peer),
-    /// Something failed: whether the guest runs is QEMU's verdict, which the relay will hear.
+    /// Something failed. Whether the guest runs is QEMU's verdict, which the relay will learn.
     Judging {
         peer: Peer,
         error: MigrationError,
-        /// How long, where QEMU has not got all of RAM.
+        /// How long to wait, if QEMU has not got all of RAM.
         patience: Option<Patience>,
     },
-    /// The relay is gone when QEMU may have all of RAM: it gets all of the stream, and nobody knows its
-    /// verdict.
-    Orphaned(Peer, MigrationError),
-    /// QEMU has the guest, and the source still sends what QEMU needs no more. It does not listen before.
+    /// The relay is gone, and QEMU may have all of RAM: QEMU gets the whole stream, and nobody
+    /// learns its verdict.
+    RelayLost(Peer, MigrationError),
+    /// QEMU has the guest and needs no more of the stream, but the source listens only after
+    /// sending it.
     Completed(Peer),
-    /// The source is being told. A helper closes when it knows, however long that takes; a stock one may
-    /// never do so.
+    /// The source is being told. A helper closes when it knows, however long that takes; a stock
+    /// source may never close.
     Telling(Peer, Option<Patience>),
-    /// It is over.
+    /// The migration is over.
     Closed,
 }
 
@@ -154,18 +157,18 @@ impl Default for State {
     }
 }
 
-/// What counts in every state.
+/// What matters in every state.
 #[derive(Debug, Default)]
 struct Known {
-    /// May the guest come to run here?
+    /// Whether the guest may run here.
     switchover: Switchover,
-    /// The source sends nothing more.
+    /// Whether the source sends nothing more.
     is_sent: bool,
-    /// It has closed.
+    /// Whether the source has closed.
     is_closed: bool,
-    /// Its QEMU hears nothing of this one any more.
+    /// Whether the return path to the source's QEMU is lost.
     is_mute: bool,
-    /// This one is done, or gone.
+    /// Whether our QEMU has closed its end: it is done, or gone.
     is_qemu_closed: bool,
 }
 
@@ -200,7 +203,7 @@ impl Machine for Destination {
 }
 
 impl Known {
-    /// What no state may miss.
+    /// Note what no state may miss.
     fn note(&mut self, event: &Event) {
         self.is_sent |= matches!(event, Event::StreamEnded | Event::Served(_) | Event::Closed);
         self.is_closed |= matches!(event, Event::Served(Ok(())) | Event::Closed);
@@ -223,7 +226,7 @@ impl State {
                 actions.push(if passes { Action::PassRam } else { Action::HoldRam });
                 state
             }
-            // Whatever else comes: the guest is here.
+            // Whatever else happens, the guest is here.
             (Self::Telling(peer, patience), event) => {
                 Self::tell_on(peer, patience, event, known, now, actions)
             }
@@ -236,20 +239,20 @@ impl State {
                 Self::judge(peer, error, patience, event, known, now, actions)
             }
             (
-                Self::Orphaned(peer, error),
+                Self::RelayLost(peer, error),
                 Event::StreamEnded
                 | Event::QemuLeft(_)
                 | Event::QemuClosed
                 | Event::Served(_)
                 | Event::Order(_),
             ) => Self::Loading(peer).fail(error, false, actions),
-            (state @ (Self::Orphaned(..) | Self::Closed), _) => state,
+            (state @ (Self::RelayLost(..) | Self::Closed), _) => state,
             (state, Event::Order(order)) => state.obey(order, known, actions),
             (state, event) => state.proceed(event, known, now, actions),
         }
     }
 
-    /// What happens as long as all goes well, and how that ends.
+    /// Handle the events of a migration that has not failed, and its failures.
     fn proceed(
         self,
         event: Event,
@@ -266,7 +269,7 @@ impl State {
             (Self::Listening(mut agreed), Event::Withdrawn(peer, why)) => {
                 agreed.retain(|other| other.number != peer.number);
                 match why {
-                    // As QEMU does: nobody knows whether another one will come.
+                    // As QEMU does: another source may never connect.
                     Some(why) if agreed.is_empty() => Self::Listening(agreed).give_up(
                         MigrationError::Aborted(why),
                         known,
@@ -292,8 +295,8 @@ impl State {
             (Self::Receiving(peer), Event::ReturnPathLost(error))
                 if known.switchover.is_past_ram() =>
             {
-                // QEMU may get the guest without it. The source's QEMU ends its stream only when it hears
-                // something there.
+                // QEMU may get the guest without it, but the source's QEMU ends its stream only
+                // after a message on the return path.
                 actions.push(Action::Report(Report::StreamEnded));
                 Self::Judging { peer, error, patience: None }
             }
@@ -309,32 +312,32 @@ impl State {
                 state,
                 Event::Served(Err(error)) | Event::Failed(error) | Event::ReturnPathLost(error),
             ) => state.give_up(error, known, actions),
-            (state, Event::RelayGone(reason)) => state.orphan(reason, known, actions),
-            // The source closed before QEMU completed: only QEMU's end decides now. All else belongs to
-            // other states.
+            (state, Event::RelayGone(reason)) => state.relay_lost(reason, known, actions),
+            // The source closed before QEMU completed: only QEMU's end decides now. Other events
+            // belong to other states.
             (state, _) => state,
         }
     }
 
-    /// An order of the relay's, unless it says that QEMU has completed.
+    /// Handle an order of the relay other than `QemuCompleted`.
     fn obey(self, order: Order, known: &mut Known, actions: &mut Vec<Action>) -> Self {
         match order {
             Order::QemuFailed { reason, guest_never_ran } => {
                 self.fail(MigrationError::Aborted(reason), guest_never_ran, actions)
             }
-            // The relay goes on asking QEMU for its verdict as long as it can.
+            // The relay keeps asking QEMU for its verdict as long as it can.
             Order::Abort { .. } if known.switchover.is_past_ram() => self,
             Order::Abort { reason } => {
                 self.give_up(MigrationError::Aborted(reason), known, actions)
             }
             order => {
-                debug!(?order, "an order that means nothing to a destination");
+                debug!(?order, "unexpected order");
                 self
             }
         }
     }
 
-    /// Waiting for QEMU's verdict, when something has failed.
+    /// Wait for QEMU's verdict after a failure.
     fn judge(
         peer: Peer,
         error: MigrationError,
@@ -346,7 +349,7 @@ impl State {
     ) -> Self {
         let is_over = match event {
             Event::Order(Order::QemuFailed { reason, guest_never_ran }) => {
-                // What the relay knows of QEMU is better than that it stopped to read.
+                // What the relay knows about QEMU is better than that QEMU stopped reading.
                 let error = match error {
                     MigrationError::Qemu(_) => MigrationError::Aborted(reason),
                     error => of_ours(error),
@@ -364,15 +367,20 @@ impl State {
         Self::Loading(peer).fail(of_ours(error), never_ran, actions)
     }
 
-    /// The relay is gone.
-    fn orphan(self, reason: Option<String>, known: &mut Known, actions: &mut Vec<Action>) -> Self {
+    /// Handle the loss of the relay.
+    fn relay_lost(
+        self,
+        reason: Option<String>,
+        known: &mut Known,
+        actions: &mut Vec<Action>,
+    ) -> Self {
         let gone =
             "The destination's helper is gone; start it beside a new QEMU there, and migrate again";
         let error = MigrationError::Aborted(reason.unwrap_or_else(|| gone.to_owned()));
         match self {
-            // QEMU may still need what is to come of the stream.
+            // QEMU may still need the rest of the stream.
             Self::Receiving(peer) if !known.switchover.withdraw() && !known.is_qemu_closed => {
-                Self::Orphaned(peer, error)
+                Self::RelayLost(peer, error)
             }
             Self::Receiving(_) if known.switchover.is_past_ram() => {
                 self.fail(error, false, actions)
@@ -382,7 +390,7 @@ impl State {
         }
     }
 
-    /// QEMU has the guest. The source must know, once it listens.
+    /// Tell the source that QEMU has the guest, once the source listens.
     fn confirm(peer: Peer, known: &Known, now: Instant, actions: &mut Vec<Action>) -> Self {
         if !known.is_sent && !known.is_mute {
             return Self::Completed(peer);
@@ -394,14 +402,14 @@ impl State {
             return Self::done(peer, actions);
         }
         if peer.is_stock {
-            // It closes at its stream's end, or when its return path says so.
+            // A stock source closes at its stream's end, or when told on its return path.
             return Self::Telling(peer, Some(patience(FAREWELL, now)));
         }
         actions.push(Action::SendFinalAck(peer));
         Self::Telling(peer, None)
     }
 
-    /// Wait until the source has closed: its acknowledgement has arrived then.
+    /// Wait until the source has closed: then the acknowledgement has arrived.
     fn tell_on(
         peer: Peer,
         mut patience: Option<Patience>,
@@ -427,10 +435,10 @@ impl State {
         Self::Closed
     }
 
-    /// Sources that have agreed.
+    /// Return the sources that have completed the handshake.
     fn peers(self) -> Vec<Peer> {
         match self {
-            Self::Receiving(peer) | Self::Loading(peer) | Self::Orphaned(peer, _) => vec![peer],
+            Self::Receiving(peer) | Self::Loading(peer) | Self::RelayLost(peer, _) => vec![peer],
             Self::Judging { peer, .. } | Self::Completed(peer) | Self::Telling(peer, _) => {
                 vec![peer]
             }
@@ -439,7 +447,7 @@ impl State {
         }
     }
 
-    /// End as failed for a reason of the worker's own, or let QEMU decide.
+    /// Fail for a reason of the worker's own, or let QEMU decide.
     fn give_up(self, error: MigrationError, known: &mut Known, actions: &mut Vec<Action>) -> Self {
         let never_ran = known.switchover.withdraw();
         match self {
@@ -452,8 +460,8 @@ impl State {
         }
     }
 
-    /// End as failed. A source that says that the guest never ran here is believed: it has passed on nothing
-    /// that follows RAM.
+    /// End as failed. A source that reports that the guest never ran here is believed: it has sent
+    /// nothing after RAM.
     fn fail(self, error: MigrationError, guest_never_ran: bool, actions: &mut Vec<Action>) -> Self {
         let denied = matches!(error, MigrationError::PeerFailed { guest_never_ran: true, .. });
         let guest_never_ran = guest_never_ran || denied;
@@ -468,8 +476,8 @@ impl State {
     }
 }
 
-/// A failure of which the source hears, whatever it was, and if it was its own: it waits for QEMU's
-/// verdict.
+/// Convert a failure so that the source is told, even if it was the source's own: the source waits
+/// for QEMU's verdict.
 fn of_ours(error: MigrationError) -> MigrationError {
     MigrationError::Aborted(error.to_string())
 }

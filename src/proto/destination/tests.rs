@@ -1,4 +1,4 @@
-//! Every state meets every event.
+//! Every state gets every event.
 
 use super::*;
 use crate::{fabric::FabricError, threads::Lost};
@@ -7,7 +7,7 @@ const FIRST: Peer = Peer { number: 1, is_stock: false };
 const SECOND: Peer = Peer { number: 2, is_stock: false };
 const STOCK: Peer = Peer { number: 3, is_stock: true };
 
-/// Events can't be cloned.
+/// Makes an event; events can't be cloned.
 type Make = fn() -> Event;
 
 fn odd() -> MigrationError {
@@ -26,7 +26,7 @@ fn failed(guest_never_ran: bool) -> Event {
     Event::Order(Order::QemuFailed { reason: "it failed".into(), guest_never_ran })
 }
 
-/// A destination, and what it has asked for.
+/// A destination, and its actions so far.
 struct Run {
     destination: Destination,
     now: Instant,
@@ -45,7 +45,7 @@ impl Run {
         Self { destination: Destination::default(), now: Instant::now(), actions: Vec::new() }
     }
 
-    /// Of one that receives from `peer`, up to the end of RAM or beyond.
+    /// Return a run that receives from `peer`, up to the end of RAM or beyond.
     fn receiving(peer: Peer, past_ram: bool) -> Self {
         let mut run = Self::new();
         run.tell(Event::Agreed(peer));
@@ -70,7 +70,7 @@ impl Run {
         self.did(|action| matches!(action, Action::SendFinalAck(_)))
     }
 
-    /// Let time go on until it has ended, or waits for an event.
+    /// Advance the time until it has ended, or waits for an event.
     fn wait(&mut self) {
         while let Some(deadline) = self.destination.poll_timeout() {
             self.now = self.now.max(deadline);
@@ -95,7 +95,7 @@ impl Run {
     }
 }
 
-/// Every state that has a source.
+/// Return every state that has a source.
 fn states(past_ram: bool) -> Vec<(&'static str, Run)> {
     let after = |events: Vec<Event>| {
         let mut run = Run::receiving(FIRST, past_ram);
@@ -109,12 +109,12 @@ fn states(past_ram: bool) -> Vec<(&'static str, Run)> {
         ("judging for some time", after(vec![Event::Served(Err(qemu()))])),
     ];
     if past_ram {
-        states.push(("orphaned", after(vec![Event::RelayGone(None)])));
+        states.push(("the relay is lost", after(vec![Event::RelayGone(None)])));
     }
     states
 }
 
-/// Those after QEMU's `completed`.
+/// Return the states after QEMU's `completed`.
 fn completed_states() -> Vec<(&'static str, Run)> {
     let after = |event: Option<Event>| {
         let mut run = Run::receiving(FIRST, true);
@@ -125,7 +125,7 @@ fn completed_states() -> Vec<(&'static str, Run)> {
     vec![("completed", after(None)), ("telling", after(Some(Event::StreamEnded)))]
 }
 
-/// Every event that may come when a source has begun.
+/// Return every event that may come after a source has begun.
 fn all_events() -> Vec<(&'static str, Make)> {
     vec![
         ("QemuCompleted", completed),
@@ -151,7 +151,7 @@ fn all_events() -> Vec<(&'static str, Make)> {
     ]
 }
 
-/// None says that the guest never ran when QEMU may have it.
+/// No state reports that the guest never ran when QEMU may have it.
 #[test]
 fn none_lies() {
     for past_ram in [false, true] {
@@ -162,7 +162,7 @@ fn none_lies() {
                 let pair = format!("{state_name}, {event_name}, past RAM: {past_ram}");
                 if let Some(End::Failed { guest_never_ran, .. }) = run.end() {
                     assert!(!(guest_never_ran && past_ram), "{pair}");
-                    // What follows RAM does not get there any more.
+                    // The bytes after RAM do not get to QEMU any more.
                     run.actions.clear();
                     run.tell(Event::RamEnded);
                     assert!(run.did(|action| matches!(action, Action::HoldRam)), "{pair}");
@@ -172,10 +172,11 @@ fn none_lies() {
     }
 }
 
-/// Wherever it comes, and whatever comes then, the guest is here.
+/// Whenever QEMU completes, and whatever happens then, the guest is here.
 #[test]
 fn what_qemu_has_completed_stays_so() {
-    for (name, mut run) in states(true).into_iter().filter(|(name, _)| *name != "orphaned") {
+    for (name, mut run) in states(true).into_iter().filter(|(name, _)| *name != "the relay is lost")
+    {
         run.tell(completed());
         run.tell(Event::StreamEnded);
         assert!(run.acknowledges(), "{name}");
@@ -190,7 +191,7 @@ fn what_qemu_has_completed_stays_so() {
     }
 }
 
-/// It waits for QEMU's verdict, also where it has failed itself.
+/// The source waits for QEMU's verdict, even if it has failed itself.
 #[test]
 fn the_source_hears_qemus_verdict_whatever_has_failed() {
     let gone = || MigrationError::PeerFailed { text: "no".into(), guest_never_ran: false };
@@ -212,7 +213,7 @@ fn the_source_hears_qemus_verdict_whatever_has_failed() {
     }
 }
 
-/// A source that knows closes, and one that is stopped does so when it goes on.
+/// A source that was told closes; a stopped one does so when it continues.
 #[test]
 fn a_source_that_is_told_is_waited_for() {
     let told = |peer| {
@@ -235,7 +236,7 @@ fn a_source_that_is_told_is_waited_for() {
     assert!(run.end().is_none() && run.destination.poll_timeout().is_none());
 }
 
-/// QEMU needs no more of the stream and completes; the source hears that when it has sent all.
+/// QEMU needs no more of the stream and completes; the source is told when it has sent all.
 #[test]
 fn the_source_is_told_when_it_listens() {
     let mut run = Run::receiving(FIRST, true);
@@ -259,7 +260,7 @@ fn the_source_is_told_at_once_when_the_return_path_is_lost() {
     assert!(run.acknowledges());
 }
 
-/// Before a source has begun, whoever agrees or goes: no guest runs here.
+/// Before a source has begun, whichever agrees or leaves, no guest runs here.
 #[test]
 fn none_lies_before_a_source() {
     let mut ends = 0;
@@ -282,7 +283,7 @@ fn none_lies_before_a_source() {
     assert!(ends > 0);
 }
 
-/// As at QEMU's own: nobody knows whether another one will come. But not as long as one is there.
+/// As with QEMU itself, another source may never connect. But not while one is connected.
 #[test]
 fn it_ends_with_the_last_source_that_takes_leave() {
     let went = |peer| Event::Withdrawn(peer, Some("it was cancelled".into()));

@@ -1,4 +1,4 @@
-//! The relay of a destination: it hears QEMU's word, and tells the worker.
+//! The relay of a destination: gets QEMU's verdict, and tells the worker.
 
 use std::time::{Duration, Instant};
 
@@ -15,40 +15,40 @@ const POLL: (Duration, Duration) = (Duration::from_millis(10), Duration::from_se
 /// How long the worker may take to end when QEMU is gone.
 const VERDICT: Duration = Duration::from_secs(10);
 
-/// What happens.
+/// What can happen.
 #[derive(Debug)]
 pub enum Event {
-    /// The worker reports.
+    /// A report of the worker.
     Report(Report),
-    /// The worker is gone, or as good as: why.
+    /// The worker is gone or unusable; with the reason.
     WorkerGone(String),
-    /// The migration is to fail: why.
+    /// The migration has to fail; with the reason.
     Abort(String),
-    /// QEMU says that its guest runs, before it does.
+    /// QEMU reports, in advance, that its guest runs.
     Resumed,
     /// QEMU's migration may have changed.
     MigrationChanged,
-    /// Answer to [`Action::AskMigration`]: the status, and QEMU's reason. `None`: it did not answer in
-    /// time.
+    /// The answer to [`Action::AskMigration`]: the status, and QEMU's reason. `None`: QEMU did not
+    /// answer in time.
     Migration(Option<(MigrationStatus, Option<String>)>),
-    /// The session with QEMU is gone; and so is QEMU itself, if that is known.
+    /// The session with QEMU is gone.
     QemuGone {
-        /// It has exited.
+        /// Whether QEMU is known to have exited.
         exited: bool,
     },
     /// [`Machine::poll_timeout`] has passed.
     Timeout,
 }
 
-/// What is to be done.
+/// What to do.
 #[derive(Debug, PartialEq)]
 pub enum Action {
-    /// Order the worker.
+    /// Send the worker an order.
     Order(Order),
-    /// Ask QEMU for its migration.
+    /// Ask QEMU for the state of its migration.
     AskMigration,
-    /// Set QEMU back to what it was before the migration, and let clients see how that ended: `Ok` when
-    /// QEMU has the guest.
+    /// Restore QEMU's settings, and show clients how the migration ended: `Ok` when QEMU has the
+    /// guest.
     End(Result<(), String>),
 }
 
@@ -56,25 +56,25 @@ pub enum Action {
 #[derive(Debug, Clone)]
 pub struct RelayDestination {
     state: State,
-    /// The stream is all QEMU's: its verdict is awaited.
+    /// Whether QEMU has the whole stream, and its verdict is awaited.
     stream_ended: bool,
-    /// The guest ran. QEMU says RESUME before its vCPUs run.
+    /// Whether the guest ran. QEMU sends RESUME before its vCPUs run.
     resumed: bool,
-    /// The verdict was passed on.
+    /// Whether the verdict was passed on.
     judged: bool,
 }
 
 #[derive(Debug, Clone)]
 enum State {
-    /// Worker and QEMU are followed.
+    /// Worker and QEMU are watched.
     Following(Patience),
-    /// QEMU is gone: the worker may know better than that.
+    /// QEMU is gone, but the worker may know a better reason.
     QemuGone(String, Patience),
     Closed,
 }
 
 impl RelayDestination {
-    /// QEMU waits for the worker's stream.
+    /// Create it when QEMU waits for the worker's stream.
     pub fn new(now: Instant) -> Self {
         let state = State::Following(patience(POLL.1, now));
         Self { state, stream_ended: false, resumed: false, judged: false }
@@ -99,7 +99,7 @@ impl RelayDestination {
         }
     }
 
-    /// QEMU's verdict is passed on, once.
+    /// Pass on QEMU's verdict, once.
     fn judge(&mut self, status: MigrationStatus, why: Option<String>, actions: &mut Vec<Action>) {
         let order = match status {
             MigrationStatus::Completed if self.stream_ended => Order::QemuCompleted,
@@ -117,7 +117,7 @@ impl RelayDestination {
         }
     }
 
-    /// The source must know whether its guest may run again.
+    /// Pass on the loss of QEMU: the source must know whether its guest may run again.
     fn qemu_gone(&mut self, exited: bool, now: Instant, actions: &mut Vec<Action>) {
         let reason = match exited {
             true => "The destination's QEMU is gone; look at its log",
@@ -125,8 +125,8 @@ impl RelayDestination {
         };
         let (reason, guest_never_ran) = (reason.to_owned(), exited && !self.resumed);
         actions.push(Action::Order(Order::QemuFailed { reason: reason.clone(), guest_never_ran }));
-        // Unless the worker knows better: QEMU may have ended because the migration had failed, or when
-        // it had long had the guest, and the source is just being told.
+        // The worker may know better: QEMU may have ended because the migration had failed, or long
+        // after it got the guest, while the source is just being told.
         self.state = State::QemuGone(reason, patience(VERDICT, now));
     }
 

@@ -1,38 +1,38 @@
-//! What a relay does with its worker and its QEMU, as far as a guest depends on it.
+//! What a relay does with its worker and its QEMU, as far as it affects the guest.
 //!
-//! The relay asks QEMU over QMP and may get no answer; it hears the worker's reports until that is gone.
-//! What clients are shown, and what else is asked of QEMU, is not in here. The relay's tasks drive these
-//! machines (`relay/migration`), and so does the simulation.
+//! The relay asks QEMU over QMP and may get no answer; it gets reports until the worker is gone.
+//! What clients are shown, and what else is asked of QEMU, is elsewhere. The relay's tasks drive
+//! these machines (`relay/migration`), and so does the simulation.
 
 pub mod destination;
 pub mod source;
 
 use serde_json::Value;
 
-/// Status of QEMU's own migration, by its `query-migrate` (qapi/migration.json).
+/// The status of QEMU's own migration in `query-migrate` (qapi/migration.json).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MigrationStatus {
-    /// There is none, or one whose status no version that was tried has.
+    /// No migration, or a status that no tested version has.
     None,
-    /// It goes on.
+    /// Under way.
     UnderWay,
-    /// It goes on, and is being cancelled.
+    /// Being cancelled.
     Cancelling,
-    /// It was cancelled.
+    /// Cancelled.
     Cancelled,
-    /// It has failed.
+    /// Failed.
     Failed,
-    /// It is complete, by QEMU's account.
+    /// Completed, according to QEMU.
     Completed,
 }
 
 impl MigrationStatus {
-    /// Of this `query-migrate`.
+    /// Return the status in this `query-migrate`.
     pub fn of(state: &Value) -> Self {
         Self::named(state["status"].as_str().unwrap_or("none"))
     }
 
-    /// By its name.
+    /// Return the status with this name.
     pub fn named(status: &str) -> Self {
         match status {
             "setup"
@@ -55,36 +55,36 @@ impl MigrationStatus {
         }
     }
 
-    /// It goes on.
+    /// Return whether it is under way.
     pub fn is_under_way(self) -> bool {
         matches!(self, Self::UnderWay | Self::Cancelling)
     }
 
-    /// It comes, or has come, to nothing.
+    /// Return whether it will not complete.
     pub fn comes_to_nothing(self) -> bool {
         matches!(self, Self::Cancelling | Self::Cancelled | Self::Failed)
     }
 }
 
-/// What a guest does, by `query-status` (qapi/run-state.json).
+/// The run state of a guest in `query-status` (qapi/run-state.json).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum RunState {
-    /// It runs.
+    /// Running.
     Running,
-    /// It sleeps.
+    /// Suspended.
     Suspended,
-    /// It is stopped for the switchover.
+    /// Stopped for the switchover.
     FinishMigrate,
-    /// Its migration is complete, by QEMU's account.
+    /// Migrated, according to QEMU.
     PostMigrate,
-    /// It has not run since it was started or reset.
+    /// Not run since it was started or reset.
     Prelaunch,
-    /// Another one, in which it is stopped.
+    /// Another state in which it is stopped.
     Other(String),
 }
 
 impl RunState {
-    /// Of this `query-status`.
+    /// Return the state in this `query-status`.
     pub fn of(state: &Value) -> Option<Self> {
         Some(match state["status"].as_str()? {
             "running" => Self::Running,
@@ -96,15 +96,18 @@ impl RunState {
         })
     }
 
-    /// Whether the guest stands still, and not for the switchover: then it must not run when the migration
-    /// fails. QEMU remembers the same (`vm_old_state`, `runstate_is_live`; 10.0). `None`: it can't be told,
-    /// because QEMU switches over or, if that is known to matter, has completed.
+    /// Return what the guest does, apart from the switchover: one that was stopped by the client
+    /// must not be resumed after a failure. QEMU remembers the same (`vm_old_state`,
+    /// `runstate_is_live`; 10.0).
+    ///
+    /// `None` if it is unknown because QEMU switches over or has completed. `has_completed` matters
+    /// for `Prelaunch` only.
     pub fn guest(&self, has_completed: bool) -> Option<Guest> {
         match self {
             Self::Running => Some(Guest::Runs),
             Self::Suspended => Some(Guest::Suspended),
             Self::FinishMigrate | Self::PostMigrate => None,
-            // By its client, or by a reset after the switchover.
+            // Stopped by the client, or by a reset after the switchover.
             Self::Prelaunch if has_completed => None,
             Self::Prelaunch | Self::Other(_) => Some(Guest::Stopped),
         }
@@ -114,17 +117,17 @@ impl RunState {
 /// What a guest did before the switchover.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Guest {
-    /// It ran.
+    /// Running.
     #[default]
     Runs,
-    /// It slept.
+    /// Suspended.
     Suspended,
-    /// It was stopped.
+    /// Stopped.
     Stopped,
 }
 
 impl Guest {
-    /// As QEMU tells the destination.
+    /// Return the state that QEMU sends to the destination.
     pub fn before(status: &str) -> Self {
         match status {
             "running" => Self::Runs,

@@ -1,4 +1,4 @@
-//! The end of a migration at the source: relay, peer and QEMU are told, and QEMU's own migration ends.
+//! The end of a migration at the source: tells relay, peer and QEMU, and ends QEMU's own migration.
 
 use std::time::{Duration, Instant};
 
@@ -10,23 +10,23 @@ use crate::{
     proto::{error::MigrationError, patience},
 };
 
-/// How long reading what QEMU has written may take, when nothing more comes.
+/// How long reading what QEMU has written may take, after QEMU stopped writing.
 const READING: Duration = Duration::from_secs(10);
 
 impl State {
-    /// The destination has the guest.
+    /// End as done: the destination has the guest.
     pub(super) fn done(known: &mut Known, now: Instant, actions: &mut Vec<Action>) -> Self {
         actions.push(Action::CloseConnection);
-        // The relay has to know before QEMU notices anything.
+        // The relay must know before QEMU notices anything.
         actions.push(Action::ReportDone);
-        // The last message of QEMU's return path may still have been on its way.
+        // The last message of QEMU's return path may still be in flight.
         if known.sockets.is_some() {
             actions.push(Action::SettleQemu);
         }
         Self::leave(false, known, now, actions)
     }
 
-    /// The migration has failed; a peer that is `connected` is told.
+    /// End as failed; a peer that is `connected` is told.
     pub(super) fn failed(
         error: MigrationError,
         guest_never_ran: bool,
@@ -37,9 +37,9 @@ impl State {
     ) -> Self {
         let by_qemu = matches!(error, MigrationError::Qemu(_));
         let reason = error.to_string();
-        // The relay has to know before QEMU notices anything.
+        // The relay must know before QEMU notices anything.
         actions.push(Action::ReportFailed { reason, guest_never_ran, by_qemu });
-        // QEMU first, or the peer first: neither waits for the other.
+        // QEMU and the peer are told in any order: neither waits for the other.
         if guest_never_ran && known.ends_qemu() {
             actions.push(Action::EndQemu);
         }
@@ -52,7 +52,7 @@ impl State {
         Self::leave(guest_never_ran, known, now, actions)
     }
 
-    /// All are told. What is left to do at QEMU?
+    /// Do what is left to do in QEMU, when all were told.
     fn leave(
         guest_never_ran: bool,
         known: &mut Known,
@@ -69,7 +69,7 @@ impl State {
         Self::AwaitingRelay { guest_never_ran }
     }
 
-    /// Something happens after the end of the migration.
+    /// Handle an event after the end of the migration.
     pub(super) fn close(
         self,
         event: Event,
@@ -83,7 +83,7 @@ impl State {
                 state
             }
             (Self::AwaitingRelay { .. }, Event::Order(Order::Finish)) => Self::Closed,
-            // What the relay has not done when it dies is left to do here.
+            // Do here what the relay had not done when it died.
             (Self::AwaitingRelay { guest_never_ran }, Event::RelayGone(_)) => {
                 if guest_never_ran && known.sockets.is_some() {
                     actions.push(Action::EndQemu);
@@ -103,7 +103,7 @@ impl State {
         }
     }
 
-    /// Do what the relay would.
+    /// Do what the relay would do.
     fn take_over(
         guest_never_ran: bool,
         known: &mut Known,
@@ -126,26 +126,26 @@ impl State {
 }
 
 impl Known {
-    /// Is there something that the relay has to do at QEMU when the migration has ended?
+    /// Return whether the relay has work to do in QEMU when the migration has ended.
     pub(super) fn concerns_relay(&self) -> bool {
         self.sockets.is_some() || !self.restore.is_empty()
     }
 
-    /// Is it the worker that ends QEMU's migration by its socket? Where QEMU has channels the relay
-    /// cancels before, and where a client has asked for it.
+    /// Return whether the worker ends QEMU's migration through its socket. The relay cancels first
+    /// if QEMU has channels, or a client has cancelled.
     fn ends_qemu(&self) -> bool {
         let by_relay = self.is_cancelled || self.sockets.is_some_and(|sockets| sockets.channels);
         self.sockets.is_some() && (self.is_alone || !by_relay)
     }
 
-    /// QEMU says it after all of RAM, and where that was not read yet, it is now. What the relay has said
-    /// may be older, and QEMU aborts if it is told to let a guest go on that was suspended meanwhile (8.2
-    /// and later).
+    /// Return whether the guest's run state, which QEMU sends after RAM, is yet to be read. The
+    /// relay's may be older, and QEMU 8.2 and later abort if told to continue a guest that was
+    /// suspended meanwhile.
     fn awaits_guest(&self) -> bool {
         self.sockets.is_some() && self.guest_ran.is_none() && !self.is_read
     }
 
-    /// It is known whether the guest, which never ran at the destination, is to run again here.
+    /// Finish, knowing whether to resume the guest, which never ran at the destination.
     fn settled(&mut self, actions: &mut Vec<Action>) -> State {
         actions.push(Action::TakeOver {
             restore: std::mem::take(&mut self.restore),

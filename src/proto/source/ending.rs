@@ -1,4 +1,4 @@
-//! A source that has failed, unless the destination says otherwise: it, or another thread, may know better.
+//! A source that has failed, unless the destination or another thread knows better.
 
 use std::time::{Duration, Instant};
 
@@ -11,12 +11,12 @@ use crate::{
     proto::{error::MigrationError, patience},
 };
 
-/// How long to wait for the peer's own words after it closed the connection.
+/// How long to wait for the peer's last message after it closed the connection.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
 impl Ending {
-    /// Of `error`, after which nothing more is heard of the peer but what has come already. When the
-    /// connection has ended, it may have said why before.
+    /// End with `error`, after which only messages that the peer has already sent are heard. If the
+    /// connection has ended, they may contain the reason.
     pub fn unheard(
         error: MigrationError,
         guest_never_ran: bool,
@@ -25,13 +25,14 @@ impl Ending {
     ) -> Self {
         let limit = if is_cut(&error) { LAST_WORDS } else { Duration::ZERO };
         let patience = Some(patience(limit, now));
-        // A peer that says that its guest never ran is believed.
+        // A peer that reports that its guest never ran is believed.
         let guest_never_ran = guest_never_ran || denies(&error);
         Self { error, known: None, guest_never_ran, peer, patience }
     }
 
-    /// Of `error`, which is this side's. After RAM only the destination knows where the guest runs: it is
-    /// told, makes its QEMU end one way or the other, and says which. A stock one says nothing.
+    /// End with `error` of this side. After RAM only the destination knows where the guest runs: it
+    /// is told, makes its QEMU end one way or the other, and reports which. A stock destination
+    /// reports nothing.
     pub fn of_ours(
         error: MigrationError,
         guest_never_ran: bool,
@@ -49,14 +50,14 @@ impl Ending {
         }
     }
 
-    /// The client has cancelled: it waits for no destination for ever.
+    /// Limit the wait: the client has cancelled, and must not wait for a destination forever.
     pub fn hurry(mut self, now: Instant) -> Self {
         let limit = self.peer.map_or(Duration::ZERO, |peer| peer.stall_timeout);
         self.patience = self.patience.or_else(|| Some(patience(limit, now)));
         self
     }
 
-    /// Somebody says something, or the time is over.
+    /// Handle a message, or the end of the wait.
     pub(super) fn handle(
         mut self,
         event: Event,
@@ -67,8 +68,8 @@ impl Ending {
         let is_past_ram = known.switchover.is_past_ram();
         match event {
             Event::Acknowledged if is_past_ram => self.done(known, now, actions),
-            // All of the stream was sent before a stock destination closed, which is all that it says
-            // when it has loaded the guest.
+            // The whole stream was sent before a stock destination closed, which is its only sign
+            // that it has loaded the guest.
             Event::StreamTaken(Ok(()))
                 if is_past_ram && is_close(&self.error) && self.is_stock() =>
             {
@@ -77,7 +78,7 @@ impl Ending {
             Event::PeerFailed(error @ MigrationError::PeerFailed { .. }) => {
                 self.told(error, known, now, actions)
             }
-            // A thread that was stopped because of this, and knows no more.
+            // This thread was stopped by the failure, and knows no more.
             Event::StreamTaken(Err(MigrationError::Aborted(_))) => State::Ending(self),
             Event::PeerFailed(other) if !is_cut(&self.error) => {
                 warn!(error = %other, "nothing more is heard of the destination");
@@ -104,14 +105,14 @@ impl Ending {
         self.peer.is_some_and(|peer| peer.is_stock)
     }
 
-    /// The destination has the guest.
+    /// End as done: the destination has the guest.
     fn done(self, known: &mut Known, now: Instant, actions: &mut Vec<Action>) -> State {
-        warn!(error = %self.error, "the destination has the guest all the same");
+        warn!(error = %self.error, "the destination has the guest nevertheless");
         State::done(known, now, actions)
     }
 
-    /// The destination failed too. Its own reason counts where the end of the connection is all that is
-    /// known here; that its guest never ran counts in any case.
+    /// End as failed: the destination failed too. Its reason counts if only the end of the
+    /// connection is known here; its report that its guest never ran always counts.
     fn told(
         mut self,
         told: MigrationError,
@@ -133,17 +134,17 @@ impl Ending {
     }
 }
 
-/// The peer says that its guest never ran.
+/// Return whether the peer reports that its guest never ran.
 fn denies(error: &MigrationError) -> bool {
     matches!(error, MigrationError::PeerFailed { guest_never_ran: true, .. })
 }
 
-/// The connection has ended.
+/// Return whether the connection has ended.
 fn is_cut(error: &MigrationError) -> bool {
     matches!(error, MigrationError::Fabric(error) if !error.leaves_connection())
 }
 
-/// The peer ended it.
+/// Return whether the peer closed the connection.
 fn is_close(error: &MigrationError) -> bool {
     matches!(error, MigrationError::Fabric(FabricError::Closed))
 }

@@ -1,9 +1,9 @@
-//! The source: from the connection to the destination's word, and what is left to do after it.
+//! The source: from the connection to the destination's verdict, and what is left to do after it.
 //!
-//! The destination's QEMU decides where the guest runs as soon as it may have all of RAM. Until then a
-//! failure ends the migration here, and the guest runs on; after that it is the destination that says
-//! how it ended, and a failure of this side's waits for its word (`ending`). When that is known there
-//! may be something left to do at QEMU, by the relay, or by the worker in its place (`closing`).
+//! The destination's QEMU decides where the guest runs as soon as it may have all of RAM. Until
+//! then a failure ends the migration here, and the guest keeps running. After that the destination
+//! reports how it ended, and a failure of this side waits for its verdict (`ending`). Then there
+//! may be work left in QEMU, for the relay or for the worker in its place (`closing`).
 
 mod closing;
 mod ending;
@@ -25,40 +25,41 @@ use crate::{
     patience::Patience,
 };
 
-/// What happens to the source of a migration.
+/// An event at the source of a migration.
 #[derive(Debug)]
 pub enum Event {
-    /// From the relay.
+    /// An order from the relay.
     Order(Order),
-    /// The relay is gone, or can't reach QEMU: why.
+    /// The relay is gone, or can't reach QEMU; with the reason.
     RelayGone(String),
     /// Connected, and the block lists agree.
     Connected(Peer, Agreed),
     /// Not connected.
     NotConnected(MigrationError),
-    /// The relay has handed over QEMU's migration sockets; `None`: without any.
+    /// QEMU's migration sockets, from the relay; `None` if there were none.
     Sockets(Option<Sockets>),
-    /// The stream reader asks whether what follows RAM may leave. It waits for
+    /// The stream reader asks whether the bytes after RAM may leave. It waits for
     /// [`Action::PassRam`] or [`Action::HoldRam`].
     RamEnded,
     /// What the guest did before the switchover, as QEMU tells the destination.
     GuestBefore(String),
-    /// QEMU's stream was read to its end, as far as that can be.
+    /// QEMU's stream was read to its end, as far as possible.
     StreamRead,
-    /// QEMU's stream ended and all of it was sent; or not. The peer may still say what it makes of that.
+    /// QEMU's stream ended and all of it was sent; or why not. The peer may still reply to that.
     StreamTaken(Result<()>),
     /// The destination's QEMU completed.
     Acknowledged,
-    /// The peer failed, or the connection, or the thread that listens to it: it will say no more.
+    /// The peer, the connection or the thread that listens to it failed: the peer is not heard any
+    /// more.
     PeerFailed(MigrationError),
     /// [`Machine::poll_timeout`] has passed.
     Timeout,
 }
 
-/// What is to be done.
+/// What to do.
 #[derive(Debug)]
 pub enum Action {
-    /// Tell the relay.
+    /// Send the relay a report.
     Report(Report),
     /// Tell the relay that the destination has the guest.
     ReportDone,
@@ -66,46 +67,46 @@ pub enum Action {
     ReportFailed {
         /// Why.
         reason: String,
-        /// It is certain that the guest never ran at the destination.
+        /// Whether the guest certainly never ran at the destination.
         guest_never_ran: bool,
-        /// It was the QEMU on this side that ended it.
+        /// Whether the QEMU on this side ended it.
         by_qemu: bool,
     },
     /// Take QEMU's stream from the sockets that the relay has handed over.
     StartStream,
-    /// Keep RAM within this many bytes per second; `None`: any number.
+    /// Limit RAM to this many bytes per second; `None`: unlimited.
     SetRateLimit(Option<u64>),
-    /// Answer the stream reader: what follows RAM leaves.
+    /// Answer the stream reader: the bytes after RAM leave.
     PassRam,
-    /// Answer the stream reader: it must not.
+    /// Answer the stream reader: they do not.
     HoldRam,
-    /// Tell the peer of a failure. The connection stays, and the peer's word is awaited.
+    /// Tell the peer of a failure. The connection stays, for the peer's verdict.
     TellPeer(String),
-    /// Tell the peer, if the connection stands, and end it. Then, after `settle`, end QEMU's migration as
-    /// [`Action::SettleQemu`] does: nothing of the stream goes on by then, whoever reads it.
+    /// Tell the peer, if the connection stands, and close it. Then, with `settle`, end QEMU's
+    /// migration as [`Action::SettleQemu`] does: no thread passes on any of the stream by then.
     EndConnection {
         /// Why.
         error: MigrationError,
-        /// What the peer is told of the guest.
+        /// What the peer is told about the guest.
         guest_never_ran: bool,
-        /// End QEMU's migration after it.
+        /// Whether to end QEMU's migration after it.
         settle: bool,
     },
-    /// End the connection.
+    /// Close the connection.
     CloseConnection,
-    /// Let QEMU take the end of its stream for a failure: its guest runs on.
+    /// Let QEMU take the end of its stream for a failure: its guest keeps running.
     EndQemu,
-    /// Let QEMU end its migration without its guest running again: it may run at the destination.
+    /// Let QEMU end its migration without resuming its guest, which may run at the destination.
     SettleQemu,
-    /// The relay can do nothing more: get in line at QEMU's own QMP socket.
+    /// Queue at QEMU's own QMP socket: the relay can do nothing more.
     ReachQemu,
-    /// Do in the relay's place what is left to do at QEMU.
+    /// Do in the relay's place what is left to do in QEMU.
     TakeOver {
-        /// What sets QEMU back to what it was before.
+        /// Commands that restore QEMU's settings.
         restore: Vec<Command>,
-        /// The guest never ran at the destination.
+        /// Whether the guest never ran at the destination.
         guest_never_ran: bool,
-        /// The guest is to run again if QEMU takes its migration for complete.
+        /// Whether to resume the guest if QEMU takes its migration for complete.
         guest_runs: bool,
     },
 }
@@ -113,84 +114,84 @@ pub enum Action {
 /// The destination, once it is connected.
 #[derive(Debug, Clone, Copy)]
 pub struct Peer {
-    /// It is a stock QEMU, which says little.
+    /// Whether it is a stock QEMU, which reports little.
     pub is_stock: bool,
-    /// How long a transfer that is due may make no progress.
+    /// How long a pending transfer may make no progress.
     pub stall_timeout: Duration,
 }
 
 /// QEMU's migration sockets.
 #[derive(Debug, Clone, Copy)]
 pub struct Sockets {
-    /// QEMU uses multifd channels.
+    /// Whether QEMU uses multifd channels.
     pub channels: bool,
 }
 
-/// The source of one migration.
+/// The state machine of a source.
 #[derive(Debug)]
 pub struct Source {
     state: State,
     known: Known,
 }
 
-/// Where it stands.
+/// Where the migration stands.
 #[derive(Debug)]
 enum State {
     /// Connecting and comparing block lists; QEMU has not been asked to migrate.
     Connecting,
     /// The block lists agree; QEMU is being asked to migrate.
     Agreed(Peer),
-    /// QEMU's stream is being taken.
+    /// QEMU's stream is being read.
     Streaming(Peer),
     /// The end of the stream was sent; the destination's QEMU has not completed yet.
     Confirming(Peer),
-    /// It has failed, unless somebody knows better.
+    /// Failed, unless the destination or another thread knows better.
     Ending(Ending),
-    /// It is over: the relay does what is left to do.
+    /// The migration is over; the relay does what is left to do.
     AwaitingRelay {
-        /// The guest certainly never ran at the destination.
+        /// Whether the guest certainly never ran at the destination.
         guest_never_ran: bool,
     },
-    /// The relay is gone, and whether the guest is to run again is in what QEMU has written.
+    /// The relay is gone; whether to resume the guest is in what QEMU has written.
     AwaitingGuest(Patience),
     /// Nothing is left to do.
     Closed,
 }
 
-/// Failed, and not over yet.
+/// A failure that is not final yet.
 #[derive(Debug)]
 struct Ending {
     error: MigrationError,
-    /// Of a connection that was closed: why, as another thread of ours knows. It may be the consequence of
-    /// what the peer says next.
+    /// Why the connection was closed, as another thread knows. May be the consequence of what the
+    /// peer reports next.
     known: Option<MigrationError>,
-    /// Nothing that makes the guest run at the destination has left, or will.
+    /// Whether nothing that makes the guest run at the destination has left, or will.
     guest_never_ran: bool,
     peer: Option<Peer>,
-    /// How long somebody may still say something; `None`: as long as the connection stands.
+    /// How long to wait for a message; `None`: as long as the connection stands.
     patience: Option<Patience>,
 }
 
-/// What counts in every state.
+/// What matters in every state.
 #[derive(Debug)]
 struct Known {
-    /// May the guest come to run at the destination?
+    /// Whether the guest may run at the destination.
     switchover: Switchover,
-    /// QEMU's sockets, once it was asked to migrate.
+    /// QEMU's sockets, once QEMU was asked to migrate.
     sockets: Option<Sockets>,
-    /// What sets QEMU back to what it was before.
+    /// Commands that restore QEMU's settings.
     restore: Vec<Command>,
-    /// The relay is gone.
+    /// Whether the relay is gone.
     is_alone: bool,
-    /// The relay has done all that there is to do.
+    /// Whether the relay has done all its work.
     is_finished: bool,
-    /// A client has cancelled: the relay cancels QEMU's migration as soon as it knows that it may.
+    /// Whether a client has cancelled: the relay cancels QEMU's migration as soon as it may.
     is_cancelled: bool,
-    /// The guest runs, but for the switchover.
+    /// Whether the guest runs, apart from the switchover.
     guest_runs: bool,
-    /// It ran until the switchover, as QEMU knows it.
+    /// Whether it ran until the switchover, according to QEMU.
     guest_ran: Option<bool>,
-    /// QEMU says no more of it.
+    /// Whether QEMU has no more to say about that.
     is_read: bool,
 }
 
@@ -242,7 +243,7 @@ impl Machine for Source {
 }
 
 impl Known {
-    /// What no state may miss.
+    /// Note what no state may miss.
     fn note(&mut self, event: &Event, actions: &mut Vec<Action>) {
         match event {
             Event::Order(Order::SetGuestRunning { runs }) => self.guest_runs = *runs,
@@ -255,7 +256,7 @@ impl Known {
                 actions.push(Action::Report(Report::GuestBefore { status: status.clone() }));
             }
             Event::StreamRead => self.is_read = true,
-            // A relay that can't reach QEMU says so, and then it goes.
+            // A relay that can't reach QEMU reports that before it exits.
             Event::RelayGone(_) if !self.is_alone => {
                 self.is_alone = true;
                 actions.push(Action::ReachQemu);
@@ -294,7 +295,7 @@ impl State {
         }
     }
 
-    /// What happens as long as all goes well, and how that ends.
+    /// Handle the events of a migration that has not failed, and its failures.
     fn proceed(
         self,
         event: Event,
@@ -325,7 +326,7 @@ impl State {
             (state @ Self::Streaming(_), Event::StreamTaken(Err(error))) => {
                 state.fail(error, known, now, actions)
             }
-            // What QEMU still has to say the destination's QEMU needs no more.
+            // The destination's QEMU does not need what QEMU still sends.
             (Self::Streaming(_) | Self::Confirming(_), Event::Acknowledged) if is_past_ram => {
                 Self::done(known, now, actions)
             }
@@ -333,7 +334,7 @@ impl State {
                 let error = MigrationError::Peer("it confirmed an unfinished migration".into());
                 state.fail(error, known, now, actions)
             }
-            // All that a stock destination says when it has loaded the guest.
+            // A stock destination's only sign that it has loaded the guest.
             (
                 Self::Confirming(peer),
                 Event::PeerFailed(MigrationError::Fabric(FabricError::Closed)),
@@ -342,13 +343,13 @@ impl State {
                 let never_ran = known.switchover.withdraw();
                 Self::Ending(Ending::unheard(error, never_ran, state.peer(), now))
             }
-            // Late words of threads whose migration has moved on: a channel that QEMU breaks off when its
-            // stream has ended, for one. Others were noted.
+            // Late events of threads, such as a channel that QEMU closes when its stream has ended.
+            // Others were noted.
             (state, _) => state,
         }
     }
 
-    /// An order of the relay's.
+    /// Handle an order of the relay.
     fn obey(
         self,
         order: Order,
@@ -364,20 +365,20 @@ impl State {
                     state => state,
                 }
             }
-            // They were noted.
+            // Noted already.
             Order::SetGuestRunning { .. }
             | Order::SetRestore { .. }
             | Order::SetRateLimit { .. }
             | Order::Finish => self,
             order => {
-                debug!(?order, "an order that means nothing to a source");
+                debug!(?order, "unexpected order");
                 self
             }
         }
     }
 
-    /// The helper is told to end, or is gone. Where the guest may come to run at the destination, what was
-    /// begun goes on, so that QEMU gets to know how it ends.
+    /// Abort: the helper is told to exit, or its relay is gone. Where the guest may run at the
+    /// destination, the migration continues, so that QEMU learns how it ends.
     fn abort(
         self,
         reason: String,
@@ -392,7 +393,7 @@ impl State {
         self
     }
 
-    /// Fail for a reason of this side's.
+    /// Fail for a reason of this side.
     fn fail(
         self,
         error: MigrationError,
@@ -400,7 +401,7 @@ impl State {
         now: Instant,
         actions: &mut Vec<Action>,
     ) -> Self {
-        // At once: what comes in the meantime must not make the guest run there.
+        // At once: what arrives meanwhile must not make the guest run there.
         let never_ran = known.switchover.withdraw();
         Self::Ending(Ending::of_ours(error, never_ran, self.peer(), now, actions))
     }

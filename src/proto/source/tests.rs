@@ -1,4 +1,4 @@
-//! Every state meets every event.
+//! Every state gets every event.
 
 use super::*;
 use crate::{proto::error::MigrationError::PeerFailed, threads::Lost};
@@ -6,7 +6,7 @@ use crate::{proto::error::MigrationError::PeerFailed, threads::Lost};
 const HELPER: Peer = Peer { is_stock: false, stall_timeout: Duration::from_secs(60) };
 const STOCK: Peer = Peer { is_stock: true, ..HELPER };
 
-/// Events can't be cloned.
+/// Makes an event; events can't be cloned.
 type Make = fn() -> Event;
 
 fn cut() -> MigrationError {
@@ -33,7 +33,7 @@ fn abort() -> Event {
     Event::Order(Order::Abort { reason: "told".into() })
 }
 
-/// A source, and what it has asked for.
+/// A source, and its actions so far.
 struct Run {
     source: Source,
     now: Instant,
@@ -52,7 +52,7 @@ impl Run {
         Self { source: Source::default(), now: Instant::now(), actions: Vec::new() }
     }
 
-    /// Of one that streams to `peer`.
+    /// Return a run that streams to `peer`.
     fn streaming(peer: Peer) -> Self {
         let mut run = Self::new();
         run.tell(Event::Connected(peer, Agreed::default()));
@@ -61,7 +61,7 @@ impl Run {
         run
     }
 
-    /// The same behind RAM.
+    /// The same after RAM.
     fn past_ram(peer: Peer) -> Self {
         let mut run = Self::streaming(peer);
         run.tell(Event::RamEnded);
@@ -78,7 +78,7 @@ impl Run {
         self.actions.iter().any(is_it)
     }
 
-    /// Let time go on until it has ended, or waits for an event.
+    /// Advance the time until it has ended, or waits for an event.
     fn wait(&mut self) {
         while !self.source.has_ended()
             && let Some(deadline) = self.source.poll_timeout()
@@ -109,7 +109,7 @@ impl Run {
         self.end() == Some(End::Done)
     }
 
-    /// It failed: does the guest certainly run nowhere else?
+    /// Return, if it failed, whether the guest certainly runs nowhere else.
     fn guest_never_ran(&self) -> Option<bool> {
         match self.end()? {
             End::Failed { guest_never_ran, .. } => Some(guest_never_ran),
@@ -141,7 +141,7 @@ fn all_events() -> Vec<(&'static str, Make)> {
     ]
 }
 
-/// Those that have a connection; one of them waits for the verdict already.
+/// Return the states that have a connection; one already waits for the verdict.
 fn states(past_ram: bool) -> Vec<(&'static str, Run)> {
     let begun = || if past_ram { Run::past_ram(HELPER) } else { Run::streaming(HELPER) };
     let after = |event: Event| {
@@ -157,8 +157,7 @@ fn states(past_ram: bool) -> Vec<(&'static str, Run)> {
     ]
 }
 
-/// All pairs of them with events, if the guest may run at the destination, each with what has happened
-/// already after it.
+/// Look at each state with each event, followed by `then`, if the guest may run at the destination.
 fn pairs(then: Make, look: impl Fn(&str, &Run)) {
     for (event_name, event) in all_events() {
         for (state_name, mut run) in states(true) {
@@ -170,8 +169,8 @@ fn pairs(then: Make, look: impl Fn(&str, &Run)) {
     }
 }
 
-/// None waits for the destination longer than it has a reason to, and none says that the guest never ran
-/// when it may have.
+/// No state waits for the destination without a reason, or reports that the guest never ran when it
+/// may have.
 #[test]
 fn no_state_waits_and_none_lies() {
     for past_ram in [false, true] {
@@ -191,26 +190,26 @@ fn no_state_waits_and_none_lies() {
     }
 }
 
-/// The destination's word counts, whatever came just before it.
+/// An acknowledgement counts, whatever happened just before it.
 #[test]
 fn an_acknowledgement_is_never_lost() {
     pairs(
         || Event::Acknowledged,
         |pair, run| {
-            // It has said otherwise, or its time was over.
+            // The destination has reported otherwise, or its time was over.
             let is_other = pair.ends_with("PeerFailed: told");
             assert!(run.is_done() || is_other, "{pair}");
         },
     );
 }
 
-/// So does it that its guest never ran; and the reason is the first one.
+/// The destination's report that its guest never ran counts too; the reason is the first one.
 #[test]
 fn that_the_guest_never_ran_is_never_lost() {
     let told = || Event::PeerFailed(denied(true));
     pairs(told, |pair, run| {
         let Some(End::Failed { reason, guest_never_ran }) = run.end() else { panic!("{pair}") };
-        // It has said otherwise.
+        // The destination has reported otherwise.
         let is_ended = pair.starts_with("ending") && pair.ends_with("PeerFailed: told");
         assert!(guest_never_ran || is_ended, "{pair}");
         if pair == "streaming, Cancel" {
@@ -222,7 +221,7 @@ fn that_the_guest_never_ran_is_never_lost() {
     });
 }
 
-/// Only the destination knows where the guest runs: it is not left while it stands.
+/// Only the destination knows where the guest runs: the source waits while the connection stands.
 #[test]
 fn what_fails_here_after_ram_waits_for_the_verdict() {
     let failures: [(bool, Make); 5] = [
@@ -241,7 +240,7 @@ fn what_fails_here_after_ram_waits_for_the_verdict() {
         assert!(run.did(|action| matches!(action, Action::TellPeer(_))));
         let is_cancel = matches!(event(), Event::Order(_));
         assert_eq!(run.source.poll_timeout().is_some(), is_cancel);
-        // Which the client need not do for ever.
+        // The client need not wait forever.
         run.tell(cancel());
         assert!(run.source.poll_timeout().is_some());
         run.wait();
@@ -249,7 +248,7 @@ fn what_fails_here_after_ram_waits_for_the_verdict() {
     }
 }
 
-/// A helper that is told to end leaves nothing half done there, as if it were killed.
+/// After RAM a helper that is told to exit, or loses its relay, finishes the migration.
 #[test]
 fn who_is_told_to_end_after_ram_goes_on() {
     for event in [abort, || Event::RelayGone("gone".into())] {
@@ -260,7 +259,7 @@ fn who_is_told_to_end_after_ram_goes_on() {
         assert!(run.end().is_none() && run.source.poll_timeout().is_none());
         run.tell(Event::Acknowledged);
         assert!(run.is_done());
-        // Before that it fails, and nothing more goes there.
+        // Before the end of RAM it fails, and sends nothing more.
         let mut run = Run::streaming(HELPER);
         run.tell(event());
         run.tell(Event::RamEnded);
@@ -272,8 +271,8 @@ fn who_is_told_to_end_after_ram_goes_on() {
     }
 }
 
-/// It closes when it has the guest, which QEMU says on the return path before; and may do so before our
-/// QEMU's stream has ended, or this thread knows that.
+/// A stock destination closes when it has the guest, which QEMU reports on the return path before;
+/// maybe before our QEMU's stream has ended, or before this thread knows that.
 #[test]
 fn a_stock_destination_that_closes_has_the_guest() {
     let end = |events: &[Make]| {
@@ -289,12 +288,12 @@ fn a_stock_destination_that_closes_has_the_guest() {
     assert!(end(&[closed, acknowledged]));
     assert!(end(&[closed, taken]));
     assert!(end(&[taken, closed]));
-    // One that has not got all of the stream has no guest.
+    // A destination without the whole stream has no guest.
     assert!(!end(&[closed, || Event::StreamTaken(Err(early()))]));
     assert!(!end(&[closed]));
 }
 
-/// But not before the guest can be there.
+/// An acknowledgement before the end of RAM is an error.
 #[test]
 fn nobody_confirms_what_was_not_sent() {
     let mut run = Run::streaming(HELPER);
@@ -313,7 +312,8 @@ fn is_take_over(action: &Action) -> bool {
     matches!(action, Action::TakeOver { .. })
 }
 
-/// A relay that dies while it sets QEMU back leaves that to us, even before QEMU has migrated.
+/// If the relay dies while it restores QEMU's settings, the worker does, even before QEMU has
+/// migrated.
 #[test]
 fn what_was_borrowed_concerns_the_relay() {
     for commands in [0, 1] {
@@ -330,7 +330,7 @@ fn what_was_borrowed_concerns_the_relay() {
     }
 }
 
-/// What a client has stopped after the failure nobody starts.
+/// A guest that a client stopped after the failure is not resumed.
 #[test]
 fn orders_count_after_the_verdict() {
     let failed = || {
@@ -352,7 +352,7 @@ fn orders_count_after_the_verdict() {
     assert!(run.source.is_closed() && !run.did(is_take_over));
 }
 
-/// Whether the guest ran is in what QEMU has written; where that does not come, it is left as it is.
+/// Whether the guest ran is in QEMU's stream; if that does not arrive, the guest is left as it is.
 #[test]
 fn what_the_guest_did_is_waited_for_when_the_relay_is_gone() {
     let said: [(Option<Make>, bool); 4] = [

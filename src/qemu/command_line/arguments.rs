@@ -1,4 +1,4 @@
-//! The arguments of a command line, and what replaces some of them.
+//! The arguments of a command line, and their replacements.
 
 use std::ffi::OsString;
 
@@ -49,7 +49,7 @@ const FLAGS: [&str; 38] = [
 /// A piece of the new command line.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Part {
-    /// As it was, or as it is now.
+    /// Literal text, original or new.
     Text(OsString),
     /// The value of `-chardev` for this monitor.
     Monitor(usize),
@@ -66,22 +66,22 @@ impl Part {
 /// An option of the command line.
 pub struct Given<'a> {
     pub name: &'a str,
-    /// Index of the option, and the value behind it if it has one.
+    /// Index of the option. Its value, if any, is the next argument.
     pub at: usize,
     pub value: Option<&'a str>,
 }
 
-/// What replaces which arguments.
+/// Which arguments are replaced, and by what.
 #[derive(Default)]
 pub struct Changes {
-    /// Index of the first argument that goes, how many go, and what comes there.
+    /// Index of the first replaced argument, how many are replaced, and the new parts.
     pub replaced: Vec<(usize, usize, Vec<Part>)>,
-    /// At the end.
+    /// Appended at the end.
     pub added: Vec<Part>,
 }
 
 impl Changes {
-    /// Other parts in place of an option and its value.
+    /// Replace an option and its value.
     pub fn value(&mut self, option: &Given<'_>, parts: impl IntoIterator<Item = Part>) {
         let length = 1 + usize::from(option.value.is_some());
         self.replaced.push((option.at, length, parts.into_iter().collect()));
@@ -107,7 +107,7 @@ pub fn given(arguments: &[OsString]) -> Vec<Given<'_>> {
     let mut given = Vec::new();
     let mut at = 0;
     while at < arguments.len() {
-        // What is no text is a path, and the value of something that doesn't matter here.
+        // An argument that is not UTF-8 is a path, the value of an option that doesn't matter here.
         let argument = arguments[at].to_str().unwrap_or_default();
         let name = argument.strip_prefix("--").or_else(|| argument.strip_prefix('-'));
         let Some(name) = name.filter(|name| !name.is_empty()) else {
@@ -127,14 +127,14 @@ pub fn given(arguments: &[OsString]) -> Vec<Given<'_>> {
     given
 }
 
-/// What matters of `-machine`.
+/// The parts of `-machine` that matter.
 #[derive(Debug, Default)]
 pub struct Machine {
     pub kind: Option<String>,
     pub memory_backend: Option<String>,
-    /// Its memory is not, or not only, described by `-m`.
+    /// Whether `-m` does not, or not alone, describe its memory.
     pub memory: bool,
-    /// The guest's memory is encrypted or otherwise not ours to share.
+    /// Whether the guest's memory is encrypted or otherwise can't be shared.
     pub confidential: bool,
 }
 

@@ -1,4 +1,4 @@
-//! RAM that becomes shared, so that it can be written and read from outside QEMU.
+//! Making RAM shared, so that it can be read and written from outside QEMU.
 
 use std::{ffi::OsStr, os::fd::RawFd, path::Path};
 
@@ -9,29 +9,29 @@ use super::{
     options::{Options, size},
 };
 
-/// What QEMU gives a guest if it is not told, in bytes.
+/// QEMU's default for a guest's RAM, in bytes.
 const DEFAULT_SIZE: u64 = 128 << 20;
 
-/// QEMU rounds the size of `-m` up to this.
+/// QEMU rounds the size of `-m` up to a multiple of this.
 const SIZE_STEP: u64 = 8192;
 
-/// The name of a block is its backend's id for new machine types, and must stay that for old ones,
-/// whose memory-backend-file has its path in QEMU's tree as name (hw/core/machine.c,
+/// Turned off, so that a block keeps its backend's id as its name. New machine types name it so;
+/// old ones name the block of a memory-backend-file by its path in QEMU's tree (hw/core/machine.c,
 /// hw_compat_3_1).
 const NAME_BY_PATH: &str = "x-use-canonical-path-for-ramblock-id";
 
-/// A RAM backend that lives on a memfd of the helper's.
+/// A RAM backend on a memfd of the helper's.
 #[derive(Debug)]
 pub struct Memory {
     /// The backend's id.
     pub id: String,
-    /// Bytes.
+    /// Size in bytes.
     pub size: u64,
     object: Options,
 }
 
 impl Memory {
-    /// Where QEMU finds the memfd with this number.
+    /// The path by which QEMU finds the memfd with this number.
     pub fn path(fd: RawFd) -> String {
         format!("/proc/self/fd/{fd}")
     }
@@ -47,11 +47,11 @@ impl Memory {
 pub(super) struct Found {
     /// RAM that gets a memfd of the helper's.
     pub memory: Vec<Memory>,
-    /// What the user should know: RAM that stays private, and why.
+    /// Notes for the user: RAM that stays private, and why.
     pub notes: Vec<String>,
 }
 
-/// Find the RAM that is not shared.
+/// Find the RAM that is not shared, and share it if possible.
 pub(super) fn find(
     binary: &OsStr,
     given: &[Given<'_>],
@@ -78,7 +78,7 @@ pub(super) fn find(
     found
 }
 
-/// A backend that the user has made.
+/// Share a backend that the user defined.
 fn backend(
     option: &Given<'_>,
     options: Options,
@@ -95,7 +95,7 @@ fn backend(
             changes.value(option, object(Part::Memory(found.memory.len())));
             found.memory.push(Memory { id, size, object: on_memfd(options) });
         }
-        // Shared if it does not say otherwise.
+        // Shared by default.
         Some("memory-backend-memfd") if options.switch("share") == Some(false) => {
             let shared = options.with("share", json!(true));
             changes.value(option, object(Part::text(shared.to_string())));
@@ -114,10 +114,11 @@ fn backend(
     }
 }
 
-/// A file that is not QEMU's alone, in a directory, would get the guest's memory, and keep it.
+/// The note about RAM that stays private. Unlike QEMU's own file in a directory, the file at `path`
+/// would get the guest's memory, and keep it.
 fn stays_private(what: &str, path: &str) -> String {
     format!(
-        "{what} is a private copy of the file {path}, and stays that: it is migrated from QEMU's \
+        "{what} is a private copy of the file {path}, and stays so: it is migrated from QEMU's \
          stream; with share=on it would be faster, and the guest would write the file"
     )
 }
@@ -135,7 +136,7 @@ fn named_by_id(options: Options) -> Options {
     }
 }
 
-/// The RAM of `-m`, for which QEMU makes a backend by itself.
+/// Share the RAM of `-m`, for which QEMU creates a backend itself.
 fn default(
     binary: &OsStr,
     given: &[Given<'_>],
@@ -185,7 +186,7 @@ fn default(
             found.notes.push(stays_private("The machine's RAM", path));
             return;
         }
-        // The directory of huge pages, most likely.
+        // Most likely the directory of huge pages.
         Some(path) => {
             for option in given.iter().filter(|option| option.name == "mem-path") {
                 changes.value(option, []);

@@ -1,8 +1,8 @@
 //! The command line of a QEMU that is about to start: which monitors can be proxied, and how its
-//! RAM becomes memory that can be shared.
+//! RAM becomes shared memory.
 //!
-//! Only reads and rewrites: nothing is opened here. What is not understood stays as it is, for
-//! QEMU to refuse.
+//! Only reads and rewrites arguments; opens nothing. Arguments that are not understood stay as they
+//! are, for QEMU to refuse.
 
 mod arguments;
 mod memory;
@@ -29,32 +29,32 @@ use crate::{
     },
 };
 
-/// What the helper has to do with an invocation of QEMU.
+/// What the helper has to do for an invocation of QEMU.
 #[derive(Debug)]
 pub enum Invocation {
-    /// Nothing: it asks QEMU for something, or has no monitor that management could migrate it by.
+    /// Nothing: it only asks QEMU for information, or has no monitor to migrate it by.
     Untouched {
-        /// Which of them.
+        /// The reason.
         why: &'static str,
-        /// What the user should know: monitors that stay QEMU's own.
+        /// Notes for the user: monitors that stay QEMU's own.
         notes: Vec<String>,
     },
-    /// A guest.
+    /// A guest, and how to start it.
     Guest(Plan),
 }
 
-/// How a guest's command line is to be changed.
+/// How to change a guest's command line.
 #[derive(Debug)]
 pub struct Plan {
-    /// Monitors to stand before.
+    /// Monitors that the helper proxies.
     pub monitors: Vec<Monitor>,
-    /// RAM that gets a memfd of the helper's, and RAM that could not be changed.
+    /// RAM that gets a memfd of the helper's.
     pub memory: Vec<Memory>,
     /// `-incoming rdma:`: where to listen.
     pub incoming: Option<Address>,
-    /// QEMU goes to the background (`-daemonize`).
+    /// Whether QEMU goes to the background (`-daemonize`).
     pub background: bool,
-    /// What the user should know: monitors that stay QEMU's own, RAM that stays private, and why.
+    /// Notes for the user: monitors that stay QEMU's own, RAM that stays private, and why.
     pub notes: Vec<String>,
     parts: Vec<Part>,
 }
@@ -64,12 +64,12 @@ impl Invocation {
         Self::Untouched { why, notes: Vec::new() }
     }
 
-    /// Read QEMU's arguments, without its name.
+    /// Read QEMU's arguments, without `argv[0]`.
     ///
     /// `is_directory` tells whether a path is a directory.
     ///
     /// # Errors
-    /// When `-incoming` names rdma and is wrong.
+    /// If `-incoming` names rdma and is invalid.
     pub fn read(
         binary: &OsStr,
         arguments: &[OsString],
@@ -120,8 +120,8 @@ impl Invocation {
 }
 
 impl Plan {
-    /// The new arguments. `monitors` and `memory` are the descriptors in QEMU of each of
-    /// [`Self::monitors`] and of [`Self::memory`].
+    /// The new arguments. `monitors` and `memory` are the descriptor numbers in QEMU for
+    /// [`Self::monitors`] and [`Self::memory`], in the same order.
     pub fn arguments(&self, monitors: &[RawFd], memory: &[RawFd]) -> Vec<OsString> {
         let part = |part: &Part| match part {
             Part::Text(text) => text.clone(),
@@ -132,14 +132,14 @@ impl Plan {
     }
 }
 
-/// The address of `-incoming`, if it is ours.
+/// The address of `-incoming`, if it names rdma.
 fn incoming(given: &[Given<'_>]) -> Result<Option<Address>, QmpError> {
     // The last one counts.
     let mut found = None;
     for option in given.iter().filter(|option| option.name == "incoming") {
         let value = option.value.unwrap_or_default();
         let mut arguments = Map::new();
-        // Since 8.2 also a channel.
+        // Since 8.2 the value may also be a channel.
         match serde_json::from_str::<Value>(value) {
             Ok(channel @ Value::Object(_)) => arguments.insert("channels".into(), json!([channel])),
             _ => arguments.insert("uri".into(), value.into()),

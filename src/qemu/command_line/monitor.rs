@@ -1,4 +1,4 @@
-//! QMP monitors on Unix sockets: `-qmp unix:`, and `-mon` or `-object monitor-qmp` with `-chardev socket`.
+//! QMP monitors on Unix sockets: `-qmp unix:`, and `-mon` or `-object monitor-qmp` with `-chardev`.
 
 use std::{os::fd::RawFd, path::PathBuf, time::Duration};
 
@@ -9,10 +9,10 @@ use super::{
     options::Options,
 };
 
-/// Keys of a socket chardev that say where it is, and what is different on a connected one.
+/// Keys of a socket chardev that give its place, or differ on a connected one.
 const PLACE: [&str; 6] = ["path", "fd", "server", "wait", "reconnect", "reconnect-ms"];
 
-/// Keys of socket chardevs that we do not stand before.
+/// Keys of socket chardevs that the helper does not proxy.
 const FOREIGN: [&str; 10] = [
     "abstract",
     "host",
@@ -26,10 +26,10 @@ const FOREIGN: [&str; 10] = [
     "websocket",
 ];
 
-/// Where management meets a monitor.
+/// The socket by which management reaches a monitor.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Endpoint {
-    /// QEMU would listen at a path; with `wait` it starts only when a client is there.
+    /// QEMU would listen at a path; with `wait` it starts only once a client has connected.
     Listen {
         /// The socket.
         path: PathBuf,
@@ -38,7 +38,7 @@ pub enum Endpoint {
     },
     /// QEMU would inherit a listening socket.
     Listening {
-        /// Its number.
+        /// Its descriptor number.
         fd: RawFd,
         /// `wait=on`.
         wait: bool,
@@ -47,15 +47,15 @@ pub enum Endpoint {
     Connect {
         /// The socket.
         path: PathBuf,
-        /// How long after a loss it would try again, if it would.
+        /// Delay after which QEMU would reconnect, if it would.
         reconnect: Option<Duration>,
     },
     /// QEMU would inherit a connected socket.
     Connected {
-        /// Its number.
+        /// Its descriptor number.
         fd: RawFd,
     },
-    /// Nobody meets it.
+    /// None: the monitor is the helper's alone.
     Nobody,
 }
 
@@ -69,17 +69,17 @@ impl std::fmt::Display for Endpoint {
     }
 }
 
-/// A monitor that the helper stands before.
+/// A monitor that the helper proxies.
 #[derive(Debug)]
 pub struct Monitor {
-    /// Where management meets it.
+    /// The socket by which management reaches it.
     pub endpoint: Endpoint,
-    /// The chardev, without its place.
+    /// The chardev's options, without its place.
     chardev: Options,
 }
 
 impl Monitor {
-    /// The descriptor that QEMU's end must have, if it was given one.
+    /// The descriptor number that QEMU's end must have, if the command line gives one.
     pub fn fd(&self) -> Option<RawFd> {
         match self.endpoint {
             Endpoint::Listening { fd, .. } | Endpoint::Connected { fd } => Some(fd),
@@ -99,16 +99,16 @@ type Left = &'static str;
 const HUMAN: Left = "it is a human one";
 const PRETTY: Left = "its output is for people (pretty)";
 const ELSEWHERE: Left = "it is on no Unix socket that the command line describes";
-const FLEETING: Left = "it goes with its client (close-action=delete)";
+const FLEETING: Left = "it is deleted with its client (close-action=delete)";
 
 const UNREAD: Left = "the helper does not read that file";
 
-/// What is found on a command line.
+/// The search for monitors on a command line.
 pub(super) struct Search<'a> {
     pub given: &'a [Given<'a>],
     /// The monitors that can be proxied.
     pub monitors: &'a mut Vec<Monitor>,
-    /// What the user should know of the others.
+    /// Notes for the user on the others.
     pub notes: &'a mut Vec<String>,
     pub changes: &'a mut Changes,
 }
@@ -159,20 +159,20 @@ impl Search<'_> {
         }
     }
 
-    /// A monitor with such options.
+    /// Take a monitor with these options, if it can be proxied.
     fn on_chardev(&mut self, options: &Options) -> Result<(), Left> {
-        // What is pretty for people has no end of line behind each object.
+        // Pretty-printed output is not one object per line.
         if options.switch("pretty") == Some(true) {
             return Err(PRETTY);
         }
-        // The helper's session with it would stay.
+        // The helper's own session would keep such a monitor alive.
         if options.get("close-action").is_some_and(|action| action != "none") {
             return Err(FLEETING);
         }
         self.chardev(&options.get("chardev").unwrap_or_default())
     }
 
-    /// A monitor on the chardev with this id.
+    /// Take a monitor on the chardev with this id.
     fn chardev(&mut self, id: &str) -> Result<(), Left> {
         for option in self.given.iter().filter(|option| option.name == "chardev") {
             let options = Options::read(option.value.unwrap_or_default(), "backend");
@@ -180,7 +180,7 @@ impl Search<'_> {
                 && options.get("id").as_deref() == Some(id);
             let Some(endpoint) = is_it.then(|| endpoint(&options)).flatten() else { continue };
             let is_id = |monitor: &Monitor| monitor.chardev.get("id").as_deref() == Some(id);
-            // QEMU refuses the second one on it.
+            // QEMU refuses a second monitor on a chardev.
             if !self.monitors.iter().any(is_id) {
                 let parts = [Part::text("-chardev"), Part::Monitor(self.monitors.len())];
                 self.changes.value(option, parts);
@@ -191,7 +191,7 @@ impl Search<'_> {
         Err(ELSEWHERE)
     }
 
-    /// `-qmp unix:PATH[,server][,...]`.
+    /// Take `-qmp unix:PATH[,server][,...]`.
     fn legacy(&mut self, option: &Given<'_>, value: &str) -> Result<(), Left> {
         let options = value.strip_prefix("unix:").map(|rest| Options::read(rest, "path"));
         let place = options.and_then(|options| Some((endpoint(&options)?, options)));
@@ -216,7 +216,7 @@ impl Search<'_> {
     }
 }
 
-/// A monitor for the helper alone.
+/// Add a monitor for the helper alone.
 pub(super) fn add_own(monitors: &mut Vec<Monitor>, changes: &mut Changes) {
     let id = own_id(monitors.len());
     changes.added.extend([
@@ -233,7 +233,7 @@ fn own_id(index: usize) -> String {
     format!("qemu-rdma-helper{index}")
 }
 
-/// Where a socket chardev is; `None` if it is not for us.
+/// The endpoint of a socket chardev; `None` if the helper can't proxy it.
 fn endpoint(options: &Options) -> Option<Endpoint> {
     if FOREIGN.iter().any(|key| options.get(key).is_some()) {
         return None;
@@ -249,7 +249,7 @@ fn endpoint(options: &Options) -> Option<Endpoint> {
             let reconnect = seconds().or_else(exact).filter(|again| !again.is_zero());
             Some(Endpoint::Connect { path: path.into(), reconnect })
         }
-        // The name of a descriptor in a monitor is none of the command line.
+        // A descriptor's name is known in a monitor, not on the command line.
         (None, Some(fd), true) => Some(Endpoint::Listening { fd: fd?, wait }),
         (None, Some(fd), false) => Some(Endpoint::Connected { fd: fd? }),
         _ => None,

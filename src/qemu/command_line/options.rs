@@ -5,16 +5,16 @@ use serde_json::{Map, Value};
 /// The value of an option, in the form in which it was given.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Options {
-    /// `first,key=value,flag`; the first may go without its key. Keys may occur more than once.
+    /// `first,key=value,flag`; the first may omit its key. Keys may occur more than once.
     Pairs(Vec<(String, Option<String>)>),
     /// A JSON object.
     Json(Map<String, Value>),
 }
 
 impl Options {
-    /// Read an option whose first value may go without its key, `implied`.
+    /// Read an option whose first value may omit its key, `implied`.
     ///
-    /// Never fails: what QEMU does not understand either is for QEMU to refuse.
+    /// Never fails: QEMU refuses what it does not understand.
     pub fn read(text: &str, implied: &str) -> Self {
         if text.starts_with('{')
             && let Ok(object) = serde_json::from_str(text)
@@ -30,7 +30,7 @@ impl Options {
         Self::Pairs(pairs)
     }
 
-    /// The keys that are there.
+    /// The keys that are present.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         let (pairs, object) = match self {
             Self::Pairs(pairs) => (Some(pairs), None),
@@ -56,7 +56,7 @@ impl Options {
         }
     }
 
-    /// A switch: `None` if it is not there. QEMU's old forms `wait` and `nowait` are understood.
+    /// A switch; `None` if it is absent. Accepts QEMU's old forms `wait` and `nowait`.
     pub fn switch(&self, key: &str) -> Option<bool> {
         if let Self::Pairs(pairs) = self
             && pairs.iter().any(|(name, value)| {
@@ -72,12 +72,12 @@ impl Options {
         }
     }
 
-    /// A number of bytes; a bare number is so many times `unit`.
+    /// A number of bytes; a bare number counts in units of `unit`.
     pub fn size(&self, key: &str, unit: u64) -> Option<u64> {
         size(&self.get(key)?, unit)
     }
 
-    /// Without these keys, in any of their forms.
+    /// Remove these keys, in any of their forms.
     pub fn without(mut self, keys: &[&str]) -> Self {
         let is_one = |name: &str| {
             keys.iter().any(|key| name == *key || name.strip_prefix("no") == Some(*key))
@@ -89,10 +89,10 @@ impl Options {
         self
     }
 
-    /// With `key` set, and set only once.
+    /// Set `key`, and remove its duplicates.
     pub fn with(self, key: &str, value: Value) -> Self {
         match self {
-            // In its place: the first may be what tells the type.
+            // Keep the position: the first pair may give the type.
             Self::Json(mut object) => {
                 object.insert(key.to_owned(), value);
                 Self::Json(object)
@@ -140,7 +140,7 @@ impl std::fmt::Display for Options {
     }
 }
 
-/// Cut at single commas; a double one is a comma.
+/// Split at single commas; a double one is a literal comma.
 fn split(text: &str) -> Vec<String> {
     let mut parts = vec![String::new()];
     let mut characters = text.chars().peekable();
@@ -166,7 +166,7 @@ fn pair(part: &str) -> (String, Option<String>) {
     }
 }
 
-/// A number of bytes as QEMU reads it: `512M`, `1.5G`, `0x1000`; a bare one is times `unit`.
+/// Parse a number of bytes as QEMU does: `512M`, `1.5G`, `0x1000`; a bare one counts in `unit`.
 pub fn size(text: &str, unit: u64) -> Option<u64> {
     if let Some(hex) = text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
         return u64::from_str_radix(hex, 16).ok()?.checked_mul(unit);
@@ -235,7 +235,7 @@ mod tests {
         #[test]
         fn what_is_written_is_what_was_read(text in "[a-z=,{}\":.0-9]{0,40}") {
             let options = Options::read(&text, "first");
-            // Text that is no JSON object may become one: `{}=`.
+            // Text that is not a JSON object may become one: `{}=`.
             if let Options::Pairs(pairs) = &options
                 && pairs.iter().all(|(name, _)| !name.is_empty() && !name.contains(','))
                 && !options.to_string().starts_with('{')

@@ -18,7 +18,7 @@ fn plan(line: &str) -> Plan {
     }
 }
 
-/// The rewritten line: monitors have descriptors from 50 on, memory from 60 on.
+/// The rewritten line: monitors without a descriptor get 50, memory gets those from 60 on.
 fn rewritten(line: &str) -> String {
     let plan = plan(line);
     let monitors: Vec<_> = plan.monitors.iter().map(|m| m.fd().unwrap_or(50)).collect();
@@ -91,7 +91,7 @@ fn monitors_are_found_in_all_their_forms() {
     assert_eq!(plan("-qmp unix:/a,server -qmp unix:/b,server").monitors.len(), 2);
 }
 
-/// Whoever asks for a migration over rdma: there gets QEMU's own.
+/// A client that asks such a monitor for a migration over rdma: gets QEMU's own.
 #[test]
 fn monitors_that_stay_qemus_own_are_told_of() {
     let notes = |line: &str| {
@@ -167,8 +167,8 @@ fn plain_memory_gets_a_backend() {
     assert_eq!(plan("-qmp unix:/q,server").memory[0].size, 128 << 20);
     let twice = rewritten("-mem-path /a -m 1G -mem-path /dev/hugepages -qmp unix:/q,server");
     assert!(twice.starts_with("-m 1G ") && twice.contains("mem-path=/dev/hugepages"), "{twice}");
-    // Whose name for its RAM is not known, that has none of its own, that is nobody's, that is
-    // described elsewhere, or that would be left behind in a file.
+    // RAM whose name is unknown, RAM that is not the machine's own, confidential RAM, RAM described
+    // elsewhere, and RAM that would be left in a file.
     for line in [
         "-M virt",
         "-M q35 -numa node,memdev=a",
@@ -205,7 +205,7 @@ fn settings_of_backends_are_kept() {
     for kept in [
         "memory-backend-memfd,id=x,size=1G",
         "memory-backend-file,id=x,size=1G,mem-path=/a,share=on",
-        // What is private must not be written to a file.
+        // Private memory must not be written to a file.
         "memory-backend-file,id=x,size=1G,mem-path=/image",
         "iothread,id=a",
     ] {

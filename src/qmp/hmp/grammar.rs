@@ -1,10 +1,10 @@
-//! How QEMU reads a line: a command's name, and its arguments by the list of their types
+//! QEMU's grammar of a line: a command's name, and its arguments by the list of their types
 //! (`monitor_parse_command` and `monitor_parse_arguments` of `monitor/hmp.c`).
 
-/// Longest word that QEMU reads, in bytes. Of a longer one it takes the beginning.
+/// Longest word that QEMU reads, in bytes. QEMU truncates longer ones.
 const WORD_MAX: usize = 1023;
 
-/// C's isspace.
+/// C's `isspace`.
 fn is_space(c: char) -> bool {
     matches!(c, ' ' | '\t'..='\r')
 }
@@ -13,14 +13,14 @@ fn skip_spaces(text: &str) -> &str {
     text.trim_start_matches(is_space)
 }
 
-/// The name at the beginning of a line, and what follows. It need not be followed by a space.
+/// The name at the beginning of a line, and the rest. The name need not end with a space.
 pub fn command(line: &str) -> (&str, &str) {
     let line = skip_spaces(line);
     line.split_at(line.find(|c| is_space(c) || c == '/').unwrap_or(line.len()))
 }
 
-/// The first word, which may be in quotes, and what follows (`get_str`); `None` if there is none, or its
-/// quotes are wrong.
+/// The first word, which may be in quotes, and the rest (`get_str`); `None` if there is none, or
+/// its quotes are wrong.
 fn word(text: &str) -> Option<(String, &str)> {
     let text = skip_spaces(text);
     let Some(quoted) = text.strip_prefix('"') else {
@@ -50,7 +50,7 @@ fn shortened(word: String) -> String {
     }
 }
 
-/// `on` or `off`, and what follows.
+/// `on` or `off`, and the rest.
 fn on_off(text: &str) -> Option<(bool, &str)> {
     let text = skip_spaces(text);
     let (word, rest) =
@@ -62,23 +62,23 @@ fn on_off(text: &str) -> Option<(bool, &str)> {
     }
 }
 
-/// What a line says for an argument.
+/// The value of an argument.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Value {
     OnOff(bool),
     Text(String),
 }
 
-/// The arguments of a line, by their names.
+/// The arguments of a line, by name.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Arguments(Vec<(&'static str, Value)>);
 
 impl Arguments {
-    /// Read `text`, which follows a command's name, by the list of types that QEMU has for the command.
-    /// Of the types those that our commands have: `-x` (a flag), `b` (on or off), `s` (a word), `s?` (a
-    /// word that may be missing), `S` (the rest).
+    /// Parse `text`, which follows a command's name, by QEMU's list of types for the command.
+    /// Supports the types of the helper's commands: `-x` (a flag), `b` (on or off), `s` (a word),
+    /// `s?` (an optional word), `S` (the rest).
     ///
-    /// `None` where QEMU complains of the line instead of running the command.
+    /// `None` if QEMU rejects the line instead of running the command.
     pub fn read(types: &'static str, text: &str) -> Option<Self> {
         let mut found = Self::default();
         let mut rest = text;
@@ -107,11 +107,11 @@ impl Arguments {
             };
             found.0.push((key, value));
         }
-        // Nothing may be left.
+        // Nothing may remain.
         skip_spaces(rest).is_empty().then_some(found)
     }
 
-    /// Is this flag given, or this argument on?
+    /// Whether this flag is given, or this argument is on.
     pub fn is_on(&self, key: &str) -> bool {
         self.0.iter().any(|(name, value)| *name == key && *value == Value::OnOff(true))
     }
@@ -126,8 +126,9 @@ impl Arguments {
     }
 }
 
-/// Is `-x` given at the beginning of `text`, and what follows? It is not if another flag is, which is
-/// listed `later`. So flags come in QEMU's order, and what follows one needs no space.
+/// Whether `flag` is given at the beginning of `text`, and the rest. It is not if a flag listed in
+/// `later` is there; any other flag is invalid. So flags have a fixed order, and need no space
+/// after them.
 fn flag<'a>(flag: u8, later: &str, text: &'a str) -> Option<(bool, &'a str)> {
     let Some(behind) = text.strip_prefix('-') else { return Some((false, text)) };
     if let Some(rest) = behind.strip_prefix(char::from(flag)) {
@@ -137,7 +138,7 @@ fn flag<'a>(flag: u8, later: &str, text: &'a str) -> Option<(bool, &'a str)> {
     later.contains(&other).then_some((false, text))
 }
 
-/// The number that all of a text is to QEMU (`strtoull` with base 0).
+/// Parse all of a text as a number, as QEMU does (`strtoull` with base 0).
 pub fn number(text: &str) -> Option<u64> {
     let text = skip_spaces(text);
     let (negative, digits) = match text.strip_prefix('-') {
@@ -154,7 +155,7 @@ pub fn number(text: &str) -> Option<u64> {
         return None;
     }
     let number = u64::from_str_radix(digits, radix).ok()?;
-    // C wraps it.
+    // C wraps negative numbers.
     Some(if negative { number.wrapping_neg() } else { number })
 }
 
@@ -218,7 +219,7 @@ mod tests {
             ("\"\"", ""),
             ("'a'", "'a'"),
             ("a\"b\"", "a\"b\""),
-            // No space to C.
+            // Not a space to C.
             ("a\u{a0}b", "a\u{a0}b"),
         ] {
             assert_eq!(word(text), Some(expected.to_owned()), "{text}");

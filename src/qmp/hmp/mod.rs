@@ -1,7 +1,7 @@
-//! Lines of the human monitor, as far as they concern a migration.
+//! Lines of the human monitor that concern a migration.
 //!
-//! They are read by QEMU's own grammar, which differs from version to version: whatever spelling QEMU takes
-//! for a migration over `rdma:` is ours, and what it refuses gets its own words.
+//! They are parsed by QEMU's own grammar, which differs between versions. Any spelling that QEMU
+//! accepts for a migration over `rdma:` is handled here. QEMU itself answers what it refuses.
 
 mod grammar;
 mod text;
@@ -20,9 +20,9 @@ pub use text::{error_text, with_values};
 pub enum Line {
     /// `migrate [-d] rdma:HOST:PORT`.
     Migrate {
-        /// Where to.
+        /// The destination.
         address: Address,
-        /// Without it the monitor would wait for the end, where it can.
+        /// `-d`. Without it the monitor waits for the end of the migration, if it can.
         detach: bool,
     },
     /// `migrate_incoming rdma:HOST:PORT`.
@@ -33,35 +33,35 @@ pub enum Line {
     OtherMigrateIncoming,
     /// `savevm` or `loadvm`.
     Snapshot,
-    /// `migrate_set_capability x-rdma-pin-all on|off`: a name that QEMU no longer has.
+    /// `migrate_set_capability x-rdma-pin-all on|off`, a name that QEMU no longer has.
     PinAll(bool),
     /// `migrate_cancel`.
     Cancel,
     /// `cont`, or `c`.
     Cont,
-    /// `info migrate`: the line.
+    /// `info migrate`, with its line.
     InfoMigrate(String),
-    /// `info migrate_capabilities` or `info migrate_parameters`: the line.
+    /// `info migrate_capabilities` or `info migrate_parameters`, with its line.
     InfoSettings(String),
     /// `migrate_set_parameter` or `migrate_set_capability`.
     Set(Setting),
-    /// One that is ours and wrong.
+    /// An invalid line that names `rdma:`.
     Wrong(QmpError),
-    /// One that QEMU should complain of, though a QEMU that has more flags than are known here may see a
-    /// migration over `rdma:` in it: the same with a scheme that no QEMU has.
+    /// A line that QEMU should reject. A QEMU with newer flags may accept it, so `rdma:` is
+    /// replaced by a scheme that no QEMU has.
     Unread(String),
-    /// QEMU's business.
+    /// Left to QEMU.
     Other,
 }
 
-/// A setting of migrations that a line changes.
+/// A migration setting that a line changes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Setting {
     /// `migrate_set_parameter`.
     Parameter {
         /// Its name.
         name: String,
-        /// What it is set to, in the monitor's words.
+        /// Its new value, in the monitor's syntax.
         value: String,
         /// The line.
         line: String,
@@ -78,7 +78,7 @@ pub enum Setting {
 }
 
 impl Setting {
-    /// As it was said.
+    /// The original line.
     pub fn line(&self) -> &str {
         match self {
             Self::Parameter { line, .. } | Self::Capability { line, .. } => line,
@@ -86,8 +86,8 @@ impl Setting {
     }
 }
 
-/// The arguments of a command that concerns us: `args_type` in this version's `hmp-commands.hx` and
-/// `hmp-commands-info.hx`.
+/// The arguments of a command that concerns the helper: `args_type` in this version's
+/// `hmp-commands.hx` and `hmp-commands-info.hx`.
 fn types(command: &str, version: Version) -> Option<&'static str> {
     Some(match command {
         "c" | "cont" => "",
@@ -100,7 +100,7 @@ fn types(command: &str, version: Version) -> Option<&'static str> {
         "migrate_cancel" => "",
         "migrate_incoming" | "migrate_recover" => "uri:s",
         "migrate_set_capability" => "capability:s,state:b",
-        // One of them is a list of words.
+        // One parameter is a list of words.
         "migrate_set_parameter" if version.is_at_least(10, 2) => "parameter:s,value:S",
         "migrate_set_parameter" => "parameter:s,value:s",
         _ => return None,
@@ -112,7 +112,7 @@ pub fn command(line: &str) -> &str {
     grammar::command(line).0
 }
 
-/// Read a line for a QEMU of this version.
+/// Parse a line for a QEMU of this version.
 pub fn parse(line: &str, version: Version) -> Line {
     let (name, mut rest) = grammar::command(line);
     let mut command = name.to_owned();
@@ -251,7 +251,7 @@ mod tests {
         assert!(wrong("migrate -d-rrdma:h:1").contains("can't be resumed"));
         assert!(wrong("migrate -brdma:h:1").contains("'blk' can't be combined"));
         assert!(wrong("migrate -d -i rdma:h:1").contains("'inc' can't be combined"));
-        // No scheme of QEMU's, or a file's name.
+        // Not a scheme of QEMU's, or a file name.
         for other in ["migrate RDMA:h:1", "migrate/rdma:h:1", "migrate 'rdma:h:1'"] {
             assert_eq!(parse(other, V10_0), Line::OtherMigrate, "{other}");
         }
@@ -313,7 +313,7 @@ mod tests {
         "[ \t\n\u{b}\u{c}\r]{1,4}"
     }
 
-    /// A word as it is, or in quotes; in quotes some of what may be escaped is.
+    /// A word as it is, or in quotes with some of the characters escaped that may be.
     fn spelled(word: &'static str) -> impl Strategy<Value = String> {
         let quoted = word.chars().map(|c| match c {
             '\n' => "\\n".to_owned(),
@@ -348,7 +348,7 @@ mod tests {
             prop_assert_eq!(parse(&line, version), Line::InfoMigrate(line));
         }
 
-        /// However it is spelled, and whether QEMU takes it or not.
+        /// Whatever its spelling, and whether QEMU accepts it or not.
         #[test]
         fn no_line_with_rdma_goes_on_as_it_is(
             line in "[ \t]?migrate(_incoming)?[ \t/][ \t/\"dr-]{0,5}rdma:h:1[ \"x\\\\]{0,3}",
@@ -357,7 +357,7 @@ mod tests {
             match parse(&line, version) {
                 Line::Other => prop_assert!(false, "it goes on"),
                 Line::Unread(asked) => prop_assert!(!asked.contains("rdma:")),
-                // The address is a word that has it within.
+                // The address contains `rdma:`, but does not begin with it.
                 Line::OtherMigrate | Line::OtherMigrateIncoming => {
                     let begins = line.contains(" rdma:") || line.contains("\trdma:");
                     prop_assert!(!begins || line.contains('"'));

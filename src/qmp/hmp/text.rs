@@ -1,9 +1,9 @@
-//! What the human monitor answers.
+//! The human monitor's output.
 
 use crate::qmp::QmpError;
 
-/// Replace the values of `key: value` lines in the monitor's text, as far as they are there. What is in
-/// quotes stays in quotes, and a unit is kept.
+/// Replace the values of `key: value` lines in the monitor's output, where present. Quotes and
+/// units are kept.
 pub fn with_values(text: &str, values: &[(&str, String)]) -> String {
     let lines = text.lines().map(|line| {
         let changed = line.split_once(": ").and_then(|(key, before)| {

@@ -1,4 +1,4 @@
-//! What a QEMU is asked while it migrates.
+//! Queries to a QEMU that migrates.
 
 use std::time::Duration;
 
@@ -11,12 +11,13 @@ use crate::{
     relay::qemu_session::Qemu,
 };
 
-/// How long QEMU is waited for while the worker is followed: QEMU answers nobody while it writes the
-/// end of its stream, and a worker that takes nothing then must be noticed all the same.
+/// How long to wait for QEMU while following the worker.
 pub const ANSWER: Duration = Duration::from_secs(1);
 
-/// QEMU answers nobody while it writes the end of its stream: a worker that takes nothing then must be
-/// noticed all the same. One that is gone closes the events.
+/// Return the answer, or `None` if there is none in time: QEMU does not answer while it writes the
+/// end of its stream, and a worker that stops reading must be noticed then.
+///
+/// A QEMU that is gone closes the events.
 pub async fn in_time<T>(asked: impl Future<Output = Result<T, QmpError>>) -> Option<T> {
     timeout(ANSWER, asked).await.ok()?.ok()
 }
@@ -30,14 +31,14 @@ pub async fn max_bandwidth(mut qemu: Qemu) -> Result<u64, QmpError> {
     Ok(parameters["max-bandwidth"].as_u64().unwrap_or(0))
 }
 
-/// QEMU's state of the migration, and `max-bandwidth`.
+/// Query QEMU's state of the migration, and `max-bandwidth`.
 pub async fn figures(qemu: Qemu) -> Result<(Value, u64), QmpError> {
     let state = migration(qemu.clone()).await?;
     Ok((state, max_bandwidth(qemu).await?))
 }
 
-/// What QEMU's guest does; and whether QEMU has completed its migration, of which a reset leaves no trace
-/// in the guest's state.
+/// Query the guest's run state; and whether QEMU has completed its migration, which a reset removes
+/// from the run state.
 pub async fn guest(mut qemu: Qemu) -> Result<(RunState, bool), QmpError> {
     let state = qemu.execute("query-status", Value::Null).await?;
     let run = RunState::of(&state).ok_or_else(|| QmpError::generic("QEMU has no run state"))?;
@@ -45,8 +46,8 @@ pub async fn guest(mut qemu: Qemu) -> Result<(RunState, bool), QmpError> {
     Ok((run, has_completed))
 }
 
-/// Has QEMU completed its migration? Its guest is in `postmigrate` then. A reset makes that `prelaunch`
-/// (`main_loop_should_exit`, 7.2 to 11.1), and QEMU takes `cont` in both.
+/// Return whether QEMU has completed its migration. The guest is then in `postmigrate`. A reset
+/// makes that `prelaunch` (`main_loop_should_exit`, 7.2 to 11.1), and QEMU accepts `cont` in both.
 pub async fn has_completed(qemu: &mut Qemu) -> Result<bool, QmpError> {
     let state = qemu.execute("query-migrate", Value::Null).await?;
     Ok(MigrationStatus::of(&state) == MigrationStatus::Completed)

@@ -1,4 +1,4 @@
-//! What the task of a migration does: takes what happens, and does what its state machine says.
+//! The loop of a migration's task: takes events, and performs the actions of its state machine.
 
 use std::time::Instant;
 
@@ -6,34 +6,34 @@ use tokio::time::sleep_until;
 
 use crate::proto::Machine;
 
-/// What one side does for its state machine.
+/// What one side provides for its state machine.
 pub trait Driver {
     /// The state machine.
     type Machine: Machine + Clone;
-    /// What is heard.
+    /// What the driver receives.
     type Input;
 
-    /// Its state machine.
+    /// Return the state machine.
     fn machine(&mut self) -> &mut Self::Machine;
 
-    /// What comes next. Nothing is lost if the future is dropped.
+    /// Return the next input. Cancel safe.
     async fn next(&mut self) -> Self::Input;
 
-    /// Take it; what the machine has to know goes to `events`.
+    /// Handle an input; what the machine must know is added to `events`.
     async fn take(&mut self, input: Self::Input, events: &mut Vec<Event<Self>>);
 
-    /// Do something.
+    /// Perform an action.
     async fn perform(&mut self, action: Action<Self>);
 }
 
-/// What happens to a driver's machine.
+/// Events of a driver's machine.
 pub type Event<D> = <<D as Driver>::Machine as Machine>::Event;
 
-/// What a driver's machine wants done.
+/// Actions of a driver's machine.
 pub type Action<D> = <<D as Driver>::Machine as Machine>::Action;
 
-/// Drive a state machine until nothing more happens to it. A deadline passes after all that has happened
-/// before it.
+/// Drive a state machine until it is closed. A deadline passes only after everything that has
+/// happened before it.
 pub async fn drive<D: Driver>(driver: &mut D) {
     let (mut events, mut actions) = (Vec::new(), Vec::new());
     while !driver.machine().is_closed() {
@@ -49,7 +49,7 @@ pub async fn drive<D: Driver>(driver: &mut D) {
         }
         for event in events.drain(..) {
             let machine = driver.machine();
-            // A machine that panics leaves the one that was.
+            // If the machine panics, the previous one stays.
             *machine = machine.clone().handle(event, Instant::now(), &mut actions);
             for action in actions.drain(..) {
                 driver.perform(action).await;
@@ -58,7 +58,7 @@ pub async fn drive<D: Driver>(driver: &mut D) {
     }
 }
 
-/// Wait for it; for ever, if there is none.
+/// Wait for the deadline; forever, if there is none.
 async fn passes(deadline: Option<Instant>) {
     match deadline {
         Some(deadline) => sleep_until(deadline.into()).await,

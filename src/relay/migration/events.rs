@@ -1,4 +1,4 @@
-//! What migrations hear, and what they have for the clients.
+//! Events for migrations, and their output for clients.
 
 use std::sync::Arc;
 
@@ -6,10 +6,10 @@ use tokio::sync::mpsc;
 
 use crate::qmp::envelope;
 
-/// Events and lines that may wait for a migration's task, or for a monitor.
+/// Events and lines that may be queued for a migration's task, or for a monitor.
 pub const QUEUE: usize = 256;
 
-/// An event of QEMU's that concerns a migration, or word of the relay itself.
+/// An event of QEMU's that concerns a migration, or one of the relay itself.
 #[derive(Debug, Clone)]
 pub enum QemuEvent {
     /// MIGRATION: its state changed.
@@ -18,46 +18,46 @@ pub enum QemuEvent {
     Resumed,
     /// STOP: the guest does not run.
     Stopped,
-    /// SUSPEND: it sleeps.
+    /// SUSPEND: the guest is suspended.
     Suspended,
-    /// WAKEUP: it does no more.
+    /// WAKEUP: the guest is no longer suspended.
     Woken,
     /// A parameter of migrations may have changed.
     Parameters,
-    /// The migration is to fail, because the relay is told to end or for another reason.
+    /// The migration must fail, because the relay is told to end or for another reason.
     Abort(String),
 }
 
-/// What a migration has for the client.
+/// Output of a migration for clients.
 #[derive(Debug, Clone)]
 pub enum Output {
-    /// The line of an event.
+    /// An event's line.
     Emit(Vec<u8>),
-    /// QEMU has said how the migration ended: events that were held back may pass.
+    /// The migration ended as QEMU reported: release the events held back.
     Release,
-    /// The migration did not end as QEMU has it: this event takes the place of QEMU's.
+    /// The migration did not end as QEMU reported: send this event instead of QEMU's.
     Instead(Vec<u8>),
 }
 
 impl Output {
-    /// The event of a status.
+    /// Make the event of a status.
     pub fn status(status: &str) -> Self {
         Self::Emit(envelope::status(status))
     }
 }
 
-/// What migrations have for the clients, to all monitors.
+/// The migrations' output to all monitors.
 #[derive(Clone)]
 pub struct Outputs(Arc<[mpsc::Sender<Output>]>);
 
 impl Outputs {
-    /// For so many monitors; and where each gets it.
+    /// Create it for this many monitors; return each one's receiver.
     pub fn new(monitors: usize) -> (Self, Vec<mpsc::Receiver<Output>>) {
         let (senders, receivers): (Vec<_>, _) = (0..monitors).map(|_| mpsc::channel(QUEUE)).unzip();
         (Self(senders.into()), receivers)
     }
 
-    /// Tell all monitors.
+    /// Send to all monitors.
     pub async fn put(&self, output: Output) {
         for monitor in self.0.iter() {
             // A monitor is gone only when the relay ends.

@@ -1,4 +1,4 @@
-//! Migrations of ours, as the relay and its clients see them: at most one of each direction.
+//! Migrations of ours, as the relay and its clients see them: at most one in each direction.
 
 pub mod ask;
 mod destination;
@@ -11,5 +11,5 @@ mod source;
 pub mod status;
 pub mod worker;
 
-/// What QEMU says while it migrates.
+/// QEMU's error during a migration.
 pub const IN_PROGRESS: &str = "There's a migration process in progress";

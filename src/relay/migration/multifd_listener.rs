@@ -1,4 +1,4 @@
-//! Where QEMU connects when its migration has multifd channels, which it has only over an address.
+//! The socket to which QEMU connects its multifd channels: it can only connect those to an address.
 
 use std::{
     hash::{BuildHasher as _, RandomState},
@@ -22,16 +22,15 @@ use crate::{
     },
 };
 
-/// How long QEMU may take to connect once it has said that it does.
+/// How long QEMU may take to connect after it has replied that it does.
 const CONNECTED: Duration = Duration::from_secs(5);
 
-/// The id of the chardev by which QEMU tries to connect.
+/// Id of the chardev with which QEMU tries to connect.
 const CHARDEV: &str = "qemu-rdma-helper-probe";
 
-/// A socket that QEMU can reach, and whoever else connects is not let in. Its name is gone when this
-/// is dropped.
+/// A socket that QEMU can reach; nobody else is accepted. Its file is removed on drop.
 pub struct MultifdListener {
-    /// Goes first: while the socket is there, its file's number is no other's.
+    /// Dropped first: while the socket exists, its file's inode is not reused.
     _file: Option<SocketFile>,
     listener: UnixListener,
     path: PathBuf,
@@ -39,10 +38,10 @@ pub struct MultifdListener {
 }
 
 impl MultifdListener {
-    /// Make one. QEMU may be another user, see other directories, or be confined to some: so it is
-    /// asked to connect, as a chardev. `None` if there is no place.
+    /// Create one; `None` if no directory is suitable. QEMU may be another user, see other
+    /// directories, or be confined to some: so it is asked to connect, as a chardev.
     pub async fn open(context: &Context) -> Option<Self> {
-        // Of a service: where it may write.
+        // A service's writable directory.
         let own = std::env::var_os("RUNTIME_DIRECTORY").map(PathBuf::from);
         let beside_qmp = context.qemu_qmp.as_ref().and_then(|qmp| qmp.path.parent());
         let others = [beside_qmp.map(Path::to_owned), Some(std::env::temp_dir())];
@@ -59,14 +58,14 @@ impl MultifdListener {
                 Err(error) => debug!(%error, path = %listener.path.display(), "QEMU can't connect"),
             }
         }
-        info!("there is no place for a socket that QEMU can reach: RAM comes through one socket");
+        info!("found no directory for a socket that QEMU can reach: not using multifd");
         None
     }
 
     fn bind(directory: &Path, pid: u32) -> io::Result<Self> {
         let name = format!("qemu-rdma-helper-{:016x}", RandomState::new().hash_one(pid));
         let path = directory.join(name);
-        // QEMU may be another user; who connects is looked at.
+        // QEMU may be another user; the peer's PID is checked.
         let place = Place::open(&path)?;
         let listener = UnixListener::from_std(place.listen(Mode::from_raw_mode(0o666))?)?;
         Ok(Self { _file: SocketFile::at(place), listener, path, pid })
@@ -85,12 +84,12 @@ impl MultifdListener {
         }
     }
 
-    /// The URI for `migrate`.
+    /// Return the URI for `migrate`.
     pub fn uri(&self) -> Value {
         format!("unix:{}", self.path.display()).into()
     }
 
-    /// QEMU's next connection. Nothing is lost if the future is dropped.
+    /// Accept QEMU's next connection. Cancel safe.
     pub async fn accept(&self) -> io::Result<OwnedFd> {
         loop {
             let (stream, _) = self.listener.accept().await?;
@@ -99,7 +98,7 @@ impl MultifdListener {
                 stream.set_nonblocking(false)?;
                 return Ok(stream.into());
             }
-            debug!("somebody else than QEMU connected");
+            debug!("a process other than QEMU connected");
         }
     }
 }

@@ -1,7 +1,7 @@
-//! Settings of QEMU's that a migration borrows: it changes them for its own time, or relies on them.
+//! QEMU's settings that a migration borrows: it changes them while it runs, or relies on them.
 //!
-//! Clients see and write what QEMU would be set to without it. What they write is kept, and is QEMU's
-//! when the migration gives back what it has borrowed.
+//! Clients see and write the values that QEMU would have without the migration. What they write is
+//! kept, and takes effect in QEMU when the migration gives back what it has borrowed.
 
 use std::{
     sync::{
@@ -21,7 +21,7 @@ use tracing::{debug, warn};
 use super::{IN_PROGRESS, worker::Orders};
 use crate::{
     control::{Command, Order},
-    qemu::cleans_up,
+    qemu::is_cleaning_up,
     qmp::{
         Execute, QmpError,
         hmp::{self, Setting},
@@ -30,49 +30,52 @@ use crate::{
     relay::qemu_session::Qemu,
 };
 
-/// How long QEMU's cleaning up is waited for, and how often it is looked for.
+/// How long to wait for QEMU's cleanup, and how often to look for it.
 const CLEAN_UP: Duration = Duration::from_secs(15);
 const POLL: Duration = Duration::from_millis(20);
 
-/// How long a QEMU is left alone that refused to be set back.
+/// Delay after QEMU has refused to be set back.
 const REFUSED: Duration = Duration::from_secs(1);
 
-/// Parameters that must stay what they were when the migration began, at either end: in another mode QEMU
-/// leaves out memory that is shared, at any time (`migrate_ram_is_ignored`, 11.1). A destination that gets a
-/// page of such memory crashes, or says that it should not be migrated.
+/// Parameters that must not change during a migration, at either end.
+///
+/// In another mode QEMU omits shared memory, at any time (`migrate_ram_is_ignored`, 11.1). A
+/// destination that gets a page of such memory crashes, or reports that it should not be migrated.
 pub const HELD_PARAMETERS: [&str; 1] = ["mode"];
 
-/// What no version of QEMU has a parameter for. Where it is named, nothing is set.
+/// Not a parameter in any version of QEMU. A command that names it sets nothing.
 const NOTHING: &str = "qemu-rdma-helper";
 
-/// A migration of ours and the clients of all monitors share it: nobody sees or changes settings while
-/// they are borrowed or given back.
+/// Lock on the settings, shared by a migration and the clients of all monitors: nobody sees or
+/// changes settings while they are being borrowed or given back.
 #[derive(Clone, Default)]
 pub struct Loan(Arc<RwLock<Borrowed>>);
 
 impl Loan {
-    /// Nothing is borrowed, nor will be while the guard is held.
+    /// Return a guard during which nothing is borrowed; `None` if something is.
     pub fn nothing(&self) -> Option<OwnedRwLockReadGuard<Borrowed>> {
         let borrowed = self.0.clone().try_read_owned().ok()?;
         borrowed.is_empty().then_some(borrowed)
     }
 
-    /// To look at settings.
+    /// Lock the settings to look at them.
     pub async fn read(&self) -> RwLockReadGuard<'_, Borrowed> {
         self.0.read().await
     }
 
-    /// To change settings.
+    /// Lock the settings to change them.
     pub async fn write(&self) -> RwLockWriteGuard<'_, Borrowed> {
         self.0.write().await
     }
 
-    /// Set QEMU back as soon as it has cleaned up behind its migration. Until then no other migration
-    /// begins; the caller does not wait for it longer than is bearable.
+    /// Set QEMU back as soon as it has cleaned up after its migration. No other migration begins
+    /// before that; the caller waits for it no longer than `CLEAN_UP`.
     pub async fn give_back(&self, turn: Turn, qemu: Qemu) {
         let given_back = tokio::spawn(give_back(turn, qemu, self.clone()));
         if timeout(CLEAN_UP, given_back).await.is_err() {
-            warn!("QEMU does not clean up behind its migration; it is set back when it has");
+            warn!(
+                "QEMU has not cleaned up after its migration yet; its settings are restored once it has"
+            );
         }
     }
 }
@@ -87,16 +90,18 @@ async fn give_back(turn: Turn, mut qemu: Qemu, loan: Loan) {
     }
 }
 
-/// QEMU ends a migration before it has cleaned up behind it. A multifd that is turned off in between
-/// is not cleaned up, and QEMU aborts of that (`multifd_send_shutdown`, 7.2 to 10.0).
+/// Set QEMU back once it has cleaned up, which it does after it has ended a migration.
+///
+/// If multifd is turned off in between, it is not cleaned up, and QEMU aborts
+/// (`multifd_send_shutdown`, 7.2 to 10.0).
 async fn try_to_give_back(turn: Turn, qemu: &mut Qemu, loan: &Loan) -> Result<(), QmpError> {
     loop {
         let mut borrowed = loan.write().await;
         if borrowed.turn != turn {
-            // It was given back, and another migration is at it.
+            // Given back already, and borrowed by another migration.
             return Ok(());
         }
-        if !cleans_up(&qemu.execute("query-yank", Value::Null).await?) {
+        if !is_cleaning_up(&qemu.execute("query-yank", Value::Null).await?) {
             return borrowed.give_back(qemu).await;
         }
         drop(borrowed);
@@ -104,7 +109,7 @@ async fn try_to_give_back(turn: Turn, qemu: &mut Qemu, loan: &Loan) -> Result<()
     }
 }
 
-/// Which time something was borrowed.
+/// Number of a borrowing.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub struct Turn(u64);
 
@@ -115,29 +120,29 @@ impl Turn {
     }
 }
 
-/// A capability of QEMU's.
+/// One of QEMU's capabilities.
 #[derive(Debug, Clone, PartialEq)]
 struct Capability {
     name: String,
-    /// What QEMU is to be set back to.
+    /// Value to which QEMU is set back.
     kept: bool,
-    /// What QEMU is set to meanwhile.
+    /// Value during the migration.
     now: bool,
 }
 
-/// What QEMU is to be set back to.
+/// Borrowed settings, with the values to which QEMU is set back.
 #[derive(Default)]
 pub struct Borrowed {
     turn: Turn,
     capabilities: Vec<Capability>,
     parameters: Map<String, Value>,
-    /// The worker sets QEMU back if the relay dies.
+    /// Sets QEMU back if the relay dies.
     worker: Option<Orders>,
 }
 
 impl Borrowed {
-    /// What these capabilities, which are to be on or off meanwhile, and parameters are now, as far as
-    /// QEMU has them.
+    /// Borrow capabilities, each with its value during the migration, and parameters: note the
+    /// present values of those that QEMU has.
     ///
     /// # Errors
     /// When QEMU does not answer.
@@ -163,41 +168,41 @@ impl Borrowed {
         Ok(borrowed)
     }
 
-    /// Which time this is.
+    /// Return the number of this borrowing.
     pub fn turn(&self) -> Turn {
         self.turn
     }
 
-    /// Set QEMU back now, if it has cleaned up behind the migration that has borrowed something.
+    /// Set QEMU back now, if it has cleaned up after the migration that has borrowed something.
     ///
     /// # Errors
-    /// It has not.
+    /// QEMU has not cleaned up.
     pub async fn settle(&mut self, qemu: &mut impl Execute) -> Result<(), QmpError> {
         if self.is_empty() {
             return Ok(());
         }
-        if cleans_up(&qemu.execute("query-yank", Value::Null).await?) {
+        if is_cleaning_up(&qemu.execute("query-yank", Value::Null).await?) {
             return Err(QmpError::generic(IN_PROGRESS));
         }
         self.give_back(qemu).await
     }
 
-    /// Is nothing borrowed?
+    /// Return whether nothing is borrowed.
     pub fn is_empty(&self) -> bool {
         self.capabilities.is_empty() && self.parameters.is_empty()
     }
 
-    /// Are capabilities of QEMU's others than clients see?
+    /// Return whether QEMU's capabilities differ from what clients see.
     pub fn changes_capabilities(&self) -> bool {
         self.capabilities.iter().any(|capability| capability.kept != capability.now)
     }
 
-    /// Is this capability one of them?
+    /// Return whether this capability is borrowed.
     pub fn includes(&self, capability: &str) -> bool {
         self.capabilities.iter().any(|known| known.name == capability)
     }
 
-    /// What sets them back.
+    /// Return the commands that set QEMU back.
     pub fn commands(&self) -> Vec<Command> {
         let command = |execute: &str, arguments| Command { execute: execute.into(), arguments };
         let mut commands = Vec::new();
@@ -214,11 +219,11 @@ impl Borrowed {
         commands
     }
 
-    /// Set them back: nothing is borrowed any more.
+    /// Set QEMU back; nothing is borrowed afterwards.
     ///
     /// # Errors
-    /// QEMU refused one: it migrates. What comes after that one is left too: a channel more than there
-    /// is would be QEMU's end.
+    /// QEMU refused a command because it migrates. Those after it are not sent: a channel more than
+    /// QEMU has would crash it.
     pub async fn give_back(&mut self, qemu: &mut impl Execute) -> Result<(), QmpError> {
         for Command { execute, arguments } in self.commands() {
             qemu.execute(&execute, arguments).await?;
@@ -232,12 +237,12 @@ impl Borrowed {
 
     async fn tell_worker(&self) {
         if let Some(worker) = &self.worker {
-            // One that is gone gives nothing back.
+            // A worker that is gone sets nothing back.
             let _ = worker.send(&Order::SetRestore { commands: self.commands() }, &[]).await;
         }
     }
 
-    /// A client's `migrate-set-parameters`. All or nothing of it takes effect, as QEMU has it.
+    /// Execute a client's `migrate-set-parameters`. All of it takes effect or nothing, as in QEMU.
     ///
     /// # Errors
     /// QEMU's refusal.
@@ -249,7 +254,7 @@ impl Borrowed {
         const COMMAND: &str = "migrate-set-parameters";
         let (kept, others): (Map<_, _>, Map<_, _>) =
             arguments.clone().into_iter().partition(|(name, _)| self.parameters.contains_key(name));
-        // No QEMU has so few channels. It says so, among what else is wrong.
+        // No QEMU accepts 0 channels. It reports that, among its other errors.
         if kept.get("multifd-channels") == Some(&0.into()) {
             return qemu.execute(COMMAND, Value::Object(arguments)).await;
         }
@@ -257,7 +262,7 @@ impl Borrowed {
             let mut asked = arguments;
             asked.insert(NOTHING.into(), Value::Null);
             match qemu.execute(COMMAND, Value::Object(asked)).await {
-                // Of a value of the wrong type, or that is not in the list, it would have said so first.
+                // QEMU would have reported a value of the wrong type, or not in the list, first.
                 Err(error) if error.desc.contains(NOTHING) => {}
                 refused => return refused,
             }
@@ -270,8 +275,8 @@ impl Borrowed {
         Ok(reply)
     }
 
-    /// A client's `migrate-set-capabilities`. What is borrowed goes to QEMU as what it is meanwhile, so
-    /// that it answers as it would: that it changes none while it migrates, as a rule.
+    /// Execute a client's `migrate-set-capabilities`. Borrowed ones are sent with their present
+    /// value, so that QEMU replies as usual: as a rule, that it changes none while it migrates.
     ///
     /// # Errors
     /// QEMU's refusal.
@@ -301,7 +306,7 @@ impl Borrowed {
         }
     }
 
-    /// The human monitor's line for one of them; returns its text.
+    /// Execute the human monitor's line for a setting; returns its text.
     ///
     /// # Errors
     /// When QEMU does not answer.
@@ -350,7 +355,7 @@ impl Borrowed {
         })
     }
 
-    /// Make the reply of `query-migrate-capabilities` what clients see.
+    /// Change the reply of `query-migrate-capabilities` to what clients see.
     pub fn hide_capabilities(&self, reply: &mut Value) {
         for entry in reply.as_array_mut().into_iter().flatten() {
             let known = self.capabilities.iter().find(|known| entry["capability"] == known.name);
@@ -360,14 +365,14 @@ impl Borrowed {
         }
     }
 
-    /// The same for `query-migrate-parameters`.
+    /// Change the reply of `query-migrate-parameters` likewise.
     pub fn hide_parameters(&self, reply: &mut Value) {
         if let Some(reply) = reply.as_object_mut() {
             reply.extend(self.parameters.clone());
         }
     }
 
-    /// The same for `info migrate_capabilities` and `info migrate_parameters`.
+    /// Change the text of `info migrate_capabilities` and `info migrate_parameters` likewise.
     pub fn hide_text(&self, text: &str) -> String {
         let on_off = |state: bool| if state { "on" } else { "off" }.to_owned();
         let capabilities = self.capabilities.iter().map(|known| (&known.name, on_off(known.kept)));
@@ -382,7 +387,7 @@ impl Borrowed {
 
 /// QEMU as clients see it.
 pub struct AsClientsSee<'a, Q> {
-    /// It.
+    /// The session.
     pub qemu: Q,
     /// What a migration has borrowed.
     pub borrowed: &'a Borrowed,
@@ -413,7 +418,7 @@ mod tests {
         }
     }
 
-    /// A QEMU that knows a few parameters, and keeps what it was set to.
+    /// A QEMU that knows a few parameters, and records what it is set to.
     #[derive(Default)]
     struct Knows(Vec<Value>);
 

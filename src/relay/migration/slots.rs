@@ -1,4 +1,4 @@
-//! The migrations of a QEMU, whichever of its monitors they were asked for at.
+//! The migrations of one QEMU, shared by all its monitors.
 
 use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -27,7 +27,7 @@ use crate::{
     relay::context::Context,
 };
 
-/// How long migrations get to end cleanly when the relay ends.
+/// How long migrations may take to end cleanly when the relay ends.
 pub const FAREWELL: Duration = Duration::from_secs(8);
 
 /// The result of a command.
@@ -37,12 +37,12 @@ pub type Reply = Result<Value, QmpError>;
 struct Migration {
     events: mpsc::Sender<QemuEvent>,
     view: watch::Sender<View>,
-    /// A client wants it to end.
+    /// A client's request to end it.
     cancel: watch::Sender<Option<Cancel>>,
-    /// What was shown before, and goes on to be if this one does not begin.
+    /// What clients saw before, and see again if this migration does not begin.
     before: Option<View>,
     task: JoinHandle<()>,
-    /// Another one, which is not ours, came after it.
+    /// A later migration, not ours, has taken its place.
     forgotten: bool,
 }
 
@@ -51,21 +51,20 @@ impl Migration {
         !self.task.is_finished()
     }
 
-    /// Another one may begin.
+    /// Return whether another migration may begin.
     fn is_over(&self) -> bool {
         !self.runs() || self.view.borrow().is_over()
     }
 
-    /// Wait until its task has ended.
     async fn ended(self) {
-        // It takes QEMU for gone when nobody has events for it any more.
+        // Keep the sender: the task takes a closed channel for the end of QEMU.
         let Self { events, task, .. } = self;
-        // A panic is in the log.
+        // A panic is logged.
         let _ = task.await;
         drop(events);
     }
 
-    /// What a client sees.
+    /// Return what clients see.
     fn shown(&self) -> Option<View> {
         if self.forgotten {
             return None;
@@ -83,12 +82,12 @@ impl Migration {
     }
 
     fn tell(&self, event: QemuEvent) {
-        // A task that is over, or that has more to do than it can, asks QEMU itself.
+        // A task that is over, or too busy, asks QEMU itself.
         let _ = self.events.try_send(event);
     }
 }
 
-/// One of each direction, at most.
+/// At most one migration in each direction.
 #[derive(Default)]
 struct Slots {
     source: Option<Migration>,
@@ -112,7 +111,7 @@ impl Slots {
     }
 }
 
-/// The migrations. Nothing waits while they are locked.
+/// The migrations. Nothing waits while the lock is held.
 #[derive(Clone)]
 pub struct Migrations {
     slots: Arc<Mutex<Slots>>,
@@ -121,28 +120,28 @@ pub struct Migrations {
 }
 
 impl Migrations {
-    /// None yet; and where each of `monitors` monitors gets their output.
+    /// Create it without migrations; return the output's receiver for each of `monitors` monitors.
     pub fn new(monitors: usize) -> (Self, Vec<mpsc::Receiver<Output>>) {
         let (outputs, receivers) = Outputs::new(monitors);
         (Self { slots: Arc::default(), outputs, loan: Loan::default() }, receivers)
     }
 
     fn slots(&self) -> MutexGuard<'_, Slots> {
-        // Each change of them is one assignment.
+        // Each change is a single assignment.
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What a client sees of the migration that concerns it: the last one of ours.
+    /// Return what clients see: the last migration of ours.
     pub fn view(&self) -> Option<View> {
         self.slots().all().find_map(Migration::shown)
     }
 
-    /// Settings of QEMU's, which a migration may have borrowed.
+    /// Return QEMU's settings, some of which a migration may have borrowed.
     pub fn loan(&self) -> &Loan {
         &self.loan
     }
 
-    /// Where the outgoing migration stands.
+    /// Return the phase of the outgoing migration.
     pub fn source(&self) -> Option<Phase> {
         let slots = self.slots();
         let source = slots.source.as_ref().filter(|source| !source.forgotten)?;
@@ -150,8 +149,10 @@ impl Migrations {
         Some(phase)
     }
 
-    /// Cancel the outgoing migration, if one goes on. One that has just been asked for may yet be refused
-    /// because of another one, for which it is meant then: false, and QEMU is to be asked too.
+    /// Cancel the outgoing migration, if one is running.
+    ///
+    /// Returns false if QEMU must be asked too: a migration that was only just requested may still
+    /// be refused because of another one, which is then meant.
     pub fn cancel(&self) -> bool {
         let slots = self.slots();
         let Some(source) = slots.source.as_ref().filter(|source| !source.is_over()) else {
@@ -162,24 +163,24 @@ impl Migrations {
         source.view.borrow().shows()
     }
 
-    /// Break off the outgoing migration, if one goes on.
+    /// Abort the outgoing migration, if one is running.
     pub fn yank(&self) {
         if let Some(source) = &self.slots().source {
             source.want(Cancel::Yank);
         }
     }
 
-    /// QEMU has a status for a migration that fails.
+    /// Return whether QEMU has a status for a migration that fails.
     pub fn has_failing(&self) -> bool {
         self.slots().source.as_ref().is_some_and(|source| source.view.borrow().has_failing)
     }
 
-    /// Clients were told that it is being cancelled.
+    /// Return whether clients were told of the cancel.
     pub fn told_cancelling(&self) -> bool {
         self.slots().source.as_ref().is_some_and(|source| source.view.borrow().told_cancelling)
     }
 
-    /// Say that it is being cancelled, once: as QEMU does before it answers.
+    /// Tell clients of the cancel, once: before the reply, as QEMU does.
     pub async fn tell_cancelling(&self) {
         let tells = |view: &mut View| {
             let first = view.cancels && !std::mem::replace(&mut view.told_cancelling, true);
@@ -194,22 +195,22 @@ impl Migrations {
         }
     }
 
-    /// A migration of ours has begun of which QEMU knows nothing yet.
+    /// Return whether a migration of ours has begun that QEMU does not know of yet.
     pub fn connects(&self) -> bool {
         self.source() == Some(Phase::Connecting)
     }
 
-    /// QEMU has been asked for an outgoing migration of ours, which is not over.
+    /// Return whether QEMU was asked for an outgoing migration of ours that is not over.
     pub fn is_at_qemu(&self) -> bool {
         matches!(self.source(), Some(Phase::Running | Phase::Failing))
     }
 
-    /// A migration of ours goes on in this direction.
+    /// Return whether a migration of ours is running in this direction.
     pub fn goes_on(&self, side: Side) -> bool {
         self.slots().of(side).as_ref().is_some_and(|migration| !migration.is_over())
     }
 
-    /// Migrations of ours that are over show no more. Returns which were shown.
+    /// Hide migrations of ours that are over. Returns those that were shown.
     pub fn forget(&self) -> Vec<Side> {
         let shown = |migration: &mut Migration| {
             let shows = migration.is_over() && !migration.forgotten;
@@ -219,7 +220,7 @@ impl Migrations {
         self.slots().all_mut().filter_map(shown).collect()
     }
 
-    /// They are shown again.
+    /// Show them again.
     pub fn remember(&self, sides: &[Side]) {
         for migration in self.slots().all_mut() {
             let side = migration.view.borrow().side;
@@ -227,12 +228,12 @@ impl Migrations {
         }
     }
 
-    /// Tell them what happened.
+    /// Tell the migrations of an event.
     pub fn tell(&self, event: &QemuEvent) {
         self.slots().all().for_each(|migration| migration.tell(event.clone()));
     }
 
-    /// `migrate`; resolves when the client is to be answered.
+    /// Execute `migrate`; resolves when the client is to get its reply.
     pub fn migrate(
         &self,
         context: Context,
@@ -251,7 +252,7 @@ impl Migrations {
         ))
     }
 
-    /// `migrate-incoming`; resolves when the client is to be answered.
+    /// Execute `migrate-incoming`; resolves when the client is to get its reply.
     pub fn migrate_incoming(
         &self,
         context: Context,
@@ -269,15 +270,15 @@ impl Migrations {
         }))
     }
 
-    /// End them: because QEMU is gone, or the relay is told to end.
+    /// End all migrations because QEMU is gone, or for `reason`.
     pub async fn end(&self, reason: Option<&str>) {
         let Slots { source, destination } = std::mem::take(&mut *self.slots());
         for migration in [source, destination].into_iter().flatten() {
             let Migration { events, task, .. } = migration;
             let events = reason.map(|reason| {
-                // One that is over hears nothing.
+                // A task that is over does not get it.
                 let _ = events.try_send(QemuEvent::Abort(reason.to_owned()));
-                // It keeps its end of the events, so that it does not take QEMU for gone.
+                // Keep the sender, so that the task does not take QEMU for gone.
                 events
             });
             let _ = timeout(FAREWELL, task).await;
@@ -286,15 +287,15 @@ impl Migrations {
     }
 }
 
-/// The task's ends of what a [`Migration`] is told by, and shows.
+/// The task's ends of a [`Migration`]'s channels.
 struct Ends {
     events: mpsc::Receiver<QemuEvent>,
     view: watch::Sender<View>,
     cancel: watch::Receiver<Option<Cancel>>,
 }
 
-/// Start a migration in its slot, unless one goes on there, which `busy` says. What comes is the
-/// client's answer.
+/// Start a migration in its slot, or refuse it with `busy` if one is running there. The receiver
+/// gets the client's reply.
 fn begin<F: Future<Output = ()> + Send + 'static>(
     slot: &mut Option<Migration>,
     side: Side,
@@ -303,7 +304,7 @@ fn begin<F: Future<Output = ()> + Send + 'static>(
 ) -> oneshot::Receiver<Reply> {
     let (reply, result) = oneshot::channel();
     if slot.as_ref().is_some_and(|migration| !migration.is_over()) {
-        // The receiver is right here.
+        // Can't fail: the receiver exists.
         let _ = reply.send(Err(QmpError::generic(busy)));
         return result;
     }
@@ -314,7 +315,7 @@ fn begin<F: Future<Output = ()> + Send + 'static>(
     let before = previous.as_ref().and_then(Migration::shown);
     let run = run(Ends { events: event_receiver, view: view.clone(), cancel: cancels }, reply);
     let task = tokio::spawn(async move {
-        // Its worker may still have to say goodbye to its peer.
+        // The previous worker may still be ending its connection to the peer.
         if let Some(previous) = previous {
             previous.ended().await;
         }
@@ -324,7 +325,7 @@ fn begin<F: Future<Output = ()> + Send + 'static>(
     result
 }
 
-/// The result of a migration's start.
+/// Return the result of a migration's start.
 async fn flatten(result: oneshot::Receiver<Reply>) -> Reply {
     result.await.unwrap_or_else(|_| Err(QmpError::generic("The migration's task failed")))
 }

@@ -29,30 +29,30 @@ use crate::{
     threads,
 };
 
-/// How long a worker's process may take to begin.
+/// How long a worker's process may take to start.
 const START: Duration = Duration::from_secs(10);
 
-/// How long it may take to take an order.
+/// How long a worker may take to accept an order.
 const TAKES: Duration = Duration::from_secs(10);
 
 /// How long a worker may take to tell the peer of a failure.
 const LAST_WORDS: Duration = Duration::from_secs(4);
 
-/// What is said when there is no worker to say it.
+/// The error when there is no worker to report one.
 pub const WORKER_DIED: &str =
     "The helper's worker process died; see its messages in the helper's log, and migrate again";
 
-/// A worker that reports nothing for so long has hung, and how long the relay may be busy otherwise
-/// meanwhile: what is longer, it was stopped itself.
+/// Time without a report after which a worker counts as hung; and the most of it that counts at
+/// once. If the relay is away for longer, it was stopped itself.
 const HEARTBEAT: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(3));
 
-/// How long a worker may still report nothing, from now on.
+/// Return how long a worker may report nothing from now on.
 pub fn heartbeat() -> Patience {
     Patience::in_slices(HEARTBEAT.0, HEARTBEAT.1)
 }
 
-/// A running worker. It is killed when this is dropped, unless it has taken QEMU's stream: then it
-/// ends QEMU's migration by itself.
+/// A running worker. Dropping it kills the process, unless that has QEMU's stream: then it ends
+/// QEMU's migration by itself.
 pub struct Worker {
     child: Child,
     has_stream: bool,
@@ -61,7 +61,7 @@ pub struct Worker {
     buffer: Vec<u8>,
 }
 
-/// Gives a worker orders, one after the other, until it has taken none for too long.
+/// Sends a worker orders, one at a time, until the worker accepts none for too long.
 #[derive(Clone)]
 pub struct Orders(Arc<Mutex<Option<Arc<UnixStream>>>>);
 
@@ -70,10 +70,10 @@ impl Orders {
         Self(Arc::new(Mutex::new(Some(control.clone()))))
     }
 
-    /// Give it one. A worker that stands still takes some hundred more.
+    /// Send an order. The socket buffers some hundred for a worker that is stopped.
     ///
     /// # Errors
-    /// The system's; or it takes none.
+    /// An I/O error from the system; or the worker accepts none.
     pub async fn send(&self, order: &Order, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
         let mut open = self.0.lock().await;
         let Some(control) = open.clone() else { return Err(takes_none()) };
@@ -81,7 +81,7 @@ impl Orders {
         if let Some(sent) = within(TAKES, socket::send_all_async(&control, &line, fds)).await {
             return sent;
         }
-        // Half of it may have left.
+        // Part of it may have been sent.
         *open = None;
         Err(takes_none())
     }
@@ -92,10 +92,11 @@ fn takes_none() -> io::Error {
 }
 
 impl Worker {
-    /// Start one for a migration at this `side`. It gets ready for `fabric` while its order is put together.
+    /// Start a worker for a migration at this `side`. It prepares `fabric` while its order is
+    /// assembled.
     ///
     /// # Errors
-    /// The system's; or it did not begin in time.
+    /// An I/O error from the system; or it did not start in time.
     pub async fn start(side: Side, fabric: FabricKind) -> io::Result<Self> {
         let (ours, theirs) = StdUnixStream::pair()?;
         ours.set_nonblocking(true)?;
@@ -109,30 +110,30 @@ impl Worker {
         Ok(Self { child, has_stream: false, control, orders, buffer: Vec::new() })
     }
 
-    /// For others who have something to order.
+    /// Return a handle for others that send orders.
     pub fn orders(&self) -> Orders {
         self.orders.clone()
     }
 
-    /// Give it an order that has descriptors.
+    /// Send an order with descriptors.
     ///
     /// # Errors
-    /// The system's.
+    /// As for [`Orders::send`].
     pub async fn begin(&mut self, order: &Order, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
         self.orders.send(order, fds).await
     }
 
-    /// Give it an order. One that takes none is killed; that it is dead is seen where reports are read.
+    /// Send an order. A worker that accepts none is killed; [`Self::report`] notices its end.
     pub async fn order(&mut self, order: &Order) {
         if let Err(error) = self.orders.send(order, &[]).await {
             warn!(%error, "the worker takes no orders");
-            // It may have ended already.
+            // It may have exited already.
             let _ = self.child.start_kill();
         }
     }
 
-    /// The next report; `None` when the worker is gone or makes no sense. Nothing is lost if the
-    /// future is dropped.
+    /// Return the next report; `None` when the worker is gone or its report is invalid. Cancel
+    /// safe.
     pub async fn report(&mut self) -> Option<Report> {
         loop {
             if let Some(end) = self.buffer.iter().position(|byte| *byte == b'\n') {
@@ -140,7 +141,7 @@ impl Worker {
                 return match serde_json::from_slice(&line) {
                     Ok(report) => Some(report),
                     Err(error) => {
-                        warn!(%error, "the worker's report makes no sense");
+                        warn!(%error, "the worker's report is invalid");
                         None
                     }
                 };
@@ -163,21 +164,21 @@ impl Worker {
         }
     }
 
-    /// From here on it is not killed when this is dropped.
+    /// Keep the worker alive when this is dropped, from now on.
     pub fn has_stream(&mut self) {
         self.has_stream = true;
     }
 
-    /// Leave what is to be done at QEMU to it, because nothing of that can be done here.
+    /// Leave to the worker what remains to be done at QEMU: nothing of that can be done here.
     pub async fn leave(mut self, reason: String) {
-        // It may have ended already; and if not, it goes on by itself.
+        // It may have exited already; if not, it continues by itself.
         let _ = self.orders.send(&Order::Detach { reason }, &[]).await;
         let _ = timeout(LAST_WORDS, self.child.wait()).await;
     }
 
-    /// Wait until it has told the peer what there is to tell; kill it if that takes too long.
+    /// Wait until the worker has told the peer everything; kill it if that takes too long.
     pub async fn finish(mut self) {
-        // It may have ended already.
+        // It may have exited already.
         let _ = self.orders.send(&Order::Finish, &[]).await;
         if timeout(LAST_WORDS, self.child.wait()).await.is_err() {
             self.kill().await;
@@ -185,8 +186,8 @@ impl Worker {
     }
 }
 
-/// Start a process on a thread of its own, which the system holds until the program runs: for ever, if it is
-/// stopped before. Whoever comes too late ends with its control socket.
+/// Start a process on a thread of its own: `spawn` returns when the program runs, and never if the
+/// process is stopped before that. One that is too late exits when its control socket is closed.
 async fn spawn(mut command: Command) -> io::Result<Child> {
     let (runtime, (started, child)) = (Handle::current(), oneshot::channel());
     let spawn = move || {
@@ -194,7 +195,7 @@ async fn spawn(mut command: Command) -> io::Result<Child> {
         command.spawn()
     };
     threads::start("start", spawn, move |child| {
-        // Nobody waits for one that comes too late.
+        // Nobody waits for a process that is too late.
         let _ = started.send(child.unwrap_or_else(|lost| Err(io::Error::other(lost))));
     });
     let late = || io::Error::other("The helper's worker did not start in time");
@@ -204,22 +205,22 @@ async fn spawn(mut command: Command) -> io::Result<Child> {
 impl Drop for Worker {
     fn drop(&mut self) {
         if !self.has_stream {
-            // It may have ended already.
+            // It may have exited already.
             let _ = self.child.start_kill();
         }
     }
 }
 
-/// A socket for QEMU's migration: the worker's end, and QEMU's.
+/// Create a socket for QEMU's migration; returns the worker's end, and QEMU's.
 ///
 /// # Errors
-/// The system's.
+/// An I/O error from the system.
 pub fn migration_socket() -> io::Result<(OwnedFd, OwnedFd)> {
     let (worker, qemu) = StdUnixStream::pair()?;
     Ok((worker.into(), qemu.into()))
 }
 
-/// The files of those blocks that have one.
+/// Return the files of those blocks that have one.
 pub fn block_fds(blocks: &[RamBlock]) -> Vec<BorrowedFd<'_>> {
     let backings = blocks.iter().filter_map(|block| block.backing.as_ref());
     backings.map(|backing| backing.file.as_fd()).collect()

@@ -1,4 +1,4 @@
-//! The connection of one client: its commands in, lines out.
+//! The connection of one client: commands in, lines out.
 
 use std::{
     io,
@@ -22,41 +22,41 @@ use crate::qmp::{
     socket,
 };
 
-/// Bytes that may wait for a client that does not read, before no more of its commands are read
-/// and its events are lost. The reply to a command comes on top.
+/// Bytes that may be queued for a client that does not read. Above that, no more of its commands
+/// are read and its events are dropped. The reply to a command comes on top.
 const QUEUED_MAX: usize = 2 * ITEM_MAX;
 
-/// A command, and the descriptors that came with it or with what was before it.
+/// A command, with the descriptors that arrived with it or before it.
 pub struct FromClient {
-    /// What was sent.
+    /// What the client sent.
     pub framed: Framed,
     /// The descriptors.
     pub fds: Vec<OwnedFd>,
 }
 
-/// What waits for a client that does not read.
+/// What is queued for a client.
 #[derive(Default)]
 struct Queued {
     bytes: AtomicUsize,
-    /// It has read some.
+    /// Notified when the client has read some.
     less: Notify,
 }
 
 /// A connected client.
 pub struct Client {
     commands: mpsc::Receiver<FromClient>,
-    /// It has negotiated.
+    /// The client has negotiated.
     pub negotiated: bool,
-    /// It has enabled execution out of band.
+    /// The client has enabled out-of-band execution.
     pub oob: bool,
     /// Descriptors that no command has taken.
     descriptors: Vec<OwnedFd>,
     lines: mpsc::UnboundedSender<Vec<u8>>,
     queued: Arc<Queued>,
-    /// Events are lost because it does not read.
+    /// Events are dropped because the client does not read.
     loses: bool,
     reading: JoinHandle<()>,
-    /// Closed when nothing is read any more.
+    /// Closed when reading has ended.
     read: watch::Receiver<()>,
     writing: JoinHandle<()>,
 }
@@ -85,20 +85,20 @@ impl Client {
         }
     }
 
-    /// It has gone, and all that it sent is read.
+    /// Wait until the client has hung up and all it sent is read.
     pub fn hung_up(&self) -> impl Future<Output = ()> + use<> {
         let mut read = self.read.clone();
         async move { while read.changed().await.is_ok() {} }
     }
 
-    /// Send a line. That the client is gone shows where commands are read.
+    /// Queue a line. A lost connection is noticed where commands are read.
     pub fn send(&self, line: Vec<u8>) {
         self.queued.bytes.fetch_add(line.len(), Ordering::Relaxed);
         let _ = self.lines.send(line);
     }
 
-    /// Send the line of an event, unless too much waits to be read already: a manager may take a
-    /// lost connection for the end of its guest, but it can ask for what it was not told.
+    /// Queue the line of an event, or drop it if too much is queued: a manager may take a lost
+    /// connection for the end of its guest, but it can query what it was not told.
     pub fn send_event(&mut self, line: Vec<u8>) {
         let lost = self.queued.bytes.load(Ordering::Relaxed) > QUEUED_MAX;
         if lost && !self.loses {
@@ -110,43 +110,43 @@ impl Client {
         }
     }
 
-    /// Its next command; `None` when it is gone. Only one is read ahead, and none while its replies
-    /// pile up: a client that sends without waiting is held back by its own socket.
+    /// Return the next command; `None` when the client is gone. Only one is read ahead, and none
+    /// while replies pile up: a client that sends without waiting is held back by its own socket.
     pub async fn next_command(&mut self) -> Option<FromClient> {
         while self.queued.bytes.load(Ordering::Relaxed) > QUEUED_MAX && !self.lines.is_closed() {
             self.queued.less.notified().await;
         }
-        // Whoever takes no replies is gone.
+        // A client that takes no replies is gone.
         if self.lines.is_closed() { None } else { self.commands.recv().await }
     }
 
-    /// Descriptors have come.
+    /// Keep descriptors that arrived.
     ///
-    /// QEMU keeps them until a command takes them or others come (`tcp_chr_recv` of
-    /// `chardev/char-socket.c`), whatever else was sent with them. They are kept here for it: the
-    /// relay's own, sent in between, would drive them out there.
+    /// QEMU keeps them until a command takes them or others arrive (`tcp_chr_recv` in
+    /// `chardev/char-socket.c`), whatever else was sent with them. The relay keeps them in QEMU's
+    /// place: its own descriptors, sent in between, would replace them in QEMU.
     pub fn keep(&mut self, fds: Vec<OwnedFd>) {
         if !fds.is_empty() {
             self.descriptors = fds;
         }
     }
 
-    /// Those that this command takes: one of them, and QEMU closes the others.
+    /// Take the descriptors if the command uses them: QEMU uses one and closes the others.
     pub fn take_descriptors(&mut self, command: &str) -> Vec<OwnedFd> {
         let takes = ["getfd", "add-fd"].contains(&command);
         if takes { std::mem::take(&mut self.descriptors) } else { Vec::new() }
     }
 
-    /// Let what was sent arrive, then end the connection.
+    /// Deliver the queued lines, then close the connection.
     pub async fn finish(self) {
         let Self { lines, reading, writing, .. } = self;
         reading.abort();
         drop(lines);
-        // It ends with the last line, or with the client.
+        // Ends after the last line, or when the client is gone.
         let _ = writing.await;
     }
 
-    /// End the connection now.
+    /// Close the connection now.
     pub fn disconnect(self) {
         self.reading.abort();
         self.writing.abort();
@@ -179,7 +179,6 @@ async fn read_all(
     }
 }
 
-/// Cut what the client sends into commands.
 async fn read_commands(stream: &UnixStream, commands: &mpsc::Sender<FromClient>) -> io::Result<()> {
     let mut framer = Framer::default();
     let mut came = Vec::new();

@@ -1,4 +1,4 @@
-//! The client's commands that are the relay's.
+//! Executes the client's commands that are the relay's.
 
 use serde_json::{Map, Value, json};
 use tokio::task::JoinHandle;
@@ -30,7 +30,7 @@ use crate::{
 };
 
 impl Monitor {
-    /// Execute a command that is ours.
+    /// Execute a command of ours.
     pub(super) fn execute(
         &mut self,
         band: Band,
@@ -46,7 +46,7 @@ impl Monitor {
             Intercepted::MigrateIncoming { address, exit_on_error } => {
                 answer_with(self.migrations.migrate_incoming(context, address, exit_on_error), id)
             }
-            // The migration was told.
+            // The migration has been told already.
             Intercepted::Cancel => answer_with(cancel(migrations, json!({})), id),
             Intercepted::Cont { line: false } => answer_with(cont(context), id),
             Intercepted::Cont { line: true } => answer_with(as_text(cont(context), ""), id),
@@ -74,7 +74,7 @@ impl Monitor {
         }
     }
 
-    /// A line of the human monitor: the same, and text as reply.
+    /// Execute a line of the human monitor; the reply is text.
     fn monitor(&mut self, line: Line, id: Option<Id>) -> JoinHandle<Vec<u8>> {
         let (context, version) = (self.context.clone(), self.version);
         let migrations = self.migrations.clone();
@@ -85,7 +85,7 @@ impl Monitor {
                 answer_with(as_text(migrations.migrate(context, address), done), id)
             }
             Line::MigrateIncoming(address) => {
-                // QEMU stays by a line, where it can (`hmp_migrate_incoming`).
+                // Such a line implies exit-on-error=false (`hmp_migrate_incoming`).
                 let exit_on_error = version.is_at_least(9, 1).then_some(false);
                 let waits = migrations.migrate_incoming(context, address, exit_on_error);
                 answer_with(as_text(waits, ""), id)
@@ -103,7 +103,7 @@ impl Monitor {
             Line::InfoSettings(line) => answer_with(info_settings(context, migrations, line), id),
             Line::Set(setting) => answer_with(set_by_line(context, migrations, setting), id),
             Line::Wrong(error) => answer_with(as_text(async move { Err(error) }, ""), id),
-            // They are QEMU's.
+            // Not intercepted as lines.
             Line::OtherMigrate
             | Line::OtherMigrateIncoming
             | Line::Snapshot
@@ -113,11 +113,11 @@ impl Monitor {
     }
 }
 
-/// What QEMU says of a `migrate` without `-d` where the monitor can't wait for it. 11.1 does not.
+/// QEMU's reply to a `migrate` without `-d` where the monitor can't wait. 11.1 prints nothing.
 const CONTINUES_DETACHED: &str =
     "terminal does not allow synchronous migration, continuing detached\r\n";
 
-/// The monitor's form of a result: what it says when it is `done`, or the error as text.
+/// Convert a result to the human monitor's reply: `done`, or the error as text.
 async fn as_text(result: impl Future<Output = Reply> + Send, done: &str) -> Reply {
     Ok(match result.await {
         Ok(_) => json!(done),
@@ -132,17 +132,19 @@ fn answer_with(
     tokio::spawn(async move { envelope::reply(&result.await, id.as_ref()) })
 }
 
-/// QEMU takes a `cont` as soon as its own migration has completed, as clients know of one over `tcp:`. They
-/// don't of ours, before the destination's QEMU has: the guest would run at both ends. (What QEMU says before
-/// it has completed is what is said here until then: `qmp_cont` of `monitor/qmp-cmds.c`.)
+/// Execute `cont`, but refuse it between QEMU's completion and the destination's: the guest would
+/// run at both ends.
+///
+/// QEMU itself accepts it then, as clients know from `tcp:`. The error is the one that QEMU returns
+/// before it has completed (`qmp_cont` in `monitor/qmp-cmds.c`).
 async fn cont(mut context: Context) -> Reply {
     let not_yet = || Err(QmpError::generic("Migration is not finalized yet"));
     let qemu = &mut context.qemu;
     match qemu.execute("query-status", Value::Null).await?["status"].as_str() {
-        // It may have stopped for the switchover when QEMU hears of it.
+        // Not forwarded: the guest may be stopped for the switchover when QEMU gets it.
         Some("running") => return Ok(json!({})),
         Some("finish-migrate" | "postmigrate") => return not_yet(),
-        // A reset may have changed the latter.
+        // A reset may have changed `postmigrate`.
         _ if has_completed(qemu).await? => return not_yet(),
         _ => {}
     }
@@ -158,8 +160,8 @@ async fn cont(mut context: Context) -> Reply {
     done
 }
 
-/// A migration of ours ends where it is known whether the guest may run at the destination: of a socket
-/// that breaks QEMU would run its guest.
+/// Execute `yank`. QEMU would run its guest if a socket of ours broke, so only the migration is
+/// told: it ends where it is known whether the guest may run at the destination.
 async fn yank(band: Band, context: Context, migrations: Migrations, others: Vec<Value>) -> Reply {
     if !others.is_empty() {
         context.qemu.execute_in(band, "yank", json!({ "instances": others })).await?;
@@ -176,7 +178,7 @@ async fn cancel(migrations: Migrations, reply: Value) -> Reply {
 async fn query_migrate(context: Context, migrations: Migrations) -> Reply {
     let mut qemu = context.qemu;
     let mut reply = qemu.execute("query-migrate", Value::Null).await?;
-    // Looked at now: when QEMU says that it was cancelled, it is known whether by us.
+    // Read after QEMU's reply: once QEMU reports `cancelled`, the view knows whether we cancelled.
     if let Some(view) = migrations.view() {
         if view.awaits_end(reply["status"].as_str().unwrap_or("none")) {
             migrations.tell(&QemuEvent::Migration);
@@ -191,7 +193,7 @@ async fn query_blockers(context: Context, migrations: Migrations) -> Reply {
     helper_commands::query_blockers(&context, &borrowed).await
 }
 
-/// As they are without what a migration has borrowed.
+/// Query the settings as they are without what a migration has borrowed.
 async fn query_settings(context: Context, migrations: Migrations, settings: Settings) -> Reply {
     let borrowed = migrations.loan().read().await;
     let mut qemu = AsClientsSee { qemu: Verbatim(context.qemu), borrowed: &borrowed };
@@ -231,7 +233,8 @@ async fn set_by_line(mut context: Context, migrations: Migrations, setting: Sett
     Ok(text.into())
 }
 
-/// Not with what a migration has borrowed: that is given back before clients see its end.
+/// Save or load the guest without borrowed settings: they are given back before clients see a
+/// migration's end.
 async fn save_or_load(mut context: Context, migrations: Migrations, wanted: SaveOrLoad) -> Reply {
     let saves = wanted.saves();
     let SaveOrLoad { command, arguments, migrates } = wanted;
@@ -250,10 +253,10 @@ async fn save_or_load(mut context: Context, migrations: Migrations, wanted: Save
     if !saves && migrates.is_none() {
         return Verbatim(context.qemu).execute(&command, arguments).await;
     }
-    // What QEMU says from here on is of the other one.
+    // From here on QEMU's status is that of the other migration.
     let forgotten = migrations.forget();
     let reply = Verbatim(context.qemu).execute(&command, arguments).await;
-    // The human monitor has nothing to say of what it does, but that it does not wait for it.
+    // On success the human monitor prints nothing, or that it does not wait.
     let is_done = |text: &str| text.is_empty() || text.contains("continuing detached");
     let done = match &reply {
         Ok(text) => text.as_str().is_none_or(is_done),
@@ -280,12 +283,12 @@ async fn info_migrate(
     })
 }
 
-/// A line that is QEMU's, though not the client's.
+/// Let QEMU execute a line that is not the client's own.
 async fn by_qemu(context: Context, line: String) -> Reply {
     monitor_line(&mut Verbatim(context.qemu), &line).await.map(Value::String)
 }
 
-/// QEMU's account of itself, and what the helper adds.
+/// Return QEMU's introspection data with the helper's additions.
 async fn introspect(context: Context, command: String) -> Reply {
     let mut reply = Verbatim(context.qemu).execute(&command, Value::Null).await?;
     introspection::add_to(&command, &mut reply);

@@ -22,10 +22,10 @@ async fn find_blocks(context: &Context) -> Result<Vec<RamBlock>, QmpError> {
     blocks.map_err(|error| QmpError::generic(error.to_string()))
 }
 
-/// `query-rdma-helper`.
+/// Execute `query-rdma-helper`.
 ///
 /// # Errors
-/// When QEMU does not answer, or its process can't be looked into.
+/// When QEMU does not answer, or its process can't be inspected.
 pub async fn query_helper(context: &Context) -> Result<Value, QmpError> {
     let version = context.qemu.clone().execute("query-version", Value::Null).await?;
     let fabric = context.settings.fabric.kind();
@@ -63,7 +63,7 @@ pub async fn query_helper(context: &Context) -> Result<Value, QmpError> {
     Ok(json!(info))
 }
 
-/// What `query-version` has said.
+/// Convert the reply of `query-version`.
 fn version_info(version: &Value) -> RdmaVersionInfo {
     let number = |part: &str| version["qemu"][part].as_i64().unwrap_or(0);
     let qemu = RdmaVersionTriple {
@@ -75,10 +75,10 @@ fn version_info(version: &Value) -> RdmaVersionInfo {
     RdmaVersionInfo { qemu, package }
 }
 
-/// `query-rdma-migrate-blockers`.
+/// Execute `query-rdma-migrate-blockers`.
 ///
 /// # Errors
-/// As [`query_helper`].
+/// As for [`query_helper`].
 pub async fn query_blockers(context: &Context, borrowed: &Borrowed) -> Result<Value, QmpError> {
     let blocks = find_blocks(context).await?;
     let mut qemu = AsClientsSee { qemu: context.qemu.clone(), borrowed };

@@ -1,4 +1,4 @@
-//! Which of a client's commands are ours, and what they ask for.
+//! Selects the client's commands that are the relay's, and parses them.
 
 use serde_json::{Map, Value, json};
 
@@ -14,42 +14,41 @@ use crate::{
     relay::migration::{IN_PROGRESS, status::Side},
 };
 
-/// A command that is ours.
+/// A command of the relay's.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Intercepted {
     /// Migrate to this address.
     Migrate(Address),
-    /// QEMU saves or loads the guest by itself.
+    /// QEMU itself saves or loads the guest.
     SaveOrLoad(SaveOrLoad),
     /// Wait for a migration at this address.
     MigrateIncoming {
-        /// Where.
+        /// The address.
         address: Address,
-        /// The client's `exit-on-error` (9.1).
+        /// The client's `exit-on-error` (since 9.1).
         exit_on_error: Option<bool>,
     },
-    /// `migrate_cancel`: QEMU's business, unless it comes too early or too late.
+    /// `migrate_cancel`. QEMU executes it, unless it is too early or too late.
     Cancel,
-    /// `yank` of a migration, likewise; and of these, which are QEMU's.
+    /// `yank` of a migration, likewise. The other instances are QEMU's.
     Yank(Vec<Value>),
-    /// `cont`, whose reply is a line of the human monitor's or none: QEMU's business, unless the guest may run
-    /// at the destination.
+    /// `cont`. QEMU executes it, unless the guest may run at the destination.
     Cont {
-        /// It was said to the human monitor.
+        /// Entered at the human monitor, whose reply is text.
         line: bool,
     },
     /// `query-migrate`.
     QueryMigrate,
     /// `migrate-set-capabilities`.
     SetCapabilities {
-        /// Its arguments, with QEMU's name for each.
+        /// Its arguments, with QEMU's name for each capability.
         arguments: Map<String, Value>,
-        /// They have another than the client's.
+        /// A name differs from the client's.
         renamed: bool,
     },
     /// `migrate-set-parameters`, with these arguments.
     SetParameters(Map<String, Value>),
-    /// `query-migrate-capabilities` or `query-migrate-parameters`, some of which may be borrowed.
+    /// `query-migrate-capabilities` or `query-migrate-parameters`; some may be borrowed.
     QuerySettings(Settings),
     /// `query-rdma-helper`.
     QueryHelper,
@@ -57,14 +56,15 @@ pub enum Intercepted {
     QueryBlockers,
     /// `query-qmp-schema` or `query-commands`.
     Introspect(String),
-    /// A line of the human monitor that is ours; the reply is text.
+    /// A line of the human monitor that is the relay's; the reply is text.
     Monitor(Line),
-    /// What QEMU would refuse.
+    /// A command that QEMU would refuse.
     Refused(QmpError),
 }
 
 impl Intercepted {
-    /// It asks for settings of QEMU's or sets them: QEMU's own business, as long as none is borrowed.
+    /// Return whether the command queries or sets QEMU's settings: QEMU executes it if none is
+    /// borrowed.
     pub fn is_about_settings(&self) -> bool {
         matches!(
             self,
@@ -76,16 +76,18 @@ impl Intercepted {
     }
 }
 
-/// A command by which QEMU saves or loads the guest: a migration over another transport, or a snapshot.
-/// It goes by the settings of migrations for both, and 7.2 to 11.1 crash if these have multifd on where
-/// no migration has made channels.
+/// A command by which QEMU saves or loads the guest: a migration over another transport, or a
+/// snapshot.
+///
+/// Both use the settings of migrations, and 7.2 to 11.1 crash if multifd is on while no migration
+/// has created channels.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SaveOrLoad {
     /// Its name.
     pub command: String,
     /// Its arguments.
     pub arguments: Value,
-    /// It is a migration, and this is its end of it.
+    /// This host's side, if it is a migration.
     pub migrates: Option<Side>,
 }
 
@@ -94,14 +96,14 @@ impl SaveOrLoad {
         Self { command: command.name.clone(), arguments, migrates }
     }
 
-    /// QEMU writes a snapshot, which is a migration to it: its `query-migrate` shows it afterwards.
+    /// Return whether QEMU writes a snapshot, which it shows in `query-migrate` afterwards.
     pub fn saves(&self) -> bool {
         let line = self.arguments["command-line"].as_str().unwrap_or_default();
         self.command == "snapshot-save" || hmp::command(line) == "savevm"
     }
 }
 
-/// Which of QEMU's settings.
+/// A group of QEMU's settings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Settings {
     /// Capabilities.
@@ -111,7 +113,7 @@ pub enum Settings {
 }
 
 impl Settings {
-    /// The command that queries them.
+    /// Return the command that queries them.
     pub fn query(self) -> &'static str {
         match self {
             Self::Capabilities => "query-migrate-capabilities",
@@ -120,7 +122,7 @@ impl Settings {
     }
 }
 
-/// Commands that may be ours.
+/// Commands that may be the relay's.
 const OURS: [&str; 20] = [
     "cont",
     "human-monitor-command",
@@ -144,7 +146,7 @@ const OURS: [&str; 20] = [
     "yank",
 ];
 
-/// An argument, the version that has it first, and the first that has it no more.
+/// An argument, the first version that has it, and the first that no longer has it.
 type Since = (&'static str, (u64, u64), (u64, u64));
 
 const EVER: (u64, u64) = (u64::MAX, 0);
@@ -159,11 +161,11 @@ const MIGRATE: &[Since] = &[
     ("inc", (0, 0), (9, 1)),
 ];
 
-/// Those of `migrate-incoming`.
+/// Arguments of `migrate-incoming`.
 const MIGRATE_INCOMING: &[Since] =
     &[("uri", (0, 0), EVER), ("channels", (8, 2), EVER), ("exit-on-error", (9, 1), EVER)];
 
-/// Those of them that QEMU of this version has.
+/// Return the arguments that this version of QEMU has.
 fn known(arguments: &[Since], version: Version) -> Vec<&'static str> {
     let has = |(_, first, gone): &&Since| {
         version.is_at_least(first.0, first.1) && !version.is_at_least(gone.0, gone.1)
@@ -171,10 +173,10 @@ fn known(arguments: &[Since], version: Version) -> Vec<&'static str> {
     arguments.iter().filter(has).map(|(name, ..)| *name).collect()
 }
 
-/// Look at a command for a QEMU of this version; `None` if it is QEMU's.
+/// Parse a command for a QEMU of this version; `None` if QEMU executes it.
 ///
 /// # Errors
-/// The reply to a command that is ours and wrong, in QEMU's words.
+/// The reply to an invalid command of the relay's, in QEMU's words.
 pub fn intercept(command: &Command, version: Version) -> Result<Option<Intercepted>, QmpError> {
     let name = introspection::alias(&command.name);
     if !OURS.contains(&name) {
@@ -212,7 +214,7 @@ pub fn intercept(command: &Command, version: Version) -> Result<Option<Intercept
             )),
         },
         "cont" if arguments.is_empty() => Intercepted::Cont { line: false },
-        // QEMU's own RDMA would wait there.
+        // QEMU's own RDMA would listen there.
         "migrate-recover" if uri::target(arguments)? != Target::Other => {
             return Err(uri::not_resumed());
         }
@@ -255,8 +257,9 @@ fn yank(arguments: &Map<String, Value>) -> Option<Intercepted> {
     (!migrations.is_empty()).then_some(Intercepted::Yank(others))
 }
 
-/// What QEMU would refuse if it knew that it is about to migrate (`migrate_caps_check` of
-/// `migration/options.c`, `qdev_device_add` and `qdev_unplug` of `system/qdev-monitor.c`).
+/// Refuse what QEMU would refuse if it knew that a migration is about to start
+/// (`migrate_caps_check` in `migration/options.c`, `qdev_device_add` and `qdev_unplug` in
+/// `system/qdev-monitor.c`).
 pub fn refusal(command: &Command) -> Option<Intercepted> {
     let why = |name: &str| match name {
         "migrate-set-capabilities" | "migrate_set_capability" => Some(IN_PROGRESS.to_owned()),
@@ -271,7 +274,7 @@ pub fn refusal(command: &Command) -> Option<Intercepted> {
     Some(Intercepted::Monitor(Line::Wrong(refused)))
 }
 
-/// A line of the human monitor. One of any length: QEMU takes it.
+/// Parse a line of the human monitor, of any length, as QEMU does.
 fn monitor(
     command: &Command,
     line: &str,
@@ -323,8 +326,8 @@ fn boolean(arguments: &Map<String, Value>, name: &str) -> Result<Option<bool>, Q
     }
 }
 
-/// The arguments with `rdma-pin-all` for `x-rdma-pin-all`, its name before QEMU 2.2, and whether it
-/// occurs.
+/// Replace `x-rdma-pin-all`, the name before QEMU 2.2, by `rdma-pin-all`; return the arguments and
+/// whether it occurs.
 fn with_qemus_name(arguments: &Map<String, Value>) -> (Map<String, Value>, bool) {
     let mut arguments = arguments.clone();
     let mut renamed = false;
@@ -359,7 +362,7 @@ mod tests {
         Address { host: "h".into(), port: 1 }
     }
 
-    /// Whether QEMU migrates, if it saves or loads the guest.
+    /// Return whether QEMU migrates, if it saves or loads the guest.
     fn by_qemu(text: &str) -> Option<bool> {
         match ask(text).unwrap() {
             Some(Intercepted::SaveOrLoad(by_qemu)) => Some(by_qemu.migrates.is_some()),
@@ -410,7 +413,7 @@ mod tests {
         assert_eq!(by_qemu(snapshot), Some(false));
     }
 
-    /// QEMU takes a line of any length, and looks for a word in all of it.
+    /// QEMU accepts a line of any length, and searches all of it for a word.
     #[test]
     fn no_line_is_too_long() {
         let space = " ".repeat(1 << 20);
@@ -449,7 +452,7 @@ mod tests {
         }
     }
 
-    /// But those that may be borrowed.
+    /// They may be borrowed.
     #[test]
     fn settings_are_looked_at() {
         for text in [

@@ -1,13 +1,13 @@
-//! What the helper adds to QMP, for who asks what there is: `query-qmp-schema` and `query-commands`.
+//! The helper's additions to QMP introspection: `query-qmp-schema` and `query-commands`.
 
 use serde_json::{Value, json};
 
-/// What commands of downstreams begin with, by QEMU's rules (`docs/devel/qapi-code-gen.rst`). The
-/// commands that the helper adds are known by their names without it too.
+/// Prefix of a downstream's commands by QEMU's rules (`docs/devel/qapi-code-gen.rst`). The helper's
+/// commands are also accepted without it.
 const PREFIX: &str = env!("QAPI_PREFIX");
 
-/// What `schema/` declares, in the form of `query-qmp-schema`: names of types are no names to people, and
-/// none of QEMU's, which are numbers.
+/// The declarations of `schema/` in the form of `query-qmp-schema`. Names of types mean nothing to
+/// people, and differ from QEMU's, which are numbers.
 const SCHEMA: &str = include_str!(concat!(env!("OUT_DIR"), "/introspection.json"));
 
 fn schema() -> Vec<Value> {
@@ -19,13 +19,14 @@ fn commands() -> impl Iterator<Item = Value> {
     schema().into_iter().filter(is_command).map(|command| json!({ "name": command["name"] }))
 }
 
-/// The short name of a command that the helper adds; any other is what it is.
+/// Return the short name of a command that the helper adds; any other name unchanged.
 pub fn alias(command: &str) -> &str {
     let is_added = || commands().any(|added| added["name"] == command);
     command.strip_prefix(PREFIX).filter(|_| is_added()).unwrap_or(command)
 }
 
-/// Add it to what QEMU answers to `command`, but what it has already: types that are QAPI's own.
+/// Add the declarations to QEMU's reply to `command`, except QAPI's own types, which it has
+/// already.
 pub fn add_to(command: &str, reply: &mut Value) {
     let Some(entities) = reply.as_array_mut() else { return };
     let is_missing = |added: &Value| !entities.iter().any(|entity| entity["name"] == added["name"]);
@@ -57,7 +58,7 @@ mod tests {
         }
     }
 
-    /// Each type that is used is there, once, and is used.
+    /// Each type that is used is declared once, and each declared type is used.
     #[test]
     fn the_schema_is_whole() {
         let schema = schema();

@@ -1,4 +1,4 @@
-//! Where management comes in.
+//! Where a monitor's clients connect.
 
 use std::{
     io,
@@ -16,36 +16,36 @@ use tracing::debug;
 
 use crate::relay::socket_file::{Place, SocketFile};
 
-/// How long after a client that could not be let in the next one is.
+/// Delay before a failed `accept` is retried.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// Where clients come from, one at a time.
+/// Source of clients, one at a time.
 pub enum MonitorListener {
-    /// They connect to a socket.
+    /// Clients connect to a socket.
     Listening(ServedSocket),
-    /// There is one, and no other will be.
+    /// One connected client; no other will follow.
     Connected(Option<UnixStream>),
-    /// They are connected to, again and again.
+    /// The relay connects to the client, again and again.
     Connecting {
-        /// Their socket.
+        /// The client's socket.
         path: PathBuf,
-        /// How long after an attempt the next one follows.
+        /// Interval between attempts.
         every: Duration,
-        /// When that is.
+        /// Time of the next attempt.
         next: Instant,
     },
 }
 
 impl MonitorListener {
-    /// Nobody comes.
+    /// Create a listener without clients.
     pub fn closed() -> Self {
         Self::Connected(None)
     }
 
-    /// A socket that listens already.
+    /// Use a socket that listens already, and remove the file at `path` on drop.
     ///
     /// # Errors
-    /// The system's.
+    /// An I/O error from the system.
     pub fn listening(listener: StdUnixListener, path: Option<PathBuf>) -> io::Result<Self> {
         listener.set_nonblocking(true)?;
         let listener = UnixListener::from_std(listener)?;
@@ -57,24 +57,24 @@ impl MonitorListener {
         }))
     }
 
-    /// A client that is there.
+    /// Use a client that is connected already.
     ///
     /// # Errors
-    /// The system's.
+    /// An I/O error from the system.
     pub fn connected(stream: StdUnixStream) -> io::Result<Self> {
         stream.set_nonblocking(true)?;
         Ok(Self::Connected(Some(UnixStream::from_std(stream)?)))
     }
 
-    /// Connect to `path` now, and whenever the client is gone.
+    /// Connect to `path` now, and again whenever the client is gone.
     pub fn connecting(path: PathBuf, every: Duration) -> Self {
         Self::Connecting { path, every, next: Instant::now() }
     }
 
-    /// Wait until the first client is there; the next [`Self::client`] is that one.
+    /// Wait for the first client; the next [`Self::client`] returns it.
     ///
     /// # Errors
-    /// The system's.
+    /// An I/O error from the system.
     pub async fn wait(&mut self) -> io::Result<()> {
         if let Self::Listening(socket) = self
             && socket.first.is_none()
@@ -84,10 +84,10 @@ impl MonitorListener {
         Ok(())
     }
 
-    /// The next client. Nothing is lost if the future is dropped.
+    /// Return the next client. Cancel safe.
     ///
     /// # Errors
-    /// The system's.
+    /// An I/O error from the system.
     pub async fn client(&mut self) -> io::Result<UnixStream> {
         match self {
             Self::Listening(socket) => match socket.first.take() {
@@ -95,7 +95,7 @@ impl MonitorListener {
                 None => match socket.listener.accept().await {
                     Ok((stream, _)) => Ok(stream),
                     Err(error) => {
-                        // Descriptors that are missing now are missing for a while.
+                        // A shortage of descriptors lasts for a while.
                         sleep(PAUSE).await;
                         Err(error)
                     }
@@ -117,20 +117,20 @@ impl MonitorListener {
     }
 }
 
-/// A socket that the relay serves; if it has a path, that goes with it.
+/// A socket that the relay serves. Its file, if it has one, is removed on drop.
 pub struct ServedSocket {
-    /// Goes first: while the socket is there, its file's number is no other's.
+    /// Dropped first: while the socket exists, its file's inode is not reused.
     _file: Option<SocketFile>,
     listener: UnixListener,
     first: Option<UnixStream>,
 }
 
 impl ServedSocket {
-    /// Bind `path`, in place of a socket that nobody serves any more. Whoever may connect controls the
+    /// Bind `path`, replacing a socket that is no longer served. Whoever may connect controls the
     /// guest.
     ///
     /// # Errors
-    /// The system's; `AddrInUse` if it is served.
+    /// An I/O error from the system; `AddrInUse` if the path is served.
     pub async fn bind(path: &Path) -> io::Result<Self> {
         let place = Place::open(path)?;
         if place.has_socket() {
@@ -157,7 +157,7 @@ mod tests {
 
     use super::*;
 
-    /// Whoever owns the directory above has his and ours change places all the while. Another guest's
+    /// The owner of the parent directory keeps exchanging our directory and theirs. Another guest's
     /// socket, served or not, stays where it is.
     #[tokio::test]
     async fn anothers_socket_is_not_taken_for_ours() {
@@ -180,14 +180,14 @@ mod tests {
                 let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build();
                 runtime.unwrap().block_on(async {
                     for _ in 0..TRIES {
-                        // It is theirs half of the time, and that is served.
+                        // Half of the time it is theirs, which is served.
                         drop(ServedSocket::bind(&ours.join("socket")).await);
                     }
                 });
                 done.store(true, Ordering::Relaxed);
             });
         });
-        // And nothing of ours is left.
+        // Nothing of ours is left.
         let mut left = [inode(&ours), inode(&theirs)];
         left.sort();
         assert_eq!(left, [None, before]);

@@ -1,4 +1,4 @@
-//! The relay's loop: QEMU's events, the client's commands, what migrations have to say.
+//! The event loop of a monitor: QEMU's events, the client's commands, the migrations' output.
 
 pub mod client;
 mod commands;
@@ -42,21 +42,23 @@ use crate::qmp::{
     hmp::Line,
 };
 
-/// A command that is not answered yet.
+/// A command without a reply so far.
 enum Current {
-    /// QEMU will answer it. If it is about settings, none is borrowed before that.
+    /// QEMU will reply. If the command is about settings, the guard keeps any from being borrowed
+    /// first.
     Forwarded { _nothing_borrowed: Option<OwnedRwLockReadGuard<Borrowed>> },
-    /// It negotiates, and enables what the relay does not know: QEMU will look at it.
+    /// A negotiation that enables a capability unknown to the relay: QEMU will judge it.
     Negotiates { enables: String, id: Option<Id> },
-    /// The relay's task answers it.
+    /// A task of the relay's will reply.
     Ours(JoinHandle<Vec<u8>>),
 }
 
-/// Commands that may wait behind one in band, for a client that has enabled others to overtake them
-/// (`QMP_REQ_QUEUE_LEN_MAX` of QEMU's `monitor/monitor-internal.h`).
+/// In-band commands that may wait, for a client that has enabled out-of-band execution
+/// (`QMP_REQ_QUEUE_LEN_MAX` in QEMU's `monitor/monitor-internal.h`).
 const QUEUE_MAX: usize = 8;
 
-/// Lines that wait for the verdict on a MIGRATION `completed` or `failed`, the first of them.
+/// Lines held until the outcome of a migration is known. The first is the MIGRATION event that ends
+/// it.
 #[derive(Default)]
 struct Held {
     lines: Vec<Vec<u8>>,
@@ -69,36 +71,36 @@ impl Held {
         if self.bytes <= ITEM_MAX {
             self.lines.push(line);
         } else {
-            warn!("QEMU says more than can be kept while a verdict is awaited: an event is lost");
+            warn!("too many events while the migration's outcome is unknown: an event is lost");
         }
     }
 }
 
-/// A monitor of QEMU's, and the client at it.
+/// One of QEMU's monitors, and its client.
 pub(super) struct Monitor {
     context: Context,
     migrations: Migrations,
     /// What clients are greeted with.
     greeting: Vec<u8>,
-    /// QEMU's.
+    /// QEMU's version.
     version: Version,
-    /// They are offered execution out of band.
+    /// Clients are offered out-of-band execution.
     oob: bool,
     client: Option<Client>,
-    /// Counts clients, so that nobody gets a predecessor's reply.
+    /// Counts clients, so that none gets a predecessor's reply.
     client_number: u64,
-    /// Its command in band that is not answered yet.
+    /// The in-band command without a reply so far.
     current: Option<Current>,
-    /// Those that wait for that.
+    /// In-band commands that wait for its reply.
     queue: VecDeque<FromClient>,
-    /// Its command out of band that is not answered yet: QEMU reads none behind it either.
+    /// The out-of-band command without a reply so far. Like QEMU, the relay reads nothing after it.
     overtaking: Option<Current>,
     held: Option<Held>,
 }
 
 impl Monitor {
     pub(super) fn new(context: Context, migrations: Migrations, mut greeting: Value) -> Self {
-        // Nobody knows what others would ask of the relay.
+        // Other capabilities might require something of the relay.
         let capabilities = greeting.pointer_mut("/QMP/capabilities").and_then(Value::as_array_mut);
         if let Some(capabilities) = capabilities {
             capabilities.retain(|capability| capability == "oob");
@@ -130,7 +132,7 @@ impl Monitor {
             let busy = self.is_busy();
             let hung_up = self.client.as_ref().map(Client::hung_up);
             tokio::select! {
-                // What QEMU said first goes out first.
+                // QEMU's output comes first, in its order.
                 biased;
                 said = said.recv() => match said {
                     Some(Said::Event(line)) => self.event(line),
@@ -142,7 +144,7 @@ impl Monitor {
                 reply = answered(&mut self.overtaking) => self.answer(Band::Out, reply),
                 command = next_command(&mut self.client, busy) => match command {
                     Some(command) => self.take(command),
-                    // What it has left in the queue nobody will see done.
+                    // Nobody waits for the commands left in its queue.
                     None => (self.client, self.queue) = (None, VecDeque::new()),
                 },
                 accepted = next_client(&mut listener, hung_up) => match accepted {
@@ -152,12 +154,12 @@ impl Monitor {
                 reason = told(&mut ending) => break Some(reason),
             }
         };
-        // Whoever comes now is not for us.
+        // Accept no more clients.
         drop(listener);
         self.end(reason).await;
     }
 
-    /// End: with QEMU, or told to.
+    /// End because QEMU is gone, or for `reason`.
     async fn end(mut self, reason: Option<&str>) {
         match reason {
             Some(reason) => info!(reason, "ending"),
@@ -170,11 +172,11 @@ impl Monitor {
                 self.send(line);
             }
         }
-        // No verdict will come.
+        // The outcome will not be known any more.
         let held = self.held.take().unwrap_or_default();
         held.lines.into_iter().for_each(|line| self.send_event(line));
         if let Some(client) = self.client.take() {
-            // Everything that QEMU said goes before the end of the connection.
+            // Deliver all of QEMU's output before closing the connection.
             let _ = timeout(FAREWELL, client.finish()).await;
         }
     }
@@ -184,19 +186,18 @@ impl Monitor {
         client.send(self.greeting.clone());
         self.client = Some(client);
         self.client_number += 1;
-        // A predecessor's commands are answered into the void.
+        // Replies to the previous client are dropped.
         (self.current, self.overtaking) = (None, None);
         self.queue.clear();
     }
 
-    /// Send a line to the client.
     fn send(&mut self, line: Vec<u8>) {
         if let Some(client) = &self.client {
             client.send(line);
         }
     }
 
-    /// Send the line of an event, once the client may have it.
+    /// Send the line of an event, if the client has negotiated.
     fn send_event(&mut self, line: Vec<u8>) {
         if let Some(client) = &mut self.client
             && client.negotiated
@@ -205,7 +206,7 @@ impl Monitor {
         }
     }
 
-    /// An event of QEMU's: to the client in its place, and to whom it concerns.
+    /// Pass QEMU's event to the client, in order, and tell the migrations.
     fn event(&mut self, line: Vec<u8>) {
         let status = match FromQemu::read(&line) {
             Some(FromQemu::Event { name, data }) if name == "MIGRATION" => {
@@ -238,26 +239,26 @@ impl Monitor {
         }
     }
 
-    /// What the client gets of a MIGRATION event while a migration of ours runs, if anything.
+    /// Return what the client gets for a MIGRATION event during a migration of ours, if anything.
     fn migration_event(&mut self, status: &str, line: Vec<u8>) -> Option<Vec<u8>> {
         let Some(phase) = self.migrations.source() else { return Some(line) };
         let failed = || envelope::event("MIGRATION", &json!({ "status": "failed" }));
         let line = match (status, &phase) {
-            // It was said when the client was answered.
+            // Sent already when the client was answered.
             ("setup", Phase::Connecting | Phase::Running) => return None,
-            // QEMU's word comes behind the verdict.
+            // QEMU's event arrives after the outcome.
             ("completed", Phase::Failed(_)) => failed(),
-            // It was said when the client was answered, too.
+            // Sent already when the client was answered, too.
             ("cancelling", _) if self.migrations.told_cancelling() => return None,
-            // The relay cancels it because it failed.
+            // The relay cancels because the migration failed.
             ("cancelling", Phase::Failing | Phase::Failed(_)) => {
                 return self.migrations.has_failing().then(|| envelope::status("failing"));
             }
             ("cancelled", Phase::Failing | Phase::Failed(_)) => failed(),
             _ => line,
         };
-        // Until the destination has confirmed it, or the worker has said why, and QEMU is set back to what it
-        // was.
+        // Hold the event until the destination has confirmed it, or the worker has given the
+        // reason, and QEMU's settings are restored.
         let ends = ["completed", "failed", "cancelled"].contains(&status);
         let waits = ends && matches!(phase, Phase::Running | Phase::Failing);
         if waits && self.held.is_none() {
@@ -279,7 +280,7 @@ impl Monitor {
         held.for_each(|line| self.send_event(line));
     }
 
-    /// QEMU's reply to a command that was forwarded.
+    /// Handle QEMU's reply to a forwarded command.
     fn reply(&mut self, client: u64, band: Band, line: Vec<u8>) {
         if client != self.client_number {
             return;
@@ -294,7 +295,7 @@ impl Monitor {
         self.go_on();
     }
 
-    /// The reply to a command of ours.
+    /// Handle the reply to a command of ours.
     fn answer(&mut self, band: Band, reply: Result<Vec<u8>, JoinError>) {
         *self.slot(band) = None;
         match reply {
@@ -303,7 +304,7 @@ impl Monitor {
                 self.go_on();
             }
             Err(error) => {
-                // It would wait for ever for this reply.
+                // The client would wait forever for this reply.
                 warn!(%error, "a command's task failed");
                 self.queue.clear();
                 self.client.take().into_iter().for_each(Client::disconnect);
@@ -318,14 +319,15 @@ impl Monitor {
         }
     }
 
-    /// No more is taken of the client's: it waits, or has sent as much as QEMU would take.
+    /// Return whether to read nothing from the client: it waits, or the queue holds what QEMU would
+    /// take.
     fn is_busy(&self) -> bool {
         let oob = self.client.as_ref().is_some_and(|client| client.oob);
         let is_full = if oob { self.queue.len() >= QUEUE_MAX } else { self.current.is_some() };
         is_full || self.overtaking.is_some()
     }
 
-    /// The client has sent something.
+    /// Handle input from the client.
     fn take(&mut self, from_client: FromClient) {
         let oob = self.client.as_ref().is_some_and(|client| client.oob);
         if oob
@@ -339,14 +341,14 @@ impl Monitor {
         self.go_on();
     }
 
-    /// Descriptors have come, for whoever takes them.
+    /// Keep descriptors that arrived, for the command that takes them.
     fn keep(&mut self, fds: Vec<OwnedFd>) {
         if let Some(client) = &mut self.client {
             client.keep(fds);
         }
     }
 
-    /// Execute what is next in band.
+    /// Execute the next in-band commands.
     fn go_on(&mut self) {
         while self.current.is_none()
             && let Some(FromClient { framed, fds }) = self.queue.pop_front()
@@ -356,7 +358,7 @@ impl Monitor {
         }
     }
 
-    /// A command out of band: QEMU's, but for the end of a migration of ours.
+    /// Execute an out-of-band command. It is QEMU's, unless it ends a migration of ours.
     fn overtake(&mut self, command: &OutOfBand<'_>, bytes: &[u8]) {
         let proper = Command::read(bytes, true).ok();
         match proper.as_ref().map(|command| intercept(command, self.version)) {
@@ -371,7 +373,7 @@ impl Monitor {
                 let error = QmpError::generic(format!("The command {name} does not support OOB"));
                 self.send(envelope::reply(&Err(error), command.id.as_ref()));
             }
-            // QEMU executes no other of ours in this way.
+            // QEMU executes no other command of ours out of band.
             _ => {
                 let sending = self.context.qemu.overtaking(self.client_number, command);
                 self.overtaking = Some(Current::Forwarded { _nothing_borrowed: None });
@@ -380,11 +382,11 @@ impl Monitor {
         }
     }
 
-    /// A command in band.
+    /// Handle an in-band command.
     fn command(&mut self, framed: Framed) {
         let bytes = match framed {
             Framed::Value(bytes) => bytes,
-            // QEMU says what is wrong with it.
+            // QEMU reports what is wrong with it.
             Framed::Malformed(bytes) => return self.forward(bytes, None),
             Framed::TooLong => {
                 return self.refuse(&format!(
@@ -398,7 +400,7 @@ impl Monitor {
         let command = match Command::read(&bytes, oob) {
             Ok(command) => command,
             Err(Unread::NoCommand) => return self.forward(bytes, None),
-            // QEMU would take it: with QEMU the relay has enabled it.
+            // QEMU would accept it: the relay has enabled it there.
             Err(Unread::OutOfBand(id)) => {
                 return self.send(envelope::reply(&Err(Unread::not_enabled()), id.as_ref()));
             }
@@ -444,7 +446,7 @@ impl Monitor {
             Ok(Some(Intercepted::Cont { .. })) if !self.migrations.is_at_qemu() => {
                 self.forward(bytes, Some(command));
             }
-            // No migration of ours is to be shown.
+            // There is no migration of ours to show.
             Ok(Some(Intercepted::QueryMigrate | Intercepted::Monitor(Line::InfoMigrate(_))))
                 if self.migrations.view().is_none() =>
             {
@@ -464,7 +466,7 @@ impl Monitor {
         }
     }
 
-    /// What is QEMU's, a command or not.
+    /// Forward what is QEMU's, a command or not.
     fn forward(&mut self, bytes: Vec<u8>, command: Option<&Command>) {
         let fds = match (&mut self.client, command) {
             (Some(client), Some(command)) => client.take_descriptors(&command.name),
@@ -473,8 +475,8 @@ impl Monitor {
         let id = command.and_then(|command| command.id.clone());
         let (qemu, client) = (self.context.qemu.clone(), self.client_number);
         self.current = Some(Current::Forwarded { _nothing_borrowed: None });
-        // The queue has room but for one command; if not, QEMU is what is waited for. A QEMU
-        // that is gone ends the relay.
+        // The queue is full only if QEMU is slow. Sending fails only if QEMU is gone, which ends
+        // the relay.
         tokio::spawn(async move { qemu.forward(client, bytes, id, fds).await });
     }
 
@@ -483,12 +485,12 @@ impl Monitor {
     }
 }
 
-/// May a command that is QEMU's change a parameter of migrations? A line of the human monitor may.
+/// Return whether a forwarded command may change a migration parameter. A human monitor line may.
 fn sets_parameters(command: &str) -> bool {
     ["migrate-set-parameters", "human-monitor-command"].contains(&command)
 }
 
-/// The reply to the current command, once it is there.
+/// Wait for the reply to the current command, if it is ours.
 async fn answered(current: &mut Option<Current>) -> Result<Vec<u8>, JoinError> {
     match current {
         Some(Current::Ours(task)) => task.await,
@@ -496,7 +498,7 @@ async fn answered(current: &mut Option<Current>) -> Result<Vec<u8>, JoinError> {
     }
 }
 
-/// The next client, once the one before has gone, whether its command is answered or not.
+/// Wait for the next client, once the previous one has hung up, whether it got its reply or not.
 async fn next_client(
     listener: &mut MonitorListener,
     hung_up: Option<impl Future<Output = ()>>,
@@ -507,8 +509,7 @@ async fn next_client(
     listener.client().await
 }
 
-/// The client's next command; `None` when the client is gone. While one is not answered, none is
-/// taken.
+/// Wait for the client's next command; `None` when the client is gone. None is read while `busy`.
 async fn next_command(client: &mut Option<Client>, busy: bool) -> Option<FromClient> {
     match client {
         Some(client) if !busy => client.next_command().await,
@@ -516,11 +517,11 @@ async fn next_command(client: &mut Option<Client>, busy: bool) -> Option<FromCli
     }
 }
 
-/// Why to end, once there is a reason.
+/// Wait for a reason to end.
 async fn told(ending: &mut watch::Receiver<Option<&'static str>>) -> &'static str {
     match ending.wait_for(Option::is_some).await.map(|reason| *reason) {
         Ok(Some(reason)) => reason,
-        // Nobody will tell.
+        // No reason can follow.
         _ => std::future::pending().await,
     }
 }

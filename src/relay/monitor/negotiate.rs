@@ -9,14 +9,14 @@ use crate::qmp::{
 };
 
 impl Monitor {
-    /// The session with QEMU is negotiated already: the client's part is answered here.
+    /// Negotiate with the client here: the session with QEMU is negotiated already.
     pub(super) fn negotiate(&mut self, command: &Command, bytes: Vec<u8>) {
         let result = if command.name == "qmp_capabilities" {
             match command.arguments().ok().and_then(enabled) {
                 Some(false) => self.negotiated(false),
                 Some(true) if self.oob => self.negotiated(true),
                 Some(true) => Err(not_available("oob")),
-                // QEMU says what is wrong with it.
+                // QEMU reports what is wrong with it.
                 None => {
                     self.forward(bytes, Some(command));
                     let (enables, id) = (strange(command), command.id.clone());
@@ -31,8 +31,8 @@ impl Monitor {
         self.send(envelope::reply(&result, command.id.as_ref()));
     }
 
-    /// QEMU has replied to a client that enables what the relay does not know. Where it finds nothing wrong
-    /// with that, it says that it comes too late.
+    /// Handle QEMU's reply to a client that enables a capability unknown to the relay. If QEMU
+    /// finds nothing wrong with it, it replies that negotiation is complete already.
     pub(super) fn negotiated_at_qemu(enables: &str, id: Option<&Id>, reply: Vec<u8>) -> Vec<u8> {
         match FromQemu::read(&reply) {
             Some(FromQemu::Reply { result: Err(error) }) if error.class != "CommandNotFound" => {
@@ -50,7 +50,7 @@ impl Monitor {
     }
 }
 
-/// Does a client enable execution out of band, if it is that or nothing?
+/// Return whether a client enables out-of-band execution; `None` if it enables anything else.
 fn enabled(arguments: Map<String, Value>) -> Option<bool> {
     let mut oob = false;
     for (name, value) in arguments {
@@ -62,7 +62,7 @@ fn enabled(arguments: Map<String, Value>) -> Option<bool> {
     Some(oob)
 }
 
-/// What else it enables.
+/// Return the other capability that it enables.
 fn strange(command: &Command) -> String {
     let arguments = command.arguments().unwrap_or_default();
     let capabilities = arguments.get("enable").and_then(Value::as_array);

@@ -1,14 +1,14 @@
-//! Monitors that a client adds to QEMU (`object-add`, since 11.1). The helper does not stand before
-//! them: what is asked for there is between QEMU and whoever asks.
+//! Monitors that a client adds to QEMU (`object-add`, since 11.1). The helper does not intercept
+//! their commands: those are between QEMU and the client there.
 
 use tracing::warn;
 
 use crate::qmp::envelope::Command;
 
-/// Types of monitors.
+/// QOM types of monitors.
 const TYPES: [&str; 2] = ["monitor-qmp", "monitor-hmp"];
 
-/// Say so in the log if this command adds one.
+/// Log a warning if this command adds a monitor.
 pub fn watch(command: &Command) {
     if let Some(id) = added(command) {
         warn!(
@@ -18,7 +18,7 @@ pub fn watch(command: &Command) {
     }
 }
 
-/// The id of a monitor that the command adds.
+/// Return the id of the monitor that the command adds.
 fn added(command: &Command) -> Option<String> {
     match command.name.as_str() {
         "object-add" => {

@@ -1,4 +1,4 @@
-//! Lines of QEMU's.
+//! QEMU's output, line by line.
 
 use std::{io, sync::Arc};
 
@@ -11,7 +11,7 @@ use crate::qmp::{
     socket,
 };
 
-/// The greeting, if the line is that.
+/// Return the greeting, if the line is one.
 pub(super) fn greeting(line: &[u8]) -> Option<Value> {
     match FromQemu::read(line) {
         Some(FromQemu::Other(greeting)) if greeting["QMP"].is_object() => Some(greeting),
@@ -19,22 +19,22 @@ pub(super) fn greeting(line: &[u8]) -> Option<Value> {
     }
 }
 
-/// A line of QEMU's, with its end.
+/// A line from QEMU, with its line ending.
 pub(super) enum Line {
     Whole(Vec<u8>),
-    /// Of more than [`ITEM_MAX`] bytes.
+    /// More than [`ITEM_MAX`] bytes.
     TooLong,
 }
 
-/// Lines from QEMU, with their ends.
+/// Lines from QEMU, with their line endings.
 pub(super) struct Lines {
     pub(super) stream: Arc<UnixStream>,
     buffer: Vec<u8>,
-    /// Bytes of `buffer` that contain no end of line.
+    /// Leading bytes of `buffer` without a newline.
     scanned: usize,
-    /// A line was too long: drop the rest of it.
+    /// The line is too long: drop the rest of it.
     dropping: bool,
-    /// Who sent the last bytes, if the socket tells.
+    /// PID of the last bytes' sender, if the socket tells it.
     pub(super) sender: Option<u32>,
 }
 
@@ -43,21 +43,21 @@ impl Lines {
         Self { stream, buffer: Vec::new(), scanned: 0, dropping: false, sender: None }
     }
 
-    /// QEMU's first word; `None` if it has none.
+    /// Read QEMU's greeting; `None` if QEMU closes the connection before.
     pub(super) async fn greeting(&mut self) -> io::Result<Option<Value>> {
         while let Some(line) = self.next().await? {
-            // One that is too long is none either.
+            // A line that is too long is not a greeting either.
             let line = if let Line::Whole(line) = line { line } else { Vec::new() };
-            // Events may come before the greeting.
+            // Events may arrive before the greeting.
             if Kind::of(&line) != Some(Kind::Event) {
                 let greeting = greeting(&line);
-                return greeting.map(Some).ok_or_else(|| invalid("it does not greet as QMP does"));
+                return greeting.map(Some).ok_or_else(|| invalid("it sends no QMP greeting"));
             }
         }
         Ok(None)
     }
 
-    /// The next line.
+    /// Read the next line; `None` at the end.
     pub(super) async fn next(&mut self) -> io::Result<Option<Line>> {
         loop {
             if let Some(end) = self.buffer[self.scanned..].iter().position(|byte| *byte == b'\n') {
@@ -77,7 +77,7 @@ impl Lines {
             let mut piece = [0; 16384];
             let received = socket::recv_with_sender(&self.stream, &mut piece).await;
             let (received, sender) = match received {
-                // QEMU ended with bytes of ours unread.
+                // QEMU exited without reading all our bytes.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionReset => (0, None),
                 other => other?,
             };

@@ -1,5 +1,5 @@
-//! The session with QEMU: the client's commands and the relay's own, one behind the other, and past all
-//! of them what is out of band.
+//! The session with QEMU. In band it sends the client's commands and the relay's own one at a time;
+//! out-of-band commands overtake them.
 
 mod lines;
 
@@ -35,16 +35,16 @@ use crate::{
 };
 use lines::{Line, Lines, greeting, invalid};
 
-/// How long QEMU may take to greet.
+/// How long QEMU may take to send its greeting.
 const GREETING: Duration = Duration::from_secs(5);
 
-/// How soon a socket that is not there is looked for again.
+/// Delay before a missing socket is looked for again.
 const RETRY: Duration = Duration::from_millis(100);
 
-/// Requests and events that may wait; whoever has more to say waits too.
+/// Requests and events that may be queued; their sender waits while the queue is full.
 const QUEUE: usize = 256;
 
-/// A command on its way to QEMU, and who waits for the reply's line.
+/// A command for QEMU, and where its reply goes.
 struct Request {
     line: Vec<u8>,
     fds: Vec<OwnedFd>,
@@ -52,13 +52,13 @@ struct Request {
 }
 
 enum Waiter {
-    /// A command of the relay's own, with its id.
+    /// To the relay itself; with the command's id.
     Own(String, oneshot::Sender<Vec<u8>>),
-    /// This client's, with its id: its reply keeps its place among the events.
+    /// To this client; with the command's id. The reply keeps its place among the events.
     Client(u64, Option<Id>),
 }
 
-/// In which order commands are executed.
+/// The order in which commands execute.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Band {
     /// One after the other.
@@ -70,7 +70,7 @@ pub enum Band {
 /// What QEMU said, in its order.
 #[derive(Debug)]
 pub enum Said {
-    /// The line of an event.
+    /// An event's line.
     Event(Vec<u8>),
     /// The line of a reply to this client's command.
     Reply(u64, Band, Vec<u8>),
@@ -78,57 +78,59 @@ pub enum Said {
 
 /// Executes commands in the session.
 ///
-/// QEMU gets a command in band when it has answered the one before, as if each were sent by a client
-/// that waits; so its reply is what has no id of ours, and descriptors can't come to another. Whatever
-/// QEMU makes of a client's command, the ids of the relay's own make sure that nobody gets another's
-/// reply.
+/// QEMU gets an in-band command when it has replied to the previous one, as from a client that
+/// waits. So a reply without an id of ours belongs to that command, and no other command can take
+/// its descriptors. Whatever QEMU makes of a client's command, the relay's own ids ensure that
+/// nobody gets another's reply.
 #[derive(Clone)]
 pub struct Qemu {
     requests: mpsc::Sender<Request>,
-    /// Those out of band, with the ids under which they are sent.
+    /// Out-of-band requests, with the ids under which they are sent.
     overtaking: mpsc::Sender<(String, Request)>,
-    /// QEMU takes commands out of band.
+    /// QEMU accepts out-of-band commands.
     oob: bool,
-    /// Begins the ids of the relay's own commands; no client can guess it.
+    /// Prefix of the ids of the relay's own commands; no client can guess it.
     own_id: Arc<str>,
     next_id: Arc<AtomicU64>,
 }
 
 impl Qemu {
-    /// QEMU is gone, or only the session with it.
+    /// Return whether QEMU, or only the session with it, is gone.
     pub fn is_lost(&self) -> bool {
         self.requests.is_closed()
     }
 }
 
-/// A session that was just made.
+/// A new session.
 pub struct Session {
-    /// QEMU's end of it may be held by others when QEMU is gone: see [`Self::end_with`].
+    /// Others may hold QEMU's end after QEMU is gone: see [`Self::end_with`].
     stream: Arc<UnixStream>,
     /// Executes commands.
     pub qemu: Qemu,
     /// Events, and replies to clients. Closed when QEMU is gone.
     pub said: mpsc::Receiver<Said>,
-    /// What QEMU greeted with.
+    /// QEMU's greeting.
     pub greeting: Value,
-    /// The process at the other end of the socket.
+    /// PID of the process at the other end of the socket.
     pub pid: u32,
 }
 
 impl Session {
-    /// Connect to QEMU's QMP socket, and negotiate; wait so long for a QEMU that is about to start. No
-    /// link is followed from its place to another's, because QEMU may own its directory, and be taken for
-    /// the other then.
+    /// Connect to QEMU's QMP socket and negotiate; wait this long for a QEMU that is about to
+    /// start.
+    ///
+    /// Symbolic links are not followed: QEMU may own the directory, and a link to another's socket
+    /// would make QEMU pass for its owner.
     ///
     /// # Errors
-    /// The system's; `InvalidData` if that is no QMP server.
+    /// An I/O error from the system; `InvalidData` if that is not a QMP server.
     pub async fn connect(path: &Path, wait: Duration) -> io::Result<Self> {
         let begun = Instant::now();
         let stream = reach(path, wait).await?;
         let pid = qemu::peer_pid(&stream)?;
         let mut lines = Lines::new(Arc::new(stream));
-        // QEMU serves one client a socket, and lets the next wait without a word. One that has just made
-        // it greets when it has made the guest, too.
+        // QEMU serves one client per socket and does not answer the next. A QEMU that has just made
+        // its socket sends the greeting only after it has created the guest.
         let patience = GREETING.max(wait.saturating_sub(begun.elapsed()));
         let another = || invalid("it does not answer; is another client attached?");
         let greeting = timeout(patience, lines.greeting()).await.map_err(|_| another())??;
@@ -137,36 +139,36 @@ impl Session {
         timeout(GREETING, Self::negotiated(lines, greeting, pid)).await.map_err(late)?
     }
 
-    /// Negotiate with a QEMU that is just starting, at the other end of `stream`; it may take as
-    /// long as it needs. `None` if it ended before that.
+    /// Negotiate with a starting QEMU at the other end of `stream`; it may take as long as it
+    /// needs. `None` if QEMU exits before that.
     ///
-    /// The socket has named senders (SO_PASSCRED) since before QEMU was there: who made the pair is
-    /// not who greets, because QEMU may go to the background in between.
+    /// SO_PASSCRED has been set on the socket since before QEMU started: the process that made the
+    /// pair is not the one that sends the greeting, because QEMU may daemonize in between.
     ///
     /// # Errors
     /// As for [`Self::connect`].
     pub async fn begin(stream: UnixStream) -> io::Result<Option<Self>> {
         let mut lines = Lines::new(Arc::new(stream));
         let Some(greeting) = lines.greeting().await? else { return Ok(None) };
-        let pid = lines.sender.ok_or_else(|| invalid("nobody has sent what it said"))?;
+        let pid = lines.sender.ok_or_else(|| invalid("the socket does not tell the sender"))?;
         match Self::negotiated(lines, greeting, pid).await {
-            // It ended in the midst of it.
+            // QEMU exited during the negotiation.
             Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(None),
             session => session.map(Some),
         }
     }
 
-    /// The process at the other end of the socket, of which QEMU says that it is alive.
+    /// Open the process at the other end of the socket; the negotiation shows that QEMU is alive.
     pub fn peer(&self) -> Process {
         Process::peer(&*self.stream, self.pid)
     }
 
-    /// End when `process` has ended, whoever else holds QEMU's end: a child of QEMU's may.
+    /// End the session when `process` has exited, even if a child of QEMU's still holds QEMU's end.
     pub fn end_with(&self, process: Arc<Process>) {
         let stream = self.stream.clone();
         tokio::spawn(async move {
             process.ended().await;
-            // What QEMU has said is still read.
+            // QEMU's last output is still read.
             let _ = rustix::net::shutdown(&stream, rustix::net::Shutdown::Read);
         });
     }
@@ -199,10 +201,10 @@ impl Session {
     }
 }
 
-/// Connect to the socket at `path`, which may take so long to be there and to be listened at.
+/// Connect to the socket at `path`, waiting this long until it exists and somebody listens.
 ///
-/// It is looked for again and again: that somebody listens is no change that a directory tells of, and the
-/// directory itself may be yet to come.
+/// Polls: no event on the directory tells that somebody listens, and the directory itself may not
+/// exist yet.
 async fn reach(path: &Path, wait: Duration) -> io::Result<UnixStream> {
     let begun = Instant::now();
     let mut waits = false;
@@ -223,19 +225,20 @@ async fn reach(path: &Path, wait: Duration) -> io::Result<UnixStream> {
     }
 }
 
-/// Is that what it looks like where a QEMU is yet to start?
+/// Return whether a QEMU that is yet to start may cause this error.
 fn may_come(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused)
 }
 
-/// Can commands be executed out of band? QEMU offers it where its monitor has a thread for itself.
+/// Return whether commands can execute out of band. QEMU offers that if its monitor has its own
+/// thread.
 pub fn offers_oob(greeting: &Value) -> bool {
     let capabilities = greeting.pointer("/QMP/capabilities").and_then(Value::as_array);
     capabilities.is_some_and(|capabilities| capabilities.contains(&json!("oob")))
 }
 
-/// Negotiate, and see that it lasts: a QEMU that is just starting may take the session for opened
-/// twice, greet twice, and expect another negotiation then.
+/// Negotiate, and check that it lasts: a starting QEMU may take the session for opened twice, greet
+/// twice, and then expect another negotiation.
 async fn negotiate(qemu: &mut Qemu) -> Result<(), QmpError> {
     let enable = if qemu.oob { json!({ "enable": ["oob"] }) } else { Value::Null };
     qemu.execute("qmp_capabilities", enable.clone()).await?;
@@ -246,8 +249,8 @@ async fn negotiate(qemu: &mut Qemu) -> Result<(), QmpError> {
 }
 
 impl Qemu {
-    /// Send the command of client number `client` as it is, with this id if it has one; the reply comes
-    /// as [`Said::Reply`].
+    /// Send a command of client number `client` unchanged; `id` is its id, if it has one. The reply
+    /// arrives as [`Said::Reply`].
     ///
     /// # Errors
     /// [`QmpError::connection_lost`].
@@ -258,13 +261,13 @@ impl Qemu {
         id: Option<Id>,
         fds: Vec<OwnedFd>,
     ) -> Result<(), QmpError> {
-        // It ends where its last byte is, for QEMU too.
+        // A delimiter: QEMU's parser, too, must end the command here.
         line.extend_from_slice(b"\r\n");
         let request = Request { line, fds, waiter: Waiter::Client(client, id) };
         self.requests.send(request).await.map_err(|_| QmpError::connection_lost())
     }
 
-    /// A client's command out of band, under an id of ours: its reply may come at any time.
+    /// Send a client's out-of-band command under an id of ours: its reply may arrive at any time.
     pub fn overtaking(
         &self,
         client: u64,
@@ -274,7 +277,7 @@ impl Qemu {
         let waiter = Waiter::Client(client, command.id.clone());
         let request = Request { line: command.under(&id), fds: Vec::new(), waiter };
         let overtaking = self.overtaking.clone();
-        // A QEMU that is gone ends the relay.
+        // Fails only if QEMU is gone, which ends the relay.
         async move { drop(overtaking.send((id, request)).await) }
     }
 
@@ -292,7 +295,7 @@ impl Qemu {
         said(FromQemu::read(&line), command)
     }
 
-    /// Execute a command of our own in this band, or in band where QEMU has no other.
+    /// Execute a command of our own in this band, or in band if QEMU has no other.
     ///
     /// # Errors
     /// The error reply, or [`QmpError::connection_lost`].
@@ -311,7 +314,7 @@ impl Qemu {
         format!("{}{}", self.own_id, self.next_id.fetch_add(1, Ordering::Relaxed))
     }
 
-    /// The line of the reply.
+    /// Execute a command of our own, and return the line of the reply.
     async fn ask(
         &self,
         band: Band,
@@ -339,7 +342,7 @@ impl Qemu {
     }
 }
 
-/// What a reply to `command` says.
+/// Return the result in a reply to `command`.
 fn said(reply: Option<FromQemu>, command: &str) -> Result<Value, QmpError> {
     match reply {
         Some(FromQemu::Reply { result, .. }) => result,
@@ -347,8 +350,8 @@ fn said(reply: Option<FromQemu>, command: &str) -> Result<Value, QmpError> {
     }
 }
 
-/// The session, for what QEMU answers a client through us: its strings are what QEMU wrote, those of
-/// errors excepted.
+/// The session, for replies that are passed on to a client: all strings but those of errors stay as
+/// QEMU wrote them.
 pub struct Verbatim(pub Qemu);
 
 impl Execute for Verbatim {
@@ -364,28 +367,29 @@ impl Execute for Qemu {
     }
 }
 
-/// Who waits for replies.
+/// Recipients of pending replies.
 #[derive(Default)]
 struct Waiting {
     waiters: Mutex<Waiters>,
-    /// The command in band was answered.
+    /// Notified when the in-band command has its reply.
     answered: Notify,
 }
 
 #[derive(Default)]
 struct Waiters {
     in_band: Option<Waiter>,
-    /// By the ids under which their commands were sent.
+    /// By the ids under which the commands were sent.
     out_of_band: HashMap<String, Waiter>,
 }
 
 impl Waiting {
     fn waiters(&self) -> MutexGuard<'_, Waiters> {
-        // Nobody panics while he has it.
+        // Nothing panics while it holds the lock.
         self.waiters.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Who waits for a reply with this id; a reply with none, or with a client's, is in band.
+    /// Take the recipient of a reply with this id. A reply with no id, or with a client's, is in
+    /// band.
     fn take(&self, id: Option<&[u8]>) -> Option<(Band, Waiter)> {
         let mut waiters = self.waiters();
         let id: Option<String> = id.and_then(|id| serde_json::from_slice(id).ok());
@@ -401,7 +405,7 @@ impl Waiting {
         Some((Band::In, waiter))
     }
 
-    /// Who waits for the reply in band, whatever it says.
+    /// Take the recipient of the in-band reply, whatever the reply is.
     fn take_in_band(&self) -> Option<Waiter> {
         let waiter = self.waiters().in_band.take()?;
         self.answered.notify_one();
@@ -409,7 +413,7 @@ impl Waiting {
     }
 }
 
-/// Write requests: in band one when the one before was answered, out of band at once.
+/// Write requests: in-band ones after the previous reply, out-of-band ones at once.
 async fn write(
     stream: &UnixStream,
     mut in_turn: mpsc::Receiver<Request>,
@@ -433,12 +437,12 @@ async fn write(
                 busy = true;
                 (line, fds)
             }
-            // Nobody asks any more: QEMU is still heard.
+            // No more requests can follow; QEMU's output is still read.
             else => break,
         };
         let borrowed: Vec<_> = fds.iter().map(|fd| fd.as_fd()).collect();
         if let Err(error) = socket::send_all_async(stream, &line, &borrowed).await {
-            // The reader ends the session.
+            // `read` ends the session.
             debug!(%error, "QEMU takes no more commands");
             break;
         }
@@ -447,7 +451,7 @@ async fn write(
     std::future::pending().await
 }
 
-/// Hand the relay's own replies to their waiters, and say the rest.
+/// Deliver the relay's own replies to their recipients, and pass on the rest.
 async fn read(mut lines: Lines, waiting: &Waiting, say: mpsc::Sender<Said>) {
     loop {
         let said = match lines.next().await {
@@ -464,8 +468,8 @@ async fn read(mut lines: Lines, waiting: &Waiting, say: mpsc::Sender<Said>) {
     }
 }
 
-/// What a line means to clients, if it is for one. Replies are not read for that: whoever asked may
-/// understand them.
+/// Return what clients get of a line, if anything. Replies are not parsed for that: only the asker
+/// has to understand them.
 fn heard(line: Vec<u8>, waiting: &Waiting) -> Option<Said> {
     let waiter = match Kind::of(&line) {
         Some(Kind::Reply(id)) => waiting.take(id),
@@ -475,7 +479,7 @@ fn heard(line: Vec<u8>, waiting: &Waiting) -> Option<Said> {
         }
         Some(Kind::Event | Kind::Other) => return Some(Said::Event(line)),
         None => {
-            warn!("a line of QEMU that is no JSON object");
+            warn!("QEMU sent a line that is not a JSON object");
             waiting.take_in_band().map(|waiter| (Band::In, waiter))
         }
     };
@@ -485,18 +489,19 @@ fn heard(line: Vec<u8>, waiting: &Waiting) -> Option<Said> {
             Some(Said::Reply(client, Band::Out, envelope::with_id(&line, id.as_ref())))
         }
         Some((_, Waiter::Own(_, waiter))) => {
-            // Whoever does not wait any more does not want it.
+            // A recipient that has given up does not need it.
             let _ = waiter.send(line);
             None
         }
         None => {
-            debug!("a reply of QEMU that nobody waits for");
+            debug!("unexpected reply from QEMU");
             None
         }
     }
 }
 
-/// A line that is too long to keep was a reply: events are short. Whoever asked is told.
+/// Handle a line too long to keep. Events are short, so it was a reply: return an error to the
+/// asker.
 fn cut_off(waiting: &Waiting) -> Option<Said> {
     let error = QmpError::generic(format!(
         "QEMU's reply has more than {ITEM_MAX} bytes; ask for less at a time"
@@ -510,7 +515,7 @@ fn cut_off(waiting: &Waiting) -> Option<Said> {
             None
         }
         None => {
-            warn!("a line of QEMU that is too long, and no reply");
+            warn!("QEMU sent an over-long line that is not a reply");
             None
         }
     }

@@ -1,4 +1,4 @@
-//! What is around RAM: sections' heads, commands, and the state that QEMU sends before RAM.
+//! What surrounds RAM: section headers, commands, and the state that QEMU sends before RAM.
 
 use super::{Found, Item, Parser, Ram, State, section, shown};
 use crate::{
@@ -9,13 +9,12 @@ use crate::{
     },
 };
 
-/// Name of the section, behind the device's path, that virtio-mem sends before RAM from QEMU 8.0 on,
-/// because what of its memory is plugged has to be known before the first page
-/// (hw/virtio/virtio-mem.c).
+/// Name, after the device's path, of the section that virtio-mem sends before RAM from QEMU 8.0 on:
+/// QEMU must know which memory is plugged before the first page (hw/virtio/virtio-mem.c).
 const VIRTIO_MEM: &[u8] = b"virtio-mem-device-early";
 
 impl Parser {
-    /// A subsection of the configuration.
+    /// Parse a subsection of the configuration.
     pub(super) fn subsection(&self, fields: &mut Fields<'_>) -> Result<Option<Found>, StreamError> {
         fields.next = 1;
         let (Some(name), Some(_version)) = (fields.string(), fields.u32()) else { return Ok(None) };
@@ -45,7 +44,7 @@ impl Parser {
         Ok(whole.then_some(Found { size: fields.next, item: Item::Other, payload: 0, next }))
     }
 
-    /// The head of a section, or a command.
+    /// Parse a section's header, or a command.
     pub(super) fn section(
         &mut self,
         fields: &mut Fields<'_>,
@@ -68,7 +67,8 @@ impl Parser {
                     return Err(StreamError::UnknownSection(name));
                 }
                 if version != 4 || self.ram_id.is_some() {
-                    return Err(self.malformed(format!("RAM of version {version}, or twice")));
+                    return Err(self
+                        .malformed(format!("RAM section of version {version}, or a second one")));
                 }
                 self.ram_id = Some(id);
                 State::MemSize
@@ -86,7 +86,7 @@ impl Parser {
         Ok(Some(Found { size: fields.next, item: Item::Other, payload: 0, next }))
     }
 
-    /// The rest of a section of virtio-mem.
+    /// Parse the rest of a virtio-mem section.
     fn virtio_mem(&self, fields: &mut Fields<'_>, id: u32) -> Result<Option<Found>, StreamError> {
         let Some(length) = virtio_mem_state(fields) else { return Ok(None) };
         let payload = length.map_err(|why| self.malformed(why))?;
@@ -94,7 +94,7 @@ impl Parser {
         Ok(Some(Found { size: fields.next, item: Item::Other, payload, next }))
     }
 
-    /// A command (MIG_CMD_* of `migration/savevm.c`).
+    /// Parse a command (MIG_CMD_* of `migration/savevm.c`).
     fn command(&self, fields: &mut Fields<'_>) -> Result<Option<Found>, StreamError> {
         let (Some(command), Some(length)) = (fields.u16(), fields.u16()) else { return Ok(None) };
         match command {
@@ -111,14 +111,14 @@ impl Parser {
     }
 }
 
-/// Is this the name of virtio-mem's section?
+/// Whether this is the name of virtio-mem's section.
 fn is_virtio_mem(name: &[u8]) -> bool {
     name.rsplit(|byte| *byte == b'/').next() == Some(VIRTIO_MEM)
 }
 
-/// The fields at the beginning of virtio-mem's section, which say how many bytes follow them:
-/// the plugged size, and a bitmap of the blocks. `None` while they are not all there, an error
-/// if they make no sense.
+/// Parse the fields at the start of virtio-mem's section. Return the length of the plugged size and
+/// the block bitmap, which follow. `None` if the fields are incomplete, an error if they are
+/// inconsistent.
 fn virtio_mem_state(fields: &mut Fields<'_>) -> Option<Result<u64, String>> {
     let (_address, size, block) = (fields.u64()?, fields.u64()?, fields.u64()?);
     let _node = fields.u32()?;

@@ -57,7 +57,7 @@ fn announced_pages_are_written_or_zero_and_counted() {
         Asked::Finished,
     ];
     assert_eq!(asked, expected.iter().collect::<Vec<_>>());
-    // The destination's QEMU gets a stream that it knows.
+    // The destination's QEMU gets a stream that it understands.
     let mut forwarder = Forwarder::default();
     let mut hooks = 0;
     for asked in recorder.asked {
@@ -101,7 +101,7 @@ fn only_what_is_mapped_can_be_announced() {
     let staged = Recorder { staged: vec!["pc.ram"], ..Recorder::default() };
     let stream = start().announced(0, Some("pc.ram"), 1).0;
     assert!(rewrite_to(staged, &stream, &[]).is_err());
-    // A destination's QEMU would take the content for granted.
+    // The destination's QEMU would assume that it has the content.
     assert!(Forwarder::default().push(&stream, &mut Recorder::default()).is_err());
 }
 

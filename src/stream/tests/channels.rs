@@ -1,4 +1,4 @@
-//! Streams whose pages come through multifd channels beside them.
+//! Streams whose pages arrive through multifd channels beside them.
 
 use super::*;
 
@@ -26,19 +26,19 @@ fn rewrite_beside(stream: &[u8], meetings: Vec<Vec<ChannelPage>>, cuts: &[usize]
     recorder.asked
 }
 
-/// Set-up with a word for its synchronisation, as from QEMU 8.1 on.
+/// Set-up with a MULTIFD_FLUSH, as from QEMU 8.1 on.
 fn with_flush() -> Build {
     let Build(mut setup) = Build::with_blocks(&BLOCKS);
     let end = setup.split_off(setup.len() - 13);
     Build(setup).word(0x200).raw(&end)
 }
 
-/// This section has a meeting at its end, and so does the last one, behind it.
+/// End `section` with a sync point, and append a last section that ends with one.
 fn met_twice(section: Build) -> Vec<u8> {
     section.word(0x200).end_of_section().last().word(0x200).end_of_section().raw(&[0]).0
 }
 
-/// QEMU 8.1 and later: a word wherever all channels are at the same point.
+/// QEMU 8.1 and later: MULTIFD_FLUSH at each sync point.
 #[test]
 fn channels_meet_at_each_flush() {
     let stream = met_twice(with_flush().part().end_of_section().part());
@@ -67,7 +67,7 @@ fn without_a_word_they_meet_at_each_sections_end() {
         .0;
     let asked = rewrite_beside(&stream, vec![vec![], vec![], vec![]], &[]);
     assert_eq!(asked.iter().filter(|asked| **asked == Asked::Met).count(), 3);
-    // What the stream had before is written before.
+    // Pages that precede the sync point in the stream are written first.
     let zero = asked.iter().position(|asked| *asked == Asked::Zero(0, 0, 4096)).unwrap();
     assert_eq!(asked[zero + 1], Asked::Met);
 }

@@ -1,4 +1,4 @@
-//! State of devices that comes before RAM.
+//! Device state that arrives before RAM.
 
 use super::*;
 
@@ -8,7 +8,7 @@ fn setup() -> Build {
     Build::with_blocks(&[("pc.ram", 4096), ("0000:00:02.0/vmem0", 4096)])
 }
 
-/// virtio-mem's section without footer, with so many blocks of 2 MiB, said to be of `block` bytes.
+/// virtio-mem's section without footer: `blocks` blocks of 2 MiB, claimed to have `block` bytes.
 fn virtio_mem(blocks: u64, block: u64) -> Build {
     let bitmap = vec![0xa5; blocks.div_ceil(64) as usize * 8];
     Build::default()

@@ -1,4 +1,4 @@
-//! Blocks whose pages are taken from the stream.
+//! Copied blocks, whose pages are taken from the stream.
 
 use super::*;
 
@@ -7,7 +7,7 @@ fn rewrite_staged(stream: &[u8], cuts: &[usize]) -> Result<Recorder, PushError<I
     rewrite_to(Recorder { in_stream: vec!["rom"], staged, ..Recorder::default() }, stream, cuts)
 }
 
-/// Where a block is copied, the records are what is written.
+/// For a copied block, the content of the records is written.
 #[test]
 fn staged_records_become_writes_of_their_bytes() {
     let stream = Build::with_blocks(&[("pc.ram", 4 << 20), ("ram1", 4 << 20)])
@@ -42,7 +42,7 @@ fn staged_records_become_writes_of_their_bytes() {
     assert_eq!(rewrite_staged(&stream, &cuts).unwrap().asked, whole.asked);
 }
 
-/// A pause of QEMU's within a page does not make half a page leave.
+/// A pause of QEMU within a page does not write half a page.
 #[test]
 fn a_flush_within_a_staged_page_waits_for_the_rest() {
     let stream = Build::with_blocks(&[("pc.ram", 1 << 20)]).part().page(0, Some("pc.ram"), 7).0;
@@ -57,7 +57,7 @@ fn a_flush_within_a_staged_page_waits_for_the_rest() {
     assert_eq!(recorder.asked.last().unwrap(), &Asked::Copied(0, 0, vec![7; 4096]));
 }
 
-/// Only QEMU can decode them.
+/// Only QEMU can decode these pages.
 #[test]
 fn encoded_pages_of_a_staged_block_are_refused() {
     for stream in [
@@ -71,8 +71,8 @@ fn encoded_pages_of_a_staged_block_are_refused() {
 }
 
 proptest! {
-    /// Whatever is staged in whatever order, cut wherever and with whatever pauses: the destination
-    /// ends with the last record of each page, and no write crosses a chunk.
+    /// For any records, cuts and pauses: the destination ends with the last record of each page,
+    /// and no write crosses a chunk.
     #[test]
     fn staged_pages_arrive_as_their_last_record_says(
         records in prop::collection::vec((0_u64..600, 0_u8..4, 0_u64..40), 1..12),

@@ -1,8 +1,8 @@
-//! Who connects to a waiting destination: sources, and the return path of a stock one.
+//! Accepts connections to a waiting destination: sources, and the return path of a stock source.
 //!
-//! Each source agrees on a thread of its own, so that who falls silent, or sends a byte a second, is
-//! waited for by nobody else. The first one that begins to send its stream is served, and those that
-//! are pending then are turned away.
+//! Each source has a handshake thread of its own, so that a source that falls silent, or sends a
+//! byte a second, delays no other. The first one that begins to send its stream is served; those
+//! that are pending then are turned away.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -37,62 +37,62 @@ use crate::{
     wire::PrivateData,
 };
 
-/// Sources that may be pending. On RDMA the buffers of each are 12 MiB of pinned memory; who stands in line
-/// has none yet.
+/// Limits for pending sources. On RDMA the buffers of each are 12 MiB of pinned memory; a queued
+/// source has none yet.
 const PENDING: Limits = Limits { each: 4, total: 16, line: 64, grace: GRACE };
 
-/// How long a source may take from the agreement to its first bytes. Its QEMU is asked to migrate
-/// then.
+/// How long a source may take from the handshake to its first bytes. Meanwhile its QEMU is asked to
+/// migrate.
 const FIRST_BYTES: Duration = Duration::from_secs(60);
 
 /// A source that has the seat and sends.
 pub struct Proven {
-    /// The agreement.
+    /// The result of the handshake.
     pub accepted: Accepted,
     /// Its first message.
     pub first: Vec<u8>,
-    /// Who it is.
+    /// The source's address.
     pub peer: SocketAddr,
-    /// Its place among those that are pending.
+    /// Its slot among the pending sources.
     pub place: Place,
-    /// A stock source's, which may come later.
+    /// A stock source's return path, which may be opened later.
     pub return_path: Option<Arc<ReturnPath>>,
 }
 
-/// Lets in who connects.
+/// Accepts sources.
 pub struct Acceptor {
     proven: Receiver<Result<Proven>>,
-    /// Lines about those that get no further.
+    /// Limits log lines about sources that are turned away.
     pub refused: Arc<Refusals>,
 }
 
-/// What all that are pending share.
-struct Hall {
+/// What all pending sources share.
+struct AcceptorShared {
     context: Arc<Context>,
     pending: Arc<Pending>,
     seat: Arc<Seat>,
-    /// Stock sources whose second connection may come.
+    /// Stock sources whose second connection may arrive.
     expected: Mutex<Vec<Expected>>,
     proven: Sender<Result<Proven>>,
     refused: Arc<Refusals>,
-    /// Lines about those that got this far.
+    /// Limits log lines about sources whose handshake succeeded.
     agreed: Refusals,
 }
 
-/// Where the second connection of a stock source at this address goes.
+/// Where to pass the second connection of a stock source at this address.
 struct Expected {
     address: IpAddr,
-    /// Gone with its source.
+    /// Dropped with its source.
     return_path: Weak<ReturnPath>,
     open: SyncSender<Box<dyn Request>>,
 }
 
 impl Acceptor {
-    /// Accept on a thread of its own, until the listener is closed.
+    /// Accept on a separate thread until the listener is closed.
     pub fn open(mut listener: Box<dyn Listener>, context: &Arc<Context>) -> Self {
         let (sender, proven) = mpsc::channel();
         let refused = Arc::<Refusals>::default();
-        let hall = Arc::new(Hall {
+        let shared = Arc::new(AcceptorShared {
             context: context.clone(),
             pending: Pending::new(PENDING),
             seat: Arc::default(),
@@ -104,10 +104,10 @@ impl Acceptor {
         let accept = move || {
             loop {
                 match listener.accept() {
-                    Ok(request) => hall.visit(request),
+                    Ok(request) => shared.visit(request),
                     Err(error) => {
                         // The receiver is gone only when a source is served.
-                        let _ = hall.proven.send(Err(error.into()));
+                        let _ = shared.proven.send(Err(error.into()));
                         return Ok(());
                     }
                 }
@@ -116,24 +116,24 @@ impl Acceptor {
         let say = say_failure(&context.events, Event::Failed);
         threads::start("acceptor", accept, move |end| {
             say(end);
-            // Not before: who waits for a source would take that for a peer's end.
+            // Not earlier: a thread that waits for a source would take that for the end of a peer.
             drop(sender);
         });
         Self { proven, refused }
     }
 
-    /// The next source that sends.
+    /// Return the next source that sends.
     pub fn next(&self) -> Result<Proven> {
         self.proven.recv().unwrap_or(Err(FabricError::Closed.into()))
     }
 }
 
-impl Hall {
+impl AcceptorShared {
     fn expected(&self) -> MutexGuard<'_, Vec<Expected>> {
         self.expected.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Somebody connects. Nobody is waited for.
+    /// Handle a new connection, without blocking.
     fn visit(self: &Arc<Self>, request: Box<dyn Request>) {
         let peer = request.peer();
         let stock = self.context.options.fabric == FabricKind::Verbs
@@ -150,11 +150,11 @@ impl Hall {
             return;
         }
         let newcomer = self.pending.enter(peer.ip(), request.handle());
-        let (hall, receiving) = (self.clone(), self.clone());
+        let (shared, receiving) = (self.clone(), self.clone());
         let receive = move || receiving.receive(request, newcomer, stock);
         threads::start("source", receive, move |received| {
             if let Err(error) = received.unwrap_or_else(|lost| Err(lost.into())) {
-                hall.refused.say(|left_out| match hall.seat.begun() {
+                shared.refused.say(|left_out| match shared.seat.begun() {
                     true => {
                         info!(%peer, %error, left_out, "turned away: another source is served");
                     }
@@ -164,14 +164,14 @@ impl Hall {
         });
     }
 
-    /// Agree with a source when it has its place, and hand it on when it sends.
+    /// Do a source's handshake when it has a slot, and pass it on when it sends.
     fn receive(&self, request: Box<dyn Request>, newcomer: Newcomer, stock: bool) -> Result<()> {
         let peer = request.peer();
         let Some(place) = newcomer.wait() else {
             let why = "Too many of this address, or in all, are pending";
             return Err(MigrationError::Aborted(why.into()));
         };
-        // Before it is let in: a stock QEMU connects again as soon as it is.
+        // Before the source is accepted: a stock QEMU connects again right after that.
         let return_path = stock.then(|| self.expect_return_path(peer.ip()));
         let mut accepted = handshake::accept(request, &self.context, &place, &self.seat)?;
         let link = accepted.link.clone();
@@ -185,7 +185,7 @@ impl Hall {
         self.context.events.send(Input::Agreed(link.clone()));
         match first_message(&mut accepted) {
             Ok(first) => {
-                // It fails only when another source is served.
+                // Fails only when another source is served.
                 let _ = self.proven.send(Ok(Proven { accepted, first, peer, place, return_path }));
                 Ok(())
             }
@@ -198,8 +198,8 @@ impl Hall {
         }
     }
 
-    /// Hand a stock QEMU's connection to the source at the same address that expects it: the last
-    /// one that came. Returns it if there is none.
+    /// Pass a stock QEMU's connection to the source at the same address that expects it, the latest
+    /// one first. Returns it if there is none.
     fn offer_return_path(&self, mut request: Box<dyn Request>) -> Option<Box<dyn Request>> {
         let address = request.peer().ip();
         let mut expected = self.expected();
@@ -215,7 +215,7 @@ impl Hall {
         Some(request)
     }
 
-    /// A stock source at this address may connect once more.
+    /// Expect a second connection of a stock source at this address.
     fn expect_return_path(&self, address: IpAddr) -> Arc<ReturnPath> {
         let (open, requests) = sync_channel::<Box<dyn Request>>(1);
         let return_path = ReturnPath::new(self.context.qemu.clone(), self.context.events.clone());
@@ -224,7 +224,7 @@ impl Hall {
         let open = move || {
             while let Ok(request) = requests.recv() {
                 let peer = request.peer();
-                // It is expected as long as its source is there.
+                // Expected only as long as its source exists.
                 let Some(return_path) = opened.upgrade() else { break };
                 match handshake::accept_again(request) {
                     Ok(connection) => {
@@ -242,7 +242,7 @@ impl Hall {
     }
 }
 
-/// Wait for a source's first message, and for the seat.
+/// Wait for a source's first message, then for the seat.
 fn first_message(accepted: &mut Accepted) -> Result<Vec<u8>> {
     let link = accepted.link.clone();
     let mut first = Vec::new();

@@ -8,16 +8,16 @@ use crate::{
     worker::{drive::Events, statistics::Statistics},
 };
 
-/// What they share.
+/// What the threads of a destination share.
 pub struct Context {
     /// QEMU's migration socket.
     pub qemu: Arc<UnixStream>,
-    /// Asks for the destination's blocks.
+    /// Queries the destination's blocks.
     pub inquiry: Arc<Inquiry>,
-    /// Options.
+    /// The migration's options.
     pub options: Options,
     /// Counters.
     pub statistics: Arc<Statistics>,
-    /// Where to say what happens.
+    /// Where to send events.
     pub events: Events<Input>,
 }

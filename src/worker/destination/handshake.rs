@@ -1,4 +1,4 @@
-//! The destination's half of the agreement: a source is let in, into blocks that are the same.
+//! The destination's half of the handshake: accepts a source whose blocks are the same.
 
 use std::{collections::HashMap, ops::Range, sync::Arc};
 
@@ -27,35 +27,35 @@ use crate::{
     },
 };
 
-/// The destination's view of an agreement.
+/// The result of the handshake.
 pub struct Accepted {
-    /// For sending.
+    /// Sending half.
     pub link: Arc<Link>,
-    /// For receiving.
+    /// Receiving half.
     pub receiver: LinkReceiver,
     /// The blocks in the source's order.
     pub blocks: Vec<AcceptedBlock>,
     /// Checks the source's ranges in them.
     pub table: BlockTable,
-    /// Messages about RAM may come at any time, not only within a section of the stream.
+    /// Whether messages about RAM may arrive outside sections of the stream.
     pub any_time: bool,
-    /// A stock source has not named its blocks; these are here, and whether they are to be pinned.
+    /// Whether to pin, and our blocks, until a stock source has named its own.
     unnamed: Option<(bool, Vec<Block>)>,
-    /// What the source was let into at its request, by block.
+    /// Ranges that were registered at the source's request, by block.
     ranges: HashMap<usize, Ranges<RemoteKey>>,
-    /// Bytes of it.
+    /// Bytes of these ranges.
     pinned: u64,
     pin_limit: Option<u64>,
-    /// Bytes of the chunks that the source asks for. Between helpers nothing depends on
-    /// `x-rdma-chunk-size`, which one of them may not have.
+    /// Bytes of the chunks that the source asks for. Between helpers `x-rdma-chunk-size` has no
+    /// effect, because one of them may not have it.
     chunk: u64,
-    /// To the guest's memory, and to its migration.
+    /// Claim to the guest's memory and its migration.
     pub claim: Arc<Claim>,
 }
 
 impl Drop for Accepted {
     fn drop(&mut self) {
-        // Nobody may touch memory any more when the next one may.
+        // All access must end before the next source gets any.
         self.claim.give_up();
         self.receiver.revoke();
         self.claim.leave();
@@ -68,21 +68,26 @@ pub struct AcceptedBlock {
     pub name: String,
     /// Used length in bytes.
     pub length: u64,
-    /// Its memory and the key to it; `None` if its pages come in the stream.
+    /// Its memory and the key to it; `None` if its pages arrive in the stream.
     pub target: Option<(Arc<Region>, RemoteKey)>,
-    /// That memory is the worker's, and its content QEMU's by the stream.
+    /// Whether the memory is the worker's, and QEMU gets its content in the stream.
     pub stand_in: bool,
 }
 
 impl Accepted {
-    fn new(connection: Box<dyn Connection>, flow: [Flow; 2], stock: bool, hall: &Hall<'_>) -> Self {
-        let stall = hall.options.stall_timeout();
+    fn new(
+        connection: Box<dyn Connection>,
+        flow: [Flow; 2],
+        stock: bool,
+        context: &HandshakeContext<'_>,
+    ) -> Self {
+        let stall = context.options.stall_timeout();
         let [sending, receiving] = flow;
         let (link, mut receiver) = match stock {
             true => Link::stock(connection, receiving, stall),
             false => Link::new(connection, sending, receiving, stall),
         };
-        let claim = Claim::new(hall.seat, link.handle());
+        let claim = Claim::new(context.seat, link.handle());
         let writes = Arc::downgrade(&claim);
         receiver.guard(Arc::new(move || {
             let claim = writes.upgrade().filter(|claim| claim.take());
@@ -97,20 +102,21 @@ impl Accepted {
             unnamed: None,
             ranges: HashMap::new(),
             pinned: 0,
-            pin_limit: hall.options.pin_limit,
-            chunk: if stock { hall.options.chunk_size } else { CHUNK },
+            pin_limit: context.options.pin_limit,
+            chunk: if stock { context.options.chunk_size } else { CHUNK },
             claim,
         }
     }
 
-    /// Has a helper, which had agreed, said that its migration is over? Who leaves without a word may be
-    /// anybody, and so may a stock source, which has named nothing.
+    /// Return whether a helper that completed the handshake reported the end of its migration. A
+    /// peer that closes without a message may be anybody, and so may a stock source, which has
+    /// named nothing.
     pub fn took_leave(&self, error: &MigrationError) -> bool {
         let is_its = matches!(error, MigrationError::PeerFailed { .. });
         is_its && !self.link.is_stock() && !self.claim.gave_up()
     }
 
-    /// Ends the source from any thread, also where it waits for its turn.
+    /// Return a handle that ends the source from any thread, even while it waits for the seat.
     fn handle(&self) -> Handle {
         let (link, claim) = (self.link.handle(), self.claim.clone());
         Handle::new(move || {
@@ -119,11 +125,11 @@ impl Accepted {
         })
     }
 
-    /// The stream's block list is complete: a stock source has named its blocks by it. It writes
-    /// all of them, so those that are not shared get memory here.
+    /// Take a stock source's blocks from the stream's block list. The source writes all of them, so
+    /// those that are not shared get memory here.
     ///
     /// # Errors
-    /// When they are not the same as here.
+    /// When the blocks are not the same as here.
     pub fn name(&mut self, blocks: &[StreamBlock]) -> Result<()> {
         let Some((pin, own)) = self.unnamed.take() else { return Ok(()) };
         let listed_block =
@@ -154,8 +160,8 @@ impl Accepted {
         Ok(())
     }
 
-    /// Let the source into a range of a block, unless it may write all of it. A stock QEMU asks
-    /// for each chunk, and gets the key of a larger range.
+    /// Register a range of a block for the source, unless the whole block is registered. A stock
+    /// QEMU asks for each chunk, and gets the key of a larger range.
     ///
     /// # Errors
     /// When the device can't register it.
@@ -192,14 +198,14 @@ impl Accepted {
         Ok(key)
     }
 
-    /// Let a helper no longer into a range that it asked for.
+    /// Unregister a range that a helper asked for.
     ///
     /// # Errors
-    /// It never asked for it.
+    /// When the helper never asked for it.
     pub fn unregister(&mut self, request: &Register) -> Result<()> {
         if self.link.is_stock() {
-            // It got larger ranges than it asked for, and asks for its chunks again if it writes
-            // them: they end with the RAM sections, all at once.
+            // A stock source got larger ranges than it asked for, and asks for its chunks again if
+            // it writes them. All ranges end together with the RAM sections.
             return Ok(());
         }
         let (index, range) = self.table.unregister(request)?;
@@ -214,7 +220,7 @@ impl Accepted {
         Ok(())
     }
 
-    /// The answer to the source's block list.
+    /// Return the answer to the source's block list.
     pub fn entries(&self) -> Vec<RamBlockEntry> {
         let entry = |(index, block): (usize, &AcceptedBlock)| {
             let key = block.target.as_ref().map(|(_, key)| *key);
@@ -230,18 +236,18 @@ impl Accepted {
     }
 }
 
-/// What the agreement depends on at this end.
-struct Hall<'a> {
+/// What the handshake depends on at this end.
+struct HandshakeContext<'a> {
     options: &'a Options,
     inquiry: &'a Inquiry,
     statistics: &'a Statistics,
     seat: &'a Arc<Seat>,
 }
 
-/// The destination: let a source in and compare its blocks with the own ones.
+/// Accept a source and compare its blocks with ours.
 ///
 /// # Errors
-/// When it is no helper, or does not have the same blocks; it was told then.
+/// When the source is not a helper, or does not have the same blocks; it was told.
 pub fn accept(
     request: Box<dyn Request>,
     context: &Context,
@@ -249,7 +255,7 @@ pub fn accept(
     seat: &Arc<Seat>,
 ) -> Result<Accepted> {
     let Context { options, inquiry, statistics, .. } = context;
-    let hall = Hall { options, inquiry, statistics, seat };
+    let context = HandshakeContext { options, inquiry, statistics, seat };
     let theirs = PrivateData::decode(request.private_data())?;
     let pin_all = theirs.pin_all;
     let theirs = extension(&theirs, options)?;
@@ -260,14 +266,14 @@ pub fn accept(
         Some(theirs) => [Flow::Window(theirs.window), Flow::Window(ours.window)],
         None => [Flow::Lockstep; 2],
     };
-    let mut accepted = Accepted::new(connection, flow, theirs.is_none(), &hall);
+    let mut accepted = Accepted::new(connection, flow, theirs.is_none(), &context);
     let agreed = match theirs {
-        _ if !place.advance(accepted.handle()) => Err(made_room()),
+        _ if !place.advance(accepted.handle()) => Err(yielded()),
         Some(theirs) => {
             accepted.any_time = theirs.any_time();
-            accepted.agree(pin_all, &hall, place)
+            accepted.agree(pin_all, &context, place)
         }
-        // It names its blocks in the stream.
+        // A stock source names its blocks in the stream.
         None => inquiry.ask().and_then(|own| {
             check_limit(&own, pin_all, options.pin_limit, options)?;
             accepted.unnamed = Some((pin_all, own));
@@ -283,28 +289,33 @@ pub fn accept(
     }
 }
 
-fn made_room() -> MigrationError {
-    MigrationError::Aborted("It made room for another source".into())
+fn yielded() -> MigrationError {
+    MigrationError::Aborted("It was dropped in favour of another source".into())
 }
 
 impl Accepted {
     /// Compare the block lists; if they agree, tell the source where to write.
-    fn agree(&mut self, pin_all: bool, hall: &Hall<'_>, place: &Place) -> Result<()> {
+    fn agree(
+        &mut self,
+        pin_all: bool,
+        context: &HandshakeContext<'_>,
+        place: &Place,
+    ) -> Result<()> {
         let source = read_lists(&self.link, &mut self.receiver);
         let source = source.inspect_err(|error| self.tell_stranger(error))?;
-        let own = hall.inquiry.ask()?;
+        let own = context.inquiry.ask()?;
         let order = self.compare(&source, &own);
         let order = order.inspect_err(|error| self.tell_stranger(error))?;
         if !place.advance(self.handle()) {
-            return Err(made_room());
+            return Err(yielded());
         }
-        check_limit(&own, pin_all, hall.options.pin_limit, hall.options)?;
-        if pin_all && hall.options.fabric.pins() {
-            // What is registered can be written.
+        check_limit(&own, pin_all, context.options.pin_limit, context.options)?;
+        if pin_all && context.options.fabric.pins() {
+            // Registered memory can be written, so take the seat first.
             if !self.claim.take() {
-                return Err(made_room());
+                return Err(yielded());
             }
-            hall.statistics.follow(&self.link);
+            context.statistics.follow(&self.link);
         }
         for Block { name, length, region, .. } in order.into_iter().map(|index| &own[index]) {
             let mut target = |region: &Arc<Region>| -> Result<_> {
@@ -319,7 +330,7 @@ impl Accepted {
         Ok(())
     }
 
-    /// Which own block is each of the source's? There is a table of them then.
+    /// Return our block for each of the source's, and create the table of them.
     fn compare(&mut self, source: &[ListedBlock], own: &[Block]) -> Result<Vec<usize>> {
         let writable = |index: usize| own[index].region.is_some();
         let order = blocks::compare(source, &listed(own), writable)?;
@@ -327,8 +338,8 @@ impl Accepted {
         Ok(order)
     }
 
-    /// Who does not know the guest learns nothing of it: only what was wrong with its own words, or
-    /// that the lists differ.
+    /// Tell a source that does not know the guest nothing about it: only what was wrong with its
+    /// own messages, or that the lists differ.
     fn tell_stranger(&self, error: &MigrationError) {
         match error {
             MigrationError::Peer(_) | MigrationError::PeerFailed { .. } => {
@@ -339,12 +350,12 @@ impl Accepted {
     }
 }
 
-/// What a source is told whose blocks are not the destination's.
+/// Sent to a source whose blocks are not the destination's.
 const DIFFERENT: &str = "The destination does not have the source's RAM blocks, and its helper's log \
                          says what differs; start both QEMUs with the same machine type, memory and \
                          devices";
 
-/// Let the peer into a region: all of it, or range by range.
+/// Grant the peer access to a region: to all of it, or range by range later.
 fn let_in(receiver: &mut LinkReceiver, region: &Arc<Region>, pin: bool) -> Result<RemoteKey> {
     if pin { receiver.register(region, 0..region.length()) } else { receiver.announce(region) }
 }
@@ -371,10 +382,10 @@ fn read_lists(link: &Arc<Link>, receiver: &mut LinkReceiver) -> Result<Vec<Liste
         }
     }
 }
-/// A stock source: let its return path in.
+/// Accept a stock source's return path.
 ///
 /// # Errors
-/// When it is something else, or went away.
+/// When the peer is not a stock QEMU, or is gone.
 pub fn accept_again(request: Box<dyn Request>) -> Result<Box<dyn Connection>> {
     let theirs = PrivateData::decode(request.private_data())?;
     if theirs.extension.is_some() {

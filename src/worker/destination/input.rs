@@ -1,4 +1,4 @@
-//! What the threads of a destination tell the one of its state machine.
+//! Inputs from a destination's threads to the thread of its state machine.
 
 use std::sync::Arc;
 
@@ -14,17 +14,18 @@ use crate::{
     },
 };
 
-/// What they tell.
+/// An input.
 pub enum Input {
-    /// It happened.
+    /// An event for the state machine.
     Event(Event),
     /// A source connected, and the block lists agree.
     Agreed(Arc<Link>),
-    /// It went again before it sent anything; because its migration is over, if it said so, and why.
+    /// A source left before it sent anything; with the reason, if it reported the end of its
+    /// migration.
     Withdrawn(Arc<Link>, Option<String>),
-    /// It begins to send, and is the one that is served.
+    /// A source begins to send, and is the one that is served.
     Begun(Arc<Link>),
-    /// The receiver asks.
+    /// The receiver asks whether QEMU may get the bytes after RAM.
     RamEnded(RamEnded),
 }
 
@@ -40,7 +41,8 @@ impl From<RamEnded> for Input {
     }
 }
 
-/// What a thread that waits for the source or QEMU says at its end, if it failed or was lost.
+/// Return a callback that reports if a thread that waits for the source or QEMU has failed or was
+/// lost.
 pub fn say_failure(
     events: &Events<Input>,
     failed: fn(MigrationError) -> Event,

@@ -1,5 +1,5 @@
-//! The destination's RAM blocks as they are when a source comes: memory may have been plugged in or out
-//! since the worker began to listen. The relay asks QEMU for them.
+//! The destination's RAM blocks at the time when a source connects: memory may have been plugged or
+//! unplugged since the worker began to listen. The relay asks QEMU for them.
 
 use std::{
     collections::HashMap,
@@ -16,10 +16,10 @@ use crate::{
     worker::{block::Block, relay_socket::Reports},
 };
 
-/// How long the relay may take. A source waits for its part of the agreement meanwhile.
+/// How long the relay may take. A source waits for the handshake meanwhile.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// What the threads of sources ask the relay.
+/// Queries to the relay, from the threads of sources.
 pub struct Inquiry {
     reports: Arc<Reports>,
     state: Mutex<State>,
@@ -33,7 +33,7 @@ struct State {
 }
 
 impl Inquiry {
-    /// Of the relay that gets these reports.
+    /// Query the relay that receives these reports.
     pub fn new(reports: Arc<Reports>) -> Self {
         Self { reports, state: Mutex::default() }
     }
@@ -42,10 +42,10 @@ impl Inquiry {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Ask, and wait for the answer. Not for the state machine.
+    /// Query the blocks, and wait for the answer. Not for the state machine.
     ///
     /// # Errors
-    /// The relay's; or there is none.
+    /// The relay's error; or when no answer arrives.
     pub fn ask(&self) -> Result<Vec<Block>> {
         let (sender, answer) = sync_channel(1);
         let number = {
@@ -58,26 +58,26 @@ impl Inquiry {
             state.waiting.insert(number, sender);
             number
         };
-        self.reports.send(&Report::SourceComes { number });
+        self.reports.send(&Report::SourceConnected { number });
         let answered = answer.recv_timeout(PATIENCE);
         self.state().waiting.remove(&number);
         answered.unwrap_or_else(|error| match error {
             RecvTimeoutError::Disconnected => Err(relay_gone()),
             RecvTimeoutError::Timeout => {
-                let why = "The destination's QEMU does not say what memory it has; is it alive?";
+                let why = "The destination's QEMU does not report its RAM blocks; is it running?";
                 Err(MigrationError::Aborted(why.into()))
             }
         })
     }
 
-    /// The answer to question `number`, unless nobody waits for it any more.
+    /// Pass on the answer to query `number`, unless its thread no longer waits.
     pub fn answer(&self, number: u64, answer: Result<Vec<Block>>) {
         if let Some(waiting) = self.state().waiting.remove(&number) {
             let _ = waiting.try_send(answer);
         }
     }
 
-    /// There will be no more answers.
+    /// Fail pending and later queries: the relay is gone.
     pub fn end(&self) {
         let mut state = self.state();
         state.relay_gone = true;

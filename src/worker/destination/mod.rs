@@ -1,6 +1,6 @@
-//! The destination's side: a source is let in, RAM lands, QEMU gets the rest.
+//! The destination's side: a source connects, RAM arrives, QEMU gets the rest of the stream.
 //!
-//! Does what [`proto::destination`](crate::proto::destination) decides.
+//! Performs what [`proto::destination`](crate::proto::destination) decides.
 
 mod acceptor;
 mod context;
@@ -38,24 +38,24 @@ use crate::{
     wire::Message,
 };
 
-/// The threads of a destination.
+/// Drives the state machine of a destination, and owns its threads.
 struct DestinationDriver {
     qemu: Arc<UnixStream>,
     reports: Arc<Reports>,
     statistics: Arc<Statistics>,
     listening: Handle,
     events: Events<Input>,
-    /// Sources that have agreed so far.
+    /// How many sources have completed the handshake.
     count: u64,
-    /// Those that are there.
+    /// Those that are connected.
     peers: Vec<(Peer, Arc<Link>)>,
-    /// The receiver waits for an answer.
+    /// The receiver's pending question.
     asks: Option<RamEnded>,
-    /// Those that the process should outlive.
+    /// Threads that the process should join before it exits.
     threads: Vec<JoinHandle<()>>,
 }
 
-/// Run one to its end.
+/// Run a destination to its end.
 pub fn run(
     fabric: &dyn Fabric,
     address: &Address,
@@ -95,12 +95,12 @@ pub fn run(
     receive(listener, context);
     drive(Destination::default(), &mut driver, &inputs, &reports, &statistics);
     for thread in driver.threads {
-        // A panic of it was said.
+        // A panic was reported already.
         let _ = thread.join();
     }
 }
 
-/// Start the thread that receives.
+/// Start the receiver thread.
 fn receive(listener: Box<dyn Listener>, context: Context) {
     let events = context.events.clone();
     let serve = move || receiver::serve(listener, &Arc::new(context));
@@ -135,7 +135,8 @@ impl DestinationDriver {
         }
     }
 
-    /// Tell the source, which may take nothing, that QEMU has the guest.
+    /// Tell the source that QEMU has the guest, on a thread of its own: the source may accept
+    /// nothing.
     fn send_final_ack(&self, peer: Peer) {
         let Some(link) = self.link_of(peer) else { return };
         let events = self.events.clone();
@@ -178,7 +179,7 @@ impl Driver for DestinationDriver {
             Action::PassRam => self.answer(true),
             Action::HoldRam => self.answer(false),
             Action::CloseListener => self.listening.close(),
-            // It fails only when QEMU has closed its end.
+            // Fails only if QEMU has closed its end.
             Action::EndStream => drop(self.qemu.shutdown(Shutdown::Write)),
             Action::CloseQemu => drop(self.qemu.shutdown(Shutdown::Both)),
             Action::SendFinalAck(peer) => self.send_final_ack(peer),

@@ -1,4 +1,4 @@
-//! The destination's data thread: lets a source in, lands RAM, and feeds QEMU the rest.
+//! The destination's data thread: takes a source, receives RAM, and feeds QEMU the rest.
 
 use std::{
     io::Write as _,
@@ -31,15 +31,15 @@ use crate::{
     worker::{handshake, link::Deadline},
 };
 
-/// How long a source may take from its first message to the first bytes of its stream, even if nobody
-/// else waits.
+/// How long a source may take from its first message to the first bytes of its stream, even if no
+/// other source waits.
 const BEGINNING: Duration = Duration::from_secs(60);
 
 /// Bytes of records that are gathered before QEMU gets them.
 const BATCH: usize = 256 << 10;
 
-/// Serve sources until one has begun to send its stream, then that one to its end; says how it ended, and
-/// when the source has closed.
+/// Serve sources until one has begun to send its stream, then that one to its end. Report how it
+/// ended, and when the source has closed.
 pub fn serve(listener: Box<dyn Listener>, context: &Arc<Context>) -> Result<()> {
     let acceptor = Acceptor::open(listener, context);
     let (mut receiving, served) = serve_one(&acceptor, context)?;
@@ -49,9 +49,9 @@ pub fn serve(listener: Box<dyn Listener>, context: &Arc<Context>) -> Result<()> 
     Ok(())
 }
 
-/// Serve the first source that begins to send its stream; how did that end?
+/// Serve the first source that begins to send its stream; returns how that ended.
 ///
-/// Whoever fails before that has changed nothing that matters: the next one is waited for.
+/// A source that fails before that has changed nothing that matters, and the next one is awaited.
 fn serve_one<'a>(acceptor: &Acceptor, context: &'a Context) -> Result<(Receiving<'a>, Result<()>)> {
     loop {
         let Proven { accepted, first, peer, place, return_path } = acceptor.next()?;
@@ -63,7 +63,7 @@ fn serve_one<'a>(acceptor: &Acceptor, context: &'a Context) -> Result<(Receiving
             Err(error) if !receiving.begun => {
                 link.end(&error, true);
                 acceptor.refused.say(|left_out| {
-                    warn!(%peer, %error, left_out, "the source went before it sent anything");
+                    warn!(%peer, %error, left_out, "the source disconnected before it sent anything");
                 });
                 let why = receiving.accepted.took_leave(&error).then(|| error.to_string());
                 context.events.send(Input::Withdrawn(link, why));
@@ -73,26 +73,26 @@ fn serve_one<'a>(acceptor: &Acceptor, context: &'a Context) -> Result<(Receiving
     }
 }
 
-/// One source, after the agreement.
+/// One source, after the handshake.
 struct Receiving<'a> {
     accepted: Accepted,
     context: &'a Context,
     parser: Forwarder,
     /// Between HOOK and REGISTER_FINISHED.
     hook_open: bool,
-    /// QEMU was given something.
+    /// Whether QEMU was given anything.
     begun: bool,
-    /// Among those that are pending, until it has begun.
+    /// The slot among the pending sources, until this one has begun.
     place: Place,
-    /// A stock source's.
+    /// A stock source's return path.
     return_path: Option<Arc<ReturnPath>>,
-    /// Until then: the source must begin by it.
+    /// Time limit to begin, until this source has begun.
     deadline: Option<Deadline>,
-    /// Nothing may follow.
+    /// Whether the stream has ended and nothing may follow.
     ended: bool,
-    /// QEMU takes no more of the stream, and may have loaded the guest.
+    /// Whether QEMU reads no more of the stream. It may have loaded the guest.
     left: bool,
-    /// QEMU may have got what follows RAM.
+    /// Whether QEMU may have got the bytes after RAM.
     past_ram: bool,
 }
 
@@ -118,8 +118,8 @@ impl<'a> Receiving<'a> {
         }
     }
 
-    /// Receive until the connection ends. What ends it after STREAM_END is no error. The first
-    /// message has been received.
+    /// Receive until the connection ends, after the message `first`. An end of the connection after
+    /// STREAM_END is not an error.
     fn run(&mut self, first: &[u8]) -> Result<()> {
         let mut buffer = Vec::new();
         let link = self.accepted.link.clone();
@@ -128,7 +128,7 @@ impl<'a> Receiving<'a> {
             match self.accepted.receiver.next(&link, &mut buffer) {
                 Ok(message) => self.message(message)?,
                 Err(MigrationError::Fabric(FabricError::Closed)) if self.ended => return Ok(()),
-                // All that a stock source says at its stream's end.
+                // A stock source only closes the connection at its stream's end.
                 Err(MigrationError::Fabric(FabricError::Closed))
                     if link.is_stock() && self.past_ram =>
                 {
@@ -141,8 +141,8 @@ impl<'a> Receiving<'a> {
         }
     }
 
-    /// Until the source has been told how it ended, its writes are let in: else it would fail of
-    /// that, and never hear why.
+    /// Keep accepting the source's writes until it has closed: if they failed, it would never learn
+    /// how the migration ended.
     fn await_close(&mut self) {
         let mut buffer = Vec::new();
         let link = self.accepted.link.clone();
@@ -205,12 +205,12 @@ impl<'a> Receiving<'a> {
         self.accepted.link.consumed()
     }
 
-    /// May a message be about RAM now? Between helpers always, until RAM has ended.
+    /// Return whether a message may be about RAM now. Between helpers always, until RAM has ended.
     fn takes_ram(&self) -> bool {
         self.hook_open || self.accepted.any_time && !self.past_ram
     }
 
-    /// The memory of a block that the source may write.
+    /// Return the memory of a block that the source may write.
     fn region(&self, index: usize) -> Result<&Arc<Region>> {
         let block = &self.accepted.blocks[index];
         match &block.target {
@@ -219,7 +219,7 @@ impl<'a> Receiving<'a> {
         }
     }
 
-    /// Bytes of the stream: to QEMU, without the hooks.
+    /// Pass bytes of the stream to QEMU, without the hooks.
     fn stream(&mut self, bytes: &[u8]) -> Result<()> {
         if !self.begun {
             self.begin();
@@ -244,7 +244,7 @@ impl<'a> Receiving<'a> {
         Ok(())
     }
 
-    /// The source begins to send its stream: it is this one, and all others are turned away.
+    /// Note that this source begins to send its stream: all others are turned away.
     fn begin(&mut self) {
         self.begun = true;
         self.deadline = None;
@@ -263,8 +263,8 @@ impl<'a> Receiving<'a> {
         }
     }
 
-    /// Hand bytes of the stream to QEMU. One that has loaded the guest may leave a description of it unread
-    /// (`suppress-vmdesc` at one end only): the source sends it to the end nevertheless.
+    /// Pass bytes of the stream to QEMU. A QEMU that has loaded the guest may leave its vmdesc
+    /// unread (`suppress-vmdesc` at one end only); the source sends it to the end nevertheless.
     fn hand_on(&mut self, mut batch: Vec<u8>) -> Result<()> {
         if self.left {
             return Ok(());
@@ -280,7 +280,7 @@ impl<'a> Receiving<'a> {
         }
     }
 
-    /// The source says that its stream is complete.
+    /// Check that the stream is complete, as the source reports.
     fn check_end(&mut self, bytes: u64) -> Result<()> {
         let came = self.context.statistics.stream_bytes.load(Relaxed);
         if came != bytes {
@@ -291,17 +291,17 @@ impl<'a> Receiving<'a> {
         parser.finish().map_err(|cut| MigrationError::Peer(cut.to_string()))
     }
 
-    /// Nothing more comes.
+    /// End QEMU's stream: nothing more arrives.
     fn end(&mut self) {
-        // A QEMU that wants more than the source sent fails instead of waiting for ever. It may
-        // have closed its end already.
+        // A QEMU that wants more than the source sent fails instead of waiting forever. It may have
+        // closed its end already.
         let _ = self.context.qemu.shutdown(Shutdown::Write);
         self.ended = true;
         self.context.events.send(Event::StreamEnded);
     }
 }
 
-/// Gathers what one message has for QEMU.
+/// Gathers the bytes of one message for QEMU.
 struct Feed<'a> {
     receiving: &'a mut Accepted,
     context: &'a Context,
@@ -311,7 +311,7 @@ struct Feed<'a> {
 }
 
 impl Feed<'_> {
-    /// QEMU gets by its stream what a stock source has written to memory of ours.
+    /// Send QEMU the content of the blocks that a stock source has written to the worker's memory.
     fn hand_over_stand_ins(&mut self) -> Result<()> {
         let receiving = &*self.receiving;
         let stand_ins = receiving.blocks.iter().filter(|block| block.stand_in);
@@ -333,10 +333,10 @@ impl Feed<'_> {
     }
 }
 
-/// Write to QEMU's stream what was gathered.
+/// Write the gathered bytes to QEMU's stream.
 fn write(mut qemu: &UnixStream, batch: &mut Vec<u8>) -> Result<()> {
     qemu.write_all(batch).map_err(|error| {
-        MigrationError::Qemu(format!("stopped to read its migration stream ({error})"))
+        MigrationError::Qemu(format!("stopped reading its migration stream ({error})"))
     })?;
     batch.clear();
     Ok(())
@@ -373,8 +373,8 @@ impl ForwardSink for Feed<'_> {
     }
 
     fn ram_end(&mut self) -> Result<()> {
-        // All writes have landed: the source has waited for them before it sent this. From here
-        // on the guest may come to run, and nobody writes its memory from outside any more.
+        // All writes have landed: the source waited for them before it sent this. From here on the
+        // guest may run, and nothing outside may write its memory.
         self.receiving.receiver.revoke();
         self.hand_over_stand_ins()?;
         self.past_ram = self.context.events.may_pass_ram();

@@ -24,11 +24,10 @@ use crate::{
     worker::{drive::Events, link::Link},
 };
 
-/// Forward until QEMU closes its end, or the connection is lost: whoever
-/// feeds QEMU notices that.
+/// Forward until QEMU closes its end, or the connection is lost, which the receiver notices.
 ///
 /// # Errors
-/// When it can't be, although both are there.
+/// When forwarding fails although both ends are there.
 pub fn forward(qemu: &UnixStream, link: &Link, events: &Events<Input>) -> Result<()> {
     let mut buffer = [0; 4096];
     loop {
@@ -48,8 +47,8 @@ pub fn forward(qemu: &UnixStream, link: &Link, events: &Events<Input>) -> Result
     }
 }
 
-/// Towards a stock source: a second connection, which may come before or after
-/// the source begins, or not at all. What QEMU says is forwarded when both are there.
+/// The return path to a stock source: a second connection, which may arrive before or after the
+/// source begins, or not at all. QEMU's messages are forwarded after both.
 pub struct ReturnPath {
     qemu: Arc<UnixStream>,
     events: Events<Input>,
@@ -64,7 +63,7 @@ struct Ends {
 }
 
 impl ReturnPath {
-    /// From this QEMU; `events` are told if it is lost.
+    /// Create a return path of this QEMU; its loss is reported to `events`.
     pub fn new(qemu: Arc<UnixStream>, events: Events<Input>) -> Arc<Self> {
         Arc::new(Self { qemu, events, ends: Mutex::default() })
     }
@@ -73,7 +72,7 @@ impl ReturnPath {
         self.ends.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Its source's first connection, together with which it ends.
+    /// Set the source's first connection, which is closed together with the return path.
     pub fn belongs_to(&self, main: &Arc<Link>) {
         let mut ends = self.lock();
         if let Some(link) = &ends.link {
@@ -82,7 +81,7 @@ impl ReturnPath {
         ends.main = Some(main.clone());
     }
 
-    /// The second connection is there; its READYs are taken on a thread of its own.
+    /// Take the second connection, and receive its READYs on a thread of their own.
     pub fn open(&self, connection: Box<dyn Connection>, stall: Duration) {
         let (link, mut receiver) = Link::stock(connection, Flow::LockstepAhead, stall);
         let answering = link.clone();
@@ -105,7 +104,7 @@ impl ReturnPath {
         ends.link = Some(link);
     }
 
-    /// Its source begins.
+    /// Start to forward: the source begins.
     pub fn begin(&self) {
         let mut ends = self.lock();
         ends.begun = true;

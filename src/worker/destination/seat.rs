@@ -1,9 +1,9 @@
-//! Which source may touch the guest's memory: one at a time, and the first one that begins to send its
-//! stream for good.
+//! The seat: permission to touch the guest's memory, for one source at a time. The first one that
+//! begins to send its stream keeps it.
 //!
-//! Sources agree side by side. Who wants to write, to have memory registered or to send its stream
-//! takes the seat, and waits for it where another one has it: who has waited longest is the next.
-//! Who has it and does not begin keeps it only as long as nobody waits.
+//! Handshakes run in parallel. A source takes the seat before it writes, has memory registered or
+//! sends its stream, and queues while another source holds it; the longest waiter is next. A holder
+//! that does not begin keeps the seat only as long as no other source waits.
 
 use std::{
     collections::VecDeque,
@@ -18,8 +18,8 @@ use tracing::info;
 
 use crate::fabric::Handle;
 
-/// How long who has the seat may take to begin, while others wait for it. QEMU's stream begins in
-/// some milliseconds.
+/// How long the holder may take to begin while others wait. QEMU's stream begins within some
+/// milliseconds.
 const PATIENCE: Duration = Duration::from_secs(2);
 
 /// The seat.
@@ -31,10 +31,10 @@ pub struct Seat {
 
 #[derive(Debug, Default)]
 struct State {
-    /// Claims so far.
+    /// Claims created so far.
     claims: u64,
     holder: Option<Holder>,
-    /// Claims that wait for it; one whose threads wait is in it for each of them.
+    /// Queue of waiting claims; a claim is in it once for each thread that waits.
     line: VecDeque<u64>,
     begun: bool,
 }
@@ -44,7 +44,7 @@ struct Holder {
     claim: u64,
     end: Handle,
     given_up: Arc<AtomicBool>,
-    /// When who waits may end it; `None` while it is this side that has something to do.
+    /// When waiters may end it; `None` while this side still has work to do for it.
     until: Option<Instant>,
 }
 
@@ -53,13 +53,13 @@ impl Seat {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Somebody has begun.
+    /// Return whether a source has begun.
     pub fn begun(&self) -> bool {
         self.lock().begun
     }
 }
 
-/// A source's claim to the seat, which it has not taken yet.
+/// A source's claim to the seat, which need not hold it yet.
 #[derive(Debug)]
 pub struct Claim {
     seat: Arc<Seat>,
@@ -69,7 +69,7 @@ pub struct Claim {
 }
 
 impl Claim {
-    /// Of a source whose connection `end` ends.
+    /// Create a claim for a source whose connection `end` closes.
     pub fn new(seat: &Arc<Seat>, end: Handle) -> Arc<Self> {
         let mut state = seat.lock();
         state.claims += 1;
@@ -77,7 +77,7 @@ impl Claim {
         Arc::new(Self { seat: seat.clone(), number, end, given_up: Arc::default() })
     }
 
-    /// Take the seat, once it is free; false if another source has begun, or this one gave up.
+    /// Wait for the seat and take it; false if another source has begun, or this one gave up.
     #[must_use]
     pub fn take(&self) -> bool {
         let mut state = self.seat.lock();
@@ -111,12 +111,12 @@ impl Claim {
         if let Some(own) = state.line.iter().position(|claim| *claim == self.number) {
             state.line.remove(own);
         }
-        // The next in line may be another one now.
+        // The queue may have a new head.
         self.seat.changed.notify_all();
         taken
     }
 
-    /// It is the source's turn: it has to begin soon if others wait.
+    /// Start the holder's time limit: the source has to begin soon if others wait.
     pub fn expect(&self) {
         let mut state = self.seat.lock();
         let own = state.holder.as_mut().filter(|holder| holder.claim == self.number);
@@ -126,25 +126,25 @@ impl Claim {
         }
     }
 
-    /// It has begun: nobody else ever will.
+    /// Keep the seat for good: the source has begun.
     pub fn begin(&self) {
         self.seat.lock().begun = true;
         self.seat.changed.notify_all();
     }
 
-    /// Whoever waits on its behalf ends. It still has the seat, if it had.
+    /// Give up: waiting threads of this claim return. The claim keeps the seat if it has it.
     pub fn give_up(&self) {
         let _state = self.seat.lock();
         self.given_up.store(true, Ordering::SeqCst);
         self.seat.changed.notify_all();
     }
 
-    /// It was made to, or told to: whoever waits on its behalf ends.
+    /// Return whether the claim gave up, by itself or when asked to.
     pub fn gave_up(&self) -> bool {
         self.given_up.load(Ordering::SeqCst)
     }
 
-    /// Another one may take the seat, unless this one has begun: nothing of it touches memory now.
+    /// Release the seat, unless this source has begun. The source must not touch memory any more.
     pub fn leave(&self) {
         self.give_up();
         let mut state = self.seat.lock();
@@ -157,12 +157,12 @@ impl Claim {
 }
 
 impl Holder {
-    /// How long it may still keep the seat from somebody; `None`: till it leaves. It is asked to when
-    /// its time is over.
+    /// Return how long the holder may still keep the seat; `None`: until it leaves. Asks it to
+    /// leave when its time is over.
     fn left(&mut self) -> Option<Duration> {
         let left = self.until?.saturating_duration_since(Instant::now());
         if left.is_zero() {
-            info!("a source that does not begin makes room for the next one");
+            info!("dropping a source that does not begin: another one waits");
             self.given_up.store(true, Ordering::SeqCst);
             self.end.close();
             self.until = None;
@@ -178,7 +178,7 @@ mod tests {
 
     use super::*;
 
-    /// A claim, and where its end is heard of.
+    /// Return a claim, and a receiver that is told when its connection is closed.
     fn claim(seat: &Arc<Seat>) -> (Arc<Claim>, mpsc::Receiver<()>) {
         let (ended, end) = mpsc::channel();
         let ended = Mutex::new(ended);
@@ -212,7 +212,7 @@ mod tests {
         assert!(asked.try_recv().is_err(), "it was asked twice");
     }
 
-    /// Who waits is in line.
+    /// Wait until `length` claims are queued.
     fn await_line(seat: &Seat, length: usize) {
         while seat.lock().line.len() < length {
             thread::yield_now();
@@ -242,7 +242,7 @@ mod tests {
         assert_eq!(turns.try_iter().collect::<Vec<_>>(), [0, 1, 2, 3, 4, 5, 6, 7]);
     }
 
-    /// The line goes on without who gives up at its head, or waits twice.
+    /// Claims that give up at the head of the queue, or wait twice, do not block it.
     #[test]
     fn who_leaves_the_line_holds_up_nobody() {
         let seat = Arc::default();
@@ -265,7 +265,7 @@ mod tests {
         assert!(seat.lock().line.is_empty());
     }
 
-    /// A claim that is gone is not taken for one that has its place in memory.
+    /// A new claim must not be taken for a dropped one at the same memory address.
     #[test]
     fn no_claim_has_the_number_of_another() {
         let seat = Arc::default();

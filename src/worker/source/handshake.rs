@@ -1,4 +1,4 @@
-//! Before anything moves: the source connects, names its RAM blocks and learns where they go.
+//! The source's half of the handshake: connect, list the RAM blocks, learn their remote addresses.
 
 use std::{ops::Range, sync::Arc, time::Duration};
 
@@ -21,29 +21,29 @@ use crate::{
     },
 };
 
-/// How long a stock QEMU may take to let the return path in (it waits as long itself).
+/// How long a stock QEMU may take to accept the return path (it waits as long itself).
 const RETURN_PATH: Duration = Duration::from_secs(5);
 
-/// Blocks in one BLOCK_LIST: of 264 bytes each at the most, they fit into a message.
+/// Blocks in one BLOCK_LIST. At 264 bytes each at most, they fit into a message.
 const BLOCKS_PER_LIST: usize = 1024;
 
-/// The source's view of an agreement.
+/// The result of the handshake.
 pub struct Agreement {
-    /// For sending.
+    /// Sending half.
     pub link: Arc<Link>,
-    /// For receiving.
+    /// Receiving half.
     pub receiver: LinkReceiver,
     /// The source's blocks.
     pub blocks: SourceBlocks,
-    /// Bytes of guest RAM that may be pinned at a time at both ends.
+    /// Bytes of guest RAM that may be pinned at once, at both ends.
     pub pin_limit: Option<u64>,
-    /// Messages about RAM may be sent at any time, not only within a section of the stream.
+    /// Whether messages about RAM may be sent outside sections of the stream.
     pub any_time: bool,
 }
 
 impl Agreement {
-    /// Multifd channels that QEMU should use. They pay where pages are read from memory; what is not
-    /// mapped has to be kept until it fits into the stream.
+    /// Return how many multifd channels QEMU should use. Channels pay where pages are read from
+    /// memory; pages of blocks that are not mapped must be kept until they fit into the stream.
     pub fn channels(&self, options: &Options) -> u16 {
         let SourceBlocks::Agreed(blocks) = &self.blocks else { return 0 };
         let kept = blocks.iter().filter(|block| block.transfer() != Transfer::Direct);
@@ -51,13 +51,14 @@ impl Agreement {
         if self.any_time && kept <= ROM_MAX { options.channels } else { 0 }
     }
 
-    /// Is a return path that QEMU opens forwarded? By a stock destination only if it was told to.
+    /// Return whether QEMU's return path is forwarded. A stock destination does so only if
+    /// configured.
     pub fn return_path(&self, options: &Options) -> bool {
         options.return_path || matches!(self.blocks, SourceBlocks::Agreed(_))
     }
 
-    /// How many blocks QEMU may announce without their content, because they are read from memory.
-    /// It needs a return path for that, and a stock destination has one only if it was told so too.
+    /// Return how many blocks QEMU may announce without content because they are read from memory.
+    /// QEMU needs a return path for that, which a stock destination has only if configured.
     pub fn announceable(&self, options: &Options) -> usize {
         match &self.blocks {
             SourceBlocks::Agreed(blocks) => {
@@ -71,20 +72,20 @@ impl Agreement {
     }
 }
 
-/// The source's blocks, and what the destination has said of them.
+/// The source's blocks, and what the destination said about them.
 pub enum SourceBlocks {
-    /// A helper has the same, and said where.
+    /// A helper has the same blocks, and said where.
     Agreed(Vec<AgreedBlock>),
-    /// A stock QEMU is asked behind the stream's block list.
+    /// A stock QEMU is asked after the stream's block list.
     Unnamed(Vec<Block>),
 }
 
-/// Where the bytes of a block's pages come from when they are written.
+/// Where the bytes of a block's pages are read from when they are written.
 #[derive(Debug, Clone)]
 pub enum Source {
     /// From its memory.
     Direct(Arc<Region>),
-    /// From their records in the stream: its memory is not shared, or a device must not read it.
+    /// From their records in the stream: the memory is not shared, or a device must not read it.
     Copied,
 }
 
@@ -94,24 +95,23 @@ pub struct AgreedBlock {
     pub name: String,
     /// Used length in bytes.
     pub length: u64,
-    /// Where its pages are, and where they go; `None` if they stay in the stream.
+    /// Where its pages are read from, and the remote key; `None` if they stay in the stream.
     pub target: Option<(Source, RemoteKey)>,
-    /// What was written of it, or said to be zero: of one that QEMU sends all of, where nothing less is a
-    /// migration.
+    /// The pages written or announced as zero, if QEMU must send all of them.
     pub coverage: Option<Coverage>,
-    /// Its index on the wire.
+    /// The block's index on the wire.
     index: u32,
-    /// What is added to offsets in it on the wire.
+    /// Added to offsets in the block on the wire.
     base: u64,
 }
 
 impl Source {
-    /// From `region`, if there is one that may be read.
+    /// Return the source for `region`, if there is one that may be read.
     fn of(region: Option<Arc<Region>>) -> Self {
         region.map_or(Self::Copied, Self::Direct)
     }
 
-    /// The memory that is read.
+    /// Return the memory that is read.
     pub fn region(&self) -> Option<&Arc<Region>> {
         match self {
             Self::Direct(region) => Some(region),
@@ -121,13 +121,13 @@ impl Source {
 }
 
 impl AgreedBlock {
-    /// The memory that its pages are read from.
+    /// Return the memory that the pages are read from.
     pub fn region(&self) -> Option<&Arc<Region>> {
         self.target.as_ref().and_then(|(source, _)| source.region())
     }
 
-    /// A block of which a stock destination has not said where it is. All of its blocks can be
-    /// written; those that it may have resized stay in the stream.
+    /// Create a block whose address a stock destination has not sent yet. All of that destination's
+    /// blocks can be written; those that it may have resized stay in the stream.
     pub fn unplaced(block: &Block, index: u32) -> Self {
         let nowhere = RemoteKey { address: 0, rkey: 0 };
         let fixed = block.region.is_some() || block.length > ROM_MAX;
@@ -142,7 +142,7 @@ impl AgreedBlock {
         }
     }
 
-    /// Bytes that should have been written and were not.
+    /// Return how many bytes should have been written and were not.
     pub fn lacks(&self) -> u64 {
         match (&self.target, &self.coverage) {
             (Some(_), Some(coverage)) => coverage.lacks(),
@@ -150,7 +150,7 @@ impl AgreedBlock {
         }
     }
 
-    /// How its pages are transferred.
+    /// Return how the pages are transferred.
     pub fn transfer(&self) -> Transfer {
         match &self.target {
             Some((Source::Direct(_), _)) => Transfer::Direct,
@@ -159,10 +159,10 @@ impl AgreedBlock {
         }
     }
 
-    /// The destination has said where it is.
+    /// Set the address that the destination has sent.
     ///
     /// # Errors
-    /// It has another length there.
+    /// When the block has another length there.
     pub fn place(&mut self, entry: &RamBlockEntry, options: &Options) -> Result<()> {
         check_key(&self.name, entry, options)?;
         let (base, length) = (entry.offset.get(), entry.length.get());
@@ -184,7 +184,7 @@ impl AgreedBlock {
         Ok(())
     }
 
-    /// The request to be let into these bytes of it, which are chunks of `chunk` bytes.
+    /// Return the request to register these bytes, in chunks of `chunk` bytes.
     pub fn register(&self, range: &Range<u64>, chunk: u64) -> Message<'static> {
         Message::RegisterRequest(vec![Register {
             key: (self.base + range.start).into(),
@@ -194,7 +194,7 @@ impl AgreedBlock {
         }])
     }
 
-    /// The request to end that, for the very same bytes. It names chunks by their number.
+    /// Return the request to unregister the very same bytes. It names chunks by their number.
     pub fn unregister(&self, range: &Range<u64>, chunk: u64) -> Message<'static> {
         Message::UnregisterRequest(vec![Register {
             key: (range.start / chunk).into(),
@@ -204,7 +204,7 @@ impl AgreedBlock {
         }])
     }
 
-    /// The message that `length` bytes at `offset` are zero.
+    /// Return the message that `length` bytes at `offset` are zero.
     pub fn compress(&self, offset: u64, length: u64) -> Message<'static> {
         Message::Compress(Compress {
             value: 0.into(),
@@ -215,7 +215,7 @@ impl AgreedBlock {
     }
 }
 
-/// The source: connect, name the blocks, learn where they go.
+/// Connect to the destination, list the blocks, and learn their remote addresses.
 ///
 /// # Errors
 /// When the destination can't be reached, or does not have the same blocks.
@@ -256,10 +256,10 @@ pub fn connect(
     }
 }
 
-/// A stock destination: another connection, for the return path.
+/// Connect to a stock destination once more, for the return path.
 ///
 /// # Errors
-/// When it takes none.
+/// When the destination does not accept it.
 pub fn connect_again(
     fabric: &dyn Fabric,
     address: &Address,
@@ -275,7 +275,7 @@ pub fn connect_again(
     })
 }
 
-/// Name the blocks and read the answer.
+/// List the blocks, and read the answer.
 fn list_blocks(
     link: &Arc<Link>,
     receiver: &mut LinkReceiver,
@@ -291,7 +291,7 @@ fn list_blocks(
         let last = index + 1 == count;
         link.send(&Message::BlockList { blocks: list.to_vec(), last })?;
     }
-    // While the destination does the same.
+    // The destination does the same meanwhile.
     if options.pin_all {
         blocks
             .iter()
@@ -317,8 +317,8 @@ fn list_blocks(
     blocks.map(|(index, (block, entry))| agreed(index, block, &entry, options)).collect()
 }
 
-/// Memory of this side is registered together with the peer's, so a key that comes by itself is of
-/// no use.
+/// Check that a key was sent only with rdma-pin-all. Otherwise this side registers memory together
+/// with the peer's, and can't use an unsolicited key.
 fn check_key(name: &str, entry: &RamBlockEntry, options: &Options) -> Result<()> {
     if entry.remote_rkey.get() == 0 || options.whole_keys() {
         return Ok(());

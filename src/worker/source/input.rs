@@ -1,4 +1,4 @@
-//! What the threads of a source tell the one of its state machine.
+//! Inputs from a source's threads to the thread of its state machine.
 
 use super::handshake::Agreement;
 use crate::{
@@ -6,15 +6,15 @@ use crate::{
     worker::{drive::RamEnded, qemu_sockets::QemuSockets},
 };
 
-/// What they tell.
+/// An input.
 pub enum Input {
-    /// It happened.
+    /// An event for the state machine.
     Event(Event),
-    /// Connected, and the block lists agree; or not.
+    /// The result of the handshake.
     Connected(Result<Agreement>),
-    /// From the relay: QEMU's sockets; `None` if there were none.
+    /// QEMU's sockets, from the relay; `None` if there were none.
     Sockets(Option<QemuSockets>),
-    /// The stream reader asks.
+    /// The stream reader asks whether the bytes after RAM may leave.
     RamEnded(RamEnded),
 }
 

@@ -1,6 +1,6 @@
 //! The source's side: QEMU's stream in, RAM and the rest of the stream out.
 //!
-//! Does what [`proto::source`](crate::proto::source) decides.
+//! Performs what [`proto::source`](crate::proto::source) decides.
 
 mod handshake;
 mod input;
@@ -55,10 +55,10 @@ struct Route {
     options: Options,
 }
 
-/// The threads of a source.
+/// Drives the state machine of a source, and owns its threads.
 struct SourceDriver {
     route: Arc<Route>,
-    /// The memory that QEMU reads, all of it, where it does not announce it.
+    /// The regions that QEMU reads completely, where it does not announce them.
     read: Vec<Arc<Region>>,
     /// QEMU's QMP socket, for when the relay is gone.
     qmp: Option<QmpSocket>,
@@ -66,21 +66,21 @@ struct SourceDriver {
     statistics: Arc<Statistics>,
     rate_limit: Arc<RateLimit>,
     events: Events<Input>,
-    /// Until the stream begins.
+    /// Set until the stream begins.
     agreement: Option<Agreement>,
     /// The connection.
     link: Option<Arc<Link>>,
-    /// QEMU's sockets, once it was asked to migrate.
+    /// QEMU's sockets, once QEMU was asked to migrate.
     sockets: Option<Arc<QemuSockets>>,
-    /// The stream reader waits for an answer.
+    /// The stream reader's pending question.
     asks: Option<RamEnded>,
-    /// In the place of a relay that is gone.
+    /// Acts for a relay that is gone.
     takeover: Option<Takeover>,
-    /// Those that the process should outlive.
+    /// Threads that the process should join before it exits.
     threads: Vec<JoinHandle<()>>,
 }
 
-/// Run one to its end. `qmp` is QEMU's QMP socket, which is the relay's as long as there is one.
+/// Run a source to its end. `qmp` is QEMU's QMP socket, which the relay uses while it lives.
 pub fn run(
     fabric: Arc<dyn Fabric>,
     address: Address,
@@ -110,7 +110,7 @@ pub fn run(
     driver.connect(blocks);
     drive(Source::default(), &mut driver, &inputs, &reports, &statistics);
     for thread in driver.threads {
-        // A panic of it was said.
+        // A panic was reported already.
         let _ = thread.join();
     }
 }
@@ -155,7 +155,8 @@ impl SourceDriver {
         }
     }
 
-    /// The guest may run at the destination: QEMU must not take the end for a failure.
+    /// Return a function that ends QEMU's migration, but not as failed: the guest may run at the
+    /// destination.
     fn settle(&self) -> impl FnOnce() + Send + 'static {
         let sockets = self.sockets.clone();
         move || {
@@ -165,7 +166,7 @@ impl SourceDriver {
         }
     }
 
-    /// Tell the peer, which may take nothing.
+    /// Tell the peer on a thread of its own, because the peer may accept nothing.
     fn tell_peer(&self, text: String) {
         let Some(link) = self.link.clone() else { return };
         let untold = link.clone();
@@ -174,7 +175,7 @@ impl SourceDriver {
             move || link.tell(text, false),
             move |told| {
                 if told.is_err() {
-                    // It notices by that.
+                    // The peer notices the closed connection.
                     untold.close();
                 }
             },
@@ -183,7 +184,7 @@ impl SourceDriver {
 
     fn report_done(&self) {
         if self.takeover.is_some() {
-            // Nobody else will say it.
+            // Without a relay nothing else logs it.
             info!("migration completed");
         }
         self.reports.send(&Report::Done(self.statistics.progress()));

@@ -1,7 +1,7 @@
-//! The source's threads for QEMU's multifd channels: each takes its packets and writes their pages.
+//! The source's threads for QEMU's multifd channels: each reads packets and writes their pages.
 //!
-//! A page is read from memory after its packet's head was read, so it is at least as new as QEMU's
-//! copy of it, which is dropped.
+//! A page is read from memory after its packet's header was read, so it is at least as new as
+//! QEMU's copy, which is dropped.
 
 use std::{
     collections::HashMap,
@@ -32,26 +32,26 @@ use crate::{
     worker::drive::Events,
 };
 
-/// Bytes of dropped content that are read at once: they should stay in the cache.
+/// Bytes of dropped content that are read at once; they should stay in the cache.
 const READ: usize = 128 << 10;
 
-/// What the threads share with the one that takes the stream.
+/// What the channel threads share with the stream reader.
 pub struct MultifdChannels {
     writer: Arc<RamWriter>,
     barrier: SyncBarrier,
     blocks: OnceLock<Blocks>,
     others: Mutex<Others>,
-    /// A channel's thread has failed, and said why.
+    /// Whether a channel's thread has failed, and reported why.
     failed: AtomicBool,
 }
 
-/// Pages that can't be written from here.
+/// Pages that can't be written from memory, and go into the stream.
 #[derive(Default)]
 struct Others {
-    /// Since the last meeting.
+    /// Pages since the last sync point.
     coming: Vec<ChannelPage>,
-    /// Before it. Apart, because the channels go on before the stream's thread has them: a page may be
-    /// in both.
+    /// Pages before it. Kept apart because the channels continue before the stream reader has taken
+    /// these: a page may be in both.
     met: Vec<ChannelPage>,
 }
 
@@ -59,12 +59,12 @@ struct Others {
 struct Blocks {
     by_name: HashMap<String, u32>,
     blocks: Vec<(u64, Transfer)>,
-    /// Pages of blocks that are not mapped: there can't be more of them between two meetings.
+    /// Pages of blocks that are not mapped; between two sync points there can't be more.
     others_max: usize,
 }
 
 impl MultifdChannels {
-    /// Take these channels, each on a thread of its own; the first failure is said to `events`.
+    /// Read each channel on a thread of its own; failures are sent to `events`.
     pub fn start(
         channels: &[Arc<UnixStream>],
         writer: Arc<RamWriter>,
@@ -86,15 +86,15 @@ impl MultifdChannels {
                     events.send(Event::StreamTaken(Err(error)));
                     shared.failed.store(true, Relaxed);
                 }
-                // Whoever waits for it at a meeting waits in vain.
+                // Threads at the barrier would wait forever for this one.
                 shared.barrier.end();
             });
         }
         shared
     }
 
-    /// The stream's block list is complete. QEMU sends no page before the first meeting, which is
-    /// behind it.
+    /// Set the blocks of the stream's list. QEMU sends no page before the first sync point, which
+    /// follows the list.
     pub fn name(&self, blocks: &[StreamBlock], transfers: &[Transfer]) {
         let by_name = blocks.iter().zip(0..).map(|(block, index)| (block.name.clone(), index));
         let blocks: Vec<_> = blocks
@@ -104,19 +104,19 @@ impl MultifdChannels {
             .collect();
         let others = blocks.iter().filter(|(_, transfer)| *transfer != Transfer::Direct);
         let others_max = others.map(|(length, _)| (length / PAGE) as usize).sum();
-        // There is one list in a stream.
+        // A stream has one list.
         let _ = self.blocks.set(Blocks { by_name: by_name.collect(), blocks, others_max });
     }
 
-    /// Wait until the channels come to this point of the stream; returns the pages that they could
+    /// Wait until all channels reach this point of the stream; returns the pages that they could
     /// not write.
     ///
     /// # Errors
-    /// When a channel has ended, or what was written can't land.
+    /// When a channel has ended, or [`RamWriter::settle`] fails.
     pub fn wait(&self) -> Result<Vec<ChannelPage>> {
         match self.come_together()? {
             Met::All => Ok(std::mem::take(&mut self.others().met)),
-            // The end of the meetings, behind which this is read, came behind it.
+            // `failed` was set before the barrier was ended.
             Met::Never if self.failed.load(Relaxed) => {
                 Err(MigrationError::Aborted("A channel has failed already".into()))
             }
@@ -139,20 +139,20 @@ impl MultifdChannels {
         self.others.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The stream has ended, or failed.
+    /// Break the barrier: the stream has ended, or failed.
     pub fn end(&self) {
         self.barrier.end();
     }
 }
 
-/// One of them.
+/// One channel.
 struct Channel<'a> {
     socket: &'a UnixStream,
     shared: &'a MultifdChannels,
 }
 
 impl Channel<'_> {
-    /// Take its packets to its end.
+    /// Process packets until the channel ends.
     fn take(mut self) -> Result<()> {
         let mut init = [0; INIT_SIZE];
         if !self.read(&mut init)? {
@@ -166,8 +166,8 @@ impl Channel<'_> {
             if packet.normal().len() + packet.zero().len() > 0 {
                 self.pages(&packet, &mut content)?;
             }
-            // QEMU 9.1 and 9.2 synchronise the channels once more at the very end, and the stream's
-            // thread does not come.
+            // QEMU 9.1 and 9.2 synchronise the channels once more at the very end, when the stream
+            // reader is not at the barrier.
             if packet.sync && self.shared.come_together()? == Met::Never {
                 break;
             }
@@ -175,7 +175,7 @@ impl Channel<'_> {
         Ok(())
     }
 
-    /// The pages of a packet.
+    /// Process the pages of a packet.
     fn pages(&mut self, packet: &Packet<'_>, content: &mut [u8]) -> Result<()> {
         let known = self.shared.blocks.get().and_then(|blocks| {
             let block = *blocks.by_name.get(packet.block)?;
@@ -233,7 +233,7 @@ impl Channel<'_> {
         Ok(())
     }
 
-    /// Fill `bytes`; false if the channel has ended before the first of them.
+    /// Fill `bytes`; false if the channel ended before the first of them.
     fn read(&mut self, bytes: &mut [u8]) -> Result<bool> {
         let mut read = 0;
         while read < bytes.len() {

@@ -1,7 +1,7 @@
-//! The barrier at which the threads of QEMU's stream and of its multifd channels wait for each other.
+//! The barrier at which the threads for QEMU's stream and its multifd channels wait for each other.
 //!
-//! Between two sync points QEMU sends no page twice; after one it may send any page through any channel. So what
-//! was sent before a sync point must be written before anything that was sent after it.
+//! Between two sync points QEMU sends no page twice; after one it may send any page through any
+//! channel. So what was sent before a sync point must be written before anything sent after it.
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
@@ -19,23 +19,23 @@ pub struct SyncBarrier {
 struct State {
     /// Threads that wait now.
     waiting: usize,
-    /// How often all have come.
+    /// How often all threads have met.
     met: u64,
-    /// It is broken: a thread has ended.
+    /// Broken: a thread has ended.
     ended: bool,
 }
 
 /// How a wait ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Met {
-    /// All came.
+    /// All threads arrived.
     All,
-    /// Some thread has ended, and will not come.
+    /// A thread has ended, and will not arrive.
     Never,
 }
 
 impl SyncBarrier {
-    /// Of `parties` threads.
+    /// Create a barrier for `parties` threads.
     pub fn new(parties: usize) -> Self {
         Self { parties, state: Mutex::default(), changed: Condvar::new() }
     }
@@ -44,7 +44,7 @@ impl SyncBarrier {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Wait for all other threads. The last one to come runs `between` before any goes on.
+    /// Wait for all other threads. The last one to arrive runs `between` before any continues.
     ///
     /// # Errors
     /// Propagates the error of `between`. The barrier is then broken: the caller must call
@@ -72,7 +72,7 @@ impl SyncBarrier {
         Ok(Met::All)
     }
 
-    /// A thread comes no more: nobody needs to wait.
+    /// Break the barrier and release the waiters: a thread has ended.
     pub fn end(&self) {
         self.state().ended = true;
         self.changed.notify_all();

@@ -15,22 +15,22 @@ use crate::{
     worker::{link::Link, statistics::Statistics},
 };
 
-/// Shared by the threads that take QEMU's stream and its channels.
+/// Shared by the threads that read QEMU's stream and its channels.
 pub struct RamWriter {
     link: Arc<Link>,
     rate_limit: Arc<RateLimit>,
     statistics: Arc<Statistics>,
-    /// Taken once for a run of pages. Held while it is written where keys come and go: else another
-    /// thread might give the run's key back.
+    /// Locked once per run of pages. Where keys come and go, locked during the write too: otherwise
+    /// another thread might release the run's key.
     remote_blocks: Mutex<RemoteBlocks>,
-    /// There were zero ranges since the last [`Self::settle`].
+    /// Whether zero ranges were sent since the last [`Self::settle`].
     zeros: AtomicBool,
-    /// Bytes that had been posted then.
+    /// Bytes that had been posted at that time.
     settled: AtomicU64,
 }
 
 impl RamWriter {
-    /// To the blocks that `remote_blocks` knows.
+    /// Create a writer to the blocks of `remote_blocks`.
     pub fn new(
         link: Arc<Link>,
         remote_blocks: RemoteBlocks,
@@ -52,20 +52,20 @@ impl RamWriter {
         self.remote_blocks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The connection.
+    /// Return the connection.
     pub fn link(&self) -> &Link {
         &self.link
     }
 
-    /// The stream's block list is complete; see [`RemoteBlocks::name`].
+    /// Set the blocks of the stream's list; see [`RemoteBlocks::name`].
     ///
     /// # Errors
-    /// It is not the list that the migration was prepared for.
+    /// When the list is not the one that the migration was prepared for.
     pub fn name(&self, blocks: &[StreamBlock]) -> Result<Vec<Transfer>> {
         self.remote_blocks().name(blocks)
     }
 
-    /// Behind the block list; see [`RemoteBlocks::exchange`].
+    /// Exchange blocks after the stream's block list; see [`RemoteBlocks::exchange`].
     ///
     /// # Errors
     /// When the destination does not have the same blocks.
@@ -73,7 +73,7 @@ impl RamWriter {
         self.remote_blocks().exchange(&self.link)
     }
 
-    /// The memory of a mapped block.
+    /// Return the memory of a mapped block.
     ///
     /// # Errors
     /// When it is not mapped.
@@ -128,7 +128,7 @@ impl RamWriter {
         Ok(())
     }
 
-    /// Say that these pages are zero.
+    /// Announce these pages as zero.
     ///
     /// # Errors
     /// When the connection is lost.
@@ -143,9 +143,8 @@ impl RamWriter {
         Ok(())
     }
 
-    /// All that was written, or said to be zero, must be so at the destination before anything that
-    /// is written, said to be zero or sent from now on is. While other threads write there is no end
-    /// to it.
+    /// Make everything written or announced as zero take effect at the destination before anything
+    /// that is sent from now on. May not return as long as other threads write.
     ///
     /// # Errors
     /// When the connection is lost.
@@ -163,15 +162,16 @@ impl RamWriter {
         Ok(())
     }
 
-    /// Behind the last RAM section; see [`RemoteBlocks::check_coverage`].
+    /// Check after the last RAM section that all memory was sent; see
+    /// [`RemoteBlocks::check_coverage`].
     ///
     /// # Errors
-    /// Some memory was not sent.
+    /// When some memory was not sent.
     pub fn check_coverage(&self) -> Result<()> {
         self.remote_blocks().check_coverage()
     }
 
-    /// Let the figures be seen.
+    /// Update the figures.
     pub fn tally(&self) {
         let (posted, landed) = self.link.written();
         self.statistics.ram_posted.fetch_max(posted, Ordering::Relaxed);

@@ -1,5 +1,5 @@
-//! Keeps RAM within `max-bandwidth` where QEMU does not: what its multifd channels have queued it
-//! counts only when that was sent, and so exceeds a low limit by some packets in each tenth of a
+//! Keeps RAM within `max-bandwidth` where QEMU does not: QEMU counts what its multifd channels have
+//! queued only after it is sent, and so exceeds a low limit by some packets in each tenth of a
 //! second.
 
 use std::{
@@ -7,18 +7,18 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// What may be sent at once because less was sent before, as the time that it would take. It makes up
-/// for moments in which nobody sent. A piece comes on top of it: from 2 MB a second on, where a piece is
-/// more than a page, both are less than 2 % of a second, and leave room for the packets' headers.
+/// Credit for having sent less before, as the time that sending it takes. Makes up for moments
+/// without a sender. A piece is added to it: from 2 MB/s on, where a piece is more than a page,
+/// both are less than 2 % of a second, which leaves space for the packets' headers.
 const CREDIT: Duration = Duration::from_millis(15);
 
-/// Pieces of writes take a five-hundredth of a second, so that none exceeds the limit by itself.
+/// Each piece takes 1/500 of a second, so that none exceeds the limit by itself.
 const PIECES: u64 = 500;
 
-/// Pieces are whole pages, in bytes.
+/// Pieces are multiples of this, in bytes.
 const PAGE: u64 = 4096;
 
-/// Lets through so many bytes a second.
+/// Limits bytes per second.
 #[derive(Debug)]
 pub struct RateLimit {
     state: Mutex<State>,
@@ -27,7 +27,7 @@ pub struct RateLimit {
 
 #[derive(Debug)]
 struct State {
-    /// Bytes per second; `None`: any number.
+    /// Bytes per second; `None`: unlimited.
     rate: Option<u64>,
     /// When the next byte is due.
     next: Instant,
@@ -45,14 +45,14 @@ impl RateLimit {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// From now on `rate` bytes per second; `None`: any number.
+    /// Limit to `rate` bytes per second from now on; `None`: unlimited.
     pub fn set(&self, rate: Option<u64>) {
         self.state().set(rate, Instant::now());
         self.changed.notify_all();
     }
 
-    /// Wait until some of `length` bytes may be sent; returns how many. Taken once a write, not once
-    /// a page, and free where there is no limit.
+    /// Wait until some of `length` bytes may be sent; returns how many. Called once per write, not
+    /// per page, and free without a limit.
     pub fn take(&self, length: u64) -> u64 {
         let mut state = self.state();
         loop {
@@ -71,7 +71,7 @@ impl RateLimit {
 }
 
 impl State {
-    /// What was sent before is not held against a higher rate.
+    /// Set the rate. What was sent before does not delay a higher rate.
     fn set(&mut self, rate: Option<u64>, now: Instant) {
         self.rate = rate;
         if let Some(rate) = rate {
@@ -79,7 +79,7 @@ impl State {
         }
     }
 
-    /// How many of `length` bytes may be sent at `now`, or when some may be.
+    /// Return how many of `length` bytes may be sent at `now`, or when some may be.
     fn take(&mut self, rate: u64, length: u64, now: Instant) -> Result<u64, Instant> {
         let earliest = now.checked_sub(CREDIT).unwrap_or(now);
         let due = self.next.max(earliest);
@@ -92,12 +92,12 @@ impl State {
     }
 }
 
-/// The most that is sent at once, in bytes.
+/// Return the maximum that is sent at once, in bytes.
 fn piece(rate: u64) -> u64 {
     (rate / PIECES / PAGE).max(1) * PAGE
 }
 
-/// How long it takes to send so many bytes.
+/// Return how long sending `length` bytes takes.
 fn time_of(length: u64, rate: u64) -> Duration {
     Duration::from_secs_f64(length as f64 / rate.max(1) as f64)
 }
@@ -111,14 +111,15 @@ mod tests {
     const SECOND: Duration = Duration::from_secs(1);
     const NEVER: (Duration, Duration) = (Duration::MAX, Duration::ZERO);
 
-    /// What goes in each second that begins in the first two, in proportion to `rate`, for one who always
-    /// has more, is `late` by so much at each turn, and once, at a time, stands `still`.
+    /// Return what is sent in each second that begins in the first two, relative to `rate`. The
+    /// sender always has more, is `late` by so much each turn, and pauses once: `still` is when and
+    /// how long.
     fn shares(rate: u64, late: Duration, still: (Duration, Duration)) -> Vec<f64> {
         let begun = Instant::now();
         let mut state = State { rate: Some(rate), next: begun };
         let mut now = begun;
         let mut still = Some(still);
-        // In each millisecond.
+        // Per millisecond.
         let mut sent = vec![0; 3000];
         loop {
             let over = still.take_if(|(at, _)| *at <= now - begun).map(|(_, length)| length);
@@ -141,7 +142,6 @@ mod tests {
             }
         }
 
-        /// Nor one with a short standstill.
         #[test]
         fn a_short_standstill_is_made_up_for(
             rate in (8_u64 << 20)..(100 << 30),
@@ -155,7 +155,7 @@ mod tests {
             }
         }
 
-        /// Whoever stands still for longer does not exceed the limit for it, and makes up for some.
+        /// A longer pause does not lead to exceeding the limit, and part of it is made up for.
         #[test]
         fn a_standstill_costs_less_than_its_time(
             rate in (8_u64 << 20)..(100 << 30),
@@ -164,7 +164,7 @@ mod tests {
         ) {
             let (late, still) = (Duration::from_millis(late), Duration::from_millis(still));
             let least = (SECOND + CREDIT - late - still).as_secs_f64() - 0.01;
-            // In the second of these seconds, wholly.
+            // Only seconds that contain the whole pause.
             for share in shares(rate, late, (Duration::from_millis(1100), still)).into_iter().skip(20).take(2) {
                 prop_assert!((least..1.02).contains(&share), "{share}, at least {least}");
             }
@@ -179,7 +179,7 @@ mod tests {
         assert_eq!(rate_limit.take(1 << 20), 4096);
     }
 
-    /// A low limit that is raised is over at once, and not when the last page has been paid for.
+    /// A low limit that is raised ends at once, not when the last page has been paid for.
     #[test]
     fn a_higher_limit_owes_nothing_to_a_lower_one() {
         let now = Instant::now();
@@ -192,7 +192,7 @@ mod tests {
             state.set(Some(high), now);
             assert!(state.next <= now + time_of(piece(high), high), "{low} to {high}");
         }
-        // Nor does one that is lowered forgive anything.
+        // A lowered limit forgives nothing either.
         let next = state.next;
         state.set(Some(1), now);
         assert_eq!(state.next, next);
@@ -202,7 +202,7 @@ mod tests {
     fn whoever_waits_notices_that_the_limit_is_lifted() {
         let rate_limit = RateLimit::default();
         rate_limit.set(Some(1));
-        // Its next is due in an hour.
+        // The next byte is due in more than an hour.
         assert_eq!(rate_limit.take(4096), 4096);
         std::thread::scope(|scope| {
             let waiting = scope.spawn(|| rate_limit.take(8192));

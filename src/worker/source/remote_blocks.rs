@@ -1,4 +1,4 @@
-//! Where the pages of the stream's blocks go, as the destination says.
+//! The remote addresses and keys of the stream's blocks.
 
 use std::{
     collections::HashMap,
@@ -24,7 +24,7 @@ use crate::{
     worker::{block::Block, link::Link},
 };
 
-/// What the destination answers to a request.
+/// The destination's answer to a request.
 pub enum Answer {
     /// REGISTER_RESULT.
     Registered(RegisterResult),
@@ -34,14 +34,14 @@ pub enum Answer {
     Unregistered,
 }
 
-/// The blocks, and the rkeys to them that are known.
+/// The blocks, and the known rkeys to them.
 pub struct RemoteBlocks {
     blocks: Vec<AgreedBlock>,
-    /// Own blocks that a stock destination has not been asked for yet.
+    /// Our own blocks, until a stock destination is asked for its blocks.
     unnamed: Option<Vec<Block>>,
     /// Index in `blocks` by the stream's block index.
     by_stream: Vec<usize>,
-    /// As they arrive, in the order of the questions.
+    /// In the order of the requests.
     answers: Receiver<Answer>,
     /// By index in `blocks`.
     rkeys: RkeyCache,
@@ -49,14 +49,14 @@ pub struct RemoteBlocks {
 }
 
 impl RemoteBlocks {
-    /// Before the stream.
+    /// Create the table before the stream begins.
     pub fn new(
         blocks: SourceBlocks,
         answers: Receiver<Answer>,
         pin_limit: Option<u64>,
         options: Options,
     ) -> Self {
-        // Between helpers nothing depends on the parameter, which one of them may not have.
+        // Between helpers the parameter has no effect: one of them may not have it.
         let (blocks, unnamed, chunk) = match blocks {
             SourceBlocks::Agreed(blocks) => (blocks, None, CHUNK),
             SourceBlocks::Unnamed(blocks) => (Vec::new(), Some(blocks), options.chunk_size),
@@ -65,10 +65,10 @@ impl RemoteBlocks {
         Self { blocks, unnamed, by_stream: Vec::new(), answers, rkeys, options }
     }
 
-    /// The stream's block list is complete: how is each block transferred?
+    /// Set the blocks of the stream's list; returns how each is transferred.
     ///
     /// # Errors
-    /// It is not the list that the migration was prepared for.
+    /// When the list is not the one that the migration was prepared for.
     pub fn name(&mut self, blocks: &[StreamBlock]) -> Result<Vec<Transfer>> {
         if let Some(unnamed) = &self.unnamed {
             self.blocks = in_order(blocks, unnamed);
@@ -103,7 +103,7 @@ impl RemoteBlocks {
             if transfer == Transfer::Inline && agreed.length > ROM_MAX {
                 let block = &block.name;
                 warn!(
-                    "RAM block '{block}' is not shared at the destination: its pages take the stream"
+                    "RAM block '{block}' is not shared at the destination: its pages are sent in the stream"
                 );
             }
             transfers.push(transfer);
@@ -112,10 +112,10 @@ impl RemoteBlocks {
         Ok(transfers)
     }
 
-    /// Behind the block list: ask a stock destination for its blocks.
+    /// Ask a stock destination for its blocks, after the stream's block list.
     ///
     /// # Errors
-    /// When it does not have the same.
+    /// When the destination does not have the same blocks.
     pub fn exchange(&mut self, link: &Link) -> Result<()> {
         if self.unnamed.take().is_none() {
             return Ok(());
@@ -143,10 +143,10 @@ impl RemoteBlocks {
         Ok(())
     }
 
-    /// The block of an index in the stream.
+    /// Return the block with this index in the stream.
     ///
     /// # Errors
-    /// There is none.
+    /// When there is none.
     pub fn block(&self, index: u32) -> Result<&AgreedBlock> {
         Ok(&self.blocks[self.index(index)?])
     }
@@ -156,10 +156,10 @@ impl RemoteBlocks {
         known.ok_or_else(|| MigrationError::Stream(format!("RAM block {index} was not announced")))
     }
 
-    /// These pages are written, or said to be zero.
+    /// Note that these pages are written or announced as zero.
     ///
     /// # Errors
-    /// There is no such block.
+    /// When there is no such block.
     pub fn cover(&mut self, range: BlockRange) -> Result<()> {
         let index = self.index(range.block)?;
         if let Some(coverage) = &mut self.blocks[index].coverage {
@@ -168,10 +168,11 @@ impl RemoteBlocks {
         Ok(())
     }
 
-    /// Behind the last RAM section: has all memory been sent, of all blocks that QEMU should have sent?
+    /// Check, after the last RAM section, that all memory was sent of all blocks that QEMU must
+    /// send.
     ///
     /// # Errors
-    /// No: the destination must not run the guest.
+    /// When memory is missing: the destination must not run the guest.
     pub fn check_coverage(&self) -> Result<()> {
         let Some(block) = self.blocks.iter().find(|block| block.lacks() > 0) else { return Ok(()) };
         Err(MigrationError::Qemu(format!(
@@ -183,12 +184,13 @@ impl RemoteBlocks {
         )))
     }
 
-    /// A key that was got once is good for the whole migration.
+    /// Return whether a key is valid for the whole migration.
     pub fn rkeys_stay(&self) -> bool {
         self.options.whole_keys()
     }
 
-    /// What to write from, and the key for a write to `offset`, which crosses no chunk.
+    /// Return what to write from, and the key for a write to `offset` that crosses no chunk
+    /// boundary.
     ///
     /// # Errors
     /// When the connection is lost, or the destination can't register the range.
@@ -203,10 +205,10 @@ impl RemoteBlocks {
 
     fn in_stream(&self, index: usize) -> MigrationError {
         let name = &self.blocks[index].name;
-        MigrationError::Stream(format!("RAM block '{name}' transfers in the stream"))
+        MigrationError::Stream(format!("RAM block '{name}' is transferred in the stream"))
     }
 
-    /// The key of the whole block or of a range; asks for the next range in time.
+    /// Return the key of the whole block or of a range; requests the next range in time.
     fn write_key(&mut self, link: &Link, index: usize, offset: u64) -> Result<RemoteKey> {
         let block = &self.blocks[index];
         let Some((_, whole)) = &block.target else { return Err(self.in_stream(index)) };
@@ -221,7 +223,7 @@ impl RemoteBlocks {
         Ok(key)
     }
 
-    /// The key to the range of a block that contains `offset`; asked for if it is not known.
+    /// Return the key to the range of a block that contains `offset`, requesting it if unknown.
     fn range_key(
         &mut self,
         link: &Link,
@@ -242,7 +244,7 @@ impl RemoteBlocks {
         }
     }
 
-    /// Ask for a range; this side gets it ready meanwhile.
+    /// Request a range, and pin it on this side meanwhile.
     fn ask(&mut self, link: &Link, index: usize, range: Range<u64>) -> Result<()> {
         let block = &self.blocks[index];
         link.send(&block.register(&range, self.rkeys.chunk()))?;
@@ -256,7 +258,7 @@ impl RemoteBlocks {
     /// Release ranges until `bytes` more fit into the limit.
     fn prepare_write(&mut self, link: &Link, bytes: u64) -> Result<()> {
         while !self.rkeys.fit(bytes) {
-            // What was asked for, and what is on its way, first.
+            // First wait for pending answers, and for writes in flight.
             while self.rkeys.waits() {
                 self.take_key(link)?;
             }
@@ -301,7 +303,7 @@ impl RemoteBlocks {
     }
 }
 
-/// The own blocks in the order of the stream's list, which is a stock destination's too.
+/// Return our blocks in the order of the stream's list, which is a stock destination's order too.
 fn in_order(blocks: &[StreamBlock], own: &[Block]) -> Vec<AgreedBlock> {
     let find = |(index, block): (usize, &StreamBlock)| {
         let known = own.iter().find(|known| known.name == block.name)?;

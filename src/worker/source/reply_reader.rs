@@ -1,4 +1,4 @@
-//! What comes back from the destination: credits, QEMU's return path, and the verdict.
+//! Messages from the destination: credits, QEMU's return path, and the verdict.
 
 use std::sync::mpsc::SyncSender;
 
@@ -37,7 +37,7 @@ pub fn receive(
     events.send(Event::PeerFailed(error));
 }
 
-/// There is room for as many as are asked for at a time.
+/// Pass on an answer. The channel's capacity is the number of requests in flight.
 fn hand_on(answers: &SyncSender<Answer>, answer: Answer) -> Result<bool> {
     match answers.try_send(answer) {
         Ok(()) => Ok(false),
@@ -45,8 +45,9 @@ fn hand_on(answers: &SyncSender<Answer>, answer: Answer) -> Result<bool> {
     }
 }
 
-/// Receive a stock destination's return path from its own connection until that ends. Its QEMU says there
-/// that it has the guest, and source's ends its stream only then; that the connection ends says nothing.
+/// Receive a stock destination's return path from its own connection until that ends. Its QEMU
+/// reports there that it has the guest, and only then the source's QEMU ends its stream. The end of
+/// the connection means nothing.
 pub fn receive_return_path(
     mut receiver: LinkReceiver,
     link: &Link,
@@ -121,7 +122,7 @@ mod tests {
         wire::credit::Flow,
     };
 
-    /// What a stock destination says on its return path reaches QEMU, and when that is its end, us too.
+    /// A stock destination's messages reach QEMU; a SHUT also acknowledges the migration.
     #[test]
     fn a_stock_destination_says_on_the_return_path_that_it_is_done() {
         const STALL: Duration = Duration::from_secs(60);

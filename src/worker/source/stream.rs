@@ -1,4 +1,4 @@
-//! The threads that carry a source's stream, and what comes back.
+//! The threads that carry a source's stream, and what is sent back.
 
 use std::sync::{Arc, atomic::Ordering, mpsc};
 
@@ -22,8 +22,8 @@ use crate::{
 };
 
 impl Route {
-    /// A stock destination wants a connection of its own for the return path, if QEMU opens one,
-    /// once it is ready on the first.
+    /// Open the return path to a stock destination, if QEMU opens one. Such a destination wants a
+    /// second connection for it, once it is ready on the first.
     fn open_return_path(
         &self,
         link: &Link,
@@ -49,7 +49,7 @@ impl Route {
     }
 }
 
-/// A thread that listens to the peer is lost: nothing more is heard of it.
+/// Report the loss of a thread that listens to the peer: nothing more is heard of it.
 fn say_lost(end: std::result::Result<(), Lost>, events: &Events<Input>) {
     if let Err(lost) = end {
         events.send(Event::PeerFailed(lost.into()));
@@ -57,14 +57,14 @@ fn say_lost(end: std::result::Result<(), Lost>, events: &Events<Input>) {
 }
 
 impl SourceDriver {
-    /// Take QEMU's stream.
+    /// Start to read QEMU's stream.
     pub(super) fn start_stream(&mut self) {
         let (Some(agreement), Some(sockets)) = (self.agreement.take(), self.sockets.clone()) else {
             return;
         };
         let Agreement { link, receiver, blocks, pin_limit, .. } = agreement;
         let to_qemu = Arc::new(ToQemu::new(sockets.main.clone()));
-        // A range that is needed, and the one that will be.
+        // One for the range that is needed, one for the next.
         let (answers, answered) = mpsc::sync_channel(2);
         let (answering, return_path) = (link.clone(), to_qemu.clone());
         let (events, lost) = (self.events.clone(), self.events.clone());
@@ -77,7 +77,7 @@ impl SourceDriver {
         let try_commit = self.try_commit(link.clone());
         let writer = Arc::new(RamWriter::new(link, remote_blocks, rate_limit, statistics));
         let channels = (!sockets.channels.is_empty()).then(|| {
-            // Whoever has channels reads memory by itself.
+            // A QEMU with channels reads its memory itself.
             self.prefault(&writer);
             MultifdChannels::start(&sockets.channels, writer.clone(), &self.events)
         });
@@ -109,14 +109,14 @@ impl SourceDriver {
                 Err(error) => (Err(error), None),
             };
             let end = taken.is_ok().then(|| writer.link());
-            // It comes before whatever the destination says to the end of the stream.
+            // Before anything that the destination replies to the end of the stream.
             events.send(Event::StreamTaken(taken));
             let end = end.filter(|link| !link.is_stock());
             let bytes = statistics.stream_bytes.load(Ordering::Relaxed);
             if let Some(Err(error)) = end.map(|link| link.send(&Message::StreamEnd { bytes })) {
                 events.send(Event::PeerFailed(error));
             }
-            // Nobody waits for the writer any more.
+            // Nothing more is written: prefaulting can end.
             drop(writer);
             if let Some(status) = rest.and_then(|rest| rest.guest_before(main)) {
                 events.send(Event::GuestBefore(status));
@@ -130,7 +130,8 @@ impl SourceDriver {
         });
     }
 
-    /// Before the first byte after RAM leaves: the relay must know. False: the migration has failed.
+    /// Return the check to make before the first byte after RAM leaves: the relay must know first.
+    /// It returns false if the migration has failed.
     fn try_commit(&self, link: Arc<Link>) -> impl FnOnce() -> bool + Send + 'static {
         let (events, reports) = (self.events.clone(), self.reports.clone());
         move || {
@@ -144,14 +145,14 @@ impl SourceDriver {
         }
     }
 
-    /// Make huge pages of the holes that QEMU reads, as long as something of it is written.
+    /// Fill the holes that QEMU reads with huge pages, as long as RAM is written.
     fn prefault(&self, writer: &Arc<RamWriter>) {
         let (read, writer) = (self.read.clone(), Arc::downgrade(writer));
         let wants = move || writer.strong_count() > 0;
         let prefault = move || read.iter().for_each(|region| region.fill_holes(&wants));
         threads::start("prefault", prefault, |end| {
             if let Err(lost) = end {
-                warn!(%lost, "QEMU's reading takes longer");
+                warn!(%lost, "QEMU will read untouched memory more slowly");
             }
         });
     }

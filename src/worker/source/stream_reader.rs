@@ -1,7 +1,7 @@
-//! The source's data thread: takes QEMU's stream, writes RAM, forwards the rest.
+//! The source's data thread: reads QEMU's stream, writes RAM, forwards the rest.
 //!
-//! One thread does it all: it reads no faster than the fabric takes RAM, and that is what keeps
-//! QEMU's bandwidth estimate, and with it `downtime-limit`, true.
+//! One thread does all of it, so it reads no faster than the fabric takes RAM. That keeps QEMU's
+//! bandwidth estimate, and with it `downtime-limit`, correct.
 
 use std::{
     os::unix::net::UnixStream,
@@ -28,16 +28,17 @@ use crate::{
     worker::{drive::Events, return_path::ToQemu, statistics::Statistics},
 };
 
-/// Bytes asked of QEMU's socket at once. The payload of RAM records is read and dropped, so it
-/// should fit into the cache.
+/// Bytes requested from QEMU's socket at once. The payload of RAM records is read and dropped, so
+/// it should fit into the cache.
 const READ: usize = 256 << 10;
 
 /// Stream bytes that are gathered before they are sent.
 const BATCH: usize = 128 << 10;
 
-/// Take QEMU's stream to its end. `try_commit` is asked before the first byte behind the last RAM
-/// section leaves; false ends the stream there. `return_path` is QEMU's. Of a stream that is not taken to its
-/// end there is a rest.
+/// Read QEMU's stream to its end. `try_commit` is called before the first byte after the last RAM
+/// section leaves; false ends the stream there. `return_path` is QEMU's.
+///
+/// Returns the rest of a stream that was not read to its end.
 pub fn take(
     qemu: &UnixStream,
     return_path: &ToQemu,
@@ -77,25 +78,27 @@ pub fn take(
     }
 }
 
-/// What was received last.
+/// The bytes received last.
 struct Piece {
     buffer: Vec<u8>,
     received: usize,
 }
 
-/// What is left of a stream of which no more is taken.
+/// The rest of a stream that is no longer transferred.
 pub struct Rest {
     rewriter: Rewriter,
     piece: Piece,
 }
 
 impl Rest {
-    /// Read it to its end, and say what the guest did before the switchover if QEMU says so there: one that
-    /// has written all of it takes its migration for complete, and how its guest is let run again depends on
-    /// that. Waits until nothing more can come, so that nobody who reads keeps QEMU going.
+    /// Read to the end; returns the guest's run state before the switchover, if the stream has it.
+    ///
+    /// A QEMU that has written its whole stream takes its migration for complete; how its guest is
+    /// resumed depends on that state. Waits until nothing more can arrive: reading would keep QEMU
+    /// going.
     pub fn guest_before(self, qemu: &UnixStream) -> Option<String> {
         let Self { mut rewriter, piece: Piece { mut buffer, received } } = self;
-        // It has closed its end, or this one was shut down.
+        // QEMU has closed its end, or this one was shut down.
         while poll(&mut [PollFd::new(qemu, PollFlags::RDHUP)], None) == Err(Errno::INTR) {}
         let mut found = rewriter.look_for_guest(&buffer[..received]);
         while found.is_none() {
@@ -108,7 +111,7 @@ impl Rest {
     }
 }
 
-/// Take the stream until QEMU closes its end.
+/// Read the stream until QEMU closes its end.
 fn take_all(
     qemu: &UnixStream,
     rewriter: &mut Rewriter,
@@ -122,7 +125,7 @@ fn take_all(
         *received = 0;
         let next = match receive(qemu, buffer, RecvFlags::DONTWAIT) {
             Err(Errno::AGAIN) => {
-                // Nothing more is ready: what is gathered may be what somebody waits for.
+                // Nothing more is ready, and the receiver may be waiting for what is gathered.
                 rewriter.flush(outbound).map_err(rewriting)?;
                 outbound.send_batch()?;
                 writer.tally();
@@ -141,8 +144,8 @@ fn take_all(
             if outbound.channels.is_some() {
                 writer.settle()?;
             }
-            // The destination ends access to RAM with the next bytes, and answers nothing any more that is
-            // on its way there: what proves that the last writes have landed, for example.
+            // With the next bytes the destination ends access to RAM, and answers nothing that is
+            // still in flight, such as the proof that the last writes have landed.
             writer.link().drain()?;
             writer.check_coverage()?;
             if !try_commit() {
@@ -156,13 +159,14 @@ fn take_all(
     }
 }
 
-/// The next bytes that QEMU has written; 0 when it has closed its end.
+/// Receive the next bytes that QEMU has written; 0 when QEMU has closed its end.
 ///
-/// A QEMU that leaves something unread ends by a reset, which comes behind all that it wrote. QEMU 7.2
-/// does so in the migration after one that failed with a return path: it believes that it still has one
-/// (`rp_thread_created` of `migration/migration.c`), asks the destination for it, and nobody reads what
-/// comes back. A reset says no more than an end does: up to the end of RAM it is the stream that says
-/// whether it is whole, and behind that the destination's QEMU, which loads none without its last byte.
+/// A QEMU that leaves data unread ends with a reset, which arrives after all that it wrote. QEMU
+/// 7.2 does so in the migration after one that failed with a return path: it believes that it still
+/// has one (`rp_thread_created` in `migration/migration.c`), asks the destination for it, and never
+/// reads the reply. A reset is treated as end of file. Up to the end of RAM the stream shows
+/// whether it is complete; after that the destination's QEMU does, which loads no guest without
+/// the last byte.
 fn receive(qemu: &UnixStream, buffer: &mut [u8], flags: RecvFlags) -> rustix::io::Result<usize> {
     match retry_on_intr(|| recv(qemu, &mut *buffer, flags)) {
         Err(Errno::CONNRESET) => Ok(0),
@@ -177,7 +181,7 @@ fn rewriting(error: PushError<MigrationError>) -> MigrationError {
     }
 }
 
-/// Where the rewritten stream goes.
+/// The receiver of the rewritten stream.
 struct Outbound<'a> {
     writer: &'a RamWriter,
     return_path: &'a ToQemu,
@@ -185,14 +189,14 @@ struct Outbound<'a> {
     channels: Option<Arc<MultifdChannels>>,
     statistics: &'a Statistics,
     events: &'a Events<Input>,
-    /// Messages up to the end of the last RAM section, if the destination must have dealt with them
+    /// Messages up to the end of the last RAM section, if the destination must have consumed them
     /// before anything is written again.
     unsettled: Option<u64>,
-    /// Stream bytes that were not sent yet. At most a read's worth and what the rewriter held.
+    /// Stream bytes not sent yet: at most one read, and what the rewriter held.
     batch: Vec<u8>,
-    /// Bytes of the next staged write: at most a chunk of them.
+    /// Bytes of the next staged write: at most a chunk.
     staged: Vec<u8>,
-    /// Of blocks that QEMU announces without content.
+    /// Extents of blocks that QEMU announces without content.
     extents: Extents,
     acknowledgement: Acknowledgement,
 }
@@ -234,9 +238,9 @@ impl RewriteSink for Outbound<'_> {
 
     fn hook(&mut self) -> Result<()> {
         self.send_batch()?;
-        // A page of this section may have been zero in the last one. A device writes it when it
-        // likes; the processor that makes zero ranges must have done so before. And it may have been
-        // written there, by a device that may place the older bytes last.
+        // A page of this section may have been zero in the last one. Devices write at any time, so
+        // the destination's CPU must have applied the zero ranges before. Or the page was written
+        // there, by a device that may place the older bytes last.
         let unsettled = self.unsettled.take();
         unsettled.map_or(Ok(()), |messages| self.writer.link().await_consumed(messages))
     }
@@ -258,8 +262,8 @@ impl RewriteSink for Outbound<'_> {
 
     fn zero(&mut self, range: BlockRange) -> Result<()> {
         self.writer.zero(range)?;
-        // Beside channels it is their meetings that wait for it. What those have sent may wait for
-        // an answer that comes behind theirs.
+        // With channels, the sync points wait for it. The channels' messages may wait for an answer
+        // that arrives after theirs.
         if self.channels.is_none() {
             self.unsettled = Some(self.writer.link().messages());
         }
@@ -282,8 +286,8 @@ impl RewriteSink for Outbound<'_> {
     fn finished(&mut self) -> Result<()> {
         self.writer.exchange()?;
         let link = self.writer.link();
-        // Beside channels that go on writing, only where all meet there is an end to it: this message proves
-        // nothing of what they write, and nobody takes it for that.
+        // While channels write, only a sync point proves that their writes have landed. This
+        // message does not, and is not taken for proof.
         if self.channels.is_some() {
             return link.send(&Message::RegisterFinished);
         }
@@ -322,7 +326,7 @@ mod tests {
         },
     };
 
-    /// Our end and QEMU's, which has something to read.
+    /// Return our end and QEMU's, which has data to read.
     fn sockets() -> (UnixStream, UnixStream) {
         let (mut ours, theirs) = UnixStream::pair().unwrap();
         ours.write_all(&[0, 2, 0, 4, 0, 0, 0, 1]).unwrap();
@@ -330,7 +334,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reset_comes_behind_all_that_was_written() {
+    fn a_reset_comes_after_all_that_was_written() {
         let wait = RecvFlags::empty();
         let (qemu, mut theirs) = sockets();
         theirs.write_all(b"all").unwrap();
@@ -407,7 +411,7 @@ mod tests {
         }
     }
 
-    /// A stream of one block that is not shared, and of no pages.
+    /// Return a stream of one block that is not shared, and of no pages.
     fn stream() -> Vec<u8> {
         let end_of_section = [&[0; 7][..], b"\x10\x7e\0\0\0\x02"].concat();
         let total = (8192_u64 | 4).to_be_bytes();
@@ -417,7 +421,7 @@ mod tests {
         [b"QEVM\0\0\0\x03\x07\0\0\0\x02pc", &sections.concat()[..], b"\x04 devices\0"].concat()
     }
 
-    /// Of a guest with that block.
+    /// Return a writer for a guest with that block.
     fn writer(link: Arc<crate::worker::link::Link>, statistics: &Arc<Statistics>) -> RamWriter {
         let rom = Block { name: "rom".into(), length: 8192, region: None, read_whole: true };
         let blocks = SourceBlocks::Agreed(vec![AgreedBlock::unplaced(&rom, 0)]);
@@ -425,7 +429,7 @@ mod tests {
         RamWriter::new(link, remote_blocks, Arc::<RateLimit>::default(), statistics.clone())
     }
 
-    /// A migration that failed before that was read: QEMU has completed, and its guest is not to run.
+    /// The migration failed before that was read: QEMU has completed, and its guest must not run.
     #[test]
     fn what_the_guest_did_is_read_when_no_more_is_taken() {
         let (link, _receiver, _asked) = idle_link::willing();
@@ -448,7 +452,7 @@ mod tests {
         assert_eq!(reading.join().unwrap().as_deref(), Some("suspended"));
     }
 
-    /// The destination ends access when it has what is behind RAM, and answers nothing on its way there.
+    /// The destination ends access when it gets the bytes after RAM, and answers nothing in flight.
     #[test]
     fn nothing_is_on_its_way_to_memory_when_ram_is_passed() {
         let (link, _receiver, asked) = idle_link::willing();

@@ -1,4 +1,4 @@
-//! A source whose relay is gone: QEMU's migration must end without it.
+//! Ends QEMU's migration from a source's worker whose relay is gone.
 
 use std::{
     io::{
@@ -30,34 +30,34 @@ use crate::{
     threads,
 };
 
-/// How long QEMU may take for all that there is to do: its monitor waits while it flushes its disks.
+/// How long all of it may take: QEMU's monitor waits while QEMU flushes its disks.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// How long a place in QEMU's line is waited for at once: QEMU may not have noticed yet that the relay
-/// is gone, and others be in it who have given up. And how often it is looked for.
+/// How long to wait for a queue position at first, and how often to try. QEMU may not have noticed
+/// yet that the relay is gone, and clients that gave up may still be queued.
 const LINE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_millis(20));
 
-/// How long QEMU may take to clean up behind its migration, and how often it is asked.
+/// How long QEMU may take to clean up after its migration, and how often it is asked.
 const CLEAN_UP: (Duration, Duration) = (Duration::from_secs(15), Duration::from_millis(20));
 
-/// For as long as `limit` says, and one look every so often.
+/// Return patience for `limit`, in a loop that sleeps for `pause`.
 fn patience((limit, pause): (Duration, Duration)) -> Patience {
     Patience::in_slices(limit, pause * 5)
 }
 
-/// What is left to do at QEMU when the migration is over.
+/// What is left to do in QEMU when the migration is over.
 #[derive(Debug)]
 pub struct Plan {
-    /// What sets QEMU back to what it was before.
+    /// Commands that restore QEMU's settings.
     pub restore: Vec<Command>,
-    /// The guest never ran at the destination.
+    /// Whether the guest never ran at the destination.
     pub guest_never_ran: bool,
-    /// It is to run again if QEMU takes its migration for complete.
+    /// Whether to resume the guest if QEMU takes its migration for complete.
     pub guest_runs: bool,
 }
 
-/// The thread that acts in the place of the relay: in QEMU's line from the start, and at work when the
-/// migration is over.
+/// The thread that acts for the relay. It queues at QEMU's QMP socket from the start, and acts when
+/// the migration is over.
 #[derive(Debug)]
 pub struct Takeover {
     qmp: Option<QmpSocket>,
@@ -66,27 +66,27 @@ pub struct Takeover {
 }
 
 impl Takeover {
-    /// Get in line at QEMU's QMP socket `qmp`.
+    /// Queue at QEMU's QMP socket `qmp`.
     pub fn start(qmp: Option<QmpSocket>) -> Self {
         let (sender, plan) = mpsc::channel();
         let socket = qmp.clone();
         let take_over = move || {
             let place = Place::take(socket.as_ref());
-            // Nothing is left to do where that comes to nothing.
+            // Without a plan nothing is left to do.
             if let Ok(plan) = plan.recv() {
                 place.carry_out(&plan);
             }
         };
-        // What it could not do was said, or is by its panic.
+        // The thread has logged what it could not do; a panic is reported too.
         let thread = threads::start("takeover", take_over, drop);
         Self { qmp, plan: sender, thread }
     }
 
-    /// The migration is over. Returns the thread that carries out the plan, which the process should
-    /// outlive.
+    /// Carry out the plan, when the migration is over. Returns the thread that does, which the
+    /// process should join before it exits.
     pub fn carry_out(&mut self, plan: Plan) -> Option<JoinHandle<()>> {
         if let Some(thread) = self.thread.take() {
-            // It is gone only if it has panicked.
+            // The receiver is gone only if the thread has panicked.
             let _ = self.plan.send(plan);
             return Some(thread);
         }
@@ -95,21 +95,21 @@ impl Takeover {
     }
 }
 
-/// In QEMU's line.
+/// The queue position at QEMU's QMP socket.
 #[derive(Debug)]
 enum Place {
-    /// In line, or served.
+    /// Queued, or served.
     Session(Session),
-    /// There was no place in the line of this socket.
+    /// The socket's queue was full.
     Late(QmpSocket),
-    /// There is no way to QEMU.
+    /// QEMU can't be reached.
     Cut,
 }
 
 impl Place {
-    /// Get in line at QEMU's QMP socket, if it has one that others than the relay can reach: QEMU serves
-    /// one client at a time, and no helper that is started again before this one. Without a session
-    /// QEMU finds out by itself what it can.
+    /// Queue at QEMU's QMP socket, if processes other than the relay can reach it. QEMU serves one
+    /// client at a time, and this one before any helper that is restarted. Without a session QEMU
+    /// finds out by itself what it can.
     fn take(qmp: Option<&QmpSocket>) -> Self {
         let Some(qmp) = qmp else { return Self::Cut };
         match Session::connect(qmp, patience(LINE)) {
@@ -126,8 +126,8 @@ impl Place {
         }
     }
 
-    /// See to it that the migration is over at QEMU too, and set QEMU back. A guest that never ran at the
-    /// destination is to run on, if it did.
+    /// End the migration in QEMU too, and restore QEMU's settings. A guest that never ran at the
+    /// destination is resumed, if it ran before.
     fn carry_out(self, plan: &Plan) {
         if plan.restore.is_empty() && !plan.guest_never_ran {
             return;
@@ -150,7 +150,7 @@ impl Place {
     }
 }
 
-/// With QEMU.
+/// A QMP session.
 #[derive(Debug)]
 struct Session {
     stream: BufReader<UnixStream>,
@@ -159,7 +159,7 @@ struct Session {
 }
 
 impl Session {
-    /// Get in line. A QEMU that is not listening has room for one or two.
+    /// Queue at the socket. A QEMU that is not listening has capacity for one or two clients.
     fn connect(qmp: &QmpSocket, mut patience: Patience) -> rustix::io::Result<Self> {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
@@ -170,7 +170,7 @@ impl Session {
                 connected => break connected?,
             }
         }
-        // The path is in the hands of QEMU, or has been given to its successor.
+        // The path may have passed from this QEMU to its successor.
         let served_by = socket_peercred(&socket)?.pid.as_raw_nonzero().get();
         if served_by.unsigned_abs() != qmp.pid {
             return Err(Errno::CONNREFUSED);
@@ -180,19 +180,19 @@ impl Session {
     }
 
     fn carry_out(mut self, plan: &Plan) -> io::Result<()> {
-        // The greeting.
+        // Skip the greeting.
         self.line()?;
         self.execute("qmp_capabilities", &Value::Null)?;
         if plan.guest_never_ran {
-            // QEMU does not notice at pre-switchover that the stream has ended, and may come to wait there
-            // without writing anything more. Of a migration that has ended it thinks no more.
+            // At pre-switchover QEMU does not notice the end of the stream, and may wait there
+            // without writing any more. A migration that has ended ignores the cancel.
             self.execute("migrate_cancel", &Value::Null)?;
         }
         let is_clean = self.await_clean_up()?;
-        // What fails keeps nothing else from being done.
+        // Whatever fails, do the rest.
         let mut done = Ok(());
         if plan.guest_never_ran && plan.guest_runs {
-            // QEMU may have taken a failure for a success; and been reset since.
+            // QEMU may have taken a failure for a success, and been reset since.
             let guest = self.execute("query-status", &Value::Null)?;
             if ["postmigrate", "prelaunch"].iter().any(|left| guest["status"] == *left) {
                 done = self.execute("cont", &Value::Null).map(drop);
@@ -201,7 +201,8 @@ impl Session {
         if !is_clean {
             return done.and(Err(ErrorKind::TimedOut.into()));
         }
-        // Where QEMU refuses one, it migrates: a channel more than there is would be its end.
+        // If QEMU refuses a command, it migrates again: a change of its channel count would crash
+        // it.
         let mut commands = plan.restore.iter();
         let given = commands.try_for_each(|Command { execute, arguments }| {
             self.execute(execute, arguments).map(drop)
@@ -209,10 +210,10 @@ impl Session {
         done.and(given)
     }
 
-    /// Wait until QEMU has cleaned up: if it is set back before, it aborts. False if it takes too long.
+    /// Wait until QEMU has cleaned up: restoring settings earlier makes it abort. False on timeout.
     fn await_clean_up(&mut self) -> io::Result<bool> {
         let mut patience = patience(CLEAN_UP);
-        while qemu::cleans_up(&self.execute("query-yank", &Value::Null)?) {
+        while qemu::is_cleaning_up(&self.execute("query-yank", &Value::Null)?) {
             if !patience.lasts() {
                 return Ok(false);
             }
@@ -229,7 +230,7 @@ impl Session {
             match (&mut self.stream).take(left).read_until(b'\n', &mut line) {
                 Ok(_) if line.is_empty() => return Err(ErrorKind::UnexpectedEof.into()),
                 Ok(_) => return Ok(line),
-                // What has come of it is kept.
+                // `line` keeps the part that has arrived.
                 Err(error) if matches!(error.kind(), WouldBlock | Interrupted) => {}
                 Err(error) => return Err(error),
             }
@@ -259,9 +260,9 @@ impl Session {
 mod tests {
     use super::*;
 
-    /// Only what it asked for is its business.
+    /// Events that can't be parsed are skipped; such a reply is an error.
     #[test]
-    fn an_orphan_reads_past_what_it_does_not_understand() {
+    fn a_takeover_reads_past_what_it_does_not_understand() {
         let (stream, qemu) = UnixStream::pair().unwrap();
         let mut session =
             Session { stream: BufReader::new(stream), patience: Patience::new(PATIENCE) };

@@ -19,12 +19,11 @@ use crate::fabric::{
 };
 use crate::patience::Patience;
 
-/// A destination that receives until its source is gone.
+/// A destination that receives until its source closes.
 fn receiving(mut receiver: Box<dyn RecvHalf>) -> thread::JoinHandle<FabricError> {
     thread::spawn(move || receiver.receive(&mut Vec::new()).unwrap_err())
 }
 
-/// What is in a region's file.
 fn content(file: &std::fs::File) -> Vec<u8> {
     use std::os::unix::fs::FileExt as _;
     let mut bytes = vec![0; SIZE as usize];
@@ -32,7 +31,7 @@ fn content(file: &std::fs::File) -> Vec<u8> {
     bytes
 }
 
-/// A region that has no two equal pages.
+/// A region without two equal pages.
 fn filled(name: &str) -> (Arc<Region>, std::fs::File) {
     let (region, file) = region(name);
     for page in 0..SIZE / 4096 {
@@ -42,7 +41,7 @@ fn filled(name: &str) -> (Arc<Region>, std::fs::File) {
     (region, file)
 }
 
-/// Each chunk in pieces of `piece` bytes, all chunks at once.
+/// Write each chunk in pieces of `piece` bytes, all chunks at once.
 fn write_all(send_half: &Arc<dyn SendHalf>, from: &Arc<Region>, key: RemoteKey, piece: u64) {
     thread::scope(|scope| {
         for chunk in 0..SIZE / CHUNK {
@@ -87,7 +86,7 @@ fn both_sides_use_as_many_as_both_have() {
     }
 }
 
-/// Of what is written to the same place the last one stays.
+/// Of several writes to the same place, the last one remains.
 #[test]
 fn an_older_write_never_lands_after_a_newer_one() {
     let (source, destination) = pair_of(with(4), &with(4));
@@ -98,7 +97,7 @@ fn an_older_write_never_lands_after_a_newer_one() {
     let (_received, _answered) = (receiving(receiver), receiving(answers));
     for round in 1..=20 {
         for chunk in 0..SIZE / CHUNK {
-            // Short ones overtake long ones, where they can.
+            // Short writes would overtake long ones, if they could.
             let length = if round % 2 == 0 { 4096 } else { CHUNK as usize };
             send_half.write_bytes(&vec![round; length], chunk * CHUNK, key).unwrap();
         }
@@ -110,11 +109,11 @@ fn an_older_write_never_lands_after_a_newer_one() {
     }
 }
 
-/// A peer of which the test plays each connection.
+/// A peer whose connections the test drives itself.
 struct Played(Vec<TcpStream>);
 
 impl Played {
-    /// Connect to `listener` with `count` connections in all.
+    /// Connect to `listener` with `count` connections in total.
     fn connect(listener: &mut dyn Listener, count: u16) -> (Self, Box<dyn Connection>) {
         let address = listener.address().to_string();
         thread::scope(|scope| {
@@ -135,7 +134,7 @@ impl Played {
         })
     }
 
-    /// Be connected to by `source`, which gets as many connections as it wants.
+    /// Accept `source`, and grant it as many connections as it requests.
     fn accept(source: Tcp) -> (Self, Box<dyn Connection>) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
@@ -165,7 +164,7 @@ impl Played {
     }
 }
 
-/// The next frame, without its payload; `None` at the end.
+/// Read the next frame and drop its payload; `None` at end of stream.
 fn next_frame(stream: &mut TcpStream) -> Option<Header> {
     let mut bytes = [0; HEADER_SIZE];
     stream.read_exact(&mut bytes).ok()?;
@@ -197,7 +196,7 @@ fn a_chunk_belongs_to_one_connection_and_messages_to_the_first() {
         send_half.write_bytes(&[1; 4096], offset + 4096, key).unwrap();
         send_half.send(b"message", &[]).unwrap();
     }
-    // What was sent is read to its end.
+    // The peer reads all that was sent.
     send_half.finish();
     end.close();
     let mut owners = HashMap::<u64, HashSet<usize>>::new();
@@ -215,14 +214,14 @@ fn a_chunk_belongs_to_one_connection_and_messages_to_the_first() {
     assert_eq!(used.len(), 3);
 }
 
-/// Threads that post at once do not add to what may be in flight.
+/// Concurrent writers do not exceed the window.
 #[test]
 fn the_window_bounds_all_connections_together() {
     let fabric = Tcp { stall_timeout: Duration::from_millis(300), connections: 4 };
     let (played, source) = Played::accept(fabric);
     let end = source.handle();
     let (send_half, _answers) = source.split();
-    // The peer takes everything and says nothing.
+    // The peer reads everything and reports nothing.
     let takers: Vec<_> = (played.0.into_iter())
         .map(|mut stream| {
             thread::spawn(move || {
@@ -247,7 +246,7 @@ fn the_window_bounds_all_connections_together() {
     });
     end.close();
     let taken: u64 = takers.into_iter().map(|taker| taker.join().unwrap()).sum();
-    // What has begun when there is still room ends.
+    // A write that starts while the window has space completes.
     assert!((WINDOW..=WINDOW + CHUNK).contains(&taken), "{taken}");
 }
 
@@ -270,7 +269,7 @@ fn a_connection_that_rests_is_no_stall() {
     send_half.drain().unwrap();
 }
 
-/// With half a write on the way, and one behind it, on another connection.
+/// With half a write in flight, and a complete one on another connection.
 #[test]
 fn nothing_lands_on_any_connection_after_revocation() {
     let mut listener = listening(&with(3));
@@ -281,7 +280,7 @@ fn nothing_lands_on_any_connection_after_revocation() {
     played.send(1, Header::new(frame::WRITE, 1, CHUNK, CHUNK), &[1; 4096]);
     played.send(2, Header::new(frame::WRITE, 1, 2 * CHUNK, 4096), &[2; 4096]);
     played.send(2, Header::new(frame::FLUSH, 0, 0, 0), &[]);
-    // The second one has landed.
+    // The complete write has landed.
     assert_eq!(next_frame(&mut played.0[2]).unwrap().address.get(), 4096);
     let begun = Instant::now();
     receiver.revoke();
@@ -289,7 +288,7 @@ fn nothing_lands_on_any_connection_after_revocation() {
     let before = content(&to_file);
     for connection in 0..3 {
         let length = if connection == 1 { CHUNK - 4096 } else { 0 };
-        // The connection may be closed already.
+        // The connection may already be closed.
         let _ = played.0[connection].write_all(&vec![3; length as usize]);
         let header = Header::new(frame::WRITE, 1, connection as u64 * CHUNK, 4096);
         let _ = played.0[connection].write_all(&[header.as_bytes(), &[3; 4096]].concat());
@@ -300,7 +299,7 @@ fn nothing_lands_on_any_connection_after_revocation() {
     assert!(!before.contains(&3));
 }
 
-/// Whatever is landing when access ends.
+/// Whatever is being written when access ends.
 #[test]
 fn a_flood_of_writes_ends_with_revocation() {
     let mut listener = listening(&with(3));
@@ -311,7 +310,8 @@ fn a_flood_of_writes_ends_with_revocation() {
     let floods: Vec<_> = (1..3)
         .map(|connection| {
             let mut stream = played.0[connection as usize].try_clone().unwrap();
-            // Nobody reads it any more then: with a full window it is not even reset.
+            // After the revocation nobody reads: with a full window the connection is not even
+            // reset.
             stream.set_write_timeout(Some(Duration::from_secs(1))).unwrap();
             thread::spawn(move || {
                 let header = Header::new(frame::WRITE, 1, connection * CHUNK, CHUNK);
@@ -324,7 +324,7 @@ fn a_flood_of_writes_ends_with_revocation() {
         })
         .collect();
     for connection in 1..3 {
-        // LANDED: it has begun.
+        // LANDED: the flood has begun.
         next_frame(&mut played.0[connection].try_clone().unwrap()).unwrap();
     }
     receiver.revoke();
@@ -335,7 +335,7 @@ fn a_flood_of_writes_ends_with_revocation() {
     assert!(content(&to_file) == before);
 }
 
-/// A destination ends all but the first one when RAM is over: that alone is no failure.
+/// A destination closes all connections but the first when RAM is complete. That is not a failure.
 #[test]
 fn messages_go_on_after_revocation() {
     let (source, destination) = pair_of(with(4), &with(4));
@@ -367,7 +367,7 @@ fn messages_go_on_after_revocation() {
     let mut message = Vec::new();
     receiver.receive(&mut message).unwrap();
     assert_eq!(message, b"the end");
-    // Who writes once more is told.
+    // A further write fails.
     let write = || send_half.write(&from, CHUNK, CHUNK, key).and_then(|()| send_half.drain());
     let error = (0..8).find_map(|_| write().err()).unwrap();
     assert!(matches!(error, FabricError::Closed), "{error}");
@@ -396,13 +396,13 @@ fn what_breaks_on_one_connection_ends_the_link_and_says_why() {
         }
         let error = receiver.receive(&mut Vec::new()).unwrap_err();
         assert!(error.to_string().contains(expected), "{error}");
-        // The peer still gets to know.
+        // The peer can still be told.
         send_half.send(b"last words", &[]).unwrap();
         assert_eq!(next_frame(&mut played.0[0]).unwrap().kind.get(), frame::SEND);
     }
 }
 
-/// A source whose other connection is lost under its writes.
+/// A source whose second connection is lost with a write in flight.
 #[test]
 fn a_connection_that_is_lost_under_writes_ends_the_link() {
     let (mut played, source) = Played::accept(with(2));
@@ -434,7 +434,7 @@ fn a_stranger_is_no_connection_of_anybodys() {
         thread::spawn(move || fabric.connect(&address, &[], TIMEOUT).unwrap().1)
     };
     let request = listener.accept().unwrap();
-    // Turned away at once, while the session is open too.
+    // Rejected at once, also while the session is open.
     let guesses: Vec<_> = (0..8)
         .map(|guess| {
             thread::spawn({
@@ -450,7 +450,7 @@ fn a_stranger_is_no_connection_of_anybodys() {
     assert_eq!(accepted.split().0.connections(), 3);
 }
 
-/// It is given up in bounded time, and the next one let in.
+/// The attempt ends in bounded time, and the next peer is accepted.
 #[test]
 fn a_peer_that_does_not_connect_all_is_given_up() {
     let fabric = with(3);
@@ -467,7 +467,7 @@ fn a_peer_that_does_not_connect_all_is_given_up() {
     assert_eq!(accepted.split().0.connections(), 3);
 }
 
-/// One that knows of no further connections, on either side.
+/// A peer that does not support further connections, on either side.
 #[test]
 fn an_old_peer_gets_one_connection() {
     let mut listener = listening(&with(4));

@@ -1,4 +1,4 @@
-//! Signals while something is waited for, which needs no device.
+//! Signals during waits, tested without a device.
 
 use std::{
     ffi::c_int,
@@ -12,7 +12,7 @@ use rustix::event::{EventfdFlags, eventfd};
 
 use super::*;
 
-/// How long it is waited, in vain.
+/// Timeout of the waits.
 const LIMIT: Duration = Duration::from_millis(300);
 
 static SIGNALS: AtomicU32 = AtomicU32::new(0);
@@ -21,8 +21,7 @@ extern "C" fn count(_: c_int) {
     SIGNALS.fetch_add(1, SeqCst);
 }
 
-/// Do something on a thread that gets a signal again and again. Returns what it gave, and how long it
-/// took.
+/// Run `work` on a thread that receives signals repeatedly. Return its result and duration.
 fn interrupted<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> (T, Duration) {
     let handler: extern "C" fn(c_int) = count;
     // SAFETY: the handler does nothing but count.
@@ -39,7 +38,7 @@ fn interrupted<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> 
     working.join().unwrap()
 }
 
-/// rdma_get_cm_event() where there are no events: interrupted every other time.
+/// rdma_get_cm_event() without events: every other call is interrupted.
 unsafe extern "C" fn no_event(_: *mut rdma_event_channel, _: *mut *mut rdma_cm_event) -> c_int {
     static CALLS: AtomicU32 = AtomicU32::new(0);
     let errno = [libc::EINTR, libc::EAGAIN][CALLS.fetch_add(1, SeqCst) as usize % 2];
@@ -89,7 +88,7 @@ fn signals_do_not_shorten_a_farewell() {
     let (waited, taken) = interrupted(farewell);
     waited.unwrap();
     assert!(taken >= LIMIT, "{taken:?}");
-    // And one that is ready is not waited for.
+    // A ready descriptor ends the wait at once.
     let ready = eventfd(1, EventfdFlags::CLOEXEC).unwrap();
     let begun = Instant::now();
     let mut fds = [PollFd::from_borrowed_fd(ready.as_fd(), PollFlags::IN)];

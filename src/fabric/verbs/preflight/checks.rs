@@ -1,4 +1,4 @@
-//! Whether a device can carry a migration, by what it says of itself.
+//! Decides whether a device can carry a migration, by its reported attributes.
 
 use rdma_sys::ibv_port_state as state;
 
@@ -10,24 +10,24 @@ use super::{
 };
 use crate::fabric::{Finding, Guest, Question};
 
-/// Path MTU in bytes that Ethernet's usual MTU allows.
+/// Path MTU in bytes that Ethernet's default MTU allows.
 const MTU_USUAL: u32 = 1024;
 
-/// What was found of one device.
+/// Findings for one device.
 pub(super) struct Judged {
     pub(super) findings: Vec<Finding>,
-    /// A migration can go over one of the ports that were looked at.
+    /// A migration can use one of the checked ports.
     pub(super) is_usable: bool,
 }
 
 impl Judged {
-    /// A device that does not even answer.
+    /// The result for a device that can't be queried.
     pub(super) fn unusable(finding: Finding) -> Self {
         Self { findings: vec![finding], is_usable: false }
     }
 }
 
-/// Judge a device and all its ports, or the one.
+/// Judge a device and all its ports, or only port `only`.
 pub(super) fn judge(device: &Device, only: Option<u8>, question: &Question<'_>) -> Judged {
     let mut findings = attributes(device, question);
     let mut is_usable = false;
@@ -45,9 +45,9 @@ pub(super) fn judge(device: &Device, only: Option<u8>, question: &Question<'_>) 
     Judged { findings, is_usable }
 }
 
-/// How a migration over the device knows that RAM has arrived.
+/// How a migration over the device learns that RAM has arrived.
 fn arrival(device: &Device) -> Finding {
-    let proof = "a message behind the writes of each queue pair proves that they have landed";
+    let proof = "a message after the writes of each queue pair proves that they have landed";
     let name = &device.name;
     Finding::good(match device.transport {
         Transport::InfiniBand => format!("RDMA device {name}: InfiniBand's transport; {proof}"),
@@ -58,7 +58,7 @@ fn arrival(device: &Device) -> Finding {
     })
 }
 
-/// What a migration needs of the device's attributes against what it has.
+/// Compare the device's attributes with what a migration needs.
 fn attributes(device: &Device, question: &Question<'_>) -> Vec<Finding> {
     let &Question { guest, window, lanes, .. } = question;
     let (name, has) = (&device.name, &device.attributes);
@@ -103,7 +103,7 @@ fn attributes(device: &Device, question: &Question<'_>) -> Vec<Finding> {
     findings
 }
 
-/// One port: is it up, does it have an address, how large are its packets?
+/// Judge a port: its state, its addresses and its MTU.
 fn judge_port(device: &str, port: &Port) -> Finding {
     let place = format!("RDMA device {device}, port {}", port.number);
     if port.state != state::IBV_PORT_ACTIVE {
@@ -112,11 +112,11 @@ fn judge_port(device: &str, port: &Port) -> Finding {
             state_name(port.state),
             physical_name(port.physical)
         );
-        return Finding::fatal(text, cure_of_port(port));
+        return Finding::fatal(text, port_hint(port));
     }
     match port.link {
         Link::Roce => judge_roce(&place, port),
-        // TCP cuts its packets.
+        // TCP handles segmentation: the path MTU does not matter.
         Link::Iwarp => Finding::good(format!("{place}: ACTIVE, iWARP")),
         Link::InfiniBand => Finding::good(format!(
             "{place}: ACTIVE, path MTU {} of {}; the other host's must be the same",
@@ -125,7 +125,7 @@ fn judge_port(device: &str, port: &Port) -> Finding {
     }
 }
 
-/// A RoCE port that is up: its addresses and packets are those of its network interface.
+/// Judge a RoCE port that is up, by the addresses and the MTU of its network interface.
 fn judge_roce(place: &str, port: &Port) -> Finding {
     let interface = interface_name(port);
     let routed = port.gids.iter().filter(|gid| !gid.is_link_local());
@@ -165,7 +165,7 @@ fn interface_name(port: &Port) -> &str {
     port.interface.as_ref().map_or("of the device", |interface| &interface.name)
 }
 
-fn cure_of_port(port: &Port) -> String {
+fn port_hint(port: &Port) -> String {
     let interface = interface_name(port);
     match (port.link, port.state) {
         (Link::InfiniBand, state::IBV_PORT_INIT | state::IBV_PORT_ARMED) => {
@@ -185,11 +185,11 @@ fn state_name(port_state: state::Type) -> &'static str {
         state::IBV_PORT_ARMED => "ARMED",
         state::IBV_PORT_ACTIVE => "ACTIVE",
         state::IBV_PORT_ACTIVE_DEFER => "ACTIVE_DEFER",
-        _ => "in no known state",
+        _ => "in an unknown state",
     }
 }
 
-/// As sysfs names them (`ports/N/phys_state`).
+/// The names are those of sysfs (`ports/N/phys_state`).
 fn physical_name(physical: u8) -> &'static str {
     match physical {
         1 => "Sleep",
@@ -199,7 +199,7 @@ fn physical_name(physical: u8) -> &'static str {
         5 => "LinkUp",
         6 => "LinkErrorRecovery",
         7 => "PhyTest",
-        _ => "in no known state",
+        _ => "in an unknown state",
     }
 }
 
@@ -230,7 +230,7 @@ mod tests {
         }
     }
 
-    /// With exactly what is needed.
+    /// A device with exactly what is needed.
     fn device(ports: Vec<Port>) -> Device {
         let attributes = requirements::attributes(16, 1, None);
         Device { name: "mlx5_0".into(), transport: Transport::InfiniBand, attributes, ports }
@@ -287,7 +287,7 @@ mod tests {
             let device = Device { transport, ..device(vec![port()]) };
             judge(&device, None, &question(None)).findings.pop().unwrap()
         };
-        let words = "mlx5_0: InfiniBand's transport; a message behind the writes";
+        let words = "mlx5_0: InfiniBand's transport; a message after the writes";
         assert_found(&judged(Transport::InfiniBand), Severity::Good, words, "");
         let words = "mlx5_0: iWARP, whose completions say nothing of the other host; a message";
         assert_found(&judged(Transport::Iwarp), Severity::Good, words, "");
@@ -312,7 +312,7 @@ mod tests {
             let Judged { findings, is_usable } = judge(&device, None, &question(None));
             assert!(!is_usable);
             assert_found(&findings[0], Severity::Fatal, &format!("its {name} is"), "--fabric tcp");
-            // The port itself is as it should be.
+            // The port itself is good.
             assert_eq!((findings.len(), findings[1].severity), (2, Severity::Good));
         }
     }

@@ -1,7 +1,7 @@
-//! RLIMIT_MEMLOCK, which bounds what an unprivileged process may register.
+//! RLIMIT_MEMLOCK, which limits how much memory an unprivileged process may register.
 //!
-//! The kernel (`ib_umem_get`) counts what one process has registered against its soft limit, unless
-//! it has CAP_IPC_LOCK in the first user namespace.
+//! The kernel (`ib_umem_get`) checks a process's registered memory against its soft limit, unless
+//! it has CAP_IPC_LOCK in the initial user namespace.
 
 use std::{fs, io, path::Path};
 
@@ -11,24 +11,25 @@ use crate::fabric::{FabricError, Finding, Guest, Result};
 /// CAP_IPC_LOCK (linux/capability.h).
 const CAP_IPC_LOCK: u32 = 14;
 
-/// The first user namespace (PROC_USER_INIT_INO, linux/proc_ns.h).
+/// The initial user namespace (PROC_USER_INIT_INO, linux/proc_ns.h).
 const FIRST_USER_NAMESPACE: &str = "user:[4026531837]";
 
-/// What one process may register.
+/// How much memory a process may register.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Memlock {
-    /// Bytes; `None` if there is no limit.
+    /// Soft limit in bytes; `None` if unlimited.
     limit: Option<u64>,
-    /// It does not count for this process.
+    /// The process is exempt from the limit.
     lifted: bool,
 }
 
 impl Memlock {
-    /// Of the helper with this process id; without one, of this process.
+    /// Read the limit of the helper with process id `pid`, by default of this process.
     pub(super) fn of(pid: Option<u32>) -> io::Result<Self> {
         let process = pid.map_or("self".to_owned(), |pid| pid.to_string());
         let process = Path::new("/proc").join(process);
-        // Another user's is not told: that of a process that we may talk to is ours as a rule.
+        // The namespace of another user's process is unreadable. If we may talk to the process, it
+        // usually shares ours.
         let namespace = fs::read_link(process.join("ns/user"))
             .or_else(|_| fs::read_link("/proc/self/ns/user"))?;
         Ok(Self {
@@ -38,13 +39,13 @@ impl Memlock {
         })
     }
 
-    /// The bytes that this process may register; `None` if as many as there are.
+    /// The effective limit in bytes; `None` if there is none.
     fn bound(&self) -> Option<u64> {
         self.limit.filter(|_| !self.lifted)
     }
 }
 
-/// The soft limit in `/proc/PID/limits`.
+/// Parse the soft limit in `/proc/PID/limits`.
 fn limit(limits: &str) -> io::Result<Option<u64>> {
     let line = limits.lines().find_map(|line| line.strip_prefix("Max locked memory"));
     match line.and_then(|line| line.split_whitespace().next()) {
@@ -54,7 +55,7 @@ fn limit(limits: &str) -> io::Result<Option<u64>> {
     }
 }
 
-/// Is CAP_IPC_LOCK effective, by `/proc/PID/status`?
+/// Whether CAP_IPC_LOCK is effective, according to `/proc/PID/status`.
 fn has_ipc_lock(status: &str) -> io::Result<bool> {
     let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
     let effective = effective.ok_or(io::ErrorKind::InvalidData)?;
@@ -62,8 +63,8 @@ fn has_ipc_lock(status: &str) -> io::Result<bool> {
     Ok(effective >> CAP_IPC_LOCK & 1 == 1)
 }
 
-/// Refuse what can't succeed: not even the messages could be registered. A peer would only see that
-/// it is turned away.
+/// Fail early if the limit does not even cover the message buffers: the peer would only see a
+/// rejection.
 ///
 /// # Errors
 /// [`FabricError::Pin`].
@@ -75,12 +76,13 @@ pub(in super::super) fn suffices_for_messages(window: u16) -> Result<()> {
             mib: needed.div_ceil(1 << 20),
             source: io::Error::from_raw_os_error(libc::ENOMEM),
         }),
-        // Whoever can't know tries.
+        // If the limit is unknown, try.
         _ => Ok(()),
     }
 }
 
-/// Whose limit counts: the helper's at this process id, or that of one that is started here.
+/// The finding for the limit of the helper with process id `helper`, by default of one started from
+/// here.
 pub(super) fn finding(helper: Option<u32>, window: u16, guest: Option<&Guest>) -> Finding {
     let whose = match helper {
         Some(pid) => format!("memlock of the helper, process {pid}"),

@@ -1,4 +1,4 @@
-//! What would stop a migration over verbs, found without starting one.
+//! Checks for migrations over verbs. They do not start one.
 
 mod checks;
 pub(super) mod memlock;
@@ -19,18 +19,18 @@ use crate::{
     fabric::{self, Finding, Question, Result},
 };
 
-/// How long a route may take to be found.
+/// Time limit for finding a route.
 const RESOLVING: Duration = Duration::from_secs(5);
 
-/// Look at the libraries, the route, the devices and the memlock limit. Without an address one
-/// device that is as it should be is enough.
+/// Check the libraries, the route, the devices and the memlock limit. Without an address, one
+/// usable device is enough.
 pub fn check(question: &Question<'_>) -> Vec<Finding> {
     let mut findings = devices(question).unwrap_or_else(|error| vec![Finding::error(&error)]);
     findings.push(memlock::finding(question.helper, question.window, question.guest));
     findings
 }
 
-/// The same where there is no device: what else would be missing if there were one.
+/// Check what would be missing if there were a device.
 pub fn check_without_device(question: &Question<'_>) -> Vec<Finding> {
     let library = Library::get().err().map(|error| Finding::error(&error));
     let memlock = memlock::finding(question.helper, question.window, question.guest);
@@ -39,7 +39,7 @@ pub fn check_without_device(question: &Question<'_>) -> Vec<Finding> {
 
 fn devices(question: &Question<'_>) -> Result<Vec<Finding>> {
     let devices = probe::devices()?;
-    // Whoever can't reach the connection manager has no route to anything.
+    // Without the connection manager there is no route to anything.
     EventChannel::new()?;
     let mut findings = Vec::new();
     let mut route = None;
@@ -49,7 +49,7 @@ fn devices(question: &Question<'_>) -> Result<Vec<Finding>> {
                 findings.push(leads(address, &found));
                 route = Some(found);
             }
-            // Every device of this host may be meant.
+            // The address stands for every device of this host.
             Ok(None) => {}
             Err(error) => findings.push(Finding::error(&error)),
         }
@@ -71,7 +71,7 @@ fn devices(question: &Question<'_>) -> Result<Vec<Finding>> {
     Ok(findings)
 }
 
-/// What leads to the address.
+/// The finding for a route to the address.
 fn leads(address: &Address, route: &Route) -> Finding {
     let Route { device, port, from, is_own } = route;
     Finding::good(match from {
@@ -82,7 +82,7 @@ fn leads(address: &Address, route: &Route) -> Finding {
     })
 }
 
-/// Devices that the kernel has and libibverbs can't use.
+/// Findings for devices known to the kernel that libibverbs can't use.
 fn unknown(devices: &[(String, Result<Device>)]) -> impl Iterator<Item = Finding> {
     let is_known = |name: &String| devices.iter().any(|(known, _)| known == name);
     fabric::devices().into_iter().filter(move |name| !is_known(name)).map(|name| {

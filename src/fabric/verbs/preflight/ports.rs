@@ -1,7 +1,6 @@
-//! What sysfs says of a device's port: its GIDs, and the network interface that they belong to.
+//! Reads a port's GIDs and network interface from sysfs.
 //!
-//! libibverbs has names for the types of GIDs only since its version 32; sysfs has had them as long
-//! as there are types.
+//! libibverbs names the types of GIDs only since version 32; sysfs has always done so.
 
 use std::{
     fs,
@@ -9,23 +8,24 @@ use std::{
     path::Path,
 };
 
-/// Where the kernel shows RDMA devices.
+/// RDMA devices in sysfs.
 pub(super) const DEVICES: &str = "/sys/class/infiniband";
 
-/// Where it shows network interfaces.
+/// Network interfaces in sysfs.
 const INTERFACES: &str = "/sys/class/net";
 
-/// An entry of the GID table that is in use.
+/// A used entry of the GID table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Gid {
-    /// The IP address that it was made of.
+    /// The IP address that it was derived from.
     pub ip: IpAddr,
-    /// It is of RoCE v2, which is routed; v1 is not.
+    /// It is for RoCE v2, which is routable; v1 is not.
     pub v2: bool,
 }
 
 impl Gid {
-    /// Every interface has one of its MAC address, and nobody migrates to that.
+    /// Whether the address is link-local. Every interface derives one from its MAC address;
+    /// migrations do not use it.
     pub(super) fn is_link_local(&self) -> bool {
         matches!(self.ip, IpAddr::V6(ip) if ip.is_unicast_link_local())
     }
@@ -34,13 +34,13 @@ impl Gid {
 /// The network interface of a RoCE port.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Interface {
-    /// Its name.
+    /// Name of the interface.
     pub name: String,
-    /// Its MTU in bytes.
+    /// MTU in bytes.
     pub mtu: u32,
 }
 
-/// The network interface and the GIDs of a port of the device in the directory `device`.
+/// Read the network interface and the GIDs of a port of the device in directory `device`.
 pub(super) fn read(device: &Path, port: u8) -> (Option<Interface>, Vec<Gid>) {
     let port = device.join("ports").join(port.to_string());
     let mut indices: Vec<u32> = fs::read_dir(port.join("gids"))
@@ -51,7 +51,7 @@ pub(super) fn read(device: &Path, port: u8) -> (Option<Interface>, Vec<Gid>) {
     indices.sort_unstable();
     let attribute = |path: &str, index: u32| text(&port.join(path).join(index.to_string()));
     let gids = indices.iter().filter_map(|&index| {
-        // Entries that are not in use have no type.
+        // Unused entries have no type.
         let kind = attribute("gid_attrs/types", index)?;
         Some(Gid { ip: ip(&attribute("gids", index)?)?, v2: kind == "RoCE v2" })
     });
@@ -63,13 +63,13 @@ pub(super) fn read(device: &Path, port: u8) -> (Option<Interface>, Vec<Gid>) {
     (interface, gids.collect())
 }
 
-/// The one line of an attribute.
+/// Read the single line of an attribute.
 fn text(path: &Path) -> Option<String> {
     let text = fs::read_to_string(path).ok()?;
     Some(text.trim_end().to_owned()).filter(|text| !text.is_empty())
 }
 
-/// The address that a GID was made of.
+/// The IP address that a GID was derived from.
 fn ip(gid: &str) -> Option<IpAddr> {
     Some(gid.parse::<Ipv6Addr>().ok()?.to_canonical())
 }
@@ -92,7 +92,7 @@ mod tests {
         write("gid_attrs/ndevs/0", "lo\n");
         write("gids/1", "0000:0000:0000:0000:0000:ffff:0a4d:0001\n");
         write("gid_attrs/types/1", "RoCE v2\n");
-        // Not in use: the kernel lets nobody read its type.
+        // Unused: the kernel does not let its type be read.
         write("gids/2", "0000:0000:0000:0000:0000:0000:0000:0000\n");
         let (interface, gids) = read(dir.path(), 1);
         let [local, routed] = gids[..] else { panic!("{gids:?}") };

@@ -1,4 +1,4 @@
-//! Looking at devices without using them.
+//! Queries devices without using them.
 
 use std::{ffi::CStr, io, mem::MaybeUninit, path::Path, ptr::NonNull};
 
@@ -17,7 +17,6 @@ use crate::fabric::{FabricError, Result};
 /// IBV_LINK_LAYER_ETHERNET (infiniband/verbs.h).
 const ETHERNET: u8 = 2;
 
-/// A device.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Device {
     pub(super) name: String,
@@ -26,7 +25,7 @@ pub(super) struct Device {
     pub(super) ports: Vec<Port>,
 }
 
-/// What a port speaks.
+/// Link protocol of a port.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Link {
     InfiniBand,
@@ -37,25 +36,25 @@ pub(super) enum Link {
 /// A port of a device.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Port {
-    /// From 1 on.
+    /// Port number, from 1.
     pub(super) number: u8,
     pub(super) link: Link,
     /// `ibv_port_state`.
     pub(super) state: ibv_port_state::Type,
-    /// Of the physical link (ibv_query_port(3)): 5 is LinkUp.
+    /// Physical state (ibv_query_port(3)): 5 is LinkUp.
     pub(super) physical: u8,
-    /// Path MTU in bytes: what it is now, and what it can be.
+    /// Active and maximum path MTU in bytes.
     pub(super) mtu: u32,
     pub(super) mtu_max: u32,
-    /// Where sysfs tells: InfiniBand and iWARP have none.
+    /// From sysfs, for RoCE only.
     pub(super) interface: Option<Interface>,
     pub(super) gids: Vec<Gid>,
 }
 
-/// The devices that libibverbs finds, by name, each with what it says of itself.
+/// Query all devices that libibverbs finds; return them with their names.
 ///
 /// # Errors
-/// When the libraries are missing, or the kernel has no verbs.
+/// If the libraries are missing, or the kernel has no verbs.
 pub(super) fn devices() -> Result<Vec<(String, Result<Device>)>> {
     let list = DeviceList::new(Library::get()?)?;
     let devices = list.devices();
@@ -64,18 +63,18 @@ pub(super) fn devices() -> Result<Vec<(String, Result<Device>)>> {
 
 /// The name of an open device.
 pub(in super::super) fn name(library: &'static Library, context: NonNull<ibv_context>) -> String {
-    // SAFETY: the device is open, and so its record is there.
+    // SAFETY: the device is open, so its record exists.
     device_name(library, unsafe { context.as_ref().device })
 }
 
 fn device_name(library: &'static Library, device: *mut ibv_device) -> String {
-    // SAFETY: the device is of a list that was not freed, or open.
+    // SAFETY: the device is from a list that was not freed, or is open.
     let name = unsafe { (library.ibv_get_device_name)(device) };
     // SAFETY: it is a string in the device's record.
     unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned()
 }
 
-/// libibverbs' list.
+/// libibverbs' device list.
 struct DeviceList {
     raw: NonNull<*mut ibv_device>,
     count: usize,
@@ -97,7 +96,7 @@ impl DeviceList {
     }
 
     fn devices(&self) -> &[*mut ibv_device] {
-        // SAFETY: the list has so many entries as long as it is not freed.
+        // SAFETY: the list has `count` entries until it is freed.
         unsafe { std::slice::from_raw_parts(self.raw.as_ptr(), self.count) }
     }
 
@@ -107,14 +106,14 @@ impl DeviceList {
 
     fn open(&self, device: *mut ibv_device) -> Result<Device> {
         let name = self.name(device);
-        // SAFETY: the device is of this list.
+        // SAFETY: the device is from this list.
         let raw = unsafe { (self.library.ibv_open_device)(device) };
         let raw = NonNull::new(raw).ok_or_else(|| {
             let source = io::Error::last_os_error();
             FabricError::Open { device: name.clone(), source }
         })?;
         let opened = Opened { raw, library: self.library };
-        // SAFETY: the device is of this list.
+        // SAFETY: the device is from this list.
         let transport = Transport::of(raw);
         let (attributes, port_count) = opened.attributes()?;
         let ports = (1..=port_count).map(|number| opened.port(&name, number, transport));
@@ -124,7 +123,7 @@ impl DeviceList {
 
 impl Drop for DeviceList {
     fn drop(&mut self) {
-        // SAFETY: freed once; devices that are open stay so.
+        // SAFETY: freed once; open devices stay open.
         unsafe { (self.library.ibv_free_device_list)(self.raw.as_ptr()) };
     }
 }
@@ -136,14 +135,15 @@ struct Opened {
 }
 
 impl Opened {
-    /// What it has, and how many ports.
+    /// Query the attributes and the number of ports.
     fn attributes(&self) -> Result<(Attributes, u8)> {
         let mut found = MaybeUninit::<ibv_device_attr>::zeroed();
-        // SAFETY: the device is open, and there is room for what is asked for.
+        // SAFETY: the device is open, and `found` has space for the result.
         let errno =
             unsafe { (self.library.ibv_query_device)(self.raw.as_ptr(), found.as_mut_ptr()) };
         check_errno("ibv_query_device", errno)?;
-        // SAFETY: it was written; of integers, for which zero is a value too.
+        // SAFETY: the call initialised it; it consists of integers, for which zero is a valid value
+        // too.
         let found = unsafe { found.assume_init() };
         let count = |value: i32| u64::try_from(value).unwrap_or(0);
         let attributes = Attributes {
@@ -159,8 +159,8 @@ impl Opened {
 
     fn port(&self, device: &str, number: u8, transport: Transport) -> Result<Port> {
         let mut found = MaybeUninit::<ibv_port_attr>::zeroed();
-        // SAFETY: the device is open, and there is room: the function writes all but the last field
-        // of the structure, which is younger than it.
+        // SAFETY: the device is open, and `found` has space: the function writes all but the last
+        // field, which was added to the structure later.
         let errno = unsafe {
             (self.library.ibv_query_port)(self.raw.as_ptr(), number, found.as_mut_ptr().cast())
         };
@@ -170,7 +170,7 @@ impl Opened {
         let link = match found.link_layer {
             _ if transport == Transport::Iwarp => Link::Iwarp,
             ETHERNET => Link::Roce,
-            // Also what does not say.
+            // Also for an unspecified link layer.
             _ => Link::InfiniBand,
         };
         let (interface, gids) = match link {
@@ -192,12 +192,12 @@ impl Opened {
 
 impl Drop for Opened {
     fn drop(&mut self) {
-        // SAFETY: it was opened once, and nothing was made of it.
+        // SAFETY: opened once, and no object was created on it.
         unsafe { (self.library.ibv_close_device)(self.raw.as_ptr()) };
     }
 }
 
-/// What an `ibv_mtu` stands for: 1 is 256 bytes, each further one is twice as much.
+/// Convert an `ibv_mtu` to bytes: 1 is 256 bytes, each further step doubles it.
 fn bytes(mtu: u32) -> u32 {
     if mtu == 0 { 0 } else { 128_u32.checked_shl(mtu).unwrap_or(0) }
 }

@@ -1,6 +1,6 @@
-//! What a migration asks of a device and of the memlock limit.
+//! What a migration requires of a device and of the memlock limit.
 //!
-//! All of it follows from what the fabric does, so the numbers are the fabric's own constants.
+//! All of it follows from what the fabric does, so the numbers come from the fabric's constants.
 
 use super::super::{
     connection::{completions, depth},
@@ -13,28 +13,28 @@ use crate::{
     ram::{CHUNK, RANGE_MAX},
 };
 
-/// Of one connection: buffers to send, buffers to receive, the ring of staged pages.
+/// Registrations per connection: send buffers, receive buffers, staging ring.
 const REGISTRATIONS: u64 = 3;
 
-/// A device's attributes by the names of ibv_query_device(3), as it has them or as they are needed.
+/// Device attributes, named as in ibv_query_device(3): either available or required.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Attributes {
     /// Queue pairs.
     pub max_qp: u64,
-    /// Work requests of one kind on one queue pair.
+    /// Work requests of one kind per queue pair.
     pub max_qp_wr: u64,
-    /// Ranges of memory in one work request.
+    /// Memory ranges per work request.
     pub max_sge: u64,
-    /// Completions on one queue.
+    /// Completions per queue.
     pub max_cqe: u64,
     /// Registrations.
     pub max_mr: u64,
-    /// Bytes of one registration.
+    /// Bytes per registration.
     pub max_mr_size: u64,
 }
 
 impl Attributes {
-    /// With their names.
+    /// The attributes with their names.
     pub(super) fn named(&self) -> [(&'static str, u64); 6] {
         [
             ("max_qp", self.max_qp),
@@ -48,28 +48,29 @@ impl Attributes {
 }
 
 impl Guest {
-    /// Bytes of its memory that are registered once it has all been written.
+    /// Bytes of guest memory registered once all of it has been written.
     pub(super) fn registered(&self) -> u64 {
         let all = self.blocks.iter().sum();
-        // Whole blocks are registered whatever the limit, or the migration is refused.
+        // With `rdma-pin-all` the limit does not apply: whole blocks are registered, or the
+        // migration is refused.
         match self.pin_limit {
             Some(limit) if !self.pin_all => limit.min(all),
             _ => all,
         }
     }
 
-    /// How many registrations that takes if it is written in the least fortunate order.
+    /// Number of registrations in the worst case, which depends on the order of writes.
     pub(super) fn registrations(&self) -> u64 {
         let of_block = |length: &u64| if self.pin_all { 1 } else { length.div_ceil(CHUNK) };
         self.blocks.iter().map(of_block).sum()
     }
 
-    /// Bytes of its largest registration, where RAM blocks are registered as they are written.
+    /// Size in bytes of the largest registration if RAM blocks are registered as they are written.
     pub(super) fn largest_range(&self) -> u64 {
         self.blocks.iter().copied().max().unwrap_or(0).min(RANGE_MAX)
     }
 
-    /// Bytes of its largest registration.
+    /// Size in bytes of the largest registration.
     fn largest(&self) -> u64 {
         if self.pin_all {
             self.blocks.iter().copied().max().unwrap_or(0)
@@ -79,30 +80,31 @@ impl Guest {
     }
 }
 
-/// Bytes of so many message buffers.
+/// Size in bytes of message buffers.
 fn bytes(buffers: usize) -> u64 {
     (buffers * MESSAGE_MAX) as u64
 }
 
-/// Bytes that a connection registers for its messages, whatever the guest; `window` as in
+/// Bytes that a connection registers for messages, whatever the guest; `window` as in
 /// [`super::super::Verbs`].
 pub(super) fn message_bytes(window: u16) -> u64 {
     bytes(SEND_BUFFERS + depth(window).receive as usize)
 }
 
-/// Bytes that are registered with the device at the most, and so count against the memlock limit.
+/// Most bytes registered with the device, which count against the memlock limit.
 pub(super) fn locked_bytes(window: u16, guest: &Guest) -> u64 {
     let ring = if guest.staged { staging_ring::SIZE as u64 } else { 0 };
     message_bytes(window) + ring + guest.registered()
 }
 
-/// What a device must have for `guest`, or for guests as they come; `window` and `lanes` as in
+/// The attributes that a device needs for `guest`, or for any guest; `window` and `lanes` as in
 /// [`super::super::Verbs`].
 pub(super) fn attributes(window: u16, lanes: u16, guest: Option<&Guest>) -> Attributes {
     let (Depth { send, receive }, completions) = (depth(window), completions(window, lanes));
     let buffers = bytes(receive as usize).max(bytes(SEND_BUFFERS)).max(staging_ring::SIZE as u64);
     Attributes {
-        // A stock source has no lanes, but a second connection for its return path.
+        // A stock source has no further queue pairs for RAM, but a second connection for its return
+        // path.
         max_qp: 1 + u64::from(lanes.max(1)),
         max_qp_wr: send.max(receive).into(),
         max_sge: SGES.into(),

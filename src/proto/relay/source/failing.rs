@@ -1,4 +1,5 @@
-//! A migration that failed: QEMU's ends too, and the guest runs on here unless it may run there.
+//! A failed migration: ends QEMU's own; the guest keeps running here unless it may run at the
+//! destination.
 
 use std::time::{Duration, Instant};
 
@@ -13,7 +14,7 @@ use crate::{
     },
 };
 
-/// How often QEMU is asked while something is expected of it.
+/// How often QEMU is asked while a change is expected.
 const POLL: Duration = Duration::from_millis(20);
 
 /// How long QEMU may take to end a migration that failed.
@@ -23,7 +24,7 @@ const END: Duration = Duration::from_secs(15);
 const READING: Duration = Duration::from_secs(3);
 
 impl Failing {
-    /// The worker has said why.
+    /// Begin with the worker's reason.
     pub fn reported(
         reason: String,
         guest_never_ran: bool,
@@ -39,7 +40,7 @@ impl Failing {
         failing.heard(known, now, actions)
     }
 
-    /// The worker is gone, and has not said.
+    /// Begin without a reason from the worker, which is gone.
     pub fn silent(
         reason: String,
         known: &mut Known,
@@ -64,14 +65,14 @@ impl Failing {
         Some(poll.unwrap_or_else(|| self.limit.next()))
     }
 
-    /// Begin a step that asks QEMU for its migration, or its guest.
+    /// Begin a step that asks QEMU for its migration or its guest.
     fn ask(self, step: Step, limit: Duration, now: Instant, actions: &mut Vec<Action>) -> Self {
         let asked = if step == Step::RunAgain { Action::AskGuest } else { Action::AskMigration };
         actions.push(asked);
         Self { step, limit: patience(limit, now), poll: None, ..self }
     }
 
-    /// The sockets of a QEMU whose guest certainly runs on are broken.
+    /// Break the sockets of a QEMU whose guest certainly keeps running.
     fn end_stream(self, known: &mut Known, now: Instant, actions: &mut Vec<Action>) -> State {
         if !self.guest_never_ran {
             return self.end_migration(known, now, actions);
@@ -122,7 +123,7 @@ impl Failing {
         State::Failing(self)
     }
 
-    /// QEMU says where its migration stands, or nothing.
+    /// Handle QEMU's answer about its migration, or the lack of one.
     fn migration(
         self,
         answer: Option<(MigrationStatus, Option<String>)>,
@@ -149,7 +150,7 @@ impl Failing {
             }
             Step::EndMigration { is_cancelled } => {
                 let mut failing = self;
-                // Cancelled, QEMU would run its guest.
+                // QEMU runs its guest after a cancel.
                 if failing.guest_never_ran && !is_cancelled && failing.has_lasted(NOTICE) {
                     Self::cancel_at_qemu(status, known, actions);
                     failing.step = Step::EndMigration { is_cancelled: true };
@@ -160,7 +161,8 @@ impl Failing {
         }
     }
 
-    /// Cancel QEMU's migration, if it goes on. Clients see that it failed, unless they cancelled it.
+    /// Cancel QEMU's migration, if it is under way. Clients see that it failed, unless they
+    /// cancelled it.
     fn cancel_at_qemu(status: MigrationStatus, known: &mut Known, actions: &mut Vec<Action>) {
         if known.ended.is_some() || status != MigrationStatus::UnderWay {
             return;
@@ -172,7 +174,7 @@ impl Failing {
         actions.push(Action::CancelAtQemu);
     }
 
-    /// Look again a little later.
+    /// Ask again a little later.
     fn again(mut self, now: Instant) -> State {
         self.poll = Some(patience(POLL, now));
         State::Failing(self)
@@ -182,7 +184,8 @@ impl Failing {
         self.limit.left() + time <= END
     }
 
-    /// QEMU does not answer: one that holds its lock while it writes to nobody, for one.
+    /// Handle a missing answer: QEMU may hold its lock while it writes to a socket that nobody
+    /// reads.
     fn unanswered(self, known: &mut Known, now: Instant, actions: &mut Vec<Action>) -> State {
         match self.step {
             Step::HearQemu => self.heard(known, now, actions),
@@ -195,7 +198,7 @@ impl Failing {
         }
     }
 
-    /// QEMU's reason is known, or not.
+    /// Continue, with QEMU's reason if it is known.
     fn heard(mut self, known: &mut Known, now: Instant, actions: &mut Vec<Action>) -> State {
         if let Some((_, Some(why))) = &known.ended {
             self.reason = format!("{}: {why}", self.reason);
@@ -203,7 +206,7 @@ impl Failing {
         self.end_stream(known, now, actions)
     }
 
-    /// QEMU's migration is over.
+    /// Handle the end of QEMU's migration.
     fn ended(
         self,
         status: MigrationStatus,
@@ -213,7 +216,7 @@ impl Failing {
     ) -> State {
         let end = match status {
             MigrationStatus::Cancelled if !known.is_failing => End::Cancelled,
-            // What the worker's end has made of it.
+            // QEMU took the worker's end for a failure.
             MigrationStatus::Failed if known.cancels && self.guest_never_ran => End::Cancelled,
             MigrationStatus::Completed if self.guest_never_ran => {
                 if known.has_worker && known.guest_before.is_none() {
@@ -228,7 +231,7 @@ impl Failing {
         State::restore(end, actions)
     }
 
-    /// QEMU has completed, and the destination has not: let the guest run again here.
+    /// Resume the guest here: QEMU has completed, and the destination has not.
     fn roll_back(self, known: &Known, now: Instant, actions: &mut Vec<Action>) -> State {
         let reason = &self.reason;
         let end = match known.guest_at_switchover() {
@@ -236,7 +239,7 @@ impl Failing {
             Guest::Stopped => format!(
                 "{reason}. The guest stays stopped, as it was; it must run before it can migrate again"
             ),
-            // QEMU 8.2 and later abort then. Earlier ones wake it up to migrate.
+            // QEMU 8.2 and later abort then. Earlier versions wake the guest up to migrate.
             Guest::Suspended => format!(
                 "{reason}. The guest was suspended, and QEMU can't let it go on from here ('cont' would \
                  end QEMU): 'system_reset' and 'cont' start it anew; with capability return-path a \
@@ -246,7 +249,8 @@ impl Failing {
         State::restore(End::Failed(end), actions)
     }
 
-    /// `completed` may come while QEMU is still in `finish-migrate`, which refuses `cont`.
+    /// Resume the guest: `completed` may come while QEMU is still in `finish-migrate`, which
+    /// refuses `cont`.
     fn run_again(
         mut self,
         answer: Option<(RunState, bool)>,
@@ -256,7 +260,7 @@ impl Failing {
     ) -> State {
         match answer.map(|(run, _)| run) {
             None | Some(RunState::FinishMigrate) => self.again(now),
-            // The latter if it was reset meanwhile.
+            // `Prelaunch` if it was reset meanwhile.
             Some(RunState::PostMigrate | RunState::Prelaunch) => {
                 actions.push(Action::Continue);
                 self.step = Step::Continue;
@@ -264,7 +268,7 @@ impl Failing {
                 State::Failing(self)
             }
             Some(RunState::Running) => self.continued(Ok(()), known, actions),
-            // Somebody else has done something with it.
+            // Something else has changed it.
             Some(other) => self.continued(Err(format!("its state is {other:?}")), known, actions),
         }
     }
@@ -311,7 +315,7 @@ impl Failing {
                 self.end_migration(known, now, actions)
             }
             Step::EndMigration { .. } => {
-                // It goes on, and nobody knows for how long.
+                // QEMU's migration continues, for an unknown time.
                 let end = match self.guest_never_ran {
                     true => self.reason,
                     false => stays_stopped(&self.reason),

@@ -1,4 +1,4 @@
-//! The relay of a source: from QEMU's migration into the worker to its end at QEMU.
+//! The relay of a source: from QEMU's migration into the worker to its end in QEMU.
 
 mod failing;
 
@@ -11,96 +11,97 @@ use crate::{
     proto::{Machine, patience},
 };
 
-/// How long a QEMU that cancels may go on before the worker is told.
+/// How long a QEMU that cancels may take before the worker is told.
 const NOTICE: Duration = Duration::from_millis(500);
 
-/// How long the worker may take to say why a migration failed that QEMU has ended, or to obey a client
-/// that cancels.
+/// How long the worker may take to report why a migration failed that QEMU has ended, or to obey a
+/// client that cancels.
 const VERDICT: Duration = Duration::from_secs(3);
 
-/// What happens.
+/// What can happen.
 #[derive(Debug)]
 pub enum Event {
-    /// The worker reports.
+    /// A report of the worker.
     Report(Report),
-    /// The worker is gone, or as good as: why.
+    /// The worker is gone or unusable; with the reason.
     WorkerGone(String),
-    /// All reports were heard of a worker that was killed.
+    /// All reports of a killed worker were read.
     WorkerKilled,
     /// A client cancels.
     Cancel(Cancel),
-    /// The migration is to fail, because the relay is told to end or for another reason.
+    /// The migration has to fail, because the relay is told to exit or for another reason.
     Abort(String),
-    /// QEMU's guest was put to sleep.
+    /// QEMU's guest was suspended.
     Suspended,
-    /// What QEMU's guest does may have changed.
+    /// The state of QEMU's guest may have changed.
     GuestChanged,
     /// QEMU's migration may have changed.
     MigrationChanged,
-    /// Answer to [`Action::AskMigration`]: the status, and QEMU's reason. `None`: it did not answer in
-    /// time.
+    /// The answer to [`Action::AskMigration`]: the status, and QEMU's reason. `None`: QEMU did not
+    /// answer in time.
     Migration(Option<(MigrationStatus, Option<String>)>),
-    /// Answer to [`Action::AskGuest`]; and whether QEMU has completed its migration, where it matters.
+    /// The answer to [`Action::AskGuest`]; and whether QEMU has completed its migration, where it
+    /// matters.
     Guest(Option<(RunState, bool)>),
-    /// Answer to [`Action::Continue`]: an error of QEMU's.
+    /// The answer to [`Action::Continue`]: QEMU's error, if any.
     Continued(Result<(), String>),
-    /// QEMU was set back to what it was.
+    /// QEMU's settings were restored.
     Restored,
-    /// QEMU is gone, or the session with it.
+    /// QEMU, or the session with it, is gone.
     QemuGone,
     /// [`Machine::poll_timeout`] has passed.
     Timeout,
 }
 
-/// By which command a client wants the migration to end.
+/// The command by which a client ends the migration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Cancel {
-    /// `yank`: it fails.
+    /// `yank`: the migration fails.
     Yank,
     /// `migrate_cancel`: clients see `cancelled`.
     Cancel,
 }
 
-/// What is to be done.
+/// What to do.
 #[derive(Debug, PartialEq)]
 pub enum Action {
-    /// Order the worker.
+    /// Send the worker an order.
     Order(Order),
-    /// Kill the worker, and hear what it had reported.
+    /// Kill the worker, and read the reports that it had sent.
     KillWorker,
-    /// Ask QEMU for its migration.
+    /// Ask QEMU for the state of its migration.
     AskMigration,
-    /// Ask QEMU for its guest.
+    /// Ask QEMU for the state of its guest.
     AskGuest,
     /// Cancel QEMU's migration, before anything else is done.
     CancelAtQemu,
-    /// Let the guest run again.
+    /// Resume the guest.
     Continue,
-    /// Break QEMU's sockets: it takes that for a failure.
+    /// Break QEMU's sockets: QEMU takes that for a failure.
     EndSockets,
-    /// Let QEMU end its migration without its guest running again.
+    /// Let QEMU end its migration without resuming its guest.
     SettleSockets,
-    /// Set QEMU back to what it was before the migration.
+    /// Restore QEMU's settings.
     Restore,
-    /// QEMU's migration is being cancelled because it failed: clients see no cancel.
+    /// Hide from clients that QEMU's migration is cancelled because it failed.
     ShowFailing,
-    /// Clients see how it ended.
+    /// Show clients how the migration ended.
     Show(End),
-    /// The worker has done its part, or does what is left without a relay.
+    /// Leave the worker: it has done its part, or does what is left without a relay.
     LeaveWorker {
-        /// QEMU can't be reached from here.
+        /// Whether QEMU can't be reached from here.
         detached: bool,
     },
 }
 
-/// How clients see that it ended.
+/// How the migration ended, as clients see it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum End {
     /// The destination has the guest.
     Completed,
-    /// It was cancelled.
+    /// The migration was cancelled.
     Cancelled,
-    /// It failed.
+    /// The migration failed.
     Failed(String),
 }
 
@@ -111,22 +112,22 @@ pub struct RelaySource {
     known: Known,
 }
 
-/// Where it stands.
+/// Where the migration stands.
 #[derive(Debug, Clone)]
 enum State {
-    /// The worker is followed.
+    /// The worker is watched.
     Following(Deadlines),
     /// The worker is being killed.
     Killing(String),
-    /// It failed: QEMU's migration ends, and the guest runs on, if that may be.
+    /// The migration failed: QEMU's ends too, and the guest keeps running, if it may.
     Failing(Failing),
-    /// QEMU is being set back.
+    /// QEMU's settings are being restored.
     Restoring(End),
     /// Nothing is left to do.
     Closed,
 }
 
-/// Failed, and not over at QEMU.
+/// A failure after which QEMU's migration is not over yet.
 #[derive(Debug, Clone)]
 struct Failing {
     reason: String,
@@ -138,75 +139,76 @@ struct Failing {
     poll: Option<Patience>,
 }
 
-/// What is being done.
+/// What is being done about a failure.
 #[derive(Debug, Clone, PartialEq)]
 enum Step {
-    /// QEMU has ended its stream: its reason comes before anything that makes it fail for another.
+    /// QEMU has ended its stream: get its reason before anything makes it fail for another.
     HearQemu,
-    /// One with channels is cancelled before its sockets break: a channel that breaks while QEMU waits at
-    /// pre-switchover fails the migration and leaves the guest stopped for good
-    /// (`multifd_send_set_error` sets the state, and nobody wakes the thread that waits; 10.0). So is one
-    /// that a client has cancelled.
+    /// Cancel a QEMU with channels before its sockets break: a channel that breaks while QEMU waits
+    /// at pre-switchover fails the migration and leaves the guest stopped for good
+    /// (`multifd_send_set_error` sets the state, and nothing wakes the waiting thread; 10.0). The
+    /// same if a client has cancelled.
     BreakOff,
-    /// QEMU's migration is to end.
+    /// Wait for the end of QEMU's migration.
     EndMigration {
-        /// It was cancelled, so that it does.
+        /// Whether it was cancelled for that.
         is_cancelled: bool,
     },
-    /// QEMU says what the guest did at the end of its stream, all of which it has written.
+    /// Wait for the guest's status at the end of the stream, which QEMU has written completely.
     HearOfGuest,
-    /// The guest is to run again: once QEMU is out of the switchover.
+    /// Resume the guest once QEMU is out of the switchover.
     RunAgain,
-    /// It was told to.
+    /// `cont` was sent.
     Continue,
 }
 
-/// What a worker that is followed has to do in time.
+/// Time limits for a worker that is watched.
 #[derive(Debug, Clone, Default)]
 struct Deadlines {
-    /// QEMU cancels by itself.
+    /// For a QEMU that cancels by itself.
     cancelling: Option<Patience>,
-    /// The worker was told that the migration is cancelled.
+    /// For the worker, which was told that the migration is cancelled.
     cancelled: Option<Patience>,
     is_cancelled: bool,
-    /// QEMU's migration has ended.
+    /// For the worker, since QEMU's migration has ended.
     verdict: Option<Patience>,
 }
 
-/// What counts in every state.
+/// What matters in every state.
 #[derive(Debug, Clone, Default)]
 struct Known {
-    /// QEMU uses multifd channels.
+    /// Whether QEMU uses multifd channels.
     has_channels: bool,
-    /// The guest may have come to run at the destination.
+    /// Whether the guest may have run at the destination.
     past_ram: bool,
-    /// What the guest does, but for the switchover.
+    /// What the guest does, apart from the switchover.
     guest: Guest,
-    /// What QEMU has told the destination that it did before.
+    /// What it did before, as QEMU has told the destination.
     guest_before: Option<Guest>,
-    /// A client has cancelled.
+    /// Whether a client has cancelled.
     cancels: bool,
-    /// Clients were told nothing of a cancel that is the relay's own.
+    /// Whether a cancel of the relay's own is hidden from clients.
     is_failing: bool,
-    /// QEMU's own migration has ended without success, and why. What it says later is of another one.
+    /// How QEMU's own migration ended without success, and why. Later reports are about another
+    /// one.
     ended: Option<(MigrationStatus, Option<String>)>,
-    /// There is a worker that reports.
+    /// Whether there is a worker that reports.
     has_worker: bool,
 }
 
 impl RelaySource {
-    /// QEMU has begun to migrate into the worker, with channels or without; its guest does this.
+    /// Create it when QEMU has begun to migrate into the worker. `guest` is what its guest does.
     pub fn new(has_channels: bool, guest: Guest) -> Self {
         let known = Known { has_channels, guest, has_worker: true, ..Known::default() };
         Self { state: State::Following(Deadlines::default()), known }
     }
 
-    /// The worker is followed, and QEMU's migration goes on.
+    /// Return whether the worker is watched and QEMU's migration has not ended.
     pub fn is_following(&self) -> bool {
         matches!(self.state, State::Following(_)) && self.is_at_qemu()
     }
 
-    /// What QEMU says of its migration is of this one.
+    /// Return whether QEMU's reports about its migration are about this one.
     pub fn is_at_qemu(&self) -> bool {
         self.known.ended.is_none() && !self.has_ended()
     }
@@ -245,7 +247,7 @@ impl Machine for RelaySource {
 }
 
 impl Known {
-    /// What no state may miss; returns what is left to handle.
+    /// Note what no state may miss; returns the event if it is left to handle.
     fn note(&mut self, event: Event, actions: &mut Vec<Action>) -> Option<Event> {
         match event {
             Event::Report(Report::PastRam) => self.past_ram = true,
@@ -253,7 +255,7 @@ impl Known {
                 self.guest_before = Some(Guest::before(&status));
                 return Some(Event::Report(Report::GuestBefore { status }));
             }
-            // By the time that QEMU is asked it may have switched over.
+            // When QEMU is asked, it may already have switched over.
             Event::Suspended => self.set_guest(Guest::Suspended, actions),
             Event::GuestChanged => actions.push(Action::AskGuest),
             Event::Cancel(cancel) => {
@@ -272,8 +274,8 @@ impl Known {
         }
     }
 
-    /// What the guest did before the switchover. QEMU knows best, and says nothing of one that runs or is
-    /// paused if its machine is that of a QEMU before 2.4.
+    /// Return what the guest did before the switchover. QEMU knows best, but reports nothing about
+    /// a running or paused guest if its machine type is older than QEMU 2.4.
     fn guest_at_switchover(&self) -> Guest {
         self.guest_before.unwrap_or(self.guest)
     }
@@ -312,7 +314,8 @@ impl State {
     }
 }
 
-/// A worker is killed. What it had said before counts, but for what it can't do any more: to settle QEMU.
+/// Handle an event while the worker is killed. Its reports count, but it can't settle QEMU any
+/// more.
 fn kill(
     reason: String,
     event: Event,
@@ -354,9 +357,9 @@ impl Deadlines {
             }
             Event::WorkerGone(reason) => return Self::kill(reason, actions),
             Event::Abort(reason) => actions.push(Action::Order(Order::Abort { reason })),
-            // The worker is told first, and says whether the guest may have come to run at the
-            // destination; only if it has not, and will not, QEMU is told: while it writes the end of its
-            // stream it hears nobody, and afterwards it would run its guest.
+            // The worker is told first, and reports whether the guest may have run at the
+            // destination. QEMU is told only if it has not and will not: while QEMU writes the end
+            // of its stream it handles no command, and afterwards it would run its guest.
             Event::Cancel(_) => {
                 let what = if known.cancels { "cancelled" } else { "yanked" };
                 let at_end = if known.past_ram { " at its very end" } else { "" };
@@ -382,7 +385,7 @@ impl Deadlines {
         State::Killing(reason)
     }
 
-    /// Notice when QEMU's migration has ended without success. Its worker will say why, if it can.
+    /// Note when QEMU's migration has ended without success. The worker will report why, if it can.
     fn look_at(
         &mut self,
         status: MigrationStatus,
@@ -403,7 +406,7 @@ impl Deadlines {
                 self.verdict = Some(patience(VERDICT, now));
                 known.ended = Some((status, why));
                 if status == MigrationStatus::Cancelled {
-                    // Whatever the worker says, or does not. Clients may begin something else now.
+                    // Whatever the worker reports. Clients may begin something else now.
                     actions.push(Action::Restore);
                     actions.push(Action::Show(End::Cancelled));
                 }
@@ -424,14 +427,14 @@ impl Deadlines {
         if is_over(&mut self.cancelled) {
             self.cancelled = None;
             if known.past_ram {
-                // It waits for the destination's word.
+                // The worker waits for the destination's verdict.
                 return State::Following(self);
             }
             let reason = "The source's worker hung and was killed; migrate again".to_owned();
             return Self::kill(reason, actions);
         }
         if is_over(&mut self.cancelling) {
-            // It waits for a channel, and the worker for the peer, or for ever.
+            // QEMU waits for a channel, and the worker for the peer, maybe forever.
             self.cancelling = None;
             self.cancel("The migration was cancelled".to_owned(), now, actions);
         }

@@ -1,4 +1,4 @@
-//! What a destination's task does for its state machine.
+//! Feeds the destination's state machine with events, and performs its actions.
 
 use std::{collections::VecDeque, time::Instant};
 
@@ -22,37 +22,37 @@ use crate::{
     threads::Lost,
 };
 
-/// Follows worker and QEMU to the end of the migration.
+/// Follows the worker and QEMU to the end of the migration.
 pub struct DestinationDriver<'a> {
     destination: &'a mut Destination,
     worker: &'a mut Worker,
     machine: RelayDestination,
-    /// What has happened, and was not taken yet.
+    /// Events that the machine has not handled yet.
     happened: VecDeque<Event>,
-    /// What QEMU was asked; `None`: it did not answer in time.
+    /// Pending queries to QEMU; `None` if there was no answer in time.
     answers: JoinSet<Option<Value>>,
-    /// It is to be asked again after that.
+    /// Query again after the pending answer.
     asks_again: bool,
     silence: Patience,
     hears_worker: bool,
     hears_qemu: bool,
-    /// Clients see how it ended.
+    /// Clients see how the migration ended.
     has_ended: bool,
 }
 
-/// What a destination hears.
+/// What the driver receives.
 pub enum Input {
     Event(Event),
     Report(Option<Report>),
     Qemu(Option<QemuEvent>),
-    /// Where QEMU's migration stands.
+    /// QEMU's `query-migrate`.
     Answer(Option<Value>),
-    /// The worker has said nothing for a while.
+    /// The worker has reported nothing for a while.
     Silence,
 }
 
 impl<'a> DestinationDriver<'a> {
-    /// QEMU waits for the worker's stream.
+    /// Create a driver for a QEMU that waits for the worker's stream.
     pub fn new(destination: &'a mut Destination, worker: &'a mut Worker) -> Self {
         Self {
             destination,
@@ -68,7 +68,7 @@ impl<'a> DestinationDriver<'a> {
         }
     }
 
-    /// This task has panicked.
+    /// End the migration after a panic of this task.
     pub async fn fail(&mut self, lost: &Lost) {
         self.worker.kill().await;
         if !self.has_ended {
@@ -86,7 +86,7 @@ impl<'a> DestinationDriver<'a> {
             Report::Progress(progress) | Report::Done(progress) => {
                 self.destination.view.send_modify(|view| view.progress = progress.clone());
             }
-            Report::SourceComes { number } => {
+            Report::SourceConnected { number } => {
                 self.destination.tell_blocks(*number, self.worker).await;
             }
             Report::Agreed(_) => self.destination.look_at_settings(self.worker).await,
@@ -100,7 +100,7 @@ impl<'a> DestinationDriver<'a> {
             Some(QemuEvent::Resumed) => Event::Resumed,
             Some(QemuEvent::Migration) => Event::MigrationChanged,
             Some(QemuEvent::Abort(reason)) => Event::Abort(reason),
-            // The source's.
+            // These concern a source.
             Some(
                 QemuEvent::Parameters
                 | QemuEvent::Stopped
@@ -115,7 +115,8 @@ impl<'a> DestinationDriver<'a> {
         });
     }
 
-    /// A QEMU that is gone closes the events; one that does not answer is asked again.
+    /// Query QEMU's migration. A QEMU that is gone closes the events; one that does not answer is
+    /// asked again.
     fn ask(&mut self) {
         let qemu = self.destination.context.qemu.clone();
         self.answers.spawn(ask::in_time(ask::migration(qemu)));
@@ -174,7 +175,7 @@ impl Driver for DestinationDriver<'_> {
     async fn perform(&mut self, action: Action) {
         match action {
             Action::Order(order) => self.worker.order(&order).await,
-            // A QEMU that is busy may take long to answer one.
+            // A busy QEMU may take long to answer a query.
             Action::AskMigration if !self.answers.is_empty() => self.asks_again = true,
             Action::AskMigration => self.ask(),
             Action::End(end) => {

@@ -28,34 +28,35 @@ use crate::{
     relay::context::{Context, listed},
 };
 
-/// Capabilities that stay what they are meanwhile. A QEMU that came to have multifd in the midst of a stream
-/// that has none crashes when that ends (`multifd_recv_terminate_threads`, 10.0); one that came to ignore
-/// shared memory crashes of the first page of it (`ramblock_recv_bitmap_set`, 10.0), and under `run` all of its
-/// memory is shared.
+/// Capabilities that keep these values during a migration.
+///
+/// QEMU crashes at the end of a stream without channels if multifd is turned on in the middle of it
+/// (`multifd_recv_terminate_threads`, 10.0), and at the first page of shared memory if
+/// x-ignore-shared is (`ramblock_recv_bitmap_set`, 10.0); under `run` all of its memory is shared.
 const HELD: [(&str, bool); 2] = [("multifd", false), ("x-ignore-shared", false)];
 
-/// How long the worker may take to listen.
+/// How long the worker may take until it listens.
 const LISTENING: Duration = Duration::from_secs(15);
 
-/// Name of the migration socket in QEMU's monitor.
+/// fdname of the migration socket in QEMU's monitor.
 const FDNAME: &str = "qemu-rdma-helper-incoming";
 
 /// An incoming migration.
 pub struct Destination {
-    /// What the relay knows.
+    /// The relay's context.
     pub context: Context,
-    /// QEMU's events, as far as they concern migrations.
+    /// QEMU's events that concern migrations.
     pub events: mpsc::Receiver<QemuEvent>,
-    /// What a client sees.
+    /// What clients see.
     pub view: watch::Sender<View>,
-    /// Settings of QEMU's.
+    /// QEMU's settings.
     pub loan: Loan,
-    /// What it has borrowed of them.
+    /// Which of them this migration has borrowed.
     pub turn: Turn,
 }
 
 impl Destination {
-    /// QEMU is set back before clients see how it ended.
+    /// End the migration. QEMU is set back before clients see how it ended.
     async fn end(&self, end: Result<(), String>) {
         self.loan.give_back(self.turn, self.context.qemu.clone()).await;
         let phase = match end {
@@ -71,7 +72,7 @@ impl Destination {
         self.view.send_modify(|view| view.phase = phase);
     }
 
-    /// Let a worker listen, and QEMU wait for its stream.
+    /// Start a worker that listens, and let QEMU wait for its stream.
     async fn prepare(
         &mut self,
         address: Address,
@@ -88,7 +89,7 @@ impl Destination {
             *borrowed = Borrowed::from(&mut qemu, &HELD, &HELD_PARAMETERS, None).await?;
             self.turn = borrowed.turn();
         }
-        // What they are then is asked when a source comes. That it can be is known now.
+        // The blocks are queried when a source connects. That they can be is checked now.
         self.context.blocks().await.map_err(|error| generic(&error))?;
         let options = self.context.options(&mut qemu).await?;
         let (ours, theirs) = worker::migration_socket().map_err(|error| generic(&error))?;
@@ -120,14 +121,14 @@ impl Destination {
                 Ok((value, worker))
             }
             Err(error) => {
-                // QEMU keeps what it did not use.
+                // QEMU keeps a descriptor that it did not use.
                 let _ = qemu.execute("closefd", json!({ "fdname": FDNAME })).await;
                 Err(error)
             }
         }
     }
 
-    /// What memory QEMU has, for a source that comes.
+    /// Tell the worker QEMU's RAM blocks, for a source that has connected.
     async fn tell_blocks(&self, number: u64, worker: &mut Worker) {
         let blocks = timeout(ANSWER, self.context.blocks()).await;
         let late = |_| "The destination's QEMU does not answer".to_owned();
@@ -138,7 +139,7 @@ impl Destination {
                 let order = Order::Blocks { number, blocks: listed(&blocks) };
                 let told = worker.begin(&order, &worker::block_fds(&blocks)).await;
                 if let Err(error) = told {
-                    // It waits for an answer only so long.
+                    // The worker waits for an answer for a limited time only.
                     warn!(%error, "the worker was not told of QEMU's memory");
                 }
             }
@@ -146,8 +147,8 @@ impl Destination {
         }
     }
 
-    /// A source is let in: settings may have changed since `migrate-incoming`. With multifd, for
-    /// one, QEMU would wait for channels that never come.
+    /// Check settings when a source is accepted: they may have changed since `migrate-incoming`.
+    /// With multifd, for example, QEMU would wait for channels that never connect.
     async fn look_at_settings(&self, worker: &mut Worker) {
         let borrowed = self.loan.read().await;
         let mut seen = AsClientsSee { qemu: self.context.qemu.clone(), borrowed: &borrowed };

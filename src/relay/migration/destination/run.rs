@@ -7,7 +7,7 @@ use super::{Destination, driver::DestinationDriver};
 use crate::{address::Address, qmp::QmpError, relay::migration::drive::drive, threads};
 
 impl Destination {
-    /// Run it; `reply` is the result of the client's `migrate-incoming`.
+    /// Run the migration; `reply` is the result of the client's `migrate-incoming`.
     pub async fn run(
         mut self,
         address: Address,
@@ -17,13 +17,13 @@ impl Destination {
         let prepared = self.prepare(address, exit_on_error).await;
         let (result, worker) = match prepared {
             Ok((value, worker)) => (Ok(value), Some(worker)),
-            // QEMU knows nothing of it, and neither does the client's view.
+            // QEMU does not know of it, and clients are not shown it.
             Err(error) => {
                 self.loan.give_back(self.turn, self.context.qemu.clone()).await;
                 (Err(error), None)
             }
         };
-        // A client that is gone needs no reply; the migration is waited for nevertheless.
+        // A client that is gone needs no reply; the migration is awaited nevertheless.
         let _ = reply.send(result);
         let Some(mut worker) = worker else { return };
         let mut driver = DestinationDriver::new(&mut self, &mut worker);

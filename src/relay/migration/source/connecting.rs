@@ -1,5 +1,5 @@
-//! Before QEMU's own migration begins: what QEMU would refuse at once is, then a worker connects to the
-//! destination.
+//! The start of an outgoing migration: refuses what QEMU would refuse at once, and connects a
+//! worker to the destination before QEMU's own migration begins.
 
 use std::time::Duration;
 
@@ -29,17 +29,17 @@ use crate::{
     worker::qemu_sockets::QemuSockets,
 };
 
-/// How long connecting and comparing block lists may take in all; the worker's own bounds are
-/// shorter and its errors better.
+/// How long connecting and comparing block lists may take in all. The worker's own limits are
+/// shorter, and its errors better.
 const AGREEMENT: Duration = Duration::from_secs(30);
 
-/// A migration that the client was told of.
+/// A migration whose start the client was told.
 pub(super) struct Accepted {
     address: Address,
-    /// What the worker is to do.
+    /// The worker's order.
     order: Order,
     blocks: Vec<RamBlock>,
-    /// How long it may take to connect.
+    /// How long the worker may take to connect.
     patience: Duration,
 }
 
@@ -48,7 +48,7 @@ pub(super) enum NotBegun {
     Cancelled,
     Failed {
         reason: String,
-        /// What QEMU's migration had come to, if it had begun.
+        /// The sockets of QEMU's migration, if that had begun.
         sockets: Option<QemuSockets>,
     },
 }
@@ -58,7 +58,7 @@ impl NotBegun {
         Self::Failed { reason: reason.into(), sockets: None }
     }
 
-    /// What the destination is told, which waits for no other source then.
+    /// Return the order to tell the destination, which then waits for no other source.
     pub(super) fn order(&self) -> Order {
         let reason = match self {
             Self::Cancelled => "The migration was cancelled".into(),
@@ -81,11 +81,11 @@ impl From<Lost> for NotBegun {
 }
 
 impl Source {
-    /// What QEMU says of a `migrate` at once (`migrate_prepare` of `migration/migration.c`), and what
-    /// stands against one over `rdma:`.
+    /// Check what QEMU checks at once for a `migrate` (`migrate_prepare` in
+    /// `migration/migration.c`), and what rules out one over `rdma:`.
     ///
     /// # Errors
-    /// The reply: nothing has begun.
+    /// The reply to the client: nothing has begun.
     pub(super) async fn accept(
         &mut self,
         address: Address,
@@ -111,7 +111,7 @@ impl Source {
         let options = self.context.options(&mut qemu).await?;
         let version = Version::ask(&mut qemu).await?;
         blockers::refuse(&blockers::find(&mut qemu, &blocks, options.fabric).await?)?;
-        // The worker gets the memory that it may read, and no other.
+        // Give the worker only the memory that it may read.
         for block in &mut blocks {
             if block.transfer(options.fabric).0 != Transfer::Direct {
                 block.backing = None;
@@ -152,12 +152,12 @@ impl Source {
             ))
         });
         let Agreed { channels, announceable, return_path } = agreed??;
-        // QEMU announces what is shared, all of it or nothing.
+        // QEMU announces all shared blocks or none.
         let announces = announceable == blocks.iter().filter(|block| !block.private).count();
         self.begin_stream(worker, announces, channels, return_path).await
     }
 
-    /// Wait for it; returns how QEMU may migrate.
+    /// Wait until the helpers agree; return how QEMU may migrate.
     async fn await_agreement(&mut self, worker: &mut Worker) -> Result<Agreed, NotBegun> {
         let mut emitted = Instant::now();
         loop {
@@ -180,7 +180,7 @@ impl Source {
                 Some(Report::Progress(progress)) => {
                     let pins = progress.pinned > 0;
                     self.view.send_modify(|view| view.progress = progress);
-                    // All of a large guest takes a while.
+                    // Pinning all of a large guest takes a while.
                     if pins && emitted.elapsed() >= Duration::from_secs(1) {
                         emitted = Instant::now();
                         self.emit_throughput().await;
@@ -192,7 +192,7 @@ impl Source {
         }
     }
 
-    /// It ended before there was anything for QEMU to end.
+    /// End a migration before there is anything for QEMU to end.
     pub(super) async fn end_early(&self, why: NotBegun) {
         let (phase, status) = match why {
             NotBegun::Failed { reason, .. } => {
@@ -201,7 +201,7 @@ impl Source {
             }
             NotBegun::Cancelled => {
                 info!("migration cancelled");
-                // By a client that came before it was accepted.
+                // Cancelled by a client before the migration was accepted.
                 if !self.view.borrow().told_cancelling {
                     self.tell_status("cancelling").await;
                 }

@@ -1,4 +1,4 @@
-//! What a source's task does for its state machine.
+//! Feeds the source's state machine with events, and performs its actions.
 
 use std::{collections::VecDeque, time::Duration};
 
@@ -8,7 +8,10 @@ use tokio::{
     time::{Interval, MissedTickBehavior, interval, timeout},
 };
 
-use super::{Source, pace::Pacing};
+use super::{
+    Source,
+    rate_limit::{RateLimit, Why},
+};
 use crate::{
     control::{Progress, Report},
     patience::Patience,
@@ -34,53 +37,52 @@ use crate::{
     worker::{qemu_sockets::QemuSockets, return_path},
 };
 
-/// Follows worker and QEMU to the end of the migration.
+/// Follows the worker and QEMU to the end of the migration.
 pub(super) struct SourceDriver<'a> {
     source: &'a mut Source,
     worker: &'a mut Worker,
-    /// Where QEMU migrates to; `None`: it has come to none.
+    /// The sockets into which QEMU migrates; `None` if it connected to none.
     sockets: Option<QemuSockets>,
     machine: RelaySource,
-    /// What has happened, and was not taken yet.
+    /// Events that the machine has not handled yet.
     happened: VecDeque<Event>,
-    pacing: Pacing,
-    /// What QEMU was asked.
+    rate_limit: RateLimit,
+    /// Pending queries to QEMU.
     answers: JoinSet<Answer>,
     seconds: Interval,
-    /// The worker's figures a second ago.
+    /// The worker's figures one second ago.
     last: Progress,
     silence: Patience,
     hears_worker: bool,
     hears_qemu: bool,
-    /// QEMU can't be reached from here: the worker does what is left.
+    /// QEMU can't be reached from here: the worker does the rest.
     pub(super) is_detached: bool,
 }
 
-/// What a source hears.
+/// What the driver receives.
 pub(super) enum Input {
     Event(Event),
     Report(Option<Report>),
     Qemu(Option<QemuEvent>),
     Cancel,
-    /// `None`: who asked has panicked.
+    /// `None` if the querying task panicked.
     Answer(Option<Answer>),
     Second,
 }
 
-/// What QEMU has answered; `None` where it did not, in time.
+/// QEMU's answer; `None` if there was none in time.
 pub(super) enum Answer {
-    /// Its `query-migrate`.
+    /// `query-migrate`.
     Migration(Option<Value>),
-    /// The same, and `max-bandwidth`: figures for clients.
+    /// `query-migrate` and `max-bandwidth`: figures for clients.
     Figures(Option<(Value, u64)>),
     MaxBandwidth(Option<u64>),
-    /// What its guest does; and whether it has completed, where that matters.
+    /// The guest's run state; and whether QEMU has completed, where that matters.
     Guest(Option<(RunState, bool)>),
     Continued(Result<(), String>),
 }
 
 impl<'a> SourceDriver<'a> {
-    /// QEMU migrates into these.
     pub(super) fn new(
         source: &'a mut Source,
         worker: &'a mut Worker,
@@ -88,7 +90,7 @@ impl<'a> SourceDriver<'a> {
     ) -> Self {
         let has_channels = sockets.as_ref().is_some_and(|sockets| !sockets.channels.is_empty());
         let mut happened = VecDeque::new();
-        // It may have been before QEMU was asked to migrate.
+        // A cancel may have arrived before QEMU was asked to migrate.
         let cancel = *source.cancel.borrow_and_update();
         happened.extend(cancel.map(Event::Cancel));
         let mut seconds = interval(Duration::from_secs(1));
@@ -100,7 +102,7 @@ impl<'a> SourceDriver<'a> {
             worker,
             sockets,
             happened,
-            pacing: if has_channels { Pacing::At(None) } else { Pacing::Never },
+            rate_limit: if has_channels { RateLimit::At(None) } else { RateLimit::Never },
             answers: JoinSet::new(),
             seconds,
             last: Progress::default(),
@@ -111,20 +113,21 @@ impl<'a> SourceDriver<'a> {
         }
     }
 
-    /// Events of QEMU's were not heard while it connected.
+    /// Begin to follow. QEMU's events were not handled while it connected.
     pub(super) fn begin(&mut self) {
         self.ask_max_bandwidth();
         self.happened.push_back(Event::GuestChanged);
     }
 
-    /// QEMU's migration has begun, and not as it should: it ends without its guest having come anywhere.
+    /// End a migration that has not begun properly in QEMU: its guest can't have run anywhere else.
     pub(super) fn fail(&mut self, reason: String) {
         let progress = self.source.view.borrow().progress.clone();
         let failed = Report::Failed { reason, guest_never_ran: true, by_qemu: false, progress };
         self.happened.push_back(Event::Report(failed));
     }
 
-    /// This task has panicked, and goes on, as if the worker were gone: nobody else ends QEMU's migration.
+    /// Continue after a panic of this task, as if the worker were gone: nobody else ends QEMU's
+    /// migration.
     pub(super) fn go_on(&mut self, lost: &Lost) {
         let restored = self.machine.has_ended();
         let gone = || Event::WorkerGone(lost.to_string());
@@ -150,15 +153,15 @@ impl<'a> SourceDriver<'a> {
         match event {
             Some(QemuEvent::Abort(reason)) => events.push(Event::Abort(reason)),
             Some(QemuEvent::Stopped) => {
-                // QEMU keeps to no limit any more.
-                self.pacing.lift(self.worker).await;
+                // QEMU no longer keeps to a limit.
+                self.rate_limit.lift(self.worker, Why::Stopped).await;
                 events.push(Event::GuestChanged);
             }
             Some(QemuEvent::Suspended) => events.push(Event::Suspended),
             Some(QemuEvent::Woken) => events.push(Event::GuestChanged),
             Some(QemuEvent::Parameters) => self.ask_max_bandwidth(),
             Some(QemuEvent::Resumed) => {
-                self.pacing.resume();
+                self.rate_limit.resume();
                 events.extend([Event::GuestChanged, Event::MigrationChanged]);
             }
             Some(QemuEvent::Migration) => events.push(Event::MigrationChanged),
@@ -173,19 +176,21 @@ impl<'a> SourceDriver<'a> {
         match answer {
             Answer::Migration(state) => self.migration(state, events).await,
             Answer::Figures(Some((state, max_bandwidth))) => {
-                self.pacing.follow(self.worker, max_bandwidth).await;
+                self.rate_limit.answered();
+                self.rate_limit.follow(self.worker, max_bandwidth).await;
                 self.source.show_figures(&mut self.last, max_bandwidth);
                 self.migration(Some(state), events).await;
                 self.source.emit_throughput().await;
             }
             Answer::MaxBandwidth(Some(max_bandwidth)) => {
-                self.pacing.follow(self.worker, max_bandwidth).await;
+                self.rate_limit.follow(self.worker, max_bandwidth).await;
             }
             // QEMU is asked again.
-            Answer::Figures(None) | Answer::MaxBandwidth(None) => {}
+            Answer::Figures(None) => self.rate_limit.lift(self.worker, Why::Silent).await,
+            Answer::MaxBandwidth(None) => {}
             Answer::Guest(answer) => {
                 let guest = answer.as_ref().and_then(|(run, completed)| run.guest(*completed));
-                if guest == Some(Guest::Stopped) && self.pacing.resume() {
+                if guest == Some(Guest::Stopped) && self.rate_limit.resume() {
                     self.ask_max_bandwidth();
                 }
                 events.push(Event::Guest(answer));
@@ -198,8 +203,8 @@ impl<'a> SourceDriver<'a> {
         let Some(state) = state else { return events.push(Event::Migration(None)) };
         let status = MigrationStatus::of(&state);
         if status.comes_to_nothing() {
-            // QEMU may wait for what is being held back.
-            self.pacing.lift(self.worker).await;
+            // QEMU may be waiting for what the limit holds back.
+            self.rate_limit.lift(self.worker, Why::Stopped).await;
         }
         let why = state["error-desc"].as_str().map(str::to_owned);
         if self.machine.is_at_qemu() {
@@ -216,7 +221,7 @@ impl<'a> SourceDriver<'a> {
         }
         if self.machine.is_following() {
             self.ask(|qemu| async { Answer::Figures(ask::in_time(ask::figures(qemu)).await) });
-            // One that flushed its disks did not answer at once when it was stopped.
+            // QEMU may not have answered when the guest was stopped, because it was flushing disks.
             events.push(Event::GuestChanged);
         }
     }
@@ -226,14 +231,14 @@ impl<'a> SourceDriver<'a> {
     }
 
     fn ask_max_bandwidth(&mut self) {
-        if matches!(self.pacing, Pacing::At(_)) {
+        if matches!(self.rate_limit, RateLimit::At(_)) {
             self.ask(|qemu| async {
                 Answer::MaxBandwidth(ask::in_time(ask::max_bandwidth(qemu)).await)
             });
         }
     }
 
-    /// What the worker had said before counts.
+    /// Kill the worker. Its earlier reports count.
     async fn kill_worker(&mut self) {
         self.worker.kill().await;
         while self.hears_worker {
@@ -278,7 +283,7 @@ impl Driver for SourceDriver<'_> {
             Input::Qemu(event) => self.hear_qemu(event, events).await,
             Input::Cancel => events.extend(self.source.cancel.borrow().map(Event::Cancel)),
             Input::Answer(Some(answer)) => self.answered(answer, events).await,
-            // The deadline of what waits for it passes.
+            // The deadline of the step that waits for it will pass.
             Input::Answer(None) => {}
             Input::Second => self.second(events),
         }
@@ -297,7 +302,8 @@ impl Driver for SourceDriver<'_> {
                 self.ask(|qemu| async { Answer::Guest(ask::in_time(ask::guest(qemu)).await) });
             }
             Action::CancelAtQemu => {
-                // One that holds its lock while it writes to nobody does not answer.
+                // A QEMU that holds its lock while it writes to a socket nobody reads does not
+                // answer.
                 let mut qemu = self.source.qemu();
                 let _ = timeout(ask::ANSWER, qemu.execute("migrate_cancel", Value::Null)).await;
             }
@@ -318,7 +324,7 @@ impl Driver for SourceDriver<'_> {
             }
             Action::Restore => {
                 self.source.give_back().await;
-                // What was done meanwhile may have come to nothing.
+                // The restore may have failed because QEMU is gone.
                 let is_lost = self.source.context.qemu.is_lost();
                 self.happened.push_back(if is_lost { Event::QemuGone } else { Event::Restored });
             }

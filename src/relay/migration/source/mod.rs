@@ -2,9 +2,9 @@
 
 mod connecting;
 mod driver;
-mod pace;
+mod rate_limit;
+mod reporting;
 mod run;
-mod showing;
 mod stream;
 
 use tokio::sync::{mpsc, watch};
@@ -20,31 +20,31 @@ use crate::{
     relay::{context::Context, qemu_session::Qemu},
 };
 
-/// Name of the migration socket in QEMU's monitor.
+/// fdname of the migration socket in QEMU's monitor.
 const FDNAME: &str = "qemu-rdma-helper";
 
 /// An outgoing migration.
 pub struct Source {
-    /// What the relay knows.
+    /// The relay's context.
     pub context: Context,
-    /// QEMU's events, as far as they concern migrations.
+    /// QEMU's events that concern migrations.
     pub events: mpsc::Receiver<QemuEvent>,
-    /// For the client.
+    /// Output for clients.
     pub output: Outputs,
-    /// What a client sees.
+    /// What clients see.
     pub view: watch::Sender<View>,
-    /// Settings of QEMU's.
+    /// QEMU's settings.
     pub loan: Loan,
-    /// What it has borrowed of them.
+    /// Which of them this migration has borrowed.
     pub turn: Turn,
-    /// A client wants it to end.
+    /// A client's request to end it.
     pub cancel: watch::Receiver<Option<Cancel>>,
     /// What the guest does before QEMU migrates.
     pub guest: Guest,
 }
 
 impl Source {
-    /// QEMU knows nothing of it yet.
+    /// Return whether QEMU does not know of it yet.
     fn connects(&self) -> bool {
         self.view.borrow().phase == Phase::Connecting
     }
@@ -62,7 +62,7 @@ impl Source {
         self.output.put(output).await;
     }
 
-    /// The event that QEMU has for this status, where QEMU itself knows nothing of the migration.
+    /// Emit QEMU's event for this status, where QEMU itself does not know of the migration.
     async fn tell_status(&self, status: &str) {
         if self.view.borrow().tells {
             self.put(Output::status(status)).await;

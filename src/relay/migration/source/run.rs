@@ -12,7 +12,8 @@ use crate::{
 };
 
 impl Source {
-    /// Run it; `reply` is the result of the client's `migrate`, which does not wait for the destination.
+    /// Run the migration; `reply` is the result of the client's `migrate`, which does not wait for
+    /// the destination.
     pub async fn run(mut self, address: Address, reply: oneshot::Sender<Result<Value, QmpError>>) {
         let accepted = threads::caught("accept", self.accept(address)).await;
         let (mut worker, accepted) = match accepted.map_err(generic).flatten() {
@@ -25,7 +26,7 @@ impl Source {
         };
         self.view.send_modify(|view| view.phase = Phase::Connecting);
         self.tell_status("setup").await;
-        // From here on a failure is the migration's. It goes on without the client, as QEMU's would.
+        // From here on a failure is the migration's. It continues without the client, as in QEMU.
         let _ = reply.send(Ok(json!({})));
         let prepared = threads::caught("prepare", self.prepare(&mut worker, accepted)).await;
         let (sockets, failed) = match prepared.map_err(NotBegun::from).flatten() {
@@ -34,7 +35,7 @@ impl Source {
                 (Some(sockets), None)
             }
             Err(why) => {
-                // It may have ended already.
+                // The worker may have exited already.
                 let _ = worker.orders().send(&why.order(), &[]).await;
                 match why {
                     NotBegun::Failed { reason, sockets } if !self.connects() => {
@@ -54,7 +55,7 @@ impl Source {
         }
         if let Err(lost) = threads::caught("follow", drive(&mut driver)).await {
             driver.go_on(&lost);
-            // A second panic is in the log; the worker does what is left.
+            // A second panic is logged; the worker does the rest.
             driver.is_detached |= threads::caught("end", drive(&mut driver)).await.is_err();
         }
         if driver.is_detached {

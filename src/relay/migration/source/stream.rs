@@ -1,5 +1,5 @@
-//! How QEMU is asked to migrate into a worker: through one socket, without the content of memory if it
-//! can leave that out, or with multifd channels beside it.
+//! Starts QEMU's migration into a worker: over one socket, without the content of memory if QEMU
+//! can omit it, or with multifd channels in addition.
 
 use std::{
     os::fd::{AsFd as _, OwnedFd},
@@ -32,23 +32,25 @@ use crate::{
     worker::qemu_sockets::QemuSockets,
 };
 
-/// How long QEMU may take to connect all of its channels.
+/// How long QEMU may take to connect all its channels.
 const CONNECTED: Duration = Duration::from_secs(10);
 
-/// The capability by which QEMU announces shared memory without its content (`qemu-patches/`), and the
-/// one that it needs.
+/// The capability with which QEMU announces shared memory without its content (`qemu-patches/`),
+/// and the one that it requires.
 const ANNOUNCING: [&str; 2] = ["x-shared-ram-external", RETURN_PATH];
 
-/// By this QEMU waits for the destination before it takes its migration for complete.
+/// With it QEMU waits for the destination before it considers its migration complete.
 const RETURN_PATH: &str = "return-path";
 
 impl Source {
-    /// Ask QEMU to migrate, so that it `announces` shared memory or with so many channels, if it can; the
-    /// destination forwards a `return_path` that QEMU opens, or not.
-    /// Returns the worker's ends of its migration sockets.
+    /// Ask QEMU to migrate: announcing shared memory if `announces`, or with this many `channels`,
+    /// if it can.
+    ///
+    /// The destination forwards a `return_path` that QEMU opens, or not. Returns the worker's ends
+    /// of QEMU's migration sockets.
     ///
     /// # Errors
-    /// QEMU's refusal; or what came of its migration, which has begun and whose sockets are closed.
+    /// QEMU's refusal; or why its migration failed after it had begun, with its sockets.
     pub(super) async fn begin_stream(
         &mut self,
         worker: &mut Worker,
@@ -57,12 +59,12 @@ impl Source {
         return_path: bool,
     ) -> Result<QemuSockets, NotBegun> {
         let mut qemu = self.qemu();
-        // From here on clients wait with settings: what is seen now is what QEMU migrates by.
+        // From here on clients wait to access settings: QEMU migrates with what is seen now.
         let loan = self.loan.clone();
         let mut borrowed = loan.write().await;
         borrowed.settle(&mut qemu).await?;
         blockers::refuse(&blockers::settings(&mut qemu).await?)?;
-        // A client may have stopped it, or let it run, while the destination was connected.
+        // A client may have stopped or continued it while the destination was being connected.
         self.look_at_guest(worker).await;
         if announces && Self::can_announce(&mut qemu).await? {
             match self.borrow(&mut borrowed, worker, &ANNOUNCING, json!({})).await {
@@ -78,12 +80,12 @@ impl Source {
         }
         let capabilities = self.waits_for_destination(return_path);
         if channels > 0
-            && Version::ask(&mut qemu).await?.multifd_is_tried()
+            && Version::ask(&mut qemu).await?.multifd_is_tested()
             && let Some(listener) = MultifdListener::open(&self.context).await
         {
             let capabilities = [capabilities, &["multifd"]].concat();
             let parameters = json!({ "multifd-channels": channels, "multifd-compression": "none" });
-            // Multifd is the helper's choice: management sees what it has set itself.
+            // Multifd is the helper's choice: management sees its own settings.
             match self.borrow(&mut borrowed, worker, &capabilities, parameters).await {
                 Ok(()) => {
                     return self.with_channels(qemu, worker, listener, channels, borrowed).await;
@@ -98,16 +100,18 @@ impl Source {
         Ok(self.with_one_socket(&qemu, worker).await?)
     }
 
-    /// A guest that is suspended can't be let go on by `cont` after a migration that QEMU takes for
-    /// complete: QEMU aborts (8.2 and later). So QEMU must not take one for complete that is not.
+    /// Return the capability that makes QEMU wait for the destination.
+    ///
+    /// A suspended guest can't be resumed by `cont` after a migration that QEMU considers complete:
+    /// QEMU aborts (8.2 and later).
     fn waits_for_destination(&self, return_path: bool) -> &'static [&'static str] {
         if self.guest == Guest::Suspended && return_path { &[RETURN_PATH] } else { &[] }
     }
 
-    /// Whether the guest stands still, for the worker and for the time when the migration fails.
+    /// Note whether the guest is stopped, for the worker and for when the migration fails.
     async fn look_at_guest(&mut self, worker: &mut Worker) {
         let seen = ask::in_time(ask::guest(self.qemu())).await;
-        // One that does not answer switches over.
+        // A QEMU that does not answer is switching over.
         let Some(guest) = seen.and_then(|(run, completed)| run.guest(completed)) else { return };
         if std::mem::replace(&mut self.guest, guest) != guest {
             worker.order(&Order::SetGuestRunning { runs: guest == Guest::Runs }).await;
@@ -129,14 +133,13 @@ impl Source {
                 Ok(QemuSockets { main: Arc::new(ours.into()), channels: Vec::new() })
             }
             Err(error) => {
-                // QEMU keeps what it did not use.
+                // QEMU keeps a descriptor that it did not use.
                 let _ = qemu.execute("closefd", json!({ "fdname": FDNAME })).await;
                 Err(error)
             }
         }
     }
 
-    /// Has QEMU the capabilities for it?
     async fn can_announce(qemu: &mut Qemu) -> Result<bool, QmpError> {
         let known = qemu.execute("query-migrate-capabilities", Value::Null).await?;
         let known = known.as_array().map(Vec::as_slice).unwrap_or_default();
@@ -144,8 +147,8 @@ impl Source {
         Ok(ANNOUNCING.iter().all(has))
     }
 
-    /// Turn these capabilities on, and set these parameters. What they were is known to all before: it
-    /// is what clients see, and what QEMU is set back to.
+    /// Turn on these capabilities, and set these parameters. The previous values are published
+    /// first: clients see them, and QEMU is set back to them.
     async fn borrow(
         &mut self,
         borrowed: &mut Borrowed,
@@ -170,7 +173,7 @@ impl Source {
         Ok(())
     }
 
-    /// Set back what QEMU was set to for this migration, which is over.
+    /// Give back what this migration, which is over, has borrowed of QEMU's settings.
     pub(super) async fn give_back(&self) {
         self.loan.give_back(self.turn, self.qemu()).await;
     }
@@ -186,17 +189,17 @@ impl Source {
         qemu.execute("migrate", json!({ "uri": listener.uri() })).await?;
         self.view.send_modify(|view| view.phase = Phase::Running);
         let taken = self.take_channels(worker, &listener, channels).await;
-        // QEMU looked at settings until it had connected.
+        // QEMU reads its settings until it has connected.
         drop(borrowed);
-        // What it can't connect to QEMU notices when the listener is gone.
+        // When the listener is gone, QEMU notices connections that it could not make.
         taken.map_err(|(reason, sockets)| NotBegun::Failed {
             reason,
             sockets: QemuSockets::new(sockets),
         })
     }
 
-    /// Hand QEMU's connections to the worker; the stream's is the first. If that fails, says why, and
-    /// which there are.
+    /// Hand QEMU's connections to the worker; the stream's is the first. On failure return the
+    /// reason, and the connections there are.
     async fn take_channels(
         &mut self,
         worker: &mut Worker,
@@ -217,7 +220,7 @@ impl Source {
         }
     }
 
-    /// Let QEMU connect so many times.
+    /// Accept this many connections from QEMU.
     async fn let_in(
         &mut self,
         listener: &MultifdListener,
@@ -227,10 +230,10 @@ impl Source {
         while sockets.len() < count {
             tokio::select! {
                 accepted = listener.accept() => {
-                    let said = |error: io::Error| format!("QEMU can't be let in: {error}");
+                    let said = |error: io::Error| format!("Cannot accept QEMU's connection: {error}");
                     sockets.push(accepted.map_err(said)?);
                 }
-                // Said before QEMU was asked to migrate, so that it does not know.
+                // QEMU does not know of a cancel from before it was asked to migrate.
                 Ok(()) = self.cancel.changed() => {
                     let cancelled = self.qemu().execute("migrate_cancel", Value::Null).await;
                     cancelled.map_err(|error| error.to_string())?;
@@ -245,7 +248,7 @@ impl Source {
         Ok(())
     }
 
-    /// QEMU may have failed to connect, or been told to cancel.
+    /// Check that QEMU still migrates: it may have failed to connect, or been cancelled.
     async fn still_migrates(&self) -> Result<(), String> {
         let state = self.qemu().execute("query-migrate", Value::Null).await;
         let state = state.map_err(|error| error.to_string())?;

@@ -1,4 +1,4 @@
-//! What a client sees of a migration of ours: `query-migrate`, `info migrate`, the event.
+//! What clients see of a migration of ours: `query-migrate`, `info migrate`, the event.
 
 mod text;
 
@@ -14,27 +14,27 @@ use crate::{
     relay::schema::{RDMA_MIGRATION_THROUGHPUT, RdmaCapabilityState, RdmaFabric},
 };
 
-/// Where a migration stands.
+/// Phase of a migration.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum Phase {
-    /// Not more than asked for; QEMU may refuse it because of another one. It does not show.
+    /// Only requested: QEMU may refuse it because of another one. Not shown.
     #[default]
     Asked,
-    /// Connecting to the destination; QEMU knows nothing of it.
+    /// Connecting to the destination; QEMU does not know of it.
     Connecting,
     /// QEMU's migration runs.
     Running,
     /// The destination's QEMU completed.
     Confirmed,
-    /// It failed, and QEMU's migration is being cancelled because of that.
+    /// Failed; QEMU's migration is being cancelled because of that.
     Failing,
-    /// It failed; one sentence.
+    /// Failed; the reason in one sentence.
     Failed(String),
-    /// It was cancelled.
+    /// Cancelled.
     Cancelled,
 }
 
-/// Which side.
+/// A side of a migration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Side {
     /// The source.
@@ -44,7 +44,7 @@ pub enum Side {
 }
 
 impl Side {
-    /// Its name for a worker.
+    /// Return its name on a worker's command line.
     pub fn name(self) -> &'static str {
         match self {
             Self::Source => "source",
@@ -53,12 +53,12 @@ impl Side {
     }
 }
 
-/// What clients are shown, and nothing that steers the migration. It stays when that is over.
+/// What clients are shown; nothing here steers the migration. It outlives the migration.
 #[derive(Debug, Clone)]
 pub struct View {
-    /// Which side.
+    /// Its side.
     pub side: Side,
-    /// Where it stands.
+    /// Its phase.
     pub phase: Phase,
     /// The worker's last figures.
     pub progress: Progress,
@@ -66,7 +66,7 @@ pub struct View {
     pub mbps: f64,
     /// The last `ram` object of QEMU's `query-migrate`.
     pub ram: Value,
-    /// The last status there.
+    /// The last `status` in it.
     pub status: Option<String>,
     /// Capability `rdma-pin-all`.
     pub pin_all: bool,
@@ -74,18 +74,18 @@ pub struct View {
     pub max_bandwidth: u64,
     /// Capability `events` is on.
     pub tells: bool,
-    /// QEMU has a status for a migration that fails and has not been cleaned up behind (11.1).
+    /// QEMU has a status for a migration that fails and is not cleaned up yet (11.1).
     pub has_failing: bool,
-    /// A client has cancelled it.
+    /// A client has cancelled the migration.
     pub cancels: bool,
-    /// Clients were told so.
+    /// Clients were told of the cancel.
     pub told_cancelling: bool,
-    /// Where a source is waited for.
+    /// Where it waits for a source.
     pub listens: Option<Address>,
 }
 
 impl View {
-    /// Before anything has happened.
+    /// Create the view of a new migration.
     pub fn new(side: Side) -> Self {
         Self {
             side,
@@ -104,23 +104,24 @@ impl View {
         }
     }
 
-    /// Clients see how it ended, and may begin another one.
+    /// Return whether clients see how it ended, and may begin another one.
     pub fn is_over(&self) -> bool {
         matches!(self.phase, Phase::Confirmed | Phase::Failed(_) | Phase::Cancelled)
     }
 
-    /// QEMU's migration has ended, by its own account, and clients don't see that yet.
+    /// Return whether QEMU reports its migration's end with `status`, and clients don't see that
+    /// yet.
     pub fn awaits_end(&self, status: &str) -> bool {
         let goes_on = matches!(self.phase, Phase::Running | Phase::Failing);
         self.side == Side::Source && goes_on && ["cancelled", "failed"].contains(&status)
     }
 
-    /// It is, or was, a migration that a client should see.
+    /// Return whether clients should see the migration.
     pub fn shows(&self) -> bool {
         self.phase != Phase::Asked
     }
 
-    /// Before QEMU has said anything of a migration of `total` bytes of RAM.
+    /// Set the figures of a migration of `total` bytes of RAM, before QEMU reports any.
     pub fn begin(&mut self, total: u64) {
         let total = i64::try_from(total).unwrap_or(i64::MAX);
         self.ram = json!(MigrationStats {
@@ -144,13 +145,12 @@ impl View {
         });
     }
 
-    /// RAM throughput of the whole migration, its set-up not counted, in 10^6 bit/s.
+    /// Return RAM throughput of the whole migration without its set-up, in 10^6 bit/s.
     fn overall_mbps(&self) -> f64 {
         let milliseconds = self.progress.elapsed_ms.saturating_sub(self.progress.setup_ms);
         rate(self.progress.ram_bytes, milliseconds)
     }
 
-    /// The throughput that is worth showing now.
     fn shown_mbps(&self) -> f64 {
         if self.phase == Phase::Running { self.mbps } else { self.overall_mbps() }
     }
@@ -159,7 +159,7 @@ impl View {
         self.progress.ram_bytes + self.progress.stream_bytes
     }
 
-    /// What QEMU still has to send, and what is on its way.
+    /// Return what QEMU still has to send, plus what is in flight.
     fn remaining(&self, ram: &Value) -> u64 {
         self.remaining_of(&ram["remaining"])
     }
@@ -171,25 +171,25 @@ impl View {
         qemus.as_u64().unwrap_or(0).saturating_add(self.progress.in_flight)
     }
 
-    /// Put our figures into the reply of `query-migrate`; the rest stays QEMU's. What is no answer to it
-    /// says nothing.
+    /// Put our figures into the reply of `query-migrate`; the rest stays QEMU's. A reply that is
+    /// not an object counts as an empty one.
     pub fn overlay(&self, reply: &mut Value) {
         if !reply.is_object() {
             *reply = json!({});
         }
         let status = reply["status"].as_str().unwrap_or("none").to_owned();
         match &self.phase {
-            // QEMU knows better: its guest is here.
+            // QEMU knows better: the guest is here.
             Phase::Failed(_) if self.side == Side::Destination && status == "completed" => {}
-            // Nobody has cancelled it but the relay, because it failed. It is not over yet.
+            // No client has cancelled it: the relay has, because it failed. It is not over yet.
             Phase::Failing => {
-                // Not even where QEMU took it for complete.
+                // Not even if QEMU considers it complete.
                 let ends = ["cancelling", "cancelled", "completed", "failed"];
                 if ends.contains(&status.as_str()) {
                     goes_on(reply, if self.has_failing { "failing" } else { "active" });
                 }
             }
-            // What QEMU says is of another one.
+            // QEMU's status is that of another migration.
             Phase::Connecting if self.cancels => *reply = json!({ "status": "cancelling" }),
             Phase::Connecting => *reply = json!({ "status": "setup" }),
             Phase::Cancelled => reply["status"] = "cancelled".into(),
@@ -197,19 +197,19 @@ impl View {
                 reply["status"] = "failed".into();
                 reply["error-desc"] = reason.as_str().into();
             }
-            // Not before the destination's QEMU has said so.
+            // Not before the destination's QEMU has confirmed it.
             Phase::Running if self.side == Side::Source && status == "completed" => {
                 reply["status"] = "device".into();
             }
-            // Not before the relay has taken note of it: what QEMU says then is of whatever comes next.
+            // Not before the relay has noted it: QEMU's status after that is the next migration's.
             Phase::Running if self.side == Side::Source && status == "cancelled" => {
                 reply["status"] = "cancelling".into();
             }
-            // First the worker, then QEMU.
+            // The worker is cancelled first, then QEMU.
             Phase::Running if self.cancels && status != "completed" => {
                 reply["status"] = "cancelling".into();
             }
-            // Not before the worker has said why.
+            // Not before the worker has given the reason.
             Phase::Running if self.side == Side::Source && status == "failed" => {
                 goes_on(reply, "active");
             }
@@ -221,7 +221,7 @@ impl View {
             }
             return;
         }
-        // Of channels that QEMU closes to cancel it says that they broke.
+        // To cancel, QEMU closes its channels, and then reports that they broke.
         if reply["status"] == "cancelled"
             && let Some(reply) = reply.as_object_mut()
         {
@@ -233,7 +233,7 @@ impl View {
             }
             reply["ram"] = self.ram.clone();
         }
-        // Of the whole system, since 11.1: RAM that is on its way is not there yet.
+        // Of the whole system, since 11.1: RAM in flight has not arrived yet.
         if let Some(whole) = reply.get_mut("remaining") {
             *whole = self.remaining_of(whole).into();
         }
@@ -242,7 +242,7 @@ impl View {
         ram["transferred"] = self.transferred().into();
         ram["remaining"] = remaining.into();
         ram["mbps"] = self.shown_mbps().into();
-        // Multifd is between QEMU and us.
+        // Multifd is used only between QEMU and us.
         if let Some(bytes @ 1..) = ram["multifd-bytes"].as_u64() {
             ram["multifd-bytes"] = 0.into();
             let precopy = ram["precopy-bytes"].as_u64().unwrap_or(0);
@@ -250,7 +250,7 @@ impl View {
         }
     }
 
-    /// Take QEMU's `query-migrate` as the last that is known of it.
+    /// Record QEMU's `query-migrate` as its last known state.
     pub fn note(&mut self, mut state: Value) {
         self.status = state["status"].as_str().map(str::to_owned);
         if state["ram"].is_object() {
@@ -258,7 +258,7 @@ impl View {
         }
     }
 
-    /// The status that clients see, by what is known.
+    /// Return the status that clients see, by what is known.
     fn shown_status(&self) -> String {
         let mut shown =
             self.status.as_ref().map_or(json!({}), |status| json!({ "status": status }));
@@ -266,7 +266,7 @@ impl View {
         shown["status"].as_str().unwrap_or("none").to_owned()
     }
 
-    /// The line of a RDMA_MIGRATION_THROUGHPUT event.
+    /// Return the line of an RDMA_MIGRATION_THROUGHPUT event.
     pub fn throughput_event(&self) -> Vec<u8> {
         let figure = |name: &str| self.ram[name].as_u64().unwrap_or(0);
         let data = RDMA_MIGRATION_THROUGHPUT {
@@ -290,7 +290,7 @@ impl View {
     }
 }
 
-/// In this status a migration is not over, and has no reason for its end.
+/// Set the status of a migration that is not over, and remove the error.
 fn goes_on(reply: &mut Value, status: &str) {
     reply["status"] = status.into();
     if let Some(reply) = reply.as_object_mut() {
@@ -298,7 +298,7 @@ fn goes_on(reply: &mut Value, status: &str) {
     }
 }
 
-/// As QEMU shows a socket that it listens on.
+/// Format an address as QEMU shows a listening socket.
 fn socket_address(Address { host, port }: &Address) -> Value {
     let mut shown = json!({ "type": "inet", "host": host, "port": port.to_string() });
     match host.parse() {
@@ -309,7 +309,7 @@ fn socket_address(Address { host, port }: &Address) -> Value {
     shown
 }
 
-/// 10^6 bit/s.
+/// Return a rate in 10^6 bit/s.
 pub fn rate(bytes: u64, milliseconds: u64) -> f64 {
     if milliseconds == 0 { 0.0 } else { bytes as f64 * 8.0 / 1000.0 / milliseconds as f64 }
 }
@@ -347,7 +347,7 @@ mod tests {
         assert_eq!(shown, expected);
     }
 
-    /// QEMU 11.1 counts what devices have left, too.
+    /// QEMU 11.1 also counts what devices have left.
     #[test]
     fn what_the_whole_system_has_left_is_no_less_than_ram() {
         let mut view = view(Side::Source);

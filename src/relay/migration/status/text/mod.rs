@@ -1,8 +1,8 @@
 //! `info migrate`: the same in the human monitor's form.
 //!
-//! QEMU's own text is about its own migration; clients see ours. So the part of it that says how a migration
-//! goes is made anew from what clients are shown by `query-migrate`, in the form of the QEMU that is
-//! attached, and the rest of it stays (`hmp_info_migrate` of `monitor/hmp-cmds.c`, later
+//! QEMU's text is about its own migration; clients see ours. So the rows about a migration are
+//! rebuilt from the `query-migrate` that clients are shown, in the form of the attached QEMU, and
+//! the other lines stay (`hmp_info_migrate` in `monitor/hmp-cmds.c`, later
 //! `migration/migration-hmp-cmds.c`).
 
 use serde_json::Value;
@@ -11,7 +11,7 @@ use super::{Side, View};
 use crate::qmp::Version;
 
 impl View {
-    /// What a client gets for `text`, QEMU's own answer, when `reply` is what `query-migrate` shows.
+    /// Return what a client gets for QEMU's `text`, when `query-migrate` shows `reply`.
     pub fn overlay_text(&self, version: Version, text: &str, reply: &Value) -> String {
         let table = Table { reply, incoming: self.side == Side::Destination, version };
         let grouped = version.is_at_least(10, 1);
@@ -21,7 +21,7 @@ impl View {
         lines.iter().flat_map(|line| [line, "\r\n"]).collect()
     }
 
-    /// What QEMU has no rows for.
+    /// Return the rows that QEMU does not have.
     fn own_rows(&self, grouped: bool, reply: &Value) -> Vec<String> {
         let (progress, mut rows) = (&self.progress, Vec::new());
         if self.side == Side::Destination || !reply["ram"].is_object() || progress.fabric.is_empty()
@@ -47,17 +47,17 @@ impl View {
     }
 }
 
-/// Which of QEMU's lines are about a migration, by what they begin with.
+/// QEMU's lines about a migration, by their beginnings.
 struct Form {
-    /// These are made anew.
+    /// Rows that are rebuilt.
     rows: &'static [&'static str],
-    /// These stay as long as `query-migrate` has this.
+    /// Lines that stay as long as `query-migrate` has this member.
     others: &'static [(&'static str, &'static str)],
-    /// What comes behind the table begins with this.
+    /// Beginning of the first line after the table.
     behind: &'static str,
 }
 
-/// Up to 10.0.
+/// The form up to 10.0.
 const PLAIN: Form = Form {
     rows: &[
         "Migration status:",
@@ -101,7 +101,7 @@ const PLAIN: Form = Form {
     behind: "cache size:",
 };
 
-/// From 10.1 on.
+/// The form since 10.1.
 const GROUPED: Form = Form {
     rows: &[
         "Status:",
@@ -129,7 +129,7 @@ const GROUPED: Form = Form {
     behind: "Globals:",
 };
 
-/// QEMU's text with these rows in the place of its own.
+/// Replace QEMU's rows in its text.
 fn merged(text: &str, rows: Vec<String>, reply: &Value, form: &Form) -> Vec<String> {
     let (mut before, mut behind) = (Vec::new(), Vec::new());
     let mut passed = false;
@@ -198,7 +198,7 @@ impl Table<'_> {
             format!("multifd bytes: {} kbytes", kbytes("multifd-bytes")),
             format!("pages-per-second: {}", figure("pages-per-second")),
         ]);
-        // Those that are 0 are left out.
+        // Zero values are omitted.
         let mut optional = |row: &str, name: &str, shift: u32, unit: &str| {
             if figure(name) > 0 {
                 rows.push(format!("{row}: {}{unit}", figure(name) >> shift));
@@ -246,7 +246,7 @@ impl Table<'_> {
         let size = |name: &str| size(figure(name));
         let vfio = self.reply["vfio"]["transferred"].as_u64();
         let vfio = vfio.map_or(String::new(), |bytes| format!(", vfio={}", self::size(bytes)));
-        // Those that are 0 are left out.
+        // Zero values are omitted.
         let optional = |row: &str, name: &str| match figure(name) {
             0 => String::new(),
             figure => format!(", {row}={figure}"),
@@ -282,7 +282,7 @@ impl Table<'_> {
         ]
     }
 
-    /// The status, and why, where it is one of these.
+    /// Return the status, with the error if it is one of `explained`.
     fn status(&self, explained: &[&str]) -> Option<String> {
         let status = self.reply["status"].as_str()?;
         let why = self.reply["error-desc"].as_str().filter(|_| explained.contains(&status));
@@ -297,7 +297,7 @@ impl Table<'_> {
         self.reply["ram"]["mbps"].as_f64().unwrap_or(0.0)
     }
 
-    /// `name=figure, …` of those that are there.
+    /// Format the members that exist as `name=figure, …`.
     fn list(&self, of: &Value, names: &[(&str, &str)]) -> String {
         let figures = names
             .iter()
@@ -305,7 +305,7 @@ impl Table<'_> {
         figures.collect::<Vec<_>>().join(", ")
     }
 
-    /// Where it listens; for a migration of ours as it is written in `migrate`.
+    /// Add the listening sockets; those of a migration of ours in the form that `migrate` takes.
     fn sockets(&self, heading: &str, rows: &mut Vec<String>) {
         let Some(sockets) = self.reply["socket-address"].as_array() else { return };
         let uri = |socket: &Value| {
@@ -327,7 +327,8 @@ impl Table<'_> {
     }
 }
 
-/// `size_to_str` of `util/cutils.c`: three digits, and a unit of which there are less than 1000.
+/// Format a size as `size_to_str` in `util/cutils.c` does: three digits, and a unit of which there
+/// are less than 1000.
 fn size(bytes: u64) -> String {
     const UNITS: [&str; 7] = ["", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei"];
     let (mut unit, mut least) = (0, 1000);
@@ -339,7 +340,7 @@ fn size(bytes: u64) -> String {
     format!("{} {}B", three_digits(value), UNITS[unit])
 }
 
-/// C's `%0.3g` of a number that is not negative.
+/// Format a number that is not negative as C's `%0.3g` does.
 fn three_digits(value: f64) -> String {
     let scientific = format!("{value:.2e}");
     let (mantissa, exponent) = scientific.split_once('e').unwrap_or((&scientific, "0"));

@@ -3,7 +3,7 @@ use serde_json::json;
 use super::*;
 use crate::{control::Progress, relay::migration::status::Phase};
 
-/// What QEMU said, and `query-migrate` at the same moment: one a line.
+/// QEMU's text and `query-migrate` at the same moment, one pair per line.
 const RECORDED: &str = include_str!("../../../../../tests/data/info-migrate.jsonl");
 
 const V7_2: Version = Version { major: 7, minor: 2, micro: 22 };
@@ -22,7 +22,7 @@ fn recorded() -> impl Iterator<Item = (Version, String, Value)> {
     })
 }
 
-/// Without rows of its own.
+/// A view without rows of its own.
 fn view() -> View {
     View { phase: Phase::Running, ..View::new(Side::Source) }
 }
@@ -52,17 +52,17 @@ fn it_is_qemus_own_text() {
     }
 }
 
-/// What only QEMU knows of its own migration is left out.
+/// Remove what only QEMU knows of its own migration.
 fn without_cache(text: &str) -> String {
     let begins = ["cache size", "xbzrle", "XBZRLE", "  miss_rate"];
     let lines = text.lines().filter(|line| !begins.iter().any(|begin| line.starts_with(begin)));
     lines.flat_map(|line| [line, "\r\n"]).collect()
 }
 
-/// Whatever QEMU's own migration was: none, or one that ended otherwise.
+/// Whatever QEMU's own migration is: none, or one that ended otherwise.
 #[test]
 fn it_is_made_where_qemu_has_another() {
-    // What is asked for, and what else is in the way, is the same.
+    // Compare only texts of the same query with the same blockers.
     let alike = |one: &str, other: &str| {
         ["lobals:", "blocked:"].iter().all(|word| one.contains(word) == other.contains(word))
     };
@@ -94,7 +94,7 @@ fn figures_of_the_helper_come_at_the_end() {
     let own =
         "RDMA info:\r\n  Fabric: \t\tverbs\r\n  Pinned: \t\t3 MiB\r\n  Pin Time (ms): \t7\r\n";
     assert!(text.ends_with(own), "{text}");
-    // Not at a destination, which has no such figures.
+    // A destination has no such figures.
     let destination = View { side: Side::Destination, ..with_figures() };
     let text = destination.overlay_text(V7_2, "globals:\r\n", &json!({ "status": "active" }));
     assert!(text.ends_with("Migration status: active\r\ntotal time: 0 ms\r\n"), "{text}");

@@ -15,7 +15,7 @@ use crate::{
 };
 
 impl Source {
-    /// The figures of another second.
+    /// Show the figures of another second.
     pub(super) fn show_figures(&self, last: &mut Progress, max_bandwidth: u64) {
         self.view.send_modify(|view| {
             let bytes = view.progress.ram_bytes.saturating_sub(last.ram_bytes);
@@ -26,7 +26,7 @@ impl Source {
         });
     }
 
-    /// How it ended. Where QEMU has it that its own did otherwise, clients hear no word of that.
+    /// Show how the migration ended. If QEMU's own ended otherwise, clients get no event of that.
     pub(super) async fn show(&self, end: End) {
         if end == End::Completed {
             info!("migration completed");
