@@ -147,7 +147,7 @@ fn say(text: fmt::Arguments<'_>) {
 async fn prepare(client: &mut Client, args: &Args) -> anyhow::Result<()> {
     let helper = client.execute("query-rdma-helper", Value::Null).await;
     if helper.is_err_and(|error| error.class == "CommandNotFound") {
-        bail!("{} is no helper's socket; give the --qmp of 'attach'", Path::display(&args.qmp));
+        bail!("{} is not a helper's socket; give the --qmp of 'attach'", Path::display(&args.qmp));
     }
     let pin_all = json!([{ "capability": "rdma-pin-all", "state": args.pin_all }]);
     client.execute("migrate-set-capabilities", json!({ "capabilities": pin_all })).await?;

@@ -161,7 +161,7 @@ mod tests {
         for (expected, addr) in [
             ("'channels[0].addr.port' is missing", json!({"transport": "rdma", "host": "h"})),
             ("expected: string", json!({"transport": "rdma", "host": "h", "port": 1})),
-            ("no number", json!({"transport": "rdma", "host": "h", "port": "x"})),
+            ("not a number", json!({"transport": "rdma", "host": "h", "port": "x"})),
         ] {
             let bad = channels(json!({"channel-type": "main", "addr": addr}));
             let error = target(bad.as_object().unwrap()).unwrap_err();

@@ -212,7 +212,7 @@ mod tests {
         symlink(&socket, &link).unwrap();
         Place::open(&socket).unwrap().connect().await.unwrap();
         let error = Place::open(&link).unwrap().connect().await.unwrap_err();
-        assert!(error.to_string().contains("it is a link"), "{error}");
+        assert!(error.to_string().contains("it is a symbolic link"), "{error}");
         let error = Place::open(dir.path()).unwrap().connect().await.unwrap_err();
         assert_eq!(error.to_string(), "it is not a socket");
         let error = Place::open(&dir.path().join("none")).unwrap().connect().await.unwrap_err();

@@ -375,7 +375,7 @@ fn the_forwarder_passes_all_but_the_hooks() {
 fn bytes_after_a_hook_are_refused() {
     let stream = Build::with_blocks(&[("pc.ram", 4096)]).part().word(0x80).end_of_section().0;
     let error = Forwarder::default().push(&stream, &mut Recorder::default()).unwrap_err();
-    assert!(error.to_string().contains("behind a HOOK"), "{error}");
+    assert!(error.to_string().contains("after a HOOK"), "{error}");
 }
 
 #[test]

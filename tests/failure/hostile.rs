@@ -37,7 +37,7 @@ fn strange_clients_are_turned_away_and_the_next_source_is_let_in() {
     // Private data: another version, no extension, too short, no buffers, too long.
     for (data, word) in [
         (&b"\0\0\0\x02\0\0\0\0QRH1\0\x01\0\x40"[..], "version 2"),
-        (b"\0\0\0\x01\0\0\0\0", "no helper"),
+        (b"\0\0\0\x01\0\0\0\0", "not a helper"),
         (b"\0\0\0", "private data"),
         (b"\0\0\0\x01\0\0\0\0QRH1\0\x01\0\0\0\0\0\0", "no messages"),
         (&[0; 57], "too long"),
@@ -128,7 +128,7 @@ fn further_connections_that_are_strangers_or_break_the_protocol() {
     let mut stranger = Peer::connect(port);
     stranger.send(&hello(&wire::connections(0, 1, 42)));
     assert!(stranger.frame().is_err());
-    logged(&pair, "its connection belongs to none");
+    logged(&pair, "its connection belongs to no session");
 
     // A promised connection that never arrives. One of another session does not count.
     let first = || {
@@ -322,9 +322,9 @@ fn destinations_that_break_off_at_any_step() {
     let early: Vec<(&str, Play)> = vec![
         ("", Box::new(drop)),
         ("", Box::new(|mut peer| drop(peer.frame()))),
-        ("no helper", Box::new(|mut peer| peer.send(&[0x5a; 200]))),
+        ("not a helper", Box::new(|mut peer| peer.send(&[0x5a; 200]))),
         ("version 2", Box::new(|mut peer| peer.send(&hello(b"\0\0\0\x02\0\0\0\0")))),
-        ("no helper", Box::new(|mut peer| peer.send(&hello(b"\0\0\0\x01\0\0\0\0")))),
+        ("not a helper", Box::new(|mut peer| peer.send(&hello(b"\0\0\0\x01\0\0\0\0")))),
         (
             "closed",
             Box::new(|mut peer| {
@@ -746,7 +746,7 @@ fn who_does_not_greet_as_qmp_does_is_not_attached_to() {
             .unwrap();
         let said = String::from_utf8(attach.stderr).unwrap();
         assert_eq!(attach.status.code(), Some(1), "{greeting}: {said}");
-        assert!(said.contains("does not greet as QMP does"), "{greeting}: {said}");
+        assert!(said.contains("it sends no QMP greeting"), "{greeting}: {said}");
         assert_eq!(played.join().unwrap(), 0, "{greeting}");
     }
 }

@@ -314,7 +314,7 @@ fn another_guests_socket_is_not_attached_to() {
         .unwrap();
     let said = String::from_utf8(attach.stderr).unwrap();
     assert_eq!(attach.status.code(), Some(1), "{said}");
-    assert!(said.contains("it is a link") && !socket.exists(), "{said}");
+    assert!(said.contains("it is a symbolic link") && !socket.exists(), "{said}");
 }
 
 /// Runs a program as the unprivileged user nobody.

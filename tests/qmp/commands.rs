@@ -173,7 +173,7 @@ fn attach_gives_up_in_one_sentence() {
     let (file, link) = (dir.path().join("file"), dir.path().join("link"));
     fs::write(&file, "").unwrap();
     symlink(&stale, &link).unwrap();
-    for (path, why) in [(file, "it is not a socket"), (link, "it is a link")] {
+    for (path, why) in [(file, "it is not a socket"), (link, "it is a symbolic link")] {
         let (error, took) = attach(&path, "86400");
         assert!(error.contains(why) && took < crate::support::PATIENCE, "{error}");
     }
@@ -263,7 +263,7 @@ fn migrate_says_what_is_wrong() {
     ));
     let output =
         Command::new(BINARY).arg("migrate").arg("--qmp").arg(socket).arg(&uri).output().unwrap();
-    assert!(text(&output.stderr).contains("no helper's socket"), "{}", text(&output.stderr));
+    assert!(text(&output.stderr).contains("not a helper's socket"), "{}", text(&output.stderr));
     let output = run(&["migrate", "--qmp", "/nonexistent", "tcp:h:1"]);
     assert!(text(&output.stderr).contains("no rdma:HOST:PORT"));
 }

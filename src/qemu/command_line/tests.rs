@@ -118,7 +118,7 @@ fn monitors_that_stay_qemus_own_are_told_of() {
         ("-readconfig /file".into(), "does not read"),
         (
             format!("-object monitor-qmp,id=o,chardev=m,close-action=delete {}", on("path=/d")),
-            "goes with its client",
+            "it is deleted with its client",
         ),
     ] {
         let option = left.split(" -chardev").next().unwrap();

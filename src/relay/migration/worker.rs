@@ -88,7 +88,7 @@ impl Orders {
 }
 
 fn takes_none() -> io::Error {
-    io::Error::other("it stands still")
+    io::Error::other("it accepts no orders")
 }
 
 impl Worker {
