@@ -174,7 +174,7 @@ fn sources_that_break_the_protocol() {
     for (word, bytes) in cases {
         source(word, STOCK, after_the_head(bytes));
     }
-    source("no QEMU migration stream", STOCK, |peer, _| {
+    source("not a QEMU migration stream", STOCK, |peer, _| {
         peer.send(&message(QEMU_FILE, 0, &[0x55; 1000]));
     });
     source("RAM blocks", STOCK, |peer, blocks| {
