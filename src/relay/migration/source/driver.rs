@@ -185,8 +185,8 @@ impl<'a> SourceDriver<'a> {
             Answer::MaxBandwidth(Some(max_bandwidth)) => {
                 self.rate_limit.follow(self.worker, max_bandwidth).await;
             }
-            // QEMU is asked again.
             Answer::Figures(None) => self.rate_limit.lift(self.worker, Why::Silent).await,
+            // QEMU is asked again.
             Answer::MaxBandwidth(None) => {}
             Answer::Guest(answer) => {
                 let guest = answer.as_ref().and_then(|(run, completed)| run.guest(*completed));
